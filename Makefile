@@ -1,0 +1,58 @@
+# `make help` lists what there is. Everything is installed into $(VENV), nothing outside of it.
+SHELL := /bin/bash
+VENV ?= .venv
+BIN := $(VENV)/bin
+export VENV
+
+EXIT ?=
+PORT ?= 8080
+DEMO_FLAGS = --port $(PORT) $(if $(filter-out 0,$(EXIT)),--exit)
+TESTS = tests/unit tests/contract tests/integration tests/e2e tests/gpu
+PYTEST_FLAGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help setup up demo-stub test lint unit bench wheel lock clean
+
+help: ## This list.
+	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
+
+setup: ## The environment with vLLM (the GPU or the CPU build) and all tools.
+	scripts/setup.sh engine dev
+
+up: ## Everything on this host with three tiny models, shown at work. EXIT=1 stops after; PORT=8080.
+	scripts/setup.sh engine
+	$(BIN)/stoker demo --engine vllm $(DEMO_FLAGS)
+
+demo-stub: ## The same in seconds with the stub engine on a simulated device. EXIT=1, PORT=8080.
+	scripts/setup.sh base
+	$(BIN)/stoker demo --engine stub $(DEMO_FLAGS)
+
+test: setup ## Every check and every test; says at the end what was skipped, and why.
+	@scripts/install_consul.sh || printf '\n%s\n%s\n\n' \
+	  '*** THERE IS NO CONSUL: the tests marked "consul" will be SKIPPED. ***' \
+	  '*** The line above says why it could not be installed.            ***'
+	$(MAKE) --no-print-directory lint
+	$(BIN)/python -m pytest $(TESTS) -ra $(PYTEST_FLAGS)
+
+lint: ## ruff and mypy.
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+unit: ## The quick tests only.
+	$(BIN)/python -m pytest tests/unit -q $(PYTEST_FLAGS)
+
+bench: setup ## The benchmarks, one after the other.
+	@for file in bench/*.py; do echo "== $$file"; $(BIN)/python "$$file" || exit 1; done
+
+wheel: ## dist/stoker_serve-….whl
+	scripts/setup.sh base
+	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
+	@ls dist
+
+lock: ## The lock files in requirements/, anew from pyproject.toml.
+	scripts/lock.sh
+
+clean: ## Removes the environment, caches and the demo's state.
+	rm -rf $(VENV) build dist .stoker .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
