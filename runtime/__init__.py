@@ -1,0 +1,1 @@
+"""The contract every part of Stoker shares, and the request path."""

@@ -1,0 +1,189 @@
+"""Typed configuration: one TOML file and the environment, parsed once; errors name the key.
+
+`[scheduler] port = 8081` in the file and `STOKER_SCHEDULER_PORT=8081` in the environment are the
+same setting; the environment wins.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
+from msgspec import Meta, Struct
+
+from runtime.models import CacheConfig
+from runtime.schema import SchemaError, check
+from runtime.wire import SpecProblem
+
+DEFAULT_FILE = "/etc/stoker/stoker.toml"
+
+Port = Annotated[int, Meta(ge=0, le=65535, description="a TCP port; 0 picks a free one")]
+Seconds = Annotated[float, Meta(gt=0, description="seconds, more than 0")]
+
+
+class RegistryConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Where shared state lives: a Consul server, or (no URL) a file for a single host."""
+
+    consul_url: str | None = None  # e.g. http://127.0.0.1:8500
+    consul_token: str | None = None
+    file: str = ""  # embedded registry; default <state_dir>/registry.db
+    prefix: str = "stoker"
+
+
+class RouterConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The front door."""
+
+    host: str = "127.0.0.1"
+    port: Port = 8080
+    advertise_host: str | None = None  # what others reach it by; default: host
+    max_body_bytes: Annotated[int, Meta(gt=0)] = 32 * 2**20
+    heartbeat_s: Seconds = 5.0  # between SSE comments while a streaming call is held
+    connect_timeout_s: Seconds = 5.0
+    drain_s: Seconds = 30.0
+
+
+class SchedulerConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The scheduler and its admin API."""
+
+    host: str = "127.0.0.1"
+    port: Port = 8081
+    advertise_url: str | None = None
+    node_timeout_s: Seconds = 10.0  # without a heartbeat, a node is lost
+    recovery_grace_s: Seconds = 10.0  # after a restart: how long to wait for known nodes
+    drain_grace_s: Seconds = 60.0  # how long in-flight requests may take when a replica stops
+    min_dwell_s: Annotated[float, Meta(ge=0)] = 5.0  # a ready replica is not evicted sooner
+
+
+class AgentConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The node agent."""
+
+    node_id: str = ""  # default: the host's name
+    host: str = "127.0.0.1"
+    port: Port = 8082
+    advertise_host: str | None = None  # what others reach this node by; default: host
+    devices: Annotated[
+        str,
+        Meta(description="auto | nvml | cpu | cpu:SIZE | simulated:COUNTxSIZE (simulated:2x24GiB)"),
+    ] = "auto"
+    engine_python: str = ""  # the interpreter vLLM is installed in; default: this one
+    model_dir: str = ""  # where downloaded models are kept; default <state_dir>/models
+    start_timeout_s: Seconds = 900.0  # a start that takes longer has failed
+    launcher: Annotated[
+        bool, Meta(description="fork engines from a parent that imported them once (600 MB)")
+    ] = True
+    max_restarts: Annotated[int, Meta(ge=0)] = 3  # in a row, before the agent gives up
+    heartbeat_s: Seconds = 1.0
+    labels: dict[str, str] = {}
+
+
+class Config(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Everything. `cluster_token` guards what the parts say to each other and the admin API."""
+
+    state_dir: str = "/var/lib/stoker"
+    cluster_token: str = ""
+    log_format: Annotated[str, Meta(pattern="^(text|json)$")] = "text"
+    registry: RegistryConfig = RegistryConfig()
+    router: RouterConfig = RouterConfig()
+    scheduler: SchedulerConfig = SchedulerConfig()
+    agent: AgentConfig = AgentConfig()
+    cache: CacheConfig = CacheConfig()
+
+    def registry_file(self) -> Path:
+        """The embedded registry's file."""
+        return Path(self.registry.file or Path(self.state_dir) / "registry.db")
+
+    def node_id(self) -> str:
+        """This node's name in the cluster."""
+        return self.agent.node_id or socket.gethostname()
+
+
+_SECTIONS: dict[str, type[Struct]] = {
+    "registry": RegistryConfig,
+    "router": RouterConfig,
+    "scheduler": SchedulerConfig,
+    "agent": AgentConfig,
+    "cache": CacheConfig,
+}
+
+
+def load(
+    path: str | Path | None = None,
+    environ: Mapping[str, str] | None = None,
+    overrides: Mapping[str, Any] | None = None,
+) -> Config:
+    """The file's settings, then the environment's, then `overrides` ({"router.port": 9000}).
+
+    Without `path`, $STOKER_CONFIG or /etc/stoker/stoker.toml is read if it exists. Raises
+    SchemaError naming each bad key, its value and the fix; OSError if a named file can't be read.
+    """
+    environ = os.environ if environ is None else environ
+    raw = _read(path or environ.get("STOKER_CONFIG"))
+    for key, value in [*_from_environ(environ), *(overrides or {}).items()]:
+        section, dot, field = key.partition(".")
+        if dot:
+            raw.setdefault(section, {})[field] = value
+        else:
+            raw[section] = value
+    return _build(raw)
+
+
+def _read(path: str | Path | None) -> dict[str, Any]:
+    if path is None:
+        if not Path(DEFAULT_FILE).exists():
+            return {}
+        path = DEFAULT_FILE
+    try:
+        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except tomllib.TOMLDecodeError as error:
+        problem = SpecProblem(field=str(path), message=f"is not valid TOML: {error}")
+        raise SchemaError([problem]) from None
+
+
+def _from_environ(environ: Mapping[str, str]) -> list[tuple[str, Any]]:
+    found: list[tuple[str, Any]] = []
+    parts: list[tuple[str, type[Struct]]] = [("", Config), *_SECTIONS.items()]
+    for section, kind in parts:
+        for field in msgspec.structs.fields(kind):
+            if not section and field.name in _SECTIONS:
+                continue
+            variable = "_".join(filter(None, ["STOKER", section, field.name])).upper()
+            if variable in environ:
+                key = f"{section}.{field.name}" if section else field.name
+                found.append((key, _from_text(environ[variable], field.type)))
+    return found
+
+
+def _from_text(text: str, kind: Any) -> Any:
+    """An environment variable's text as the field's type, or as it is for `check` to refuse."""
+    try:
+        return msgspec.convert(text, kind, strict=False)
+    except msgspec.ValidationError:
+        return text
+
+
+def _build(raw: dict[str, Any]) -> Config:
+    problems: list[SpecProblem] = []
+    values: dict[str, Any] = {}
+    for key, value in raw.items():
+        if key not in _SECTIONS:
+            values[key] = value
+            continue
+        try:
+            values[key] = check(value, _SECTIONS[key], key)
+        except SchemaError as error:
+            problems += [
+                msgspec.structs.replace(p, field=f"{key}.{p.field}") for p in error.problems
+            ]
+            values[key] = _SECTIONS[key]()
+    try:
+        config = check(values, Config)
+    except SchemaError as error:
+        problems += error.problems
+    if problems:
+        raise SchemaError(problems, "config")
+    return config

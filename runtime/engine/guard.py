@@ -1,0 +1,224 @@
+"""Who may call an engine: an ASGI middleware inside vLLM, and the same rule for the stub.
+
+vLLM loads it with `--middleware runtime.engine.guard.Guard`. The keys come from the environment.
+
+Rules this file keeps:
+- a path is for the control key unless it is on the list here: a route that a new vLLM adds is shut;
+- `/health` alone is open: it says nothing but "alive";
+- the control key's own requests are not work: the agent's canary neither counts nor is kept out;
+- closed, before a sleep and until a wake has passed its canary, it lets no client's request in;
+- standard library only, and nothing per request but a lookup and two compares.
+"""
+
+from __future__ import annotations
+
+import hmac
+import json
+import os
+import time
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+from typing import Any, NamedTuple
+
+ROUTE_KEY_ENV = "STOKER_ROUTE_KEY"
+CONTROL_KEY_ENV = "STOKER_CONTROL_KEY"
+STATUS_PATH = "/stoker/status"
+CLOSE_PATH = "/stoker/close"
+OPEN_PATH = "/stoker/open"
+CLOSED = "the engine is asleep, or about to sleep"
+
+_OPEN = frozenset({"/health"})
+# What vLLM 0.32 serves outside /v1/ that answers a client; all else there steers the engine.
+_INFERENCE = frozenset(
+    {
+        "/tokenize",
+        "/detokenize",
+        "/pooling",
+        "/classify",
+        "/score",
+        "/rerank",
+        "/generative_scoring",
+        "/v2/rerank",
+        "/v2/embed",
+        "/cohere/v2/chat",
+        "/inference/v1/generate",
+        "/invocations",
+    }
+)
+_CONTROL_BELOW_V1 = ("/v1/load_lora_adapter", "/v1/unload_lora_adapter")
+
+Scope = MutableMapping[str, Any]
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+
+class Keys(NamedTuple):
+    """The two secrets of one engine."""
+
+    route: bytes
+    control: bytes
+
+
+class Refusal(NamedTuple):
+    """Why a request is not let in: an HTTP status and its words."""
+
+    status: int
+    message: str
+
+    def body(self) -> bytes:
+        """The refusal as OpenAI's error JSON."""
+        kinds = {401: "authentication_error", 503: "ServiceUnavailableError"}
+        kind = kinds.get(self.status, "permission_error")
+        error = {"message": self.message, "type": kind, "param": None, "code": self.status}
+        return json.dumps({"error": error}).encode()
+
+
+def keys_from(environ: Mapping[str, str]) -> Keys:
+    """The keys the agent gave this process. Raises RuntimeError where one is missing or empty."""
+    missing = [name for name in (ROUTE_KEY_ENV, CONTROL_KEY_ENV) if not environ.get(name)]
+    if missing:
+        raise RuntimeError(
+            f"{' and '.join(missing)} not set: an engine never serves unguarded;"
+            " the agent sets both when it starts an engine"
+        )
+    return Keys(environ[ROUTE_KEY_ENV].encode(), environ[CONTROL_KEY_ENV].encode())
+
+
+def is_inference(path: str) -> bool:
+    """Whether `path` answers a client, so that the route key opens it."""
+    if path.startswith("/v1/"):
+        return not path.startswith(_CONTROL_BELOW_V1)
+    return path in _INFERENCE
+
+
+def counts(path: str) -> bool:
+    """Whether a request to `path` is work: listing the models is not, so it keeps none awake."""
+    return is_inference(path) and path != "/v1/models"
+
+
+def refuse(path: str, authorization: bytes | None, keys: Keys) -> Refusal | None:
+    """None lets the request in. `authorization` is the raw header value, None where absent."""
+    if path in _OPEN:
+        return None
+    given = _key(authorization)
+    if not given:
+        return Refusal(401, "this engine needs 'Authorization: Bearer <key>'")
+    if hmac.compare_digest(given, keys.control):
+        return None
+    if not hmac.compare_digest(given, keys.route):
+        return Refusal(401, "the key is not one of this engine's")
+    if is_inference(path):
+        return None
+    return Refusal(403, f"{path} needs the control key; the route key opens inference only")
+
+
+def holds_control(authorization: bytes | None, keys: Keys) -> bool:
+    """Whether the request is the agent's own."""
+    return hmac.compare_digest(_key(authorization), keys.control)
+
+
+def _key(authorization: bytes | None) -> bytes:
+    scheme, _, given = (authorization or b"").partition(b" ")
+    return given.strip() if scheme.lower() == b"bearer" else b""
+
+
+class Activity:
+    """What an engine is busy with, so that its agent can see when it is drained.
+
+    `closed`: no client's request is let in.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._last_end: float | None = None
+        self.in_flight = 0
+        self.served = 0
+        self.closed = False
+
+    def steer(self, path: str) -> dict[str, Any] | None:
+        """Carry out one of the `/stoker/` routes and answer the status; None for other paths."""
+        if path not in (STATUS_PATH, CLOSE_PATH, OPEN_PATH):
+            return None
+        if path != STATUS_PATH:
+            self.closed = path == CLOSE_PATH
+        return self.status()
+
+    def begin(self) -> None:
+        """A request came in."""
+        self.in_flight += 1
+
+    def end(self) -> None:
+        """It is over: answered, failed, or its client left."""
+        self.in_flight -= 1
+        self.served += 1
+        self._last_end = self._clock()
+
+    def status(self) -> dict[str, Any]:
+        """`idle_for_s` is 0 while anything is in flight, None where there never was a request."""
+        idle = None if self._last_end is None else self._clock() - self._last_end
+        return {
+            "in_flight": self.in_flight,
+            "served": self.served,
+            "idle_for_s": 0.0 if self.in_flight else idle,
+        }
+
+
+class Guard:
+    """The middleware. Raises RuntimeError where a key is missing: nothing is then served."""
+
+    def __init__(self, app: App) -> None:
+        self._app = app
+        self._keys = keys_from(os.environ)
+        self._activity = Activity()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            await self._http(scope, receive, send)
+        elif scope["type"] == "websocket":
+            await receive()
+            await send({"type": "websocket.close", "code": 1008, "reason": "not served here"})
+        else:
+            await self._app(scope, receive, send)
+
+    async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
+        path, authorization = _route_path(scope), _authorization(scope)
+        refusal = refuse(path, authorization, self._keys)
+        if refusal:
+            await _reply(send, refusal.status, refusal.body())
+        elif (status := self._activity.steer(path)) is not None:
+            await _reply(send, 200, json.dumps(status).encode())
+        elif not counts(path) or holds_control(authorization, self._keys):
+            await self._app(scope, receive, send)
+        elif self._activity.closed:
+            await _reply(send, 503, Refusal(503, CLOSED).body())
+        else:
+            self._activity.begin()
+            try:
+                await self._app(scope, receive, send)
+            finally:
+                self._activity.end()
+
+
+def _route_path(scope: Scope) -> str:
+    """The path as the app routes it: without the root path, or `--root-path /v1` opened all."""
+    path: str = scope["path"]
+    root = scope.get("root_path") or ""
+    if root and (path == root or path.startswith(root + "/")):
+        return path[len(root) :]
+    return path
+
+
+def _authorization(scope: Scope) -> bytes | None:
+    for name, value in scope["headers"]:
+        if name == b"authorization":
+            return bytes(value)
+    return None
+
+
+async def _reply(send: Send, status: int, body: bytes) -> None:
+    headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
+    if status == 401:
+        headers.append((b"www-authenticate", b"Bearer"))
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})

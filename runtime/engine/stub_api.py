@@ -1,0 +1,307 @@
+"""The stub's OpenAI routes: bodies checked as vLLM checks them, answers made of the prompt's words.
+
+One word is one token. A request gets exactly its `max_tokens`, one every `token_s`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import hashlib
+import itertools
+import struct
+import time
+import zlib
+from collections.abc import AsyncIterator, Callable
+from typing import Annotated, Any, TypeVar
+
+import msgspec
+from aiohttp import web
+from msgspec import Meta, Struct
+
+from runtime.engine.guard import Activity
+from runtime.engine.stub_engine import StubArgs
+
+FINGERPRINT = "stoker-stub"
+MAX_MODEL_LEN = 4096
+EMBEDDING_SIZE = 8
+
+Tokens = Annotated[int, Meta(ge=1)]
+T = TypeVar("T")
+
+
+class Message(Struct):
+    """One chat message; parts that are no text count for nothing."""
+
+    role: str
+    content: str | list[dict[str, Any]] | None = None
+
+    def text(self) -> str:
+        if isinstance(self.content, list):
+            return " ".join(str(part.get("text", "")) for part in self.content)
+        return self.content or ""
+
+
+class StreamOptions(Struct):
+    include_usage: bool = False
+
+
+class _Generation(Struct, kw_only=True):
+    model: str
+    max_tokens: Tokens | None = None
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+
+
+class ChatRequest(_Generation, kw_only=True):
+    messages: Annotated[list[Message], Meta(min_length=1)]
+    max_completion_tokens: Tokens | None = None
+
+
+class CompletionRequest(_Generation, kw_only=True):
+    prompt: str | list[str | int]
+
+
+class EmbeddingRequest(Struct, kw_only=True):
+    model: str
+    input: str | list[str | int | list[int]]
+    encoding_format: str = "float"
+
+
+class TokenizeRequest(Struct, kw_only=True):
+    model: str | None = None
+    prompt: str | None = None
+    messages: list[Message] = []
+
+
+class Answer(Struct, frozen=True, kw_only=True):
+    """What one request will be told, before the clock runs."""
+
+    chat: bool
+    id: str
+    model: str
+    created: int
+    words: tuple[str, ...]
+    prompt_tokens: int
+
+    def usage(self) -> dict[str, int]:
+        count = len(self.words)
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": count,
+            "total_tokens": self.prompt_tokens + count,
+        }
+
+    def body(self, choices: list[dict[str, Any]], chunk: bool = False) -> dict[str, Any]:
+        kind = "chat.completion" if self.chat else "text_completion"
+        return {
+            "id": self.id,
+            "object": f"{kind}.chunk" if self.chat and chunk else kind,
+            "created": self.created,
+            "model": self.model,
+            "system_fingerprint": FINGERPRINT,
+            "choices": choices,
+        }
+
+    def choice(self, text: str, finish: str | None) -> dict[str, Any]:
+        """The one choice of a whole answer."""
+        if not self.chat:
+            return {"index": 0, "text": text, "logprobs": None, "finish_reason": finish}
+        message = {"role": "assistant", "content": text}
+        return {"index": 0, "message": message, "logprobs": None, "finish_reason": finish}
+
+    def delta(self, text: str, finish: str | None, first: bool) -> dict[str, Any]:
+        """The one choice of a chunk."""
+        if not self.chat:
+            return self.choice(text, finish)
+        delta = {"role": "assistant", "content": text} if first else {"content": text}
+        return {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish}
+
+
+class Api:
+    """The routes, and what they have counted."""
+
+    def __init__(self, names: tuple[str, ...], args: StubArgs) -> None:
+        self._names = names
+        self._args = args
+        self._started = int(time.time())
+        self._ids = itertools.count()
+        self._prompt_tokens = 0
+        self._generated_tokens = 0
+        self.gibberish = False  # its weights are not the model's any more, and it can't know
+
+    def routes(self) -> list[web.RouteDef]:
+        return [
+            web.get("/v1/models", self._models),
+            web.post("/v1/chat/completions", _checked(ChatRequest, self._chat)),
+            web.post("/v1/completions", _checked(CompletionRequest, self._completion)),
+            web.post("/v1/embeddings", _checked(EmbeddingRequest, self._embeddings)),
+            web.post("/tokenize", _checked(TokenizeRequest, self._tokenize)),
+        ]
+
+    def metrics(self, activity: Activity, sleep_level: int) -> str:
+        """Prometheus text under vLLM's names."""
+        values = {
+            "vllm:num_requests_running": ("gauge", activity.in_flight),
+            "vllm:num_requests_waiting": ("gauge", 0),
+            "vllm:kv_cache_usage_perc": ("gauge", 0),
+            "vllm:engine_sleep_state": ("gauge", sleep_level),
+            "vllm:request_success_total": ("counter", activity.served),
+            "vllm:prompt_tokens_total": ("counter", self._prompt_tokens),
+            "vllm:generation_tokens_total": ("counter", self._generated_tokens),
+        }
+        return "".join(
+            f'# TYPE {name} {kind}\n{name}{{model_name="{self._names[0]}",engine="stub"}} {value}\n'
+            for name, (kind, value) in values.items()
+        )
+
+    async def _models(self, request: web.Request) -> web.Response:
+        cards = [
+            {
+                "id": name,
+                "object": "model",
+                "created": self._started,
+                "owned_by": FINGERPRINT,
+                "max_model_len": MAX_MODEL_LEN,
+            }
+            for name in self._names
+        ]
+        return _json({"object": "list", "data": cards})
+
+    async def _chat(self, request: web.Request, body: ChatRequest) -> web.StreamResponse:
+        limit = body.max_completion_tokens or body.max_tokens
+        users = [m.text() for m in body.messages if m.role == "user"]
+        spoken = users[-1] if users else body.messages[-1].text()
+        prompt_tokens = sum(len(m.text().split()) for m in body.messages)
+        return await self._generate(request, body, True, limit, spoken, prompt_tokens)
+
+    async def _completion(
+        self, request: web.Request, body: CompletionRequest
+    ) -> web.StreamResponse:
+        prompt = body.prompt
+        spoken = prompt if isinstance(prompt, str) else " ".join(map(str, prompt))
+        count = len(spoken.split())
+        return await self._generate(request, body, False, body.max_tokens, spoken, count)
+
+    async def _generate(
+        self,
+        request: web.Request,
+        body: _Generation,
+        chat: bool,
+        limit: int | None,
+        spoken: str,
+        prompt_tokens: int,
+    ) -> web.StreamResponse:
+        if refusal := self._unknown_model(body.model):
+            return refusal
+        words = ["!"] if self.gibberish else spoken.split() or ["stub"]
+        chosen = itertools.islice(itertools.cycle(words), limit or self._args.max_tokens)
+        answer = Answer(
+            chat=chat,
+            id=f"{'chatcmpl' if chat else 'cmpl'}-stub-{next(self._ids)}",
+            model=body.model,
+            created=int(time.time()),
+            words=tuple(word if i == 0 else f" {word}" for i, word in enumerate(chosen)),
+            prompt_tokens=prompt_tokens,
+        )
+        self._prompt_tokens += prompt_tokens
+        if body.stream:
+            usage = bool(body.stream_options and body.stream_options.include_usage)
+            return await self._stream(request, answer, usage)
+        async for _ in self._paced(answer):
+            pass
+        whole = answer.body([answer.choice("".join(answer.words), "length")])
+        return _json({**whole, "usage": answer.usage()})
+
+    async def _paced(self, answer: Answer) -> AsyncIterator[str]:
+        """The answer's words, each when it is due."""
+        await asyncio.sleep(self._args.ttft_s)
+        for index, word in enumerate(answer.words):
+            if index:
+                await asyncio.sleep(self._args.token_s)
+            self._generated_tokens += 1
+            yield word
+
+    async def _stream(
+        self, request: web.Request, answer: Answer, include_usage: bool
+    ) -> web.StreamResponse:
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream; charset=utf-8"})
+        await response.prepare(request)
+        last = len(answer.words) - 1
+        index = 0
+        async for word in self._paced(answer):
+            choice = answer.delta(word, "length" if index == last else None, index == 0)
+            await response.write(_event(answer.body([choice], chunk=True)))
+            index += 1
+        if include_usage:
+            await response.write(_event({**answer.body([], chunk=True), "usage": answer.usage()}))
+        await response.write(b"data: [DONE]\n\n")
+        await response.write_eof()
+        return response
+
+    async def _embeddings(self, request: web.Request, body: EmbeddingRequest) -> web.StreamResponse:
+        if refusal := self._unknown_model(body.model):
+            return refusal
+        one = isinstance(body.input, str) or (body.input and isinstance(body.input[0], int))
+        inputs = [body.input] if one else list(body.input)
+        await asyncio.sleep(self._args.ttft_s)
+        count = sum(len(str(text).split()) for text in inputs)
+        self._prompt_tokens += count
+        data = [
+            {"object": "embedding", "index": i, "embedding": _vector(text, body.encoding_format)}
+            for i, text in enumerate(["!"] * len(inputs) if self.gibberish else inputs)
+        ]
+        usage = {"prompt_tokens": count, "total_tokens": count}
+        return _json({"object": "list", "data": data, "model": body.model, "usage": usage})
+
+    async def _tokenize(self, request: web.Request, body: TokenizeRequest) -> web.StreamResponse:
+        text = body.prompt if body.prompt is not None else " ".join(m.text() for m in body.messages)
+        ids = [zlib.crc32(word.encode()) % 50_000 for word in text.split()]
+        return _json({"count": len(ids), "max_model_len": MAX_MODEL_LEN, "tokens": ids})
+
+    def _unknown_model(self, model: str) -> web.Response | None:
+        if model in self._names:
+            return None
+        return error_response(404, f"The model `{model}` does not exist.", "NotFoundError", "model")
+
+
+def error_response(
+    status: int, message: str, kind: str = "BadRequestError", param: str | None = None
+) -> web.Response:
+    """An error in OpenAI's shape, as vLLM words them."""
+    error = {"message": message, "type": kind, "param": param, "code": status}
+    return _json({"error": error}, status)
+
+
+def _checked(
+    kind: type[T], handler: Callable[[web.Request, T], Any]
+) -> Callable[[web.Request], Any]:
+    """`handler` with the body decoded as `kind`; a body that is none is a 400."""
+
+    async def checked(request: web.Request) -> web.StreamResponse:
+        try:
+            body = msgspec.json.decode(await request.read(), type=kind)
+        except msgspec.DecodeError as error:
+            return error_response(400, f"invalid request body: {error}")
+        response: web.StreamResponse = await handler(request, body)
+        return response
+
+    return checked
+
+
+def _json(body: object, status: int = 200) -> web.Response:
+    data = msgspec.json.encode(body)
+    return web.Response(status=status, body=data, content_type="application/json")
+
+
+def _event(body: object) -> bytes:
+    return b"data: " + msgspec.json.encode(body) + b"\n\n"
+
+
+def _vector(text: object, encoding: str) -> list[float] | str:
+    """Figures between -1 and 1 that depend on the text alone."""
+    digest = hashlib.sha256(str(text).encode()).digest()
+    values = [byte / 127.5 - 1 for byte in digest[:EMBEDDING_SIZE]]
+    if encoding == "base64":
+        return base64.b64encode(struct.pack(f"<{EMBEDDING_SIZE}f", *values)).decode()
+    return values

