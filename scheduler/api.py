@@ -1,0 +1,519 @@
+"""The scheduler's HTTP face: the admin API, and what agents and routers talk to.
+
+Rules this file keeps: handlers enqueue events and read snapshots; they decide nothing. A body that
+is refused names every field that is wrong.
+"""
+
+from __future__ import annotations
+
+import hmac
+import logging
+import time
+from datetime import datetime
+from importlib.metadata import version as installed_version
+from typing import Any, NoReturn, TypeVar
+
+import aiohttp
+import msgspec
+from aiohttp import web
+from prometheus_client import CollectorRegistry, generate_latest
+
+from runtime.prewarm import Ask
+from runtime.registry import RegistryError
+from runtime.schema import SchemaError, check, close_names
+from runtime.spec import json_schema, name_clashes, parse_spec
+from runtime.wire import (
+    DemandReport,
+    Heartbeat,
+    HeartbeatReply,
+    ModelSpec,
+    SpecProblem,
+    decode,
+    encode,
+)
+from scheduler import messages as m
+from scheduler import snapshot
+from scheduler import views as v
+from scheduler.cache_api import CacheClient, CachePullBody
+from scheduler.driver import Driver
+from scheduler.inspect import inspect_spec
+from scheduler.metrics import ColdStartTimes, StateCollector
+from scheduler.openapi import document
+from scheduler.routes import ADMIN
+from scheduler.state import Model, Node, Replica
+
+log = logging.getLogger("scheduler")
+
+VERSION = installed_version("stoker-serve")
+MAX_WAIT_S = 60.0
+S = TypeVar("S", bound=msgspec.Struct)
+
+
+class ApiError(Exception):
+    """Answered as `views.Error` with this HTTP status."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        problems: tuple[SpecProblem, ...] = (),
+        close: tuple[str, ...] = (),
+        leader: str | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.body = v.Error(
+            error=v.ErrorBody(message=message, problems=problems, close=close, leader=leader)
+        )
+
+
+def make_app(driver: Driver) -> web.Application:
+    """The application; its routes are `scheduler.routes.ADMIN` and /internal."""
+    api = Api(driver)
+    app = web.Application(middlewares=[_errors, api.guard], client_max_size=8 * 2**20)
+    for route in ADMIN:
+        app.router.add_route(route.method, route.path, getattr(api, route.handler))
+    app.router.add_post("/internal/heartbeat", api.heartbeat)
+    app.router.add_post("/internal/demand", api.demand)
+    app.router.add_get("/internal/routes", api.routes)
+    return app
+
+
+def reply(body: msgspec.Struct, status: int = 200) -> web.Response:
+    return web.Response(body=encode(body), status=status, content_type="application/json")
+
+
+@web.middleware
+async def _errors(request: web.Request, handler: Any) -> web.StreamResponse:
+    try:
+        response: web.StreamResponse = await handler(request)
+        return response
+    except ApiError as error:
+        return reply(error.body, error.status)
+    except RegistryError as error:
+        message = f"nothing was changed: the registry does not answer ({error})"
+        return reply(v.Error(error=v.ErrorBody(message=message)), 503)
+    except web.HTTPException as error:
+        if error.status < 400:
+            raise
+        message = f"{request.method} {request.path}: {error.reason}"
+        return reply(v.Error(error=v.ErrorBody(message=message)), error.status)
+
+
+class Api:
+    """One handler a route; `guard` runs before each."""
+
+    def __init__(self, driver: Driver) -> None:
+        self.driver = driver
+        self.core = driver.core
+        self._open = {(r.method, r.path) for r in ADMIN if r.open}
+        self._metrics = CollectorRegistry()
+        self._metrics.register(StateCollector(driver))
+        driver.on_cold_start = ColdStartTimes(self._metrics).observe
+        self._caches = CacheClient(driver)
+        self._openapi = msgspec.json.encode(document(ADMIN, VERSION))
+
+    @web.middleware
+    async def guard(self, request: web.Request, handler: Any) -> web.StreamResponse:
+        resource = request.match_info.route.resource
+        path = resource.canonical if resource is not None else ""
+        if (request.method, path) not in self._open and resource is not None:
+            self._check_token(request)
+            if not self.driver.leads:
+                await self._not_leading()
+        response: web.StreamResponse = await handler(request)
+        return response
+
+    def _check_token(self, request: web.Request) -> None:
+        token = self.driver.config.cluster_token
+        given = request.headers.get("Authorization", "").removeprefix("Bearer ")
+        if token and not hmac.compare_digest(given.encode(), token.encode()):
+            raise ApiError(401, "the token is missing or wrong: send Authorization: Bearer <token>")
+
+    async def _not_leading(self) -> NoReturn:
+        entry = await self.driver.registry.get(self.driver.key("leader"))
+        leader = msgspec.json.decode(entry.value).get("url") if entry else None
+        leader = None if leader == self.driver.url else leader
+        raise ApiError(503, "this scheduler is not the leader", leader=leader)
+
+    # ------------------------------------------------------------------------------- internal
+
+    async def heartbeat(self, request: web.Request) -> web.Response:
+        heartbeat = _decode(await request.read(), Heartbeat)
+        self.driver.apply(m.HeartbeatSeen(now=self.driver.now(), heartbeat=heartbeat))
+        return reply(HeartbeatReply(term=self.core.state.term))
+
+    async def demand(self, request: web.Request) -> web.Response:
+        report = _decode(await request.read(), DemandReport)
+        self.driver.apply(m.DemandSeen(now=self.driver.now(), report=report))
+        return web.Response(status=204)
+
+    async def routes(self, request: web.Request) -> web.Response:
+        since = _number(request, "since", 0)
+        wait_s = min(_number(request, "wait_s", 0.0), MAX_WAIT_S)
+        table = await self.driver.routes_after(int(since), wait_s)
+        if not self.driver.leads:
+            await self._not_leading()
+        return reply(table) if table is not None else web.Response(status=204)
+
+    # ------------------------------------------------------------------------------- models
+
+    async def list_models(self, _: web.Request) -> web.Response:
+        return reply(snapshot.models(self.core, self.driver.now()))
+
+    async def show_model(self, request: web.Request) -> web.Response:
+        return self._model_reply(self._model(request))
+
+    async def create_model(self, request: web.Request) -> web.Response:
+        spec = await _spec(request)
+        if spec.name in self.core.state.models:
+            raise ApiError(409, f"model {spec.name!r} exists: PUT to its address changes it")
+        return await self._save(spec)
+
+    async def put_model(self, request: web.Request) -> web.Response:
+        spec = await _spec(request)
+        if spec.name != request.match_info["name"]:
+            problem = SpecProblem(
+                field="name", value=spec.name, message="is not the name in the address",
+                fix=f"use {request.match_info['name']!r}, or the other address; to rename, add"
+                " the model under its new name and remove the old one",
+            )  # fmt: skip
+            raise ApiError(422, str(problem), problems=(problem,))
+        return await self._save(spec)
+
+    async def _save(self, spec: ModelSpec) -> web.Response:
+        others = [e.stored.spec for n, e in self.core.state.models.items() if n != spec.name]
+        if clashes := name_clashes([*others, spec]):
+            raise ApiError(409, "\n".join(map(str, clashes)), problems=tuple(clashes))
+        found = await inspect_spec(self.driver, spec)
+        if found.problems:
+            raise ApiError(422, "\n".join(map(str, found.problems)), problems=found.problems)
+        created = spec.name not in self.core.state.models
+        await self.driver.store_model(m.StoredModel(spec=spec, estimate=found.estimate))
+        await self.driver.routers_follow()
+        view = snapshot.model(self.core, self.core.state.models[spec.name], self.driver.now())
+        saved = v.Saved(
+            created=created, model=view, checked_against=found.checked_against, notes=found.notes
+        )
+        return reply(saved, 201 if created else 200)
+
+    async def delete_model(self, request: web.Request) -> web.Response:
+        await self.driver.remove_model(self._model(request).spec.name)
+        return web.Response(status=204)
+
+    async def load_model(self, request: web.Request) -> web.Response:
+        model = self._model(request)
+        body = await _body(request, v.LoadBody)
+        if not 1 <= body.replicas <= model.spec.max_replicas:
+            problem = SpecProblem(
+                field="replicas", value=body.replicas, message="is out of range",
+                fix=f"ask for 1 to {model.spec.max_replicas} (the model's max_replicas)",
+            )  # fmt: skip
+            raise ApiError(422, str(problem), problems=(problem,))
+        event = m.LoadAsked(now=self.driver.now(), model=model.spec.name, replicas=body.replicas)
+        self.driver.apply(event)
+        return self._model_reply(model, 202)
+
+    async def unload_model(self, request: web.Request) -> web.Response:
+        model = self._model(request)
+        self._refuse_unload(model, len(model.replicas))
+        self.driver.apply(m.UnloadAsked(now=self.driver.now(), model=model.spec.name))
+        return self._model_reply(model, 202)
+
+    async def pin_model(self, request: web.Request) -> web.Response:
+        model = self._model(request)
+        body = await _body(request, v.PinBody)
+        await self.driver.pin_model(model.spec.name, body.pinned)
+        return self._model_reply(model)
+
+    async def prewarm_model(self, request: web.Request) -> web.Response:
+        model = self._model(request)
+        body = await _body(request, v.PrewarmBody)
+        ask = _ask(body, time.time())
+        await self.driver.ask_prewarm(model.spec.name, ask)
+        return self._model_reply(model, 202)
+
+    def _refuse_unload(self, model: Model, stopped: int) -> None:
+        """It would be started again at once: say what to change instead."""
+        left = len(model.coming()) - stopped
+        if model.pinned and left < 1:
+            raise ApiError(409, f"model {model.spec.name!r} is pinned: unpin it first")
+        if left < model.spec.min_replicas:
+            raise ApiError(
+                409,
+                f"model {model.spec.name!r} has min_replicas {model.spec.min_replicas}:"
+                " lower that first",
+            )
+
+    def _model(self, request: web.Request) -> Model:
+        name = request.match_info["name"]
+        models = self.core.state.models
+        if name in models:
+            return models[name]
+        for model in models.values():
+            if name in model.spec.aliases:
+                return model
+        names = [n for model in models.values() for n in model.spec.names()]
+        raise _unknown("model", name, names)
+
+    def _model_reply(self, model: Model, status: int = 200) -> web.Response:
+        return reply(snapshot.model(self.core, model, self.driver.now()), status)
+
+    # ------------------------------------------------------------------------------- replicas
+
+    async def list_replicas(self, _: web.Request) -> web.Response:
+        return reply(snapshot.replicas(self.core, self.driver.now()))
+
+    async def show_replica(self, request: web.Request) -> web.Response:
+        replica = self._replica(request)
+        return reply(snapshot.replica(self.core, replica, self.driver.now()))
+
+    async def unload_replica(self, request: web.Request) -> web.Response:
+        replica = self._replica(request)
+        model = self.core.state.models.get(replica.model)
+        if model is not None:
+            self._refuse_unload(model, 1)
+        event = m.UnloadAsked(
+            now=self.driver.now(), model=replica.model, replica_id=replica.replica_id
+        )
+        self.driver.apply(event)
+        return reply(snapshot.replica(self.core, replica, self.driver.now()), 202)
+
+    async def replica_logs(self, request: web.Request) -> web.StreamResponse:
+        """Passed through from the agent that has them; a stopped replica's stay readable."""
+        replica_id = request.match_info["id"]
+        query = {
+            "tail": str(int(_number(request, "tail", 200))),
+            "follow": "1" if request.query.get("follow") == "1" else "0",
+        }
+        replica = self.core.state.replicas.get(replica_id)
+        nodes = [replica.node_id] if replica else list(self.core.state.nodes)
+        error = ""
+        for node_id in nodes:
+            address = self.driver.agent_address(node_id)
+            if address is None:
+                continue
+            url = f"{address}/agent/replicas/{replica_id}/logs"
+            timeout = aiohttp.ClientTimeout(total=None, connect=5)
+            try:
+                async with self.driver.http.get(url, params=query, timeout=timeout) as upstream:
+                    if upstream.status == 200:
+                        return await _pass_on(request, upstream)
+                    error = f"node {node_id}: HTTP {upstream.status}"
+                    if upstream.status == 404:
+                        error = ""
+            except aiohttp.ClientError as problem:
+                error = f"node {node_id}: {problem}"
+        if error:
+            raise ApiError(502, f"the log of {replica_id!r} cannot be read: {error}")
+        raise _unknown("replica", replica_id, list(self.core.state.replicas))
+
+    def _replica(self, request: web.Request) -> Replica:
+        replica_id = request.match_info["id"]
+        if replica_id not in self.core.state.replicas:
+            raise _unknown("replica", replica_id, list(self.core.state.replicas))
+        return self.core.state.replicas[replica_id]
+
+    # ------------------------------------------------------------------------------- nodes
+
+    async def list_nodes(self, _: web.Request) -> web.Response:
+        return reply(snapshot.nodes(self.core, self.driver.now()))
+
+    async def cordon_node(self, request: web.Request) -> web.Response:
+        return await self._set_cordon(request, cordoned=True)
+
+    async def drain_node(self, request: web.Request) -> web.Response:
+        return await self._set_cordon(request, cordoned=True, drain=True)
+
+    async def uncordon_node(self, request: web.Request) -> web.Response:
+        return await self._set_cordon(request, cordoned=False)
+
+    async def _set_cordon(
+        self, request: web.Request, cordoned: bool, drain: bool = False
+    ) -> web.Response:
+        node = self._node(request)
+        await self.driver.cordon_node(node.node_id, cordoned, drain)
+        return reply(snapshot.node(node, self.driver.now()))
+
+    def _node(self, request: web.Request) -> Node:
+        node_id = request.match_info["id"]
+        node = self.core.state.nodes.get(node_id)
+        if node is None or node.heartbeat is None:
+            raise _unknown("node", node_id, list(self.core.state.nodes))
+        return node
+
+    async def list_devices(self, _: web.Request) -> web.Response:
+        return reply(snapshot.devices(self.core))
+
+    async def show_queue(self, _: web.Request) -> web.Response:
+        return reply(snapshot.queue(self.core))
+
+    # ------------------------------------------------------------------------------- caches
+
+    async def show_caches(self, request: web.Request) -> web.Response:
+        return reply(await self._caches.view(self._cache_nodes(request)))
+
+    async def pull_model(self, request: web.Request) -> web.Response:
+        body = await _body(request, CachePullBody)
+        nodes = [self._known_node(node_id) for node_id in body.nodes] or self._caches.live_nodes()
+        if body.count is not None:
+            if not 1 <= body.count <= len(nodes):
+                problem = SpecProblem(
+                    field="count", value=body.count, message="is out of range",
+                    fix=f"ask for 1 to {len(nodes)} nodes",
+                )  # fmt: skip
+                raise ApiError(422, str(problem), problems=(problem,))
+            nodes = nodes[: body.count]
+        return reply(await self._caches.pull(body, nodes), 202)
+
+    async def remove_cached(self, request: web.Request) -> web.Response:
+        nodes = self._cache_nodes(request)
+        return reply(await self._caches.remove(_cached_model(request), nodes))
+
+    async def verify_cached(self, request: web.Request) -> web.Response:
+        nodes = self._cache_nodes(request)
+        return reply(await self._caches.verify(_cached_model(request), nodes))
+
+    def _cache_nodes(self, request: web.Request) -> list[str]:
+        node_id = request.query.get("node")
+        return [self._known_node(node_id)] if node_id else self._caches.live_nodes()
+
+    def _known_node(self, node_id: str) -> str:
+        if node_id not in self._caches.live_nodes():
+            raise _unknown("live node", node_id, self._caches.live_nodes())
+        return node_id
+
+    async def list_cold_starts(self, request: web.Request) -> web.Response:
+        limit = int(_number(request, "limit", 50))
+        model = request.query.get("model")
+        return reply(snapshot.cold_starts(self.core, self.driver.now(), limit, model))
+
+    async def show_footprint(self, request: web.Request) -> web.Response:
+        return reply(snapshot.footprints(self._model(request)))
+
+    async def list_decisions(self, request: web.Request) -> web.Response:
+        limit = int(_number(request, "limit", 100))
+        model = request.query.get("model")
+        return reply(snapshot.decisions(self.core, self.driver.now(), limit, model))
+
+    # ------------------------------------------------------------------------------- open
+
+    async def spec_schema(self, _: web.Request) -> web.Response:
+        return web.json_response(json_schema())
+
+    async def healthz(self, _: web.Request) -> web.Response:
+        return reply(self._health())
+
+    async def readyz(self, _: web.Request) -> web.Response:
+        health = self._health()
+        return reply(health, 200 if health.status == "ok" else 503)
+
+    def _health(self) -> v.Health:
+        state, leads = self.core.state, self.driver.leads
+        status = "standby" if not leads else "recovering" if state.recovering else "ok"
+        return v.Health(
+            status=status,  # type: ignore[arg-type]  # mypy widens the three literals to str
+            leader=leads,
+            term=state.term,
+            nodes=sum(1 for node in state.nodes.values() if node.live),
+            models=len(state.models),
+            version=VERSION,
+        )
+
+    async def metrics(self, _: web.Request) -> web.Response:
+        text = generate_latest(self._metrics)
+        return web.Response(body=text, content_type="text/plain", charset="utf-8")
+
+    async def openapi(self, _: web.Request) -> web.Response:
+        return web.Response(body=self._openapi, content_type="application/json")
+
+
+# ------------------------------------------------------------------------------- small helpers
+
+
+def _unknown(kind: str, name: str, known: list[str]) -> ApiError:
+    close = tuple(close_names(name, known))
+    hint = f"; did you mean {close[0]!r}?" if close else ""
+    return ApiError(404, f"there is no {kind} {name!r}{hint}", close=close)
+
+
+def _decode(data: bytes, kind: type[S]) -> S:
+    try:
+        return decode(data, kind)
+    except ValueError as error:
+        raise ApiError(400, f"the body is not a {kind.__name__}: {error}") from None
+
+
+def _ask(body: v.PrewarmBody, wall_s: float) -> Ask:
+    """An operator's wish; a time in words that can't be read is named."""
+    by = wall_s
+    if body.by is not None:
+        try:
+            moment = datetime.fromisoformat(body.by)
+        except ValueError:
+            moment = None
+        if moment is None or moment.tzinfo is None:
+            problem = SpecProblem(
+                field="by", value=body.by, message="is not a time with a time zone",
+                fix="write ISO 8601, e.g. 2026-11-24T08:00:00+01:00",
+            )  # fmt: skip
+            raise ApiError(422, str(problem), problems=(problem,))
+        by = moment.timestamp()
+    if body.for_s <= 0 or by + body.for_s <= wall_s:
+        problem = SpecProblem(
+            field="for_s", value=body.for_s, message="ends in the past",
+            fix="ask for a time that is still to come",
+        )  # fmt: skip
+        raise ApiError(422, str(problem), problems=(problem,))
+    return Ask(rung=body.rung, by=by, for_s=body.for_s)
+
+
+def _cached_model(request: web.Request) -> str:
+    model = request.query.get("model", "")
+    if not model:
+        raise ApiError(400, "model: say which, as it was asked for, e.g. ?model=hf:org/name")
+    return model
+
+
+async def _json(request: web.Request) -> Any:
+    try:
+        return msgspec.json.decode(await request.read() or b"{}")
+    except ValueError as error:
+        raise ApiError(400, f"the body is not JSON: {error}") from None
+
+
+async def _body(request: web.Request, kind: type[S]) -> S:
+    raw = await _json(request)
+    try:
+        return check(raw, kind)
+    except SchemaError as error:
+        raise ApiError(422, str(error), problems=error.problems) from None
+
+
+async def _spec(request: web.Request) -> ModelSpec:
+    raw = await _json(request)
+    try:
+        return parse_spec(raw)
+    except SchemaError as error:
+        raise ApiError(422, str(error), problems=error.problems) from None
+
+
+def _number(request: web.Request, name: str, default: float) -> float:
+    text = request.query.get(name, "")
+    try:
+        value = float(text) if text else default
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < 2**53:
+        raise ApiError(400, f"{name}: must be a number of at least 0 (got {text!r})")
+    return value
+
+
+async def _pass_on(request: web.Request, upstream: aiohttp.ClientResponse) -> web.StreamResponse:
+    response = web.StreamResponse(headers={"Content-Type": "text/plain; charset=utf-8"})
+    await response.prepare(request)
+    async for chunk in upstream.content.iter_any():
+        await response.write(chunk)
+    await response.write_eof()
+    return response

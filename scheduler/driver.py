@@ -1,0 +1,421 @@
+"""Runs the core in the world: leads or stands by, feeds events in, carries commands out.
+
+Rules this file keeps: it decides nothing; the core is called on the event loop only, one event at a
+time; a scheduler that is not the leader touches nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Callable, Coroutine, Iterable, Iterator
+from typing import Any
+
+import aiohttp
+import msgspec
+import tenacity
+from aiohttp import web
+
+from runtime.config import Config
+from runtime.footprints import Footprint, Key
+from runtime.prewarm import Ask, floor_at
+from runtime.registry import Entry, Lock, Registry, RegistryError, Service
+from runtime.wire import AgentCommand, CommandReply, RouteTable, decode
+from scheduler import messages as m
+from scheduler.core import Core
+from scheduler.ladder import climb_s
+from scheduler.moves import Settings
+
+log = logging.getLogger("scheduler")
+
+LEADER_TTL_S = 6.0  # Consul's shortest is 10 s: the registry rounds up
+TICK_S = 0.5
+SERVICE_TTL_S = 10.0
+COMMAND_TIMEOUT_S = 5.0
+SAVE_S = 5.0
+PREWARM_LEAD = 1.5  # a scheduled climb begins this many expected climbs before its time
+
+
+def _readable(entries: Iterable[Entry]) -> Iterator[Footprint]:
+    """A ledger entry of another version of Stoker is measured anew rather than trusted."""
+    for entry in entries:
+        with contextlib.suppress(ValueError):
+            yield decode(entry.value, Footprint)
+
+
+class NodeFlags(msgspec.Struct, frozen=True, kw_only=True):
+    """What the registry keeps of a node."""
+
+    cordoned: bool = False
+
+
+class Driver:
+    """One scheduler process. `leads` tells whether it may act."""
+
+    def __init__(self, config: Config, registry: Registry) -> None:
+        self.config = config
+        self.registry = registry
+        self.prefix = config.registry.prefix
+        settings = config.scheduler
+        self.core = Core(
+            Settings(
+                node_timeout_s=settings.node_timeout_s,
+                recovery_grace_s=settings.recovery_grace_s,
+                drain_grace_s=settings.drain_grace_s,
+                min_dwell_s=settings.min_dwell_s,
+            )
+        )
+        self.leads = False
+        self.url = ""
+        self.table: RouteTable | None = None
+        self.decided: dict[str, int] = {}  # decisions made, by action, for the metrics
+        self.on_cold_start: Callable[[m.ColdStart], None] = lambda _: None  # the metrics' hook
+        self._asks: dict[str, tuple[Ask, ...]] = {}
+        self._unsaved: dict[Key, Footprint] = {}
+        self._learned = asyncio.Event()
+        self._table_changed = asyncio.Event()
+        self._demand_seen = asyncio.Event()
+        self._senders: dict[str, asyncio.Queue[AgentCommand]] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._http: aiohttp.ClientSession | None = None
+
+    # ------------------------------------------------------------------------------- events
+
+    def now(self) -> float:
+        """The one clock of all events."""
+        return asyncio.get_running_loop().time()
+
+    def apply(self, event: m.Event) -> None:
+        """Hand one event to the core and begin to carry out what it answers."""
+        try:
+            commands = self.core.handle(event)
+        except Exception:
+            # State is learnt again from the next heartbeats; a dead scheduler would learn nothing.
+            log.exception("the core failed on %s", type(event).__name__)
+            self.decided["core_error"] = self.decided.get("core_error", 0) + 1
+            return
+        if isinstance(event, m.DemandSeen):
+            self._demand_seen.set()
+            self._demand_seen = asyncio.Event()
+        for command in commands:
+            match command:
+                case m.Send():
+                    self._queue_for(command.node_id).put_nowait(command.command)
+                case m.Publish():
+                    self.table = command.table
+                    self._table_changed.set()
+                    self._table_changed = asyncio.Event()
+                case m.ColdStart():
+                    self.on_cold_start(command)
+                case m.Learned():
+                    self._unsaved[command.footprint.key] = command.footprint
+                    self._learned.set()
+                case m.Decided():
+                    self.decided[command.action] = self.decided.get(command.action, 0) + 1
+                    log.info(
+                        "%s %s: %s", command.action, command.replica_id or command.model,
+                        command.reason,
+                        extra={"cause": command.cause or None, "node": command.node_id},
+                    )  # fmt: skip
+
+    async def routes_after(self, version: int, wait_s: float) -> RouteTable | None:
+        """The table as soon as it is newer than `version`; None if it is not within `wait_s`."""
+        deadline = self.now() + wait_s
+        while self.leads and (self.table is None or self.table.version <= version):
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._table_changed.wait(), deadline - self.now())
+                continue
+            return None
+        return self.table if self.leads else None
+
+    async def routers_follow(self, limit_s: float = 2.0) -> None:
+        """Return once every router that reports routes by the present table, or after `limit_s`.
+
+        So that who was told "added" is not told "unknown model" by a router right after.
+        """
+        version = self.table.version if self.table else 0
+        routers = self.core.state.routers
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(limit_s):
+                while any(r.routes_version < version for r in routers.values()):
+                    await self._demand_seen.wait()
+
+    # ------------------------------------------------------------------------------- commands
+
+    def agent_address(self, node_id: str) -> str | None:
+        """The base URL of a node's agent, once it has reported."""
+        node = self.core.state.nodes.get(node_id)
+        return node.heartbeat.address if node and node.heartbeat else None
+
+    @property
+    def http(self) -> aiohttp.ClientSession:
+        if self._http is None:
+            headers = {"Authorization": f"Bearer {self.config.cluster_token}"}
+            self._http = aiohttp.ClientSession(headers=headers)
+        return self._http
+
+    def _queue_for(self, node_id: str) -> asyncio.Queue[AgentCommand]:
+        """Commands to one node are sent one after the other: a stop never overtakes its start."""
+        if node_id not in self._senders:
+            self._senders[node_id] = asyncio.Queue()
+            self.spawn(self._send_to(node_id, self._senders[node_id]))
+        return self._senders[node_id]
+
+    async def _send_to(self, node_id: str, queue: asyncio.Queue[AgentCommand]) -> None:
+        while True:
+            command = await queue.get()
+            done = await self._send(node_id, command)
+            if self.leads:
+                self.apply(done)
+
+    async def _send(self, node_id: str, command: AgentCommand) -> m.CommandDone:
+        kind = command.__struct_config__.tag
+        assert isinstance(kind, str)
+        answer: CommandReply | None = None
+        error = f"node {node_id} has not reported an address"
+        address = self.agent_address(node_id)
+        if address is not None:
+            timeout = aiohttp.ClientTimeout(total=COMMAND_TIMEOUT_S)
+            try:
+                async with self.http.post(
+                    f"{address}/agent/commands", data=msgspec.json.encode(command), timeout=timeout
+                ) as response:
+                    body = await response.read()
+                    if response.status == 200:
+                        answer = decode(body, CommandReply)
+                    else:
+                        error = f"HTTP {response.status}: {body[:200].decode(errors='replace')}"
+            except (aiohttp.ClientError, TimeoutError, ValueError) as problem:
+                error = f"{type(problem).__name__}: {problem}"
+        if answer is None:
+            log.warning("could not %s %s on %s: %s", kind, command.replica_id, node_id, error)
+        return m.CommandDone(
+            now=self.now(), node_id=node_id, replica_id=command.replica_id, kind=kind,
+            delivered=answer is not None, ok=answer is not None and answer.ok,
+            error=answer.error if answer else error,
+            boot_id=answer.boot_id if answer else 0, seq=answer.seq if answer else 0,
+        )  # fmt: skip
+
+    # ------------------------------------------------------------------------------- stored state
+
+    def key(self, *parts: str) -> str:
+        return "/".join([self.prefix, *parts])
+
+    async def store_model(self, stored: m.StoredModel) -> None:
+        """Keep a model, then tell the core. Raises RegistryError."""
+        key = self.key("models", stored.spec.name)
+        await self.registry.put(key, msgspec.json.encode(stored))
+        self.apply(m.ModelPut(now=self.now(), model=stored))
+
+    async def remove_model(self, name: str) -> None:
+        await self.registry.delete(self.key("models", name))
+        await self.registry.delete(self.key("pins", name))
+        await self.registry.delete(self.key("prewarm", name))
+        self._asks.pop(name, None)
+        footprints, _ = await self.registry.list(self.key("footprints", name) + "/")
+        for entry in footprints:
+            await self.registry.delete(entry.key)
+        self.apply(m.ModelRemoved(now=self.now(), name=name))
+
+    async def pin_model(self, name: str, pinned: bool) -> None:
+        if pinned:
+            await self.registry.put(self.key("pins", name), b"true")
+        else:
+            await self.registry.delete(self.key("pins", name))
+        self.apply(m.PinSet(now=self.now(), model=name, pinned=pinned))
+
+    async def ask_prewarm(self, name: str, ask: Ask) -> None:
+        """Keep an operator's wish beside those that are not over yet, and act on it."""
+        asks = [a for a in self._asks.get(name, ()) if a.by + a.for_s > time.time()]
+        asks.append(ask)
+        await self.registry.put(self.key("prewarm", name), msgspec.json.encode(asks))
+        self._asks[name] = tuple(asks)
+        self.set_floors()
+
+    def set_floors(self) -> None:
+        """Tell the core which models may not be colder than what, as the clock stands now."""
+        wall_s = time.time()
+        for name, model in list(self.core.state.models.items()):
+            prewarm, asks = model.spec.prewarm, self._asks.get(name, ())
+            if not (asks or prewarm.min_warm or prewarm.schedule or model.floor):
+                continue
+            floor = floor_at(prewarm, asks, wall_s, PREWARM_LEAD * climb_s(model, 0))
+            if floor != model.floor:
+                self.apply(m.FloorSet(now=self.now(), model=name, floor=floor))
+
+    async def cordon_node(self, node_id: str, cordoned: bool, drain: bool = False) -> None:
+        flags = NodeFlags(cordoned=cordoned)
+        await self.registry.put(self.key("nodes", node_id), msgspec.json.encode(flags))
+        event = m.CordonSet(now=self.now(), node_id=node_id, cordoned=cordoned, drain=drain)
+        self.apply(event)
+
+    async def keep_footprints(self) -> None:
+        """For ever: write what was learnt to the registry, at most once in SAVE_S."""
+        while True:
+            await self._learned.wait()
+            self._learned.clear()
+            unsaved, self._unsaved = self._unsaved, {}
+            for key, footprint in unsaved.items():
+                path = self.key("footprints", key.path())
+                try:
+                    if self.leads:
+                        await self.registry.put(path, msgspec.json.encode(footprint))
+                except RegistryError as error:
+                    log.warning("the footprint of %s was not saved: %s", key.model, error)
+            await asyncio.sleep(SAVE_S)
+
+    async def _elected(self, term: int) -> m.Elected:
+        """Everything that is stored, for a new leader."""
+        registry = self.registry
+        entries, _ = await registry.list(self.key("models") + "/")
+        models = []
+        for entry in entries:
+            try:
+                models.append(decode(entry.value, m.StoredModel))
+            except ValueError as error:
+                log.error("stored model %s cannot be read and is left alone: %s", entry.key, error)
+        kept, _ = await registry.list(self.key("footprints") + "/")
+        nodes, _ = await registry.list(self.key("nodes") + "/")
+        pins, _ = await registry.list(self.key("pins") + "/")
+        wishes, _ = await registry.list(self.key("prewarm") + "/")
+        self._asks = {e.key.rsplit("/", 1)[1]: decode(e.value, tuple[Ask, ...]) for e in wishes}
+        agents, _ = await registry.services("stoker-agent")
+        return m.Elected(
+            now=self.now(),
+            term=term,
+            models=tuple(models),
+            known_nodes=tuple(agent.meta.get("node_id", agent.service_id) for agent in agents),
+            cordoned=tuple(
+                e.key.rsplit("/", 1)[1] for e in nodes if decode(e.value, NodeFlags).cordoned
+            ),
+            footprints=tuple(_readable(kept)),
+            pinned=tuple(e.key.rsplit("/", 1)[1] for e in pins),
+        )
+
+    # ------------------------------------------------------------------------------- leading
+
+    async def lead_or_stand_by(self) -> None:
+        """For ever: take the lock, lead until it is lost, try again."""
+        while True:
+            try:
+                lock = await self._campaign()
+                if lock is None:
+                    await asyncio.sleep(0.5)
+                    continue
+                await self._lead(lock)
+            except RegistryError as error:
+                log.warning("the registry does not answer: %s", error)
+                await asyncio.sleep(1.0)
+
+    async def _campaign(self) -> Lock | None:
+        entry = await self.registry.get(self.key("term"))
+        term = int(entry.value) + 1 if entry else 1
+        holder = msgspec.json.encode({"url": self.url, "term": term})
+        lock = await self.registry.acquire(self.key("leader"), holder, LEADER_TTL_S)
+        if lock is None:
+            return None
+        version = entry.version if entry else 0
+        if not await self.registry.put(self.key("term"), str(term).encode(), version):
+            await lock.release()  # another led in between: its term is newer
+            return None
+        event = await self._elected(term)
+        log.info("leading", extra={"term": term, "models": len(event.models)})
+        self.leads = True
+        self.apply(event)
+        return lock
+
+    async def _lead(self, lock: Lock) -> None:
+        renewed_at = self.now()
+        try:
+            while lock.held:
+                await asyncio.sleep(TICK_S)
+                self.apply(m.Tick(now=self.now()))
+                self.set_floors()
+                if self.now() - renewed_at >= LEADER_TTL_S / 3:
+                    renewed_at = await self._renew(lock, renewed_at)
+            log.warning("the leader lock is lost: standing by")
+        finally:
+            self.leads = False
+            self._table_changed.set()  # routers that wait here must find the new leader
+            self._table_changed = asyncio.Event()
+            for sender in self._senders.values():
+                while not sender.empty():
+                    sender.get_nowait()
+            with contextlib.suppress(RegistryError):
+                await lock.release()
+
+    async def _renew(self, lock: Lock, renewed_at: float) -> float:
+        """When it was last renewed. A registry that is down for less than the ttl costs nothing."""
+        try:
+            await asyncio.wait_for(lock.renew(), LEADER_TTL_S / 3)
+        except (RegistryError, TimeoutError) as error:
+            if self.now() - renewed_at > LEADER_TTL_S:
+                raise RegistryError(f"the leader lock could not be renewed: {error}") from error
+            return renewed_at
+        return self.now()
+
+    # ------------------------------------------------------------------------------- life
+
+    def spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        """Run `work` until it ends or the driver closes."""
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def keep_registered(self, service: Service) -> None:
+        """Stay findable; a registry that is down is tried again for ever."""
+        retry = tenacity.AsyncRetrying(
+            retry=tenacity.retry_if_exception_type(RegistryError),
+            wait=tenacity.wait_exponential(multiplier=0.2, max=5),
+        )
+        await retry(self.registry.register, service, SERVICE_TTL_S)
+        while True:
+            await asyncio.sleep(SERVICE_TTL_S / 3)
+            with contextlib.suppress(RegistryError):
+                if not await self.registry.keep_alive(service.service_id):
+                    await self.registry.register(service, SERVICE_TTL_S)
+
+    async def close(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._http is not None:
+            await self._http.close()
+
+
+async def run_scheduler(
+    config: Config,
+    registry: Registry,
+    *,
+    stop: asyncio.Event | None = None,
+    on_ready: Callable[[str], None] | None = None,
+) -> None:
+    """Serve until `stop` is set. `on_ready(url)` is called when the API listens."""
+    from scheduler.api import make_app
+
+    stop = stop or asyncio.Event()
+    driver = Driver(config, registry)
+    runner = web.AppRunner(make_app(driver), access_log=None, handler_cancellation=True)
+    await runner.setup()
+    try:
+        site = web.TCPSite(runner, config.scheduler.host, config.scheduler.port)
+        await site.start()
+        host, port = runner.addresses[0][:2]
+        driver.url = config.scheduler.advertise_url or f"http://{host}:{port}"
+        service = Service(
+            service_id=f"stoker-scheduler-{config.node_id()}-{port}", name="stoker-scheduler",
+            address=host, port=port,
+        )  # fmt: skip
+        driver.spawn(driver.lead_or_stand_by())
+        driver.spawn(driver.keep_registered(service))
+        driver.spawn(driver.keep_footprints())
+        if on_ready is not None:
+            on_ready(driver.url)
+        await stop.wait()
+        with contextlib.suppress(RegistryError):
+            await registry.deregister(service.service_id)
+    finally:
+        await driver.close()
+        await runner.cleanup()

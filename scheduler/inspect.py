@@ -1,0 +1,64 @@
+"""Asks the nodes what they think of a new spec: bad engine arguments, and the memory it takes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import aiohttp
+
+from runtime.wire import Inspection, MemoryEstimate, ModelSpec, SpecProblem, decode, encode
+from scheduler.driver import Driver
+
+INSPECT_TIMEOUT_S = 120.0  # the first look imports vLLM once to read its own option table
+MAX_NODES = 3  # nodes asked before the estimate is given up
+
+
+@dataclass(frozen=True, slots=True)
+class Findings:
+    """What the nodes said, together."""
+
+    problems: tuple[SpecProblem, ...] = ()
+    estimate: MemoryEstimate | None = None
+    checked_against: str | None = None
+    notes: tuple[str, ...] = ()
+
+
+async def inspect_spec(driver: Driver, spec: ModelSpec) -> Findings:
+    """Problems make the spec unacceptable; notes do not."""
+    best: Inspection | None = None
+    notes: list[str] = []
+    for node in [n for n in driver.core.state.nodes.values() if n.live][:MAX_NODES]:
+        try:
+            answer = await _ask(driver, driver.agent_address(node.node_id), spec)
+        except (aiohttp.ClientError, TimeoutError, ValueError) as error:
+            notes.append(f"node {node.node_id} could not check it: {error or type(error).__name__}")
+            continue
+        if answer.problems:
+            return Findings(problems=answer.problems, checked_against=answer.checked_against)
+        if best is None or (best.estimate is None and answer.estimate is not None):
+            best = answer
+        if best.estimate is not None:
+            break
+    if best is None:
+        notes.append("no node was up to check its engine arguments")
+        best = Inspection(estimate_error="no node is up")
+    if best.estimate is None and spec.device_memory_bytes is None:
+        problem = SpecProblem(
+            field="device_memory_bytes",
+            message=f"is not declared and cannot be estimated: {best.estimate_error}",
+            fix="declare it, e.g. device_memory_bytes: 12GiB",
+        )
+        return Findings(problems=(problem,), notes=tuple(notes))
+    if best.estimate_error and spec.engine != "stub":  # the stub has nothing to be estimated by
+        notes.append(f"its memory could not be estimated: {best.estimate_error}")
+    return Findings((), best.estimate, best.checked_against, tuple(notes))
+
+
+async def _ask(driver: Driver, address: str | None, spec: ModelSpec) -> Inspection:
+    timeout = aiohttp.ClientTimeout(total=INSPECT_TIMEOUT_S, connect=3)
+    url = f"{address}/agent/inspect"
+    async with driver.http.post(url, data=encode(spec), timeout=timeout) as response:
+        body = await response.read()
+        if response.status != 200:
+            raise ValueError(f"HTTP {response.status}: {body[:200].decode(errors='replace')}")
+        return decode(body, Inspection)

@@ -1,0 +1,199 @@
+"""What the scheduler's core is told, and what it answers.
+
+Rules this file keeps: an event carries `now` (seconds of one monotonic clock); a command carries
+`reason` and `cause`, so that every decision can be explained.
+"""
+
+from __future__ import annotations
+
+from msgspec import Struct
+
+from runtime.footprints import Footprint
+from runtime.wire import (
+    AgentCommand,
+    DemandReport,
+    Floor,
+    Heartbeat,
+    MemoryEstimate,
+    ModelSpec,
+    RouteTable,
+)
+
+
+class StoredModel(Struct, frozen=True, kw_only=True):
+    """A model as the registry keeps it: the spec as declared, and the estimate made for it."""
+
+    spec: ModelSpec
+    estimate: MemoryEstimate | None = None
+
+    def effective(self) -> ModelSpec:
+        """The spec with the estimate filled in where no size was declared."""
+        if self.spec.device_memory_bytes is not None or self.estimate is None:
+            return self.spec
+        fields = {name: getattr(self.spec, name) for name in self.spec.__struct_fields__}
+        return ModelSpec(**{**fields, "device_memory_bytes": self.estimate.total_bytes})
+
+
+# ------------------------------------------------------------------------------------- events
+
+
+class Elected(Struct, frozen=True, kw_only=True):
+    """This scheduler leads now. `known_nodes` are those the registry knows to be alive."""
+
+    now: float
+    term: int
+    models: tuple[StoredModel, ...] = ()
+    known_nodes: tuple[str, ...] = ()
+    cordoned: tuple[str, ...] = ()
+    pinned: tuple[str, ...] = ()
+    footprints: tuple[Footprint, ...] = ()
+
+
+class HeartbeatSeen(Struct, frozen=True, kw_only=True):
+    now: float
+    heartbeat: Heartbeat
+
+
+class DemandSeen(Struct, frozen=True, kw_only=True):
+    now: float
+    report: DemandReport
+
+
+class ModelPut(Struct, frozen=True, kw_only=True):
+    now: float
+    model: StoredModel
+
+
+class ModelRemoved(Struct, frozen=True, kw_only=True):
+    now: float
+    name: str
+
+
+class LoadAsked(Struct, frozen=True, kw_only=True):
+    now: float
+    model: str
+    replicas: int = 1
+
+
+class UnloadAsked(Struct, frozen=True, kw_only=True):
+    """Stop one replica, or (no replica_id) all of the model's."""
+
+    now: float
+    model: str
+    replica_id: str | None = None
+
+
+class PinSet(Struct, frozen=True, kw_only=True):
+    now: float
+    model: str
+    pinned: bool
+
+
+class FloorSet(Struct, frozen=True, kw_only=True):
+    """From now on the model may not be colder than `floor`; None: it may."""
+
+    now: float
+    model: str
+    floor: Floor | None
+
+
+class CordonSet(Struct, frozen=True, kw_only=True):
+    """Place nothing on the node (and with `drain` stop what it runs), or lift that."""
+
+    now: float
+    node_id: str
+    cordoned: bool
+    drain: bool = False
+
+
+class CommandDone(Struct, frozen=True, kw_only=True):
+    """How the sending of a command ended. Unreachable agents give `delivered=False`."""
+
+    now: float
+    node_id: str
+    replica_id: str
+    kind: str  # start | stop | sleep | wake
+    delivered: bool
+    ok: bool = False
+    error: str | None = None
+    boot_id: int = 0
+    seq: int = 0
+
+
+class Tick(Struct, frozen=True, kw_only=True):
+    now: float
+
+
+Event = (
+    Elected
+    | HeartbeatSeen
+    | DemandSeen
+    | ModelPut
+    | ModelRemoved
+    | LoadAsked
+    | UnloadAsked
+    | PinSet
+    | FloorSet
+    | CordonSet
+    | CommandDone
+    | Tick
+)
+
+# ------------------------------------------------------------------------------------- commands
+
+
+class Send(Struct, frozen=True, kw_only=True):
+    """Have `node_id`'s agent do this; answer with CommandDone."""
+
+    node_id: str
+    command: AgentCommand
+
+
+class Publish(Struct, frozen=True, kw_only=True):
+    """Routers route by this table from now on."""
+
+    table: RouteTable
+
+
+class Decided(Struct, frozen=True, kw_only=True):
+    """A record of one decision, for the log, the API and the metrics."""
+
+    number: int
+    at: float
+    action: str
+    model: str
+    reason: str
+    cause: str = ""
+    replica_id: str | None = None
+    node_id: str | None = None
+
+
+class ColdStart(Struct, frozen=True, kw_only=True):
+    """The post-mortem of one climb to hot: why, what it moved down, and where the time went.
+
+    `phases` are seconds: `queue` (the longest wait before it was planned), `evict` (until its
+    memory was free), then what its agent reports (fork, import, weights, kv, canary, …), with
+    `other` for what no phase accounts for. They add up to `total_s`.
+    """
+
+    number: int
+    at: float
+    model: str
+    replica_id: str
+    node_id: str
+    rung: str  # the one it climbed from: stopped | asleep-1 | asleep-2
+    outcome: str  # ready | failed
+    cause: str
+    reason: str
+    moved_down: tuple[str, ...]  # "b-1-2 (b) to asleep-1"
+    total_s: float
+    phases: dict[str, float]
+
+
+class Learned(Struct, frozen=True, kw_only=True):
+    """A footprint changed: keep it."""
+
+    footprint: Footprint
+
+
+Command = Send | Publish | Decided | ColdStart | Learned

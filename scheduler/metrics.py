@@ -1,0 +1,90 @@
+"""Prometheus metrics of the scheduler, read from the state when they are asked for."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+
+from prometheus_client import CollectorRegistry, Histogram
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from scheduler.driver import Driver
+from scheduler.messages import ColdStart
+
+
+class ColdStartTimes:
+    """Histograms of cold starts and wakes, by the rung they climbed from."""
+
+    BUCKETS_S = (0.1, 0.25, 0.5, 1, 2, 4, 8, 15, 30, 60, 120, 300, 600)
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._total = Histogram(
+            "stoker_cold_start_seconds", "from the oldest request's arrival to ready",
+            ["rung", "outcome"], buckets=self.BUCKETS_S, registry=registry,
+        )  # fmt: skip
+        self._phases = Histogram(
+            "stoker_cold_start_phase_seconds", "the same, by phase", ["rung", "phase"],
+            buckets=self.BUCKETS_S, registry=registry,
+        )  # fmt: skip
+
+    def observe(self, record: ColdStart) -> None:
+        self._total.labels(record.rung, record.outcome).observe(record.total_s)
+        for phase, seconds in record.phases.items():
+            self._phases.labels(record.rung, phase).observe(seconds)
+
+
+class StateCollector(Collector):
+    """Nothing is counted twice: every gauge is the state itself."""
+
+    def __init__(self, driver: Driver) -> None:
+        self.driver = driver
+
+    def collect(self) -> Iterator[Metric]:
+        state = self.driver.core.state
+        yield GaugeMetricFamily(
+            "stoker_scheduler_leader", "1 where this scheduler leads", int(self.driver.leads)
+        )
+        replicas = GaugeMetricFamily(
+            "stoker_replicas", "replicas by model and stage", labels=["model", "stage"]
+        )
+        for (model, stage), count in Counter(
+            (r.model, r.stage.value) for r in state.replicas.values()
+        ).items():
+            replicas.add_metric([model, stage], count)
+        yield replicas
+        waiting = GaugeMetricFamily("stoker_waiting", "requests held", labels=["model"])
+        flying = GaugeMetricFamily("stoker_in_flight", "requests in flight", labels=["model"])
+        for name in state.models:
+            demand = state.demand(name)
+            waiting.add_metric([name], demand.waiting)
+            flying.add_metric([name], demand.in_flight)
+        yield waiting
+        yield flying
+        yield from self._devices()
+        decisions = CounterMetricFamily("stoker_decisions", "decisions made", labels=["action"])
+        for action, count in self.driver.decided.items():
+            decisions.add_metric([action], count)
+        yield decisions
+
+    def _devices(self) -> Iterator[Metric]:
+        state = self.driver.core.state
+        labels = ["node", "device"]
+        families = {
+            name: GaugeMetricFamily(f"stoker_device_memory_{name}_bytes", text, labels=labels)
+            for name, text in (
+                ("total", "memory of the device"),
+                ("used", "memory in use, by anyone"),
+                ("booked", "memory booked by replicas"),
+            )
+        }
+        up = GaugeMetricFamily("stoker_node_up", "1 while the node reports", labels=["node"])
+        for node in state.nodes.values():
+            up.add_metric([node.node_id], int(node.live))
+            for device_id, device in node.devices.items():
+                where = [node.node_id, device_id]
+                families["total"].add_metric(where, device.memory_total_bytes)
+                families["used"].add_metric(where, device.memory_used_bytes)
+                families["booked"].add_metric(where, node.committed(device_id))
+        yield up
+        yield from families.values()

@@ -1,0 +1,317 @@
+"""How one replica moves: the hands of the scheduler's core. Pure.
+
+Rules this file keeps:
+- what an agent says is taken over, unless the scheduler has begun to move the replica elsewhere;
+- unroute, wait for the routers (or a deadline), then stop or put to sleep; a command whose effect
+  is not seen is repeated;
+- every move leaves a `Decided` with its reason and cause, every climb its post-mortem.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from runtime.footprints import Footprint
+from runtime.wire import ReplicaReport, SleepReplica, StartReplica, StopReplica, WakeReplica
+from scheduler import messages as m
+from scheduler.ladder import Descent, step_name
+from scheduler.ledger import finished, footprint_key, remember
+from scheduler.state import LEAVING, ClusterState, Model, Replica, Stage
+
+UNROUTE_TIMEOUT_S = 3.0  # how long routers may take to confirm a table without a replica
+RESEND_S = 3.0  # a command whose effect is not seen is repeated after this
+FIRST_RETRY_S, MAX_RETRY_S = 10.0, 300.0  # between attempts to start a model that failed
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """The core's own knobs; see runtime.config.SchedulerConfig."""
+
+    node_timeout_s: float = 10.0
+    recovery_grace_s: float = 10.0
+    drain_grace_s: float = 60.0
+    min_dwell_s: float = 5.0
+
+
+class Moves:
+    """What every move needs: the state, what is to be done, and whom to look at again."""
+
+    def __init__(self, settings: Settings | None = None) -> None:
+        self.settings = settings or Settings()
+        self.state = ClusterState()
+        self._out: list[m.Command] = []
+        self._dirty: set[str] = set()  # models to look at again and whose route may have changed
+
+    # --------------------------------------------------------------------------- what agents say
+
+    def _follow_phase(self, replica: Replica, report: ReplicaReport, now: float) -> None:
+        """Take over what the agent says, unless the scheduler has begun to move the replica."""
+        match replica.stage:
+            case Stage.STOPPING:
+                if report.phase not in ("draining", "stopping") and now >= replica.retry_at:
+                    self._send_stop(replica, now)
+            case Stage.UNROUTING:
+                if report.phase != "ready":
+                    self._send_stop(replica, now)  # it serves nobody: no ack to wait for
+            case Stage.SLEEPING:
+                self._follow_sleep(replica, report, now)
+            case Stage.ASLEEP | Stage.RISING if report.phase == "asleep":
+                self._measure_residue(replica, report)
+            case Stage.WAKING if report.phase in ("asleep", "waking"):
+                if report.phase == "asleep" and now >= replica.retry_at:
+                    self._send_wake(replica, now)
+            case _:
+                self._take_phase(replica, report, now)
+
+    def _take_phase(self, replica: Replica, report: ReplicaReport, now: float) -> None:
+        match report.phase:
+            case "starting":
+                replica.move(Stage.STARTING, now)
+            case "ready":
+                self._ready(replica, report, now)
+            case "backoff":
+                replica.move(Stage.BACKOFF, now)
+            case "draining" if report.sleep_level:
+                self._asleep(replica, report, now)  # on its way to sleep
+            case "draining" | "stopping":
+                replica.move(Stage.STOPPING, now)  # its agent is going down
+                replica.retry_at = now + RESEND_S
+            case "sleeping" | "asleep":
+                self._asleep(replica, report, now)
+            case "waking":
+                replica.move(Stage.WAKING, now)
+                replica.retry_at = now + RESEND_S
+            case "failed":
+                self._failed(replica, report.reason or "its start failed", now)
+
+    def _follow_sleep(self, replica: Replica, report: ReplicaReport, now: float) -> None:
+        if report.phase == "asleep":
+            self._asleep(replica, report, now)
+        elif report.phase == "ready":
+            if self._shown(replica):  # it could not sleep; its agent says why
+                self._decide("stay", replica, report.reason or "it could not sleep", now)
+                self._back_to_ready(replica, now)
+            elif now >= replica.retry_at:
+                self._send_sleep(replica, now)
+        elif report.phase not in ("draining", "sleeping"):
+            self._send_stop(replica, now)  # it died of it
+
+    def _asleep(self, replica: Replica, report: ReplicaReport, now: float) -> None:
+        replica.move(Stage.ASLEEP if report.phase == "asleep" else Stage.SLEEPING, now)
+        replica.sleep_level = report.sleep_level or replica.sleep_level or 1
+        replica.retry_at = now + RESEND_S
+        model = self.state.models.get(replica.model)
+        if model is not None and replica.sleep_level == 1 and not replica.host_booked:
+            replica.host_booked = model.weights_bytes(replica)
+        if report.phase == "asleep":
+            self._measure_residue(replica, report)
+
+    def _measure_residue(self, replica: Replica, report: ReplicaReport) -> None:
+        replica.residue = min(report.residue_bytes, replica.bytes)
+
+    def _back_to_ready(self, replica: Replica, now: float) -> None:
+        replica.move(Stage.READY, now)
+        replica.ready_at = now  # its dwell time begins anew: it is not asked again at once
+        replica.sleep_level = replica.host_booked = replica.residue = 0
+
+    def _shown(self, replica: Replica) -> bool:
+        """Whether the node's last heartbeat was made after the last command arrived there."""
+        heartbeat = self.state.nodes[replica.node_id].heartbeat
+        return (
+            heartbeat is not None
+            and replica.confirmed is not None
+            and (heartbeat.boot_id, heartbeat.seq) >= replica.confirmed
+        )
+
+    def _ready(self, replica: Replica, report: ReplicaReport, now: float) -> None:
+        if replica.stage is Stage.READY:
+            return
+        woken_from = replica.sleep_level
+        replica.move(Stage.READY, now)
+        replica.sleep_level = replica.host_booked = replica.residue = 0
+        replica.ready_at = now - report.phase_age_s
+        replica.used_at = max(replica.used_at, replica.ready_at)
+        model = self.state.models.get(replica.model)
+        if model is not None:
+            model.failures, model.blocked_until, model.problem = 0, 0.0, None
+            self._learn_times(model, replica, report, woken_from)
+        self._climbed(replica, "ready", now)
+
+    def _learn_times(
+        self, model: Model, replica: Replica, report: ReplicaReport, woken_from: int
+    ) -> None:
+        """Of climbs that this leader began: an adopted replica's was counted by an earlier one."""
+        key = footprint_key(self.state, replica)
+        seconds = report.wake_s if woken_from else report.start_s
+        if key is None or seconds is None or replica.climb is None:
+            return
+        known = model.footprints.get(key) or Footprint(key=key)
+        self._learned(model, known.with_times(step_name(woken_from), seconds, report.phases))
+
+    def _learn_memory(self, replica: Replica, report: ReplicaReport) -> None:
+        """Largest figures only, so that a steady replica writes nothing."""
+        model, key = self.state.models.get(replica.model), footprint_key(self.state, replica)
+        if model is None or key is None or key not in model.footprints:
+            return
+        known = model.footprints[key]
+        seen = known.with_memory(report)
+        if seen != known:
+            self._learned(model, seen)
+
+    def _learned(self, model: Model, footprint: Footprint) -> None:
+        remember(model, footprint)
+        self._out.append(m.Learned(footprint=footprint))
+
+    def _climbed(self, replica: Replica, outcome: str, now: float) -> None:
+        """Its way up is over: leave the post-mortem."""
+        if replica.climb is None:
+            return
+        self.state.cold_start_count += 1
+        record = finished(self.state.cold_start_count, replica, replica.climb, outcome, now)
+        replica.climb = None
+        self.state.cold_starts.append(record)
+        self._out.append(record)
+
+    def _failed(self, replica: Replica, why: str, now: float) -> None:
+        """Its agent gave up. The model rests for a while; other replicas go on serving."""
+        self._decide("give_up", replica, why, now)
+        self._climbed(replica, "failed", now)
+        model = self.state.models.get(replica.model)
+        if model is not None and replica.stage not in (Stage.ASLEEP, Stage.RISING):
+            model.failures += 1
+            pause_s = min(MAX_RETRY_S, FIRST_RETRY_S * 2 ** (model.failures - 1))
+            model.blocked_until, model.problem = now + pause_s, why
+        self._send_stop(replica, now, reason="clearing the failed start")
+
+    # ------------------------------------------------------------------------ what agents are told
+
+    def _send_start(self, replica: Replica, now: float) -> None:
+        assert replica.spec is not None  # only our own plans are started
+        if replica.climb is not None and replica.climb.sent_at is None:
+            replica.climb.sent_at = now
+        replica.move(Stage.SENT, now)
+        replica.retry_at, replica.confirmed = now + RESEND_S, None
+        command = StartReplica(
+            replica_id=replica.replica_id, epoch=self.state.term, spec=replica.spec,
+            device_ids=replica.device_ids, device_bytes=replica.bytes,
+            reason=replica.reason, cause=replica.cause,
+        )  # fmt: skip
+        self._out.append(m.Send(node_id=replica.node_id, command=command))
+        self._dirty.add(replica.model)
+
+    def _descend(self, way: Descent, reason: str, cause: str, now: float, action: str) -> None:
+        """Take a replica down as far as `way` says."""
+        replica = way.replica
+        node = self.state.nodes[replica.node_id]
+        if way.level and way.host_bytes <= node.host_free():
+            replica.sleep_level, replica.host_booked = way.level, way.host_bytes
+            replica.residue = replica.bytes - way.frees
+        self._leave(replica, reason, cause, now, action, to_sleep=bool(replica.sleep_level))
+
+    def _leave(
+        self, replica: Replica, reason: str, cause: str, now: float, action: str = "stop",
+        to_sleep: bool = False,
+    ) -> None:  # fmt: skip
+        """Begin to stop a replica, whatever it is doing, or to put a ready one to sleep.
+
+        Repeating it changes nothing; stopping one that is on its way to sleep does.
+        """
+        if replica.stage in LEAVING and (to_sleep or not replica.sleep_level):
+            return
+        if replica.stage is not Stage.READY or not to_sleep:
+            to_sleep = False
+        self._decide(action, replica, reason, now, cause=cause)
+        replica.reason, replica.cause = reason, cause
+        self._dirty.add(replica.model)
+        if not to_sleep:
+            replica.sleep_level = replica.host_booked = replica.residue = 0
+        if replica.stage in (Stage.PLANNED, Stage.UNKNOWN):
+            self._forget(replica)  # a lost node's replica is met again when the node returns
+        elif replica.stage is Stage.READY:
+            replica.move(Stage.UNROUTING, now)
+            replica.unrouted_version = self.state.routes_version + 1
+            replica.unrouted_deadline = now + UNROUTE_TIMEOUT_S
+        elif replica.stage is not Stage.UNROUTING:
+            self._send_stop(replica, now)
+
+    def _stop_unrouted(self, now: float) -> None:
+        for replica in [r for r in self.state.replicas.values() if r.stage is Stage.UNROUTING]:
+            confirmed = all(
+                router.routes_version >= replica.unrouted_version
+                for router in self.state.routers.values()
+            )
+            if confirmed or now >= replica.unrouted_deadline:
+                if replica.sleep_level:
+                    self._send_sleep(replica, now)
+                else:
+                    self._send_stop(replica, now)
+
+    def _send_sleep(self, replica: Replica, now: float) -> None:
+        replica.move(Stage.SLEEPING, now)
+        replica.retry_at, replica.confirmed = now + RESEND_S, None
+        command = SleepReplica(
+            replica_id=replica.replica_id, epoch=self.state.term,
+            level=1 if replica.sleep_level == 1 else 2, grace_s=self.settings.drain_grace_s,
+            reason=replica.reason, cause=replica.cause,
+        )  # fmt: skip
+        self._out.append(m.Send(node_id=replica.node_id, command=command))
+        self._dirty.add(replica.model)
+
+    def _send_wake(self, replica: Replica, now: float) -> None:
+        if replica.climb is not None and replica.climb.sent_at is None:
+            replica.climb.sent_at = now
+        replica.move(Stage.WAKING, now)
+        replica.retry_at, replica.confirmed = now + RESEND_S, None
+        command = WakeReplica(
+            replica_id=replica.replica_id, epoch=self.state.term, reason=replica.reason,
+            cause=replica.cause,
+        )  # fmt: skip
+        self._out.append(m.Send(node_id=replica.node_id, command=command))
+        self._dirty.add(replica.model)
+
+    def _send_stop(self, replica: Replica, now: float, reason: str | None = None) -> None:
+        if replica.stage in (Stage.ASLEEP, Stage.RISING):
+            replica.bytes = replica.residue  # it never takes more again
+        replica.move(Stage.STOPPING, now)
+        replica.sleep_level = replica.host_booked = replica.residue = 0
+        replica.retry_at, replica.confirmed = now + RESEND_S, None
+        command = StopReplica(
+            replica_id=replica.replica_id, epoch=self.state.term,
+            grace_s=self.settings.drain_grace_s, reason=reason or replica.reason,
+            cause=replica.cause,
+        )  # fmt: skip
+        self._out.append(m.Send(node_id=replica.node_id, command=command))
+        self._dirty.add(replica.model)
+
+    def _unplan(self, replica: Replica, now: float) -> None:
+        """Take a plan back that has not begun: a new replica is forgotten, a riser sleeps on."""
+        self._dirty.add(replica.model)
+        if replica.stage is Stage.RISING:
+            replica.climb = None
+            replica.move(Stage.ASLEEP, now)
+        else:
+            self._forget(replica)
+
+    def _forget(self, replica: Replica) -> None:
+        self.state.drop(replica)
+        self._dirty.add(replica.model)
+
+    def _decide(
+        self, action: str, replica: Replica, reason: str, now: float, cause: str | None = None
+    ) -> None:
+        self._record(
+            action, replica.model, reason, now, cause=replica.cause if cause is None else cause,
+            replica_id=replica.replica_id, node_id=replica.node_id,
+        )  # fmt: skip
+
+    def _record(
+        self, action: str, model: str, reason: str, now: float, *, cause: str = "",
+        replica_id: str | None = None, node_id: str | None = None,
+    ) -> None:  # fmt: skip
+        self.state.decision_count += 1
+        decided = m.Decided(
+            number=self.state.decision_count, at=now, action=action, model=model, reason=reason,
+            cause=cause, replica_id=replica_id, node_id=node_id,
+        )  # fmt: skip
+        self.state.decisions.append(decided)
+        self._out.append(decided)

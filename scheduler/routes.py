@@ -1,0 +1,144 @@
+"""The admin API as a table: what the server serves and the OpenAPI document describes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from runtime.wire import ModelSpec
+from scheduler import cache_api as c
+from scheduler import views as v
+
+_COUNT = {"type": "integer", "minimum": 0}
+_MODEL_NODE = {"model": {"type": "string"}, "node": {"type": "string"}}
+_FLAG = {"type": "string", "enum": ["0", "1"]}
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """One operation. `handler` names a method of `scheduler.api.Api`."""
+
+    method: str
+    path: str
+    handler: str
+    summary: str
+    says: str  # what the good answer is
+    reply: Any = None  # a views struct, str for text, dict for free JSON, None for no body
+    body: Any = None
+    status: int = 200
+    also_status: int | None = None
+    errors: tuple[int, ...] = ()
+    query: dict[str, dict[str, Any]] = field(default_factory=dict)
+    open: bool = False  # served without a token, by a scheduler that stands by too
+
+
+ADMIN = (
+    Route("GET", "/admin/models", "list_models", "List models", "every model", v.Models),
+    Route(
+        "POST", "/admin/models", "create_model", "Add a model", "it was added", v.Saved,
+        body=ModelSpec, status=201, errors=(400, 409, 422),
+    ),
+    Route(
+        "GET", "/admin/models/{name}", "show_model", "Show a model", "the model", v.ModelView,
+        errors=(404,),
+    ),
+    Route(
+        "PUT", "/admin/models/{name}", "put_model", "Add or change a model", "it was changed",
+        v.Saved, body=ModelSpec, also_status=201, errors=(400, 409, 422),
+    ),
+    Route(
+        "DELETE", "/admin/models/{name}", "delete_model", "Remove a model, draining its replicas",
+        "it was removed", status=204, errors=(404,),
+    ),
+    Route(
+        "POST", "/admin/models/{name}/load", "load_model", "Start replicas ahead of requests",
+        "the model; watch `ready`", v.ModelView, body=v.LoadBody, status=202,
+        errors=(400, 404, 422),
+    ),
+    Route(
+        "POST", "/admin/models/{name}/unload", "unload_model", "Drain and stop its replicas",
+        "the model; watch `replicas`", v.ModelView, status=202, errors=(404, 409),
+    ),
+    Route(
+        "POST", "/admin/models/{name}/pin", "pin_model", "Keep a model running, or stop to",
+        "the model", v.ModelView, body=v.PinBody, errors=(400, 404, 422),
+    ),
+    Route(
+        "POST", "/admin/models/{name}/prewarm", "prewarm_model", "Be warm by a time, for a while",
+        "the model; `floor` says from when on", v.ModelView, body=v.PrewarmBody, status=202,
+        errors=(400, 404, 422),
+    ),
+    Route("GET", "/admin/replicas", "list_replicas", "List replicas", "every replica", v.Replicas),
+    Route(
+        "GET", "/admin/replicas/{id}", "show_replica", "Show a replica", "the replica",
+        v.ReplicaView, errors=(404,),
+    ),
+    Route(
+        "POST", "/admin/replicas/{id}/unload", "unload_replica", "Drain and stop one replica",
+        "the replica", v.ReplicaView, status=202, errors=(404, 409),
+    ),
+    Route(
+        "GET", "/admin/replicas/{id}/logs", "replica_logs", "The engine's own output", "the log",
+        str, errors=(400, 404, 502), query={"tail": _COUNT, "follow": _FLAG},
+    ),
+    Route("GET", "/admin/nodes", "list_nodes", "List nodes", "every node", v.Nodes),
+    Route(
+        "POST", "/admin/nodes/{id}/cordon", "cordon_node", "Place nothing new on a node",
+        "the node", v.NodeView, errors=(404,),
+    ),
+    Route(
+        "POST", "/admin/nodes/{id}/drain", "drain_node", "Cordon a node and stop what it runs",
+        "the node", v.NodeView, errors=(404,),
+    ),
+    Route(
+        "POST", "/admin/nodes/{id}/uncordon", "uncordon_node", "Use a node again", "the node",
+        v.NodeView, errors=(404,),
+    ),
+    Route("GET", "/admin/devices", "list_devices", "List devices", "every device", v.Devices),
+    Route(
+        "GET", "/admin/queue", "show_queue", "Requests waiting and in flight, by model",
+        "the queue", v.Queue,
+    ),
+    Route(
+        "GET", "/admin/decisions", "list_decisions", "What was decided, and why", "newest first",
+        v.Decisions, errors=(400,), query={"limit": _COUNT, "model": {"type": "string"}},
+    ),
+    Route(
+        "GET", "/admin/coldstarts", "list_cold_starts", "Post-mortems of cold starts and wakes",
+        "newest first", v.ColdStarts, errors=(400,),
+        query={"limit": _COUNT, "model": {"type": "string"}},
+    ),
+    Route(
+        "GET", "/admin/models/{name}/footprint", "show_footprint",
+        "What it was declared, estimated and measured to take", "its footprint", v.Footprints,
+        errors=(404,),
+    ),
+    Route(
+        "GET", "/admin/cache", "show_caches", "The model caches of the nodes", "each node's cache",
+        c.Caches, errors=(404,), query={"node": {"type": "string"}},
+    ),
+    Route(
+        "POST", "/admin/cache/pull", "pull_model", "Fetch a model to nodes before it is needed",
+        "each node's pull; watch them in /admin/cache", c.Pulls, body=c.CachePullBody, status=202,
+        errors=(400, 404, 422),
+    ),
+    Route(
+        "DELETE", "/admin/cache", "remove_cached", "Remove a model from caches",
+        "what each node freed", c.Removals, errors=(400, 404), query=_MODEL_NODE,
+    ),
+    Route(
+        "POST", "/admin/cache/verify", "verify_cached", "Read a cached model again and check it",
+        "each node's verdict", c.Verdicts, errors=(400, 404), query=_MODEL_NODE,
+    ),
+    Route(
+        "GET", "/admin/spec-schema", "spec_schema", "The JSON Schema of a model spec",
+        "the schema", dict,
+    ),
+    Route("GET", "/healthz", "healthz", "Is this process alive", "it is", v.Health, open=True),
+    Route(
+        "GET", "/readyz", "readyz", "Does this scheduler lead and know its nodes", "it does",
+        v.Health, open=True,
+    ),
+    Route("GET", "/metrics", "metrics", "Prometheus metrics", "the metrics", str, open=True),
+    Route("GET", "/openapi.json", "openapi", "This document", "the document", dict, open=True),
+)  # fmt: skip

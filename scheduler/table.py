@@ -1,0 +1,77 @@
+"""What routers, and those who wait, are told of a model. Pure."""
+
+from __future__ import annotations
+
+from runtime.wire import Endpoint, ModelRoute, Warmth
+from scheduler.ladder import step_name
+from scheduler.state import Model, Stage
+
+
+def model_route(model: Model, now: float) -> ModelRoute:
+    """What routers must know of one model."""
+    spec = model.spec
+    serving = model.ready() or [
+        r for r in model.replicas.values() if r.stage is Stage.UNKNOWN and r.ready_at
+    ]
+    endpoints = tuple(
+        Endpoint(replica_id=r.replica_id, base_url=r.report.base_url, key=r.report.key or "")
+        for r in sorted(serving, key=lambda r: r.replica_id)
+        if r.report is not None and r.report.base_url is not None
+    )
+    why, retry_after_s = (None, None) if endpoints else refusal(model, now)
+    return ModelRoute(
+        name=spec.name, aliases=spec.aliases, warmth=warmth(model, now),
+        endpoints=endpoints, hold_s=spec.hold_s, max_queue=spec.max_queue,
+        refusal=why, retry_after_s=retry_after_s,
+        waiting_for=None if endpoints else waiting_for(model),
+        eta_s=None if endpoints else _eta_s(model),
+    )  # fmt: skip
+
+
+def _eta_s(model: Model) -> float | None:
+    """Seconds a cold call is expected to wait, where that was measured before."""
+    levels = [r.sleep_level for r in (*model.coming(), *model.asleep())]
+    level = max(levels, default=0)
+    measured = model.measured_s(step_name(level))
+    return None if measured is None else round(measured, 1)
+
+
+def refusal(model: Model, now: float) -> tuple[str | None, float | None]:
+    """Why requests for a cold model are turned away, and when to come back."""
+    if model.unfit is not None:
+        return f"{model.spec.name} cannot run: {model.unfit}", 30.0
+    if model.blocked_until > now:
+        return f"{model.spec.name} did not start: {model.problem}", round(
+            model.blocked_until - now, 1
+        )
+    return None, None
+
+
+def warmth(model: Model, now: float) -> Warmth:
+    """How warm the model is, in the words of the API."""
+    if model.ready():
+        return "hot"
+    if model.coming():
+        return "starting"
+    if model.asleep():
+        return "asleep"
+    return "failed" if refusal(model, now)[0] else "cold"
+
+
+def waiting_for(model: Model) -> str | None:
+    """What those who wait are waiting for, in words."""
+    for replica in model.coming():
+        where = f"{replica.node_id} ({', '.join(replica.device_ids)})"
+        match replica.stage:
+            case Stage.PLANNED:
+                return f"room on {where}, {replica.reason}"
+            case Stage.SENT | Stage.STARTING:
+                return f"starting on {where}"
+            case Stage.RISING:
+                return f"room on {where}, {replica.reason}"
+            case Stage.WAKING:
+                return f"waking on {where}"
+            case Stage.BACKOFF:
+                why = replica.report.reason if replica.report else None
+                return f"restarting on {where} after: {why}"
+    return model.waiting_for
