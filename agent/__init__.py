@@ -1,0 +1,1 @@
+"""Runs on each host: reports devices and replicas, starts and stops engine processes."""

@@ -1,0 +1,93 @@
+"""What a model's source means on this node: a folder to use in place, or something to pull.
+
+Rules this file keeps:
+- a local folder is never copied, except from the shared store, where the config says so;
+- the shared store is asked before peers and the hub; what it lacks is no error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from msgspec import Struct
+
+from agent.cache_errors import CacheError
+from agent.cache_sources import FolderSource, Origin
+from runtime.models import CacheConfig, ModelRef, parse_ref
+
+
+class Wanted(Struct, frozen=True, kw_only=True):
+    """A model that must be copied to this node, and how."""
+
+    ref: ModelRef
+    direct: bool  # from its origin only: the shared store
+    origin: Callable[[str | None], Origin]  # for a revision, or the one asked for
+    folder: Path | None = None  # in the shared store
+
+
+def look(source: str, config: CacheConfig, model_dir: Path) -> Path | Wanted:
+    """Blocks: looks at folders, which may be mounted ones.
+
+    Raises CacheError for a folder that is not there, ValueError for a source that can't be one.
+    """
+    ref = parse_ref(source)
+    if ref is None and (model_dir / source).is_dir() and not Path(source).is_absolute():
+        return (model_dir / source).resolve()
+    folder = _shared(ref, source, config.shared_dir)
+    if folder is not None and folder.is_dir():
+        if not config.copy_shared:
+            return folder
+        wanted, found = ref or ModelRef(source=str(folder)), folder
+        return Wanted(ref=wanted, direct=True, origin=lambda _: FolderSource(found), folder=found)
+    if ref is not None:
+        remote = ref
+        return Wanted(ref=ref, direct=False, origin=lambda revision: open_origin(remote, revision))
+    if Path(source).is_dir():
+        return Path(source).resolve()
+    raise _missing(source, config, model_dir)
+
+
+def cached_as(source: str, config: CacheConfig) -> ModelRef | None:
+    """What `source` is called in the cache, if it is there. Asks no disk."""
+    ref = parse_ref(source)
+    folder = _shared(ref, source, config.shared_dir)
+    return ref or (ModelRef(source=str(folder)) if folder else None)
+
+
+def _shared(ref: ModelRef | None, source: str, shared_dir: str) -> Path | None:
+    """Where the shared store would have it."""
+    if not shared_dir:
+        return None
+    root = Path(shared_dir).absolute()
+    if ref is None:
+        folder = root / source
+        inside = folder.is_relative_to(root) and folder != root and ".." not in folder.parts
+        return folder if inside else None
+    if not ref.source.startswith("hf:"):
+        return None
+    name = ref.source.removeprefix("hf:")
+    return root / (name if ref.asked == "main" else f"{name}@{ref.asked}")
+
+
+def open_origin(ref: ModelRef, revision: str | None) -> Origin:
+    """The hub or the object store, for one model."""
+    if ref.source.startswith("hf:"):
+        from agent.cache_hub import HubSource
+
+        return HubSource(ref.source.removeprefix("hf:"), revision or ref.asked)
+    from agent.cache_s3 import S3Source
+
+    return S3Source(ref.source)
+
+
+def _missing(source: str, config: CacheConfig, model_dir: Path) -> CacheError:
+    places = [model_dir / source, Path(source)]
+    if config.shared_dir:
+        places.insert(1, Path(config.shared_dir) / source)
+    looked = " or ".join(dict.fromkeys(str(place) for place in places))
+    return CacheError(
+        "not_found",
+        f"source {source!r} is not a folder on this node (looked for {looked}); put the model"
+        " there, or use hf:org/name or s3://bucket/path",
+    )

@@ -1,0 +1,88 @@
+"""Turns a start command into the process to run on this node.
+
+Rules this file keeps: whatever is wrong with a start is said in words, before a process exists.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+from collections.abc import Collection, Sequence
+
+from msgspec import Struct
+
+from agent.process import free_port
+from runtime.engine import Launch, LaunchContext, get_engine
+from runtime.wire import DeviceKind, DeviceReport, StartReplica
+
+log = logging.getLogger("stoker.agent")
+
+
+class Place(Struct, frozen=True, kw_only=True):
+    """What every start on this node shares."""
+
+    host: str  # the address engines listen on
+    device_kind: DeviceKind
+    python: str
+    model_dir: str
+    cache_dir: str
+
+
+class Plan(Struct, frozen=True, kw_only=True):
+    """A start that is ready to be spawned."""
+
+    launch: Launch
+    context: LaunchContext
+
+
+class BadStart(Exception):
+    """A start that cannot be; `kind` as in ReplicaReport.exit_kind."""
+
+    def __init__(self, kind: str, words: str) -> None:
+        super().__init__(words)
+        self.kind = kind
+
+
+def make_plan(
+    command: StartReplica,
+    devices: Sequence[DeviceReport],
+    place: Place,
+    taken_ports: Collection[int],
+    model_path: str,
+) -> Plan:
+    """The process of one replica, with fresh keys and a free port. Blocks. Raises BadStart."""
+    spec = command.spec
+    try:
+        chosen = _chosen(command, devices)
+        context = LaunchContext(
+            replica_id=command.replica_id,
+            host=place.host,
+            port=free_port(place.host, taken_ports),
+            route_key=secrets.token_urlsafe(24),
+            control_key=secrets.token_urlsafe(24),
+            device_kind=place.device_kind,
+            device_ids=command.device_ids,
+            device_indexes=tuple(d.index for d in chosen),
+            device_bytes=command.device_bytes,
+            device_total_bytes=min(d.memory_total_bytes for d in chosen),
+            model_path=model_path,
+            revision=None,
+            python=place.python,
+            cache_dir=place.cache_dir,
+        )
+        return Plan(launch=get_engine(spec.engine).launch(spec, context), context=context)
+    except ValueError as error:
+        raise BadStart("bad_argument", str(error)) from None
+    except Exception as error:  # an engine's fault must not end the agent
+        log.exception("%s: planning its start failed", command.replica_id)
+        raise BadStart("crash", f"planning its start failed: {error!r}") from None
+
+
+def _chosen(command: StartReplica, devices: Sequence[DeviceReport]) -> list[DeviceReport]:
+    here = {device.device_id: device for device in devices}
+    missing = [d for d in command.device_ids if d not in here]
+    if missing or not command.device_ids:
+        raise ValueError(
+            f"devices {missing or 'none'} are not on this node; it has {', '.join(here)}"
+        )
+    return [here[d] for d in command.device_ids]

@@ -1,0 +1,163 @@
+"""How a node is found, and how it tells the scheduler what it is: registration and heartbeats.
+
+Rules this file keeps:
+- neither a registry nor a scheduler that is down stops anything: the last known leader is tried
+  again and again, and what a failure means is said once, not each second;
+- heartbeats asked for while one is under way become one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Callable
+
+import aiohttp
+from msgspec import Struct
+from tenacity import AsyncRetrying, retry_if_exception_type, wait_exponential
+
+from runtime import wire
+from runtime.registry import Registry, RegistryError, Service
+from runtime.wire import Heartbeat, HeartbeatReply
+
+log = logging.getLogger("stoker.agent")
+
+SERVICE_TTL_S = 10.0
+_KEEP_ALIVE_S = 3.0
+_POST_TIMEOUT = aiohttp.ClientTimeout(total=5.0)
+_LOOKUP_TIMEOUT_S = 5.0
+_FAREWELL_S = 2.0
+
+
+async def keep_registered(registry: Registry, service: Service) -> None:
+    """Register and prolong for ever; a registry that is down is tried again."""
+    while True:
+        retrying = AsyncRetrying(
+            retry=retry_if_exception_type(RegistryError),
+            wait=wait_exponential(multiplier=0.5, max=_KEEP_ALIVE_S),
+            before_sleep=lambda state: _say_unregistered(state.attempt_number, service),
+        )
+        await retrying(registry.register, service, SERVICE_TTL_S)
+        with contextlib.suppress(RegistryError):  # then it is registered anew
+            known = True
+            while known:
+                await asyncio.sleep(_KEEP_ALIVE_S)
+                known = await registry.keep_alive(service.service_id)
+
+
+def _say_unregistered(attempt: int, service: Service) -> None:
+    if attempt == 1:
+        log.warning("the registry does not answer; registering %s goes on", service.service_id)
+
+
+async def deregister(registry: Registry, service: Service) -> None:
+    """Leave the registry, if it answers."""
+    with contextlib.suppress(RegistryError, TimeoutError):
+        await asyncio.wait_for(registry.deregister(service.service_id), _FAREWELL_S)
+
+
+class Leader(Struct, frozen=True):
+    """The value of the leader key."""
+
+    url: str
+    term: int = 0
+
+
+class _NotAccepted(Exception):
+    """A scheduler did not take the heartbeat; the message says why."""
+
+
+class SchedulerLink:
+    """Sends heartbeats to whoever leads."""
+
+    def __init__(
+        self,
+        session: aiohttp.ClientSession,
+        registry: Registry,
+        *,
+        leader_key: str,
+        token: str,
+        interval_s: float,
+        build: Callable[[], Heartbeat],
+        on_reply: Callable[[HeartbeatReply], bool],
+    ) -> None:
+        """`build` makes the heartbeat of this moment; `on_reply` returns False where the
+        scheduler that answered is an outdated leader."""
+        self._session = session
+        self._registry = registry
+        self._leader_key = leader_key
+        self._headers = {"Authorization": f"Bearer {token}"}
+        self._interval_s = interval_s
+        self._build = build
+        self._on_reply = on_reply
+        self._url: str | None = None
+        self._poked = asyncio.Event()
+        self._trouble: str | None = None
+
+    def send_soon(self) -> None:
+        """Do not wait for the interval's end."""
+        self._poked.set()
+
+    async def run(self) -> None:
+        """Heartbeats for ever."""
+        while True:
+            self._poked.clear()
+            await self.send()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._poked.wait(), self._interval_s)
+
+    async def send(self) -> bool:
+        """One heartbeat, to the leader we know or else to the one the registry names."""
+        try:
+            if self._url is None:
+                await self._post(await self._find())
+            else:
+                await self._post_again(self._url)
+        except _NotAccepted as error:
+            if self._trouble is None:
+                log.warning("no heartbeat reaches a scheduler: %s", error)
+            self._trouble = str(error)
+            return False
+        if self._trouble:
+            log.info("heartbeats go to %s", self._url)
+        self._trouble = None
+        return True
+
+    async def _post_again(self, url: str) -> None:
+        try:
+            await self._post(url)
+        except _NotAccepted:
+            found = await self._find()
+            if found == url:
+                raise
+            await self._post(found)
+
+    async def _post(self, url: str) -> None:
+        try:
+            async with self._session.post(
+                f"{url}/internal/heartbeat",
+                data=wire.encode(self._build()),
+                headers=self._headers | {"Content-Type": "application/json"},
+                timeout=_POST_TIMEOUT,
+            ) as reply:
+                body = await reply.read()
+                if reply.status != 200:
+                    raise _NotAccepted(f"{url} answers {reply.status}: {body[:200]!r}")
+                if not self._on_reply(wire.decode(body, HeartbeatReply)):
+                    raise _NotAccepted(f"{url} leads no more")
+        except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
+            raise _NotAccepted(f"{url}: {error or type(error).__name__}") from None
+        self._url = url
+
+    async def _find(self) -> str:
+        try:
+            entry = await asyncio.wait_for(self._registry.get(self._leader_key), _LOOKUP_TIMEOUT_S)
+        except (RegistryError, TimeoutError) as error:
+            raise _NotAccepted(f"the registry does not answer: {error}") from None
+        if entry is None:
+            raise _NotAccepted("no scheduler leads yet")
+        try:
+            return wire.decode(entry.value, Leader).url.rstrip("/")
+        except ValueError as error:
+            raise _NotAccepted(f"{self._leader_key} holds no leader: {error}") from None

@@ -1,0 +1,131 @@
+"""Asks one engine how it is: quickly while it starts, each second while it serves.
+
+Rules this file keeps: it only looks and tells; an engine that does not answer in time is unhealthy.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Callable
+
+import aiohttp
+from msgspec import Struct
+
+from agent.messages import HealthChanged, StatusSeen
+from runtime import wire
+from runtime.wire import ReplicaPhase
+
+_STATUS_PATH = "/stoker/status"
+_FIRST_PAUSE_S = 0.05  # while starting; grows by a fifth up to _LAST_PAUSE_S
+_LAST_PAUSE_S = 0.25
+_READY_PAUSE_S = 1.0  # asleep too
+_DRAIN_PAUSE_S = 0.1
+_TIMEOUT = aiohttp.ClientTimeout(total=5.0)
+
+_FAILURES = (aiohttp.ClientError, TimeoutError, OSError, ValueError)
+
+
+class _Status(Struct, frozen=True):
+    in_flight: int
+    idle_for_s: float | None = None
+
+
+class Target(Struct, frozen=True, kw_only=True):
+    """Where one engine is reached."""
+
+    replica_id: str
+    base_url: str
+    health_path: str
+    control_key: str
+
+
+async def is_healthy(session: aiohttp.ClientSession, target: Target) -> bool:
+    """Whether its health check answers 200 now."""
+    try:
+        async with session.get(target.base_url + target.health_path, timeout=_TIMEOUT) as reply:
+            return reply.status == 200
+    except _FAILURES:
+        return False
+
+
+class Prober:
+    """Probes one replica until its phase says that there is nothing to ask any more."""
+
+    def __init__(
+        self,
+        session: aiohttp.ClientSession,
+        target: Target,
+        phase: Callable[[], ReplicaPhase | None],
+        tell: Callable[[HealthChanged | StatusSeen], object],
+    ) -> None:
+        self._session = session
+        self._target = target
+        self._phase = phase
+        self._tell = tell
+        self._poked = asyncio.Event()
+
+    def poke(self) -> None:
+        """The phase changed: look at once."""
+        self._poked.set()
+
+    async def run(self) -> None:
+        """Returns once the replica's engine is not to be asked any more."""
+        starting_pause_s = _FIRST_PAUSE_S
+        while True:
+            self._poked.clear()
+            phase = self._phase()
+            if phase == "starting":
+                await self._probe_start()
+                pause_s = starting_pause_s
+                starting_pause_s = min(starting_pause_s * 1.2, _LAST_PAUSE_S)
+            elif phase == "ready":
+                await asyncio.gather(self._probe_health(), self._probe_status())
+                pause_s = _READY_PAUSE_S
+            elif phase == "draining":
+                await self._probe_status()
+                pause_s = _DRAIN_PAUSE_S
+            elif phase == "asleep":
+                await self._probe_health()
+                pause_s = _READY_PAUSE_S
+            elif phase in ("sleeping", "waking"):
+                pause_s = _READY_PAUSE_S  # it is busy; the core has a limit for that
+            else:
+                return
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._poked.wait(), pause_s)
+
+    async def _probe_start(self) -> None:
+        if await is_healthy(self._session, self._target):
+            self._tell_health(True)
+
+    async def _probe_health(self) -> None:
+        self._tell_health(await is_healthy(self._session, self._target))
+
+    async def _probe_status(self) -> None:
+        target = self._target
+        headers = {"Authorization": f"Bearer {target.control_key}"}
+        asked_at = time.monotonic()
+        try:
+            async with self._session.get(
+                target.base_url + _STATUS_PATH, headers=headers, timeout=_TIMEOUT
+            ) as reply:
+                reply.raise_for_status()
+                status = wire.decode(await reply.read(), _Status)
+        except _FAILURES:
+            return  # the health check and the drain's grace time judge it
+        self._tell(
+            StatusSeen(
+                now=time.monotonic(),
+                replica_id=target.replica_id,
+                in_flight=status.in_flight,
+                idle_for_s=status.idle_for_s,
+                asked_at=asked_at,
+            )
+        )
+
+    def _tell_health(self, healthy: bool) -> None:
+        self._tell(
+            HealthChanged(now=time.monotonic(), replica_id=self._target.replica_id, healthy=healthy)
+        )

@@ -1,0 +1,213 @@
+"""The node agent's HTTP endpoints. They decide nothing.
+
+Every route but /healthz needs `Authorization: Bearer <cluster_token>`, where there is one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hmac
+import os
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+from aiohttp import web
+from aiohttp.typedefs import Middleware
+from msgspec import Struct
+from prometheus_client import CONTENT_TYPE_LATEST
+
+from agent.cache_errors import CacheError
+from agent.cache_http import cache_routes
+from agent.launch import Place
+from agent.messages import CommandReceived
+from agent.node import Node
+from runtime import footprint, wire
+from runtime.engine import get_engine, resolve_source
+from runtime.wire import (
+    CommandReply,
+    Inspection,
+    MemoryEstimate,
+    ModelSpec,
+    SpecProblem,
+)
+
+_TAIL_LINES = 200
+_FOLLOW_POLL_S = 0.2
+_BLOCK_BYTES = 64 * 1024
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+def make_app(node: Node, token: str) -> web.Application:
+    """The agent's HTTP application."""
+    endpoints = _Endpoints(node)
+    app = web.Application(middlewares=[_guard(token)], client_max_size=2**20)
+    app.add_routes(
+        [
+            web.get("/healthz", endpoints.healthz),
+            web.get("/metrics", endpoints.metrics),
+            web.post("/agent/commands", endpoints.command),
+            web.post("/agent/inspect", endpoints.inspect),
+            web.get("/agent/replicas/{replica_id}/logs", endpoints.logs),
+            *cache_routes(node.cache),
+        ]
+    )
+    return app
+
+
+def _guard(token: str) -> Middleware:
+    expected = f"Bearer {token}".encode()
+
+    @web.middleware
+    async def guard(request: web.Request, handler: Handler) -> web.StreamResponse:
+        given = request.headers.get("Authorization", "").encode(errors="surrogateescape")
+        # Without a token the agent listens on loopback only: the driver sees to it.
+        allowed = not token or hmac.compare_digest(given, expected)
+        if not allowed and request.path != "/healthz":
+            return _refusal(401, "this route needs 'Authorization: Bearer <cluster_token>'")
+        return await handler(request)
+
+    return guard
+
+
+class _Endpoints:
+    def __init__(self, node: Node) -> None:
+        self._node = node
+
+    async def healthz(self, request: web.Request) -> web.Response:
+        return web.json_response({"draining": self._node.core.shutting_down})
+
+    async def metrics(self, request: web.Request) -> web.Response:
+        node = self._node
+        body = node.metrics.render(
+            node.devices.last(), [r.phase for r in node.core.replicas.values()]
+        )
+        return web.Response(body=body, headers={"Content-Type": CONTENT_TYPE_LATEST})
+
+    async def command(self, request: web.Request) -> web.Response:
+        try:
+            command = wire.decode_command(await request.read())
+        except ValueError as error:
+            return _refusal(400, f"not a command: {error}")
+        refused = self._node.apply(CommandReceived(now=time.monotonic(), command=command))
+        reply = CommandReply(
+            ok=refused is None,
+            boot_id=self._node.boot_id,
+            seq=self._node.next_seq,
+            error=refused.error if refused else None,
+        )
+        return _json(reply, status=409 if refused and refused.stale else 200)
+
+    async def inspect(self, request: web.Request) -> web.Response:
+        try:
+            spec = wire.decode(await request.read(), ModelSpec)
+        except ValueError as error:
+            return _refusal(400, f"not a model spec: {error}")
+        folder = None
+        if spec.engine != "stub":
+            with contextlib.suppress(CacheError, ValueError):  # `inspect` says what is wrong
+                folder = await self._node.cache.where(spec.source)
+        found = await asyncio.to_thread(inspect, spec, self._node.place, folder)
+        return _json(found)
+
+    async def logs(self, request: web.Request) -> web.StreamResponse:
+        replica_id = request.match_info["replica_id"]
+        try:
+            lines = int(request.query.get("tail", _TAIL_LINES))
+        except ValueError:
+            return _refusal(400, f"tail must be a number of lines (got {request.query['tail']!r})")
+        path = self._node.log_path(replica_id)
+        if path is None:
+            return _refusal(404, f"this node has no log of a replica {replica_id!r}")
+        response = web.StreamResponse(headers={"Content-Type": "text/plain; charset=utf-8"})
+        await response.prepare(request)
+        text, position = await asyncio.to_thread(_tail, path, max(0, lines))
+        await response.write(text)
+        if request.query.get("follow", "0") == "1":
+            await self._follow(request, response, path, position, replica_id)
+        await response.write_eof()
+        return response
+
+    async def _follow(
+        self,
+        request: web.Request,
+        response: web.StreamResponse,
+        path: Path,
+        position: int,
+        replica_id: str,
+    ) -> None:
+        """Until the replica ends or the reader leaves."""
+        while request.transport is not None and not request.transport.is_closing():
+            may_grow = self._node.runs(replica_id)
+            text, position = await asyncio.to_thread(_more, path, position)
+            if text:
+                await response.write(text)
+            elif may_grow:
+                await asyncio.sleep(_FOLLOW_POLL_S)
+            else:
+                return
+
+
+def inspect(spec: ModelSpec, place: Place, folder: Path | None) -> Inspection:
+    """What this node thinks of a spec, whose model is in `folder` if it need not be pulled.
+
+    Blocks, on an engine's argument parser for a while.
+    """
+    problems, checked_against = get_engine(spec.engine).check_args(
+        spec, place.python, place.cache_dir
+    )
+    estimate: MemoryEstimate | None = None
+    estimate_error: str | None = None
+    try:
+        model_path = str(folder or resolve_source(spec, place.model_dir)[0])
+    except ValueError as error:
+        estimate_error = str(error)
+        problems = [
+            *problems,
+            SpecProblem(field="source", message=str(error), value=spec.source),
+        ]
+    else:
+        try:
+            estimate = footprint.estimate(spec, model_path, place.device_kind)
+        except ValueError as error:
+            estimate_error = str(error)
+    return Inspection(
+        problems=tuple(problems),
+        estimate=estimate,
+        estimate_error=estimate_error,
+        checked_against=checked_against,
+    )
+
+
+def _tail(path: Path, lines: int) -> tuple[bytes, int]:
+    """The last `lines` lines, and where the file ended."""
+    try:
+        with path.open("rb") as file:
+            text = b"".join(deque(file, maxlen=lines))
+            return text, file.tell()
+    except FileNotFoundError:
+        return b"", 0
+
+
+def _more(path: Path, position: int) -> tuple[bytes, int]:
+    """What was written since `position`, and where that ends."""
+    try:
+        with path.open("rb") as file:
+            if file.seek(0, os.SEEK_END) < position:
+                position = 0  # it was rotated
+            file.seek(position)
+            text = file.read(_BLOCK_BYTES)
+            return text, position + len(text)
+    except FileNotFoundError:
+        return b"", position
+
+
+def _json(message: Struct, status: int = 200) -> web.Response:
+    return web.Response(body=wire.encode(message), status=status, content_type="application/json")
+
+
+def _refusal(status: int, message: str) -> web.Response:
+    return web.json_response({"error": {"message": message}}, status=status)
