@@ -1,0 +1,1 @@
+"""The `stoker` command: composition roots and the operator's commands."""

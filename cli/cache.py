@@ -1,0 +1,127 @@
+"""`stoker cache`: the models on the nodes' disks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+import click
+
+from cli.text import age, json_option, show, size, table
+from cli.where import Where
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from runtime.models import PullView
+    from scheduler import cache_api
+
+node_option = click.option("--node", help="Only this node's; otherwise every node's.")
+
+
+@click.group()
+def cache() -> None:
+    """List, fetch, remove and check the models on the nodes' disks."""
+
+
+@cache.command()
+@node_option
+@json_option
+@click.pass_obj
+def ls(where: Where, node: str | None, as_json: bool) -> None:
+    """List cached models and running pulls, with their progress."""
+    show(where.ask(lambda admin: admin.caches(node)), as_json, _cache_table)
+
+
+def _cache_table(answer: cache_api.Caches) -> Table | str:
+    columns = ("NODE", "MODEL", "REVISION", ">SIZE", "STATE", ">LAST USED", "NOTE")
+    rows = [row for entry in answer.nodes for row in _rows(entry)]
+    return table(columns, rows) if rows else "no models are cached and none is being fetched"
+
+
+def _rows(entry: cache_api.NodeCache) -> Iterable[tuple[str, ...]]:
+    if entry.cache is None:
+        yield (entry.node_id, "-", "", "", "unknown", "", entry.error or "")
+        return
+    for model in entry.cache.models:
+        used_by = f"used by {', '.join(model.held_by)}" if model.held_by else ""
+        about = (model.model, model.revision[:12], size(model.size_bytes))
+        yield (entry.node_id, *about, "cached", age(model.idle_s), used_by)
+    for pull in entry.cache.pulls:
+        if pull.state != "ready":
+            revision = (pull.revision or "")[:12]
+            done = f"{size(pull.done_bytes)} of {size(pull.total_bytes)}"
+            yield (entry.node_id, pull.model, revision, done, pull.state, "", _progress(pull))
+
+
+def _progress(pull: PullView) -> str:
+    if pull.error:
+        return pull.error
+    left = f", {age(pull.eta_s)} left" if pull.eta_s is not None else ""
+    return f"from {pull.origin} at {size(pull.rate_bytes_per_s)}/s{left}"
+
+
+@cache.command()
+@click.argument("model")
+@click.option("--node", "nodes", multiple=True, help="To this node; may be given several times.")
+@click.option("--count", type=click.IntRange(min=1), help="To so many nodes. Default: all.")
+@click.option("--refresh", is_flag=True, help="Ask anew what the revision means.")
+@json_option
+@click.pass_obj
+def pull(
+    where: Where, model: str, nodes: tuple[str, ...], count: int | None, refresh: bool,
+    as_json: bool,
+) -> None:  # fmt: skip
+    """Fetch MODEL (hf:org/name[@revision] or s3://…) before it is needed."""
+    from scheduler.cache_api import CachePullBody
+
+    body = CachePullBody(model=model, nodes=nodes, count=count, refresh=refresh)
+    show(where.ask(lambda admin: admin.cache_pull(body)), as_json, _pull_text)
+
+
+def _pull_text(answer: cache_api.Pulls) -> str:
+    return "\n".join(f"{n.node_id}: {_pull_state(n)}" for n in answer.nodes) or "no node is up"
+
+
+def _pull_state(node: cache_api.NodePull) -> str:
+    if node.error:
+        return node.error
+    return "has it already" if node.pull is None else f"{node.pull.state}; see `stoker cache ls`"
+
+
+@cache.command()
+@click.argument("model")
+@node_option
+@json_option
+@click.pass_obj
+def rm(where: Where, model: str, node: str | None, as_json: bool) -> None:
+    """Remove MODEL from caches; one in use is kept."""
+    show(where.ask(lambda admin: admin.cache_remove(model, node)), as_json, _removal_text)
+
+
+def _removal_text(answer: cache_api.Removals) -> str:
+    return "\n".join(
+        f"{n.node_id}: {n.error or f'freed {size(n.freed_bytes)}'}" for n in answer.nodes
+    )
+
+
+@cache.command()
+@click.argument("model")
+@node_option
+@json_option
+@click.pass_obj
+def verify(where: Where, model: str, node: str | None, as_json: bool) -> None:
+    """Read every file of MODEL again and compare it with its hash."""
+    show(where.ask(lambda admin: admin.cache_verify(model, node)), as_json, _verdict_text)
+
+
+def _verdict_text(answer: cache_api.Verdicts) -> str:
+    return "\n".join(f"{n.node_id}: {_verdict(n)}" for n in answer.nodes)
+
+
+def _verdict(node: cache_api.NodeVerdict) -> str:
+    if node.report is None:
+        return node.error or "no answer"
+    bad = node.report.bad_files
+    checked = f"{size(node.report.checked_bytes)} checked"
+    return f"{checked}, BAD: {', '.join(bad)} {node.report.note}" if bad else f"{checked}, all good"

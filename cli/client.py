@@ -1,0 +1,235 @@
+"""The admin API as typed calls: answers are the structs of `scheduler.views`."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any, Generic, TypeVar
+from urllib.parse import quote
+
+import aiohttp
+import click
+import msgspec
+from msgspec import Struct
+
+from runtime.wire import ModelSpec
+from scheduler import cache_api, views
+
+T = TypeVar("T")
+
+
+class Reply(Struct, Generic[T], frozen=True):
+    """An answer: its exact JSON, and what it means."""
+
+    body: bytes
+    value: T
+
+
+class AdminError(click.ClickException):
+    """The scheduler refused, or could not be asked. `status` is None in the second case."""
+
+    def __init__(self, message: str, status: int | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+@asynccontextmanager
+async def open_admin(url: str, token: str) -> AsyncIterator[Admin]:
+    """A client of the admin API at `url`, closed at the end."""
+    headers = {"Authorization": f"Bearer {token}"} if token else {}
+    timeout = aiohttp.ClientTimeout(total=120, sock_connect=5)
+    async with aiohttp.ClientSession(headers=headers, timeout=timeout) as session:
+        yield Admin(session, url)
+
+
+class Admin:
+    """Every call raises AdminError, whose message is fit for an operator."""
+
+    def __init__(self, session: aiohttp.ClientSession, url: str) -> None:
+        self._session = session
+        self._url = url.rstrip("/")
+
+    async def health(self) -> Reply[views.Health]:
+        return await self._call("GET", "/healthz", views.Health)
+
+    async def models(self) -> Reply[views.Models]:
+        return await self._call("GET", "/admin/models", views.Models)
+
+    async def model(self, name: str) -> Reply[views.ModelView]:
+        return await self._call("GET", f"/admin/models/{_part(name)}", views.ModelView)
+
+    async def add(self, spec: ModelSpec) -> Reply[views.Saved]:
+        """Add a model; AdminError with status 409 if its name is taken."""
+        return await self._call("POST", "/admin/models", views.Saved, body=spec)
+
+    async def put(self, spec: ModelSpec) -> Reply[views.Saved]:
+        """Add or change a model."""
+        path = f"/admin/models/{_part(spec.name)}"
+        return await self._call("PUT", path, views.Saved, body=spec)
+
+    async def remove(self, name: str) -> None:
+        await self._request("DELETE", f"/admin/models/{_part(name)}")
+
+    async def load(self, name: str, replicas: int) -> Reply[views.ModelView]:
+        body = views.LoadBody(replicas=replicas)
+        return await self._call(
+            "POST", f"/admin/models/{_part(name)}/load", views.ModelView, body=body
+        )
+
+    async def unload(self, name: str) -> Reply[views.ModelView]:
+        return await self._call("POST", f"/admin/models/{_part(name)}/unload", views.ModelView)
+
+    async def pin(self, name: str, pinned: bool) -> Reply[views.ModelView]:
+        body = views.PinBody(pinned=pinned)
+        return await self._call(
+            "POST", f"/admin/models/{_part(name)}/pin", views.ModelView, body=body
+        )
+
+    async def replicas(self) -> Reply[views.Replicas]:
+        return await self._call("GET", "/admin/replicas", views.Replicas)
+
+    async def nodes(self) -> Reply[views.Nodes]:
+        return await self._call("GET", "/admin/nodes", views.Nodes)
+
+    async def devices(self) -> Reply[views.Devices]:
+        return await self._call("GET", "/admin/devices", views.Devices)
+
+    async def queue(self) -> Reply[views.Queue]:
+        return await self._call("GET", "/admin/queue", views.Queue)
+
+    async def decisions(self, limit: int, model: str | None) -> Reply[views.Decisions]:
+        query = {"limit": str(limit)} | ({"model": model} if model else {})
+        return await self._call("GET", "/admin/decisions", views.Decisions, query=query)
+
+    async def cold_starts(self, limit: int, model: str | None) -> Reply[views.ColdStarts]:
+        query = {"limit": str(limit)} | ({"model": model} if model else {})
+        return await self._call("GET", "/admin/coldstarts", views.ColdStarts, query=query)
+
+    async def footprint(self, name: str) -> Reply[views.Footprints]:
+        return await self._call("GET", f"/admin/models/{_part(name)}/footprint", views.Footprints)
+
+    async def caches(self, node: str | None) -> Reply[cache_api.Caches]:
+        query = {"node": node} if node else {}
+        return await self._call("GET", "/admin/cache", cache_api.Caches, query=query)
+
+    async def cache_pull(self, body: cache_api.CachePullBody) -> Reply[cache_api.Pulls]:
+        return await self._call("POST", "/admin/cache/pull", cache_api.Pulls, body=body)
+
+    async def cache_remove(self, model: str, node: str | None) -> Reply[cache_api.Removals]:
+        query = {"model": model} | ({"node": node} if node else {})
+        return await self._call("DELETE", "/admin/cache", cache_api.Removals, query=query)
+
+    async def cache_verify(self, model: str, node: str | None) -> Reply[cache_api.Verdicts]:
+        query = {"model": model} | ({"node": node} if node else {})
+        return await self._call("POST", "/admin/cache/verify", cache_api.Verdicts, query=query)
+
+    async def prewarm(self, name: str, body: views.PrewarmBody) -> Reply[views.ModelView]:
+        path = f"/admin/models/{_part(name)}/prewarm"
+        return await self._call("POST", path, views.ModelView, body=body)
+
+    async def set_node(self, node_id: str, action: str) -> Reply[views.NodeView]:
+        """`action`: cordon, uncordon or drain."""
+        return await self._call("POST", f"/admin/nodes/{_part(node_id)}/{action}", views.NodeView)
+
+    async def spec_schema(self) -> bytes:
+        return await self._request("GET", "/admin/spec-schema")
+
+    async def logs(self, replica_id: str, tail: int, follow: bool) -> AsyncIterator[bytes]:
+        """The engine's output, line by line; with `follow` until the replica is gone."""
+        url = f"{self._url}/admin/replicas/{_part(replica_id)}/logs"
+        query = {"tail": str(tail), "follow": str(int(follow))}
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=5)
+        try:
+            async with self._session.get(url, params=query, timeout=timeout) as response:
+                if response.status >= 400:
+                    raise _refused(response.status, await response.read())
+                async for line in response.content:
+                    yield line
+        except (aiohttp.ClientError, TimeoutError) as error:
+            raise _unreachable(self._url, error) from None
+
+    async def _call(
+        self,
+        method: str,
+        path: str,
+        kind: type[T],
+        *,
+        body: Struct | None = None,
+        query: dict[str, str] | None = None,
+    ) -> Reply[T]:
+        answer = await self._request(method, path, body, query)
+        try:
+            return Reply(answer, msgspec.json.decode(answer, type=kind))
+        except ValueError as error:
+            raise AdminError(
+                f"{self._url}{path} answered something else than the admin API does: {error}"
+            ) from None
+
+    async def _request(
+        self,
+        method: str,
+        path: str,
+        body: Struct | None = None,
+        query: dict[str, str] | None = None,
+    ) -> bytes:
+        """The answer's body.
+
+        A scheduler that does not lead names the one that does. It is asked this once only: what
+        is named may be a leader of the past.
+        """
+        status, answer = await self._send(self._url, method, path, body, query)
+        leader = _leader(answer) if status == 503 else None
+        if leader:
+            status, answer = await self._send(leader.rstrip("/"), method, path, body, query)
+        if status >= 400:
+            raise _refused(status, answer)
+        return answer
+
+    async def _send(
+        self, url: str, method: str, path: str, body: Struct | None, query: dict[str, str] | None
+    ) -> tuple[int, bytes]:
+        data = None if body is None else msgspec.json.encode(body)
+        headers = {} if body is None else {"Content-Type": "application/json"}
+        try:
+            async with self._session.request(
+                method, f"{url}{path}", data=data, headers=headers, params=query
+            ) as response:
+                return response.status, await response.read()
+        except (aiohttp.ClientError, TimeoutError, ValueError) as error:
+            raise _unreachable(url, error) from None
+
+
+def _unreachable(url: str, error: Exception) -> AdminError:
+    reason = str(error) or type(error).__name__
+    return AdminError(f"can't reach the scheduler at {url}: {reason}. Is it running?")
+
+
+def _part(name: str) -> str:
+    """A name as one part of a path: an alias may hold slashes."""
+    return quote(name, safe="")
+
+
+def _error(answer: bytes) -> views.ErrorBody | None:
+    try:
+        return msgspec.json.decode(answer, type=views.Error).error
+    except ValueError:
+        return None
+
+
+def _leader(answer: bytes) -> str | None:
+    error = _error(answer)
+    return error.leader if error else None
+
+
+def _refused(status: int, answer: bytes) -> AdminError:
+    error = _error(answer)
+    if status == 401:
+        return AdminError("the scheduler refused the cluster token; give the right --token", status)
+    if error is None:
+        text: Any = answer[:300].decode(errors="replace").strip()
+        return AdminError(f"the scheduler answered status {status}: {text or 'nothing'}", status)
+    lines = [error.message]
+    lines += [f"  {problem}" for problem in error.problems]
+    if error.close:
+        lines.append(f"  did you mean {' or '.join(error.close)}?")
+    return AdminError("\n".join(lines), status)

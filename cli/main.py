@@ -1,0 +1,103 @@
+"""`stoker`: the commands by name, each imported only when it is used."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from typing import cast
+
+import click
+
+# command -> where it is, and its line in `stoker --help` (a test compares it with the command's)
+COMMANDS = {
+    "up": ("cli.up:up", "Run every part on this host until Ctrl-C."),
+    "demo": ("cli.demo:demo", "Show a cold start, a warm call and an eviction, for real."),
+    "invoke": ("cli.invoke:invoke", "Ask MODEL one thing and stream its answer."),
+    "model": ("cli.models:model", "Add, show and remove models."),
+    "load": ("cli.models:load", "Start MODEL now and wait until it serves."),
+    "unload": (
+        "cli.models:unload",
+        "Stop every replica of MODEL; the next request starts it again.",
+    ),
+    "pin": ("cli.models:pin", "Keep MODEL from being evicted or stopped when idle."),
+    "unpin": ("cli.models:unpin", "Let MODEL be evicted and stopped when idle again."),
+    "ps": ("cli.view:ps", "List the replicas."),
+    "nodes": ("cli.view:nodes", "List the hosts."),
+    "devices": ("cli.view:devices", "List the devices and what is booked on them."),
+    "queue": ("cli.view:queue", "List the requests that wait for a model."),
+    "decisions": ("cli.view:decisions", "List what the scheduler decided, and why."),
+    "prewarm": ("cli.models:prewarm", "Have MODEL warm by a time, and for a while."),
+    "cache": ("cli.cache:cache", "List, fetch, remove and check the models on the nodes' disks."),
+    "coldstarts": (
+        "cli.learned:coldstarts",
+        "List cold starts and wakes: why, what moved down for them, where the time went.",
+    ),
+    "footprint": (
+        "cli.learned:footprint",
+        "Show what MODEL was declared, estimated and measured to take, and its times.",
+    ),
+    "logs": ("cli.logs:logs", "Show the engine's output of a replica, or of a model's replicas."),
+    "cordon": ("cli.nodes:cordon", "Place nothing new on NODE."),
+    "uncordon": ("cli.nodes:uncordon", "Let NODE take replicas again."),
+    "drain": ("cli.nodes:drain", "Cordon NODE and let its replicas finish and stop."),
+    "agent": ("cli.parts:agent", "Run the agent of this host."),
+    "scheduler": ("cli.parts:scheduler", "Run the scheduler and its admin API."),
+    "router": ("cli.parts:router", "Run a router: the OpenAI API."),
+    "version": ("cli.parts:version", "Print the versions of Stoker, Python and the engines here."),
+}
+
+
+class LazyGroup(click.Group):
+    """A group that knows its commands' names and help without importing them."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        module, _, attribute = COMMANDS[cmd_name][0].partition(":")
+        return cast(click.Command, getattr(importlib.import_module(module), attribute))
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, text) for name, (_, text) in COMMANDS.items()])
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--config", metavar="FILE", help="TOML settings; default /etc/stoker/stoker.toml.")
+@click.option("--admin", metavar="URL", envvar="STOKER_ADMIN", help="The scheduler's admin API.")
+@click.option("--router", metavar="URL", envvar="STOKER_ROUTER", help="A router's address.")
+@click.option("--token", envvar="STOKER_CLUSTER_TOKEN", help="The cluster token.")
+@click.version_option(package_name="stoker-serve", prog_name="stoker")
+@click.pass_context
+def stoker(ctx: click.Context, /, **options: str | None) -> None:
+    """Serverless LLM inference on bare GPU hosts.
+
+    Which cluster a command talks to: --admin, --router and --token; else the one --config names;
+    else the one that `stoker up` runs in this folder (its state is in .stoker, or
+    $STOKER_STATE_DIR); else the one /etc/stoker/stoker.toml names.
+    """
+    from cli.where import Where
+
+    ctx.obj = Where(**options)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The entry point: errors in words on stderr, status 1, or 2 for a usage error."""
+    try:
+        stoker.main(args=argv, prog_name="stoker")
+    except BrokenPipeError:  # e.g. `stoker logs … | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except Exception as error:
+        if os.environ.get("STOKER_DEBUG"):
+            raise
+        kind = type(error).__name__
+        click.echo(f"Error: {kind}: {error} (STOKER_DEBUG=1 shows where)", err=True)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
