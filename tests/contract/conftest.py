@@ -1,0 +1,85 @@
+"""One suite for every registry: `registry_factory()` gives independent clients of one store."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import time
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from pathlib import Path
+from typing import TypeVar
+
+import pytest
+
+from runtime.consul import ConsulRegistry
+from runtime.embedded import EmbeddedRegistry
+from runtime.registry import Registry
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from consul_server import MISSING, consul_is_installed, consul_server
+
+T = TypeVar("T")
+
+
+@pytest.fixture(scope="session")
+def consul_url() -> Iterator[str]:
+    if not consul_is_installed():
+        pytest.skip(MISSING)
+    with consul_server() as url:
+        yield url
+
+
+@pytest.fixture(params=["embedded", pytest.param("consul", marks=pytest.mark.consul)])
+def make_registry(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[], Registry]:
+    if request.param == "embedded":
+        return lambda: EmbeddedRegistry(tmp_path / "registry.db")
+    url = request.getfixturevalue("consul_url")
+    return lambda: ConsulRegistry(url)
+
+
+@pytest.fixture
+async def registry_factory(
+    make_registry: Callable[[], Registry],
+) -> AsyncIterator[Callable[[], Registry]]:
+    made: list[Registry] = []
+
+    def factory() -> Registry:
+        made.append(make_registry())
+        return made[-1]
+
+    yield factory
+    for registry in made:
+        await registry.close()
+
+
+@pytest.fixture
+def registry(registry_factory: Callable[[], Registry]) -> Registry:
+    return registry_factory()
+
+
+@pytest.fixture
+def other(registry_factory: Callable[[], Registry]) -> Registry:
+    """A second client of the same store."""
+    return registry_factory()
+
+
+@pytest.fixture
+def base() -> str:
+    """A prefix of this test's own: the Consul server is shared by all."""
+    return f"test-{uuid.uuid4().hex}"
+
+
+async def eventually(question: Callable[[], Awaitable[T]], deadline_s: float = 20.0) -> T:
+    """The first truthy answer. Fails after `deadline_s` seconds, with the last answer."""
+    deadline = time.monotonic() + deadline_s
+    while not (answer := await question()):
+        assert time.monotonic() < deadline, f"still {answer!r} after {deadline_s} s"
+        await asyncio.sleep(0.05)
+    return answer
+
+
+async def still_waits(task: asyncio.Task[T], for_s: float = 0.3) -> bool:
+    """True if the task has not ended after `for_s` seconds."""
+    await asyncio.wait({task}, timeout=for_s)
+    return not task.done()

@@ -1,0 +1,84 @@
+"""The warmth ladder as an operator sees it: a real `stoker up`, the stub engine and the CLI."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+import requests
+
+from tests.cluster import Cluster, running, wait_until
+
+
+@pytest.fixture
+def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
+    monkeypatch.setenv("STOKER_SCHEDULER_MIN_DWELL_S", "0")
+    with running(tmp_path / "state", "--devices", "simulated:1x24GiB") as up:
+        yield up
+
+
+def test_two_models_take_turns_by_sleeping_and_every_turn_is_explained(cluster: Cluster) -> None:
+    # Without a device that measures, what a sleeping stub keeps in host memory is its booking.
+    cluster.add_stub("a", 4, device_memory_bytes="4GiB")
+    cluster.add_stub("b", 22)
+    assert cluster.complete("a").status_code == 200
+    first = cluster.engine_pids()
+    assert cluster.complete("b").status_code == 200
+    assert cluster.replicas("a")[0]["state"] == "asleep"
+    listed = requests.get(f"{cluster.router}/v1/models", timeout=10).json()["data"]
+    assert {m["id"]: m["warmth"] for m in listed} == {"a": "asleep", "b": "hot"}
+    assert cluster.complete("a").status_code == 200
+    assert first.items() <= cluster.engine_pids().items()  # the same process woke up
+    records = json.loads(cluster.stoker("coldstarts", "--json"))["cold_starts"]
+    assert [(r["model"], r["rung"], r["outcome"]) for r in records] == [
+        ("a", "asleep-1", "ready"),
+        ("b", "stopped", "ready"),
+        ("a", "stopped", "ready"),
+    ]
+    for record in records:
+        assert sum(record["phases"].values()) == pytest.approx(record["total_s"], abs=0.01)
+    assert {"wake", "canary"} <= records[0]["phases"].keys()
+    assert "asleep-1" in cluster.stoker("coldstarts", "--model", "a")
+    shown = cluster.stoker("footprint", "a")
+    assert "declared" in shown
+    assert "wake-1" in shown
+    metrics = requests.get(f"{cluster.up['admin']}/metrics", timeout=10).text
+    assert 'stoker_cold_start_seconds_count{outcome="ready",rung="asleep-1"} 1.0' in metrics
+
+
+def test_what_was_learnt_survives_a_scheduler(cluster: Cluster) -> None:
+    cluster.add_stub("a")
+    assert cluster.complete("a").status_code == 200
+    stored = "no footprint yet"
+
+    def saved() -> bool:
+        nonlocal stored
+        found = cluster.try_admin("/admin/models/a/footprint")
+        stored = json.dumps(found["measured"][0]["times"]["start"]) if found else ""
+        return bool(stored)
+
+    wait_until(saved, "a footprint")
+    before = stored
+    # Learnt figures are written within SAVE_S; the next leader reads them.
+    wait_until(
+        lambda: b"footprints" in (cluster.state_dir / "registry.db-wal").read_bytes(), "kept"
+    )
+    cluster.kill_part("scheduler")
+    wait_until(lambda: (cluster.try_admin("/healthz") or {}).get("status") == "ok", "recovered")
+    wait_until(saved, "the footprint again")
+    assert stored == before
+
+
+def test_a_model_is_warm_by_the_time_it_was_asked_for(cluster: Cluster) -> None:
+    cluster.add_stub("a")
+    soon = datetime.now(UTC) + timedelta(seconds=3)
+    cluster.stoker("prewarm", "a", "--by", soon.isoformat(), "--for", "600")
+    wait_until(lambda: cluster.replicas("a"), "started ahead of its time")
+    wait_until(lambda: cluster.admin("GET", "/admin/models/a")["ready"], "ready")
+    (decision,) = cluster.admin("GET", "/admin/decisions?model=a")["decisions"]
+    assert decision["cause"] == "prewarm: hot"
+    refused = cluster.stoker("prewarm", "a", "--by", "tomorrow", status=1)
+    assert "is not a time with a time zone" in refused

@@ -1,0 +1,382 @@
+"""The scheduler for real: HTTP, a registry file, and an agent that is a small web app."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+
+import aiohttp
+import msgspec
+import pytest
+from aiohttp import web
+from openapi_spec_validator import validate
+
+from runtime.config import Config, RegistryConfig, SchedulerConfig
+from runtime.embedded import EmbeddedRegistry
+from runtime.wire import (
+    CommandReply,
+    DemandReport,
+    DeviceReport,
+    Heartbeat,
+    Inspection,
+    MemoryEstimate,
+    ModelDemand,
+    ReplicaReport,
+    RouteTable,
+    SpecProblem,
+    StartReplica,
+    decode,
+    decode_command,
+    encode,
+)
+from scheduler.driver import run_scheduler
+from scheduler.routes import ADMIN
+
+TOKEN = "secret-token"
+GIB = 2**30
+
+
+@dataclass
+class Agent:
+    """Obeys at once and reports when told to."""
+
+    url: str = ""
+    seq: int = 0
+    replicas: dict[str, StartReplica] = field(default_factory=dict)
+    refuse: str | None = None
+    inspection: Inspection = field(default_factory=Inspection)
+
+    async def commands(self, request: web.Request) -> web.Response:
+        assert request.headers["Authorization"] == f"Bearer {TOKEN}"
+        command = decode_command(await request.read())
+        if isinstance(command, StartReplica) and self.refuse is None:
+            self.replicas[command.replica_id] = command
+        elif not isinstance(command, StartReplica):
+            self.replicas.pop(command.replica_id, None)
+        reply = CommandReply(ok=self.refuse is None, boot_id=1, seq=self.seq + 1, error=self.refuse)
+        return web.Response(body=encode(reply))
+
+    async def inspect(self, request: web.Request) -> web.Response:
+        return web.Response(body=encode(self.inspection))
+
+    async def logs(self, request: web.Request) -> web.Response:
+        if request.match_info["id"] == "gone-1-1":
+            return web.Response(status=404)
+        return web.Response(text=f"log of {request.match_info['id']} tail={request.query['tail']}")
+
+    def heartbeat(self) -> Heartbeat:
+        self.seq += 1
+        device = DeviceReport(
+            device_id="g0", index=0, kind="simulated", name="x",
+            memory_total_bytes=24 * GIB, memory_used_bytes=0,
+        )  # fmt: skip
+        replicas = tuple(
+            ReplicaReport(
+                replica_id=c.replica_id, epoch=c.epoch, model=c.spec.name,
+                launch_key=c.spec.launch_key(), device_ids=c.device_ids,
+                device_bytes=c.device_bytes, phase="ready", phase_age_s=0.0,
+                base_url="http://127.0.0.1:9", key="k",
+            )
+            for c in self.replicas.values()
+        )  # fmt: skip
+        return Heartbeat(
+            node_id="n1", boot_id=1, seq=self.seq, address=self.url, devices=(device,),
+            replicas=replicas, engines={"stub": "1"},
+        )  # fmt: skip
+
+
+class Client:
+    """The admin API with the token."""
+
+    def __init__(self, url: str, session: aiohttp.ClientSession) -> None:
+        self.url = url
+        self.session = session
+
+    async def __call__(
+        self, method: str, path: str, body: object = None, token: str = TOKEN
+    ) -> tuple[int, dict]:
+        data = body if isinstance(body, bytes) else msgspec.json.encode(body) if body else None
+        headers = {"Authorization": f"Bearer {token}"}
+        async with self.session.request(
+            method, self.url + path, data=data, headers=headers
+        ) as response:
+            raw = await response.read()
+            is_json = raw[:1] in (b"{", b"[")
+            return response.status, msgspec.json.decode(raw) if is_json else raw.decode()
+
+    async def beat(self, agent: Agent) -> None:
+        status, _ = await self("POST", "/internal/heartbeat", encode(agent.heartbeat()))
+        assert status == 200
+
+    async def demand(self, seq: int, **waiting: int) -> None:
+        report = DemandReport(
+            router_id="r", boot_id=1, seq=seq, routes_version=2**60,
+            models=tuple(ModelDemand(model=n, waiting=c) for n, c in waiting.items()),
+        )  # fmt: skip
+        status, _ = await self("POST", "/internal/demand", encode(report))
+        assert status == 204
+
+    async def table(self, since: int = 0, wait_s: float = 0) -> RouteTable | None:
+        headers = {"Authorization": f"Bearer {TOKEN}"}
+        url = f"{self.url}/internal/routes?since={since}&wait_s={wait_s}"
+        async with self.session.get(url, headers=headers) as response:
+            raw = await response.read()
+            return decode(raw, RouteTable) if response.status == 200 else None
+
+
+async def until(condition: Callable[[], object], what: str, limit_s: float = 10.0) -> None:
+    deadline = asyncio.get_running_loop().time() + limit_s
+    while not condition():
+        assert asyncio.get_running_loop().time() < deadline, f"never: {what}"
+        await asyncio.sleep(0.02)
+
+
+@contextlib.asynccontextmanager
+async def scheduler(tmp_path, registry: EmbeddedRegistry) -> AsyncIterator[str]:
+    config = Config(
+        state_dir=str(tmp_path), cluster_token=TOKEN,
+        scheduler=SchedulerConfig(port=0, min_dwell_s=0.0),
+        registry=RegistryConfig(file=str(tmp_path / "registry.db")),
+    )  # fmt: skip
+    stop, ready = asyncio.Event(), asyncio.Event()
+    urls: list[str] = []
+
+    def on_ready(url: str) -> None:
+        urls.append(url)
+        ready.set()
+
+    task = asyncio.create_task(run_scheduler(config, registry, stop=stop, on_ready=on_ready))
+    await asyncio.wait_for(ready.wait(), 10)
+    try:
+        yield urls[0]
+    finally:
+        stop.set()
+        await task
+
+
+@pytest.fixture
+async def agent() -> AsyncIterator[Agent]:
+    fake = Agent()
+    app = web.Application()
+    app.router.add_post("/agent/commands", fake.commands)
+    app.router.add_post("/agent/inspect", fake.inspect)
+    app.router.add_get("/agent/replicas/{id}/logs", fake.logs)
+    runner = web.AppRunner(app)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    fake.url = f"http://127.0.0.1:{runner.addresses[0][1]}"
+    yield fake
+    await runner.cleanup()
+
+
+@pytest.fixture
+async def registry(tmp_path) -> AsyncIterator[EmbeddedRegistry]:
+    opened = EmbeddedRegistry(tmp_path / "registry.db")
+    yield opened
+    await opened.close()
+
+
+@pytest.fixture
+async def session() -> AsyncIterator[aiohttp.ClientSession]:
+    async with aiohttp.ClientSession() as opened:
+        yield opened
+
+
+async def leading(client: Client, agent: Agent | None = None) -> None:
+    for _ in range(200):
+        status, body = await client("GET", "/readyz")
+        if status == 200:
+            return
+        if agent is not None and body["leader"]:
+            await client.beat(agent)
+        await asyncio.sleep(0.05)
+    raise AssertionError(f"never ready: {body}")
+
+
+A = {"name": "a", "source": "/m", "engine": "stub", "device_memory_bytes": "10GiB"}
+
+
+async def test_from_a_spec_to_a_route_and_back(tmp_path, agent, registry, session) -> None:
+    async with scheduler(tmp_path, registry) as url:
+        client = Client(url, session)
+        await leading(client, agent)
+        status, saved = await client("POST", "/admin/models", A)
+        assert (status, saved["created"], saved["model"]["warmth"]) == (201, True, "cold")
+        assert (await client("POST", "/admin/models", A))[0] == 409
+        assert (await client("PUT", "/admin/models/a", {**A, "idle_s": 9}))[0] == 200
+        table = await client.table()
+        waiter = asyncio.create_task(client.table(table.version, 10))
+        await client.demand(1, a=1)
+        await until(lambda: agent.replicas, "the agent was told to start")
+        started = await waiter
+        assert started.models[0].waiting_for == "starting on n1 (g0)"
+        await client.beat(agent)
+        hot = await client.table(started.version, 10)
+        assert hot.models[0].endpoints[0].replica_id == "a-1-1"
+        _, listed = await client("GET", "/admin/replicas")
+        assert [r["state"] for r in listed["replicas"]] == ["ready"]
+        _, devices = await client("GET", "/admin/devices")
+        assert devices["devices"][0]["booked_bytes"] == 10 * GIB
+        _, log = await client("GET", "/admin/replicas/a-1-1/logs?tail=5")
+        assert log == "log of a-1-1 tail=5"
+        await client.demand(2)
+        assert (await client("POST", "/admin/models/a/unload"))[0] == 202
+        await until(lambda: not agent.replicas, "the agent was told to stop")
+        await client.beat(agent)
+        assert (await client("GET", "/admin/replicas"))[1]["replicas"] == []
+        _, decisions = await client("GET", "/admin/decisions?model=a")
+        assert [d["action"] for d in decisions["decisions"]] == ["stop", "start"]
+        assert decisions["decisions"][1]["cause"] == "1 request waiting"
+        assert (await client("DELETE", "/admin/models/a"))[0] == 204
+        assert (await client("GET", "/admin/models"))[1]["models"] == []
+
+
+async def test_specs_pins_and_cordons_survive_a_restart(tmp_path, agent, registry, session) -> None:
+    async with scheduler(tmp_path, registry) as url:
+        client = Client(url, session)
+        await leading(client, agent)
+        await client("POST", "/admin/models", A)
+        await client("POST", "/admin/nodes/n1/cordon")
+        await client("POST", "/admin/models/a/pin", {"pinned": True})
+    async with scheduler(tmp_path, registry) as url:
+        client = Client(url, session)
+        await leading(client, agent)
+        _, health = await client("GET", "/healthz")
+        assert health["term"] == 2
+        _, model = await client("GET", "/admin/models/a")
+        assert model["pinned"] is True
+        await client.beat(agent)
+        assert (await client("GET", "/admin/nodes"))[1]["nodes"][0]["state"] == "cordoned"
+        assert not agent.replicas
+        await client("POST", "/admin/nodes/n1/uncordon")
+        await until(lambda: agent.replicas, "the pinned model was started")
+
+
+async def test_bad_specs_are_refused_and_nothing_is_stored(
+    tmp_path, agent, registry, session
+) -> None:
+    async with scheduler(tmp_path, registry) as url:
+        client = Client(url, session)
+        await leading(client, agent)
+        status, body = await client("POST", "/admin/models", {**A, "idle_s": -1, "enigne": "x"})
+        assert status == 422
+        assert {p["field"] for p in body["error"]["problems"]} == {"idle_s", "enigne"}
+        assert "did you mean 'engine'?" in body["error"]["message"]
+        unsized = {k: v for k, v in A.items() if k != "device_memory_bytes"}
+        agent.inspection = Inspection(estimate_error="/m does not exist")
+        status, body = await client("POST", "/admin/models", unsized)
+        assert status == 422
+        assert "cannot be estimated: /m does not exist; declare it" in body["error"]["message"]
+        agent.inspection = Inspection(
+            problems=(SpecProblem(field="engine_args.max_len", message="is unknown"),)
+        )
+        assert (await client("POST", "/admin/models", A))[0] == 422
+        assert (await client("GET", "/admin/models"))[1]["models"] == []
+        agent.inspection = Inspection(
+            estimate=MemoryEstimate(
+                weights_bytes=1, kv_bytes=1, overhead_bytes=1, total_bytes=3 * GIB, explanation="x"
+            )
+        )
+        status, saved = await client("POST", "/admin/models", unsized)
+        assert (status, saved["model"]["memory_from"]) == (201, "estimated")
+        assert saved["model"]["device_memory_bytes"] == 3 * GIB
+        status, body = await client("POST", "/admin/models", {**A, "name": "b", "aliases": ["a"]})
+        assert status == 409
+        assert "is already a name of model 'a'" in body["error"]["message"]
+
+
+async def test_errors_say_what_to_do(tmp_path, agent, registry, session) -> None:
+    async with scheduler(tmp_path, registry) as url:
+        client = Client(url, session)
+        await leading(client, agent)
+        await client("POST", "/admin/models", {**A, "min_replicas": 1})
+        status, body = await client("GET", "/admin/models/b", token="wrong")
+        assert (status, "Bearer" in body["error"]["message"]) == (401, True)
+        status, body = await client("GET", "/admin/models/aa")
+        assert (status, body["error"]["close"]) == (404, ["a"])
+        status, body = await client("POST", "/admin/models/a/unload")
+        assert (status, "lower that first" in body["error"]["message"]) == (409, True)
+        status, body = await client("POST", "/admin/models/a/load", {"replicas": 5})
+        assert (status, "1 to 1" in body["error"]["message"]) == (422, True)
+        assert (await client("POST", "/admin/models", b"{"))[0] == 400
+        assert (await client("GET", "/admin/decisions?limit=x"))[0] == 400
+        assert (await client("GET", "/admin/nope"))[0] == 404
+        assert (await client("POST", "/admin/nodes/zz/drain"))[0] == 404
+        status, body = await client("GET", "/admin/replicas/gone-1-1/logs")
+        assert status == 404
+        status, body = await client("PUT", "/admin/models/zz", A)
+        assert (status, "is not the name in the address" in body["error"]["message"]) == (422, True)
+
+
+async def test_an_agent_that_refuses_a_start_leaves_a_reason(
+    tmp_path, agent, registry, session
+) -> None:
+    async with scheduler(tmp_path, registry) as url:
+        client = Client(url, session)
+        await leading(client, agent)
+        agent.refuse = "there is no device g0"
+        await client("POST", "/admin/models", A)
+        await client("POST", "/admin/models/a/load", {})
+        table = await client.table()
+        while table.models[0].refusal is None:
+            table = await client.table(table.version, 10)
+            assert table is not None
+        assert table.models[0].refusal == "a did not start: there is no device g0"
+
+
+async def test_a_second_scheduler_stands_by_and_takes_over(
+    tmp_path, agent, registry, session
+) -> None:
+    second_registry = EmbeddedRegistry(tmp_path / "registry.db")
+    async with contextlib.AsyncExitStack() as both:
+        both.push_async_callback(second_registry.close)
+        async with scheduler(tmp_path, registry) as first_url:
+            first = Client(first_url, session)
+            await leading(first, agent)
+            await first("POST", "/admin/models", A)
+            second_url = await both.enter_async_context(scheduler(tmp_path, second_registry))
+            second = Client(second_url, session)
+            status, body = await second("GET", "/admin/models")
+            assert (status, body["error"]["leader"]) == (503, first_url)
+            assert (await second("GET", "/readyz"))[0] == 503
+        await leading(second, agent)  # the first one left
+        _, listed = await second("GET", "/admin/models")
+        assert [model["name"] for model in listed["models"]] == ["a"]
+        assert (await second("GET", "/healthz"))[1]["term"] == 2
+
+
+async def test_the_openapi_document_is_valid_and_describes_every_route(
+    tmp_path, agent, registry, session
+) -> None:
+    async with scheduler(tmp_path, registry) as url:
+        client = Client(url, session)
+        await leading(client, agent)
+        status, document = await client("GET", "/openapi.json", token="")
+        assert status == 200
+        validate(document)
+        assert document["openapi"].startswith("3.1")
+        described = {
+            (method.upper(), path) for path, ops in document["paths"].items() for method in ops
+        }
+        assert described == {(r.method, r.path) for r in ADMIN}
+        _, metrics = await client("GET", "/metrics")
+        assert "stoker_scheduler_leader 1.0" in metrics
+        assert 'stoker_device_memory_total_bytes{device="g0",node="n1"}' in metrics
+
+
+async def test_added_means_that_the_routers_know_it(tmp_path, agent, registry, session) -> None:
+    async with scheduler(tmp_path, registry) as url:
+        client = Client(url, session)
+        await leading(client, agent)
+        table = await client.table()
+        report = DemandReport(router_id="r", boot_id=1, seq=1, routes_version=table.version)
+        await client("POST", "/internal/demand", encode(report))
+        adding = asyncio.create_task(client("POST", "/admin/models", A))
+        newer = await client.table(table.version, 10)
+        done, _ = await asyncio.wait([adding], timeout=0.3)
+        assert not done  # the router has the table, but has not said that it routes by it
+        report = DemandReport(router_id="r", boot_id=1, seq=2, routes_version=newer.version)
+        await client("POST", "/internal/demand", encode(report))
+        assert (await asyncio.wait_for(adding, 1))[0] == 201

@@ -1,0 +1,294 @@
+"""A cluster of the mind: the real scheduler core, with agents and a router that are dictionaries.
+
+Virtual time. Commands reach agents at once unless `lossy` drops them; agents report every second.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from random import Random
+
+from runtime.footprints import Footprint, Key
+from runtime.wire import (
+    DemandReport,
+    DeviceReport,
+    Heartbeat,
+    ModelDemand,
+    ModelSpec,
+    ReplicaReport,
+    SleepReplica,
+    StartReplica,
+    WakeReplica,
+)
+from scheduler import messages as m
+from scheduler.core import Core
+from scheduler.moves import Settings
+from scheduler.state import check_invariants
+
+GIB = 2**30
+
+
+def spec(name: str, gib: float = 8, **fields: object) -> ModelSpec:
+    return ModelSpec(
+        name=name,
+        source="/models/x",
+        engine="stub",
+        device_memory_bytes=int(gib * GIB),
+        **fields,  # type: ignore[arg-type]
+    )
+
+
+@dataclass
+class FakeReplica:
+    start: StartReplica
+    phase: str = "starting"
+    since: float = 0.0
+    restarts: int = 0
+    reason: str | None = None
+    in_flight: int = 0
+    used_at: float | None = None
+    sleep_level: int = 0
+    wake_s: float | None = None
+
+
+@dataclass
+class FakeNode:
+    node_id: str
+    devices: dict[str, int]
+    kind: str = "simulated"
+    boot_id: int = 1
+    seq: int = 0
+    up: bool = True
+    start_s: float = 2.0
+    stop_s: float = 1.0
+    sleep_s: float = 0.5
+    wake_s: float = 0.5
+    rungs: tuple[int, ...] = ()
+    residue: int = 0
+    host_budget: int = 0
+    phases: dict[str, float] = field(default_factory=dict)
+    foreign: dict[str, int] = field(default_factory=dict)
+    replicas: dict[str, FakeReplica] = field(default_factory=dict)
+    fails: dict[str, str] = field(default_factory=dict)  # model -> why its starts fail
+    started: list[str] = field(default_factory=list)
+
+    def obey(self, command: object, now: float) -> None:
+        if isinstance(command, StartReplica):
+            if command.replica_id not in self.replicas:
+                self.replicas[command.replica_id] = FakeReplica(command, since=now)
+                self.started.append(command.replica_id)
+            return
+        replica = self.replicas.get(command.replica_id)  # type: ignore[attr-defined]
+        if replica is None:
+            return
+        if isinstance(command, SleepReplica):
+            if replica.phase == "ready":
+                replica.phase, replica.since = "draining", now
+                replica.sleep_level = command.level
+        elif isinstance(command, WakeReplica):
+            if replica.phase == "asleep":
+                replica.phase, replica.since = "waking", now
+        elif replica.phase != "stopping" and (replica.phase != "draining" or replica.sleep_level):
+            replica.phase, replica.since, replica.sleep_level = "draining", now, 0
+
+    def advance(self, now: float) -> None:
+        for replica_id, replica in list(self.replicas.items()):
+            age = now - replica.since
+            why = self.fails.get(replica.start.spec.name)
+            if replica.phase == "starting" and age >= self.start_s:
+                replica.phase = "failed" if why else "ready"
+                replica.reason, replica.since = why, now
+            elif replica.phase == "draining" and not replica.in_flight:
+                replica.phase = "sleeping" if replica.sleep_level else "stopping"
+                replica.since = now
+            elif replica.phase == "sleeping" and age >= self.sleep_s:
+                replica.phase, replica.since = "asleep", now
+            elif replica.phase == "waking" and age >= self.wake_s:
+                replica.phase, replica.since, replica.wake_s = "ready", now, age
+                replica.sleep_level = 0
+            elif replica.phase == "stopping" and age >= self.stop_s:
+                del self.replicas[replica_id]
+
+    def heartbeat(self, now: float) -> Heartbeat:
+        self.seq += 1
+        return Heartbeat(
+            node_id=self.node_id,
+            boot_id=self.boot_id,
+            seq=self.seq,
+            address=f"http://{self.node_id}",
+            engines={"stub": "1"},
+            host_budget_bytes=self.host_budget,
+            devices=tuple(
+                DeviceReport(
+                    device_id=device_id, index=i, kind=self.kind, name="d",  # type: ignore[arg-type]
+                    memory_total_bytes=total,
+                    memory_used_bytes=self.foreign.get(device_id, 0),
+                    foreign_bytes=self.foreign.get(device_id, 0),
+                )
+                for i, (device_id, total) in enumerate(self.devices.items())
+            ),
+            replicas=tuple(
+                ReplicaReport(
+                    replica_id=replica_id, epoch=r.start.epoch, model=r.start.spec.name,
+                    launch_key=r.start.spec.launch_key(), device_ids=r.start.device_ids,
+                    device_bytes=r.start.device_bytes,
+                    phase=r.phase,  # type: ignore[arg-type]
+                    phase_age_s=now - r.since, base_url=f"http://{self.node_id}/{replica_id}",
+                    key="k", in_flight=r.in_flight, reason=r.reason,
+                    idle_for_s=None if r.used_at is None else now - r.used_at,
+                    start_s=self.start_s, phases=self.phases,
+                    rungs=self.rungs, sleep_level=r.sleep_level, wake_s=r.wake_s,
+                    residue_bytes=self.residue if r.phase == "asleep" else 0,
+                )
+                for replica_id, r in self.replicas.items()
+            ),
+        )  # fmt: skip
+
+
+class World:
+    """Drive it with `put`, `wait_for`, `serve`, `run`; look at `core.state` and `table`."""
+
+    def __init__(self, *nodes: FakeNode, lossy: Random | None = None, **settings: float) -> None:
+        self.settings = Settings(**{"min_dwell_s": 0.0, **settings})
+        self.now = 1000.0
+        self.nodes = {node.node_id: node for node in nodes}
+        self.lossy = lossy
+        self.term = 0
+        self.table = None
+        self.waiting: dict[str, int] = {}
+        self.flying: dict[str, int] = {}  # replica_id -> requests
+        self.router_seq = 0
+        self.router_acks = True
+        self.decided: list[m.Decided] = []
+        self.cold_starts: list[m.ColdStart] = []
+        self.learned: dict[Key, Footprint] = {}
+        self.sent: list[object] = []
+        self._later: list[m.CommandDone] = []
+        self.core = Core(self.settings)
+        self.elect()
+
+    def elect(
+        self,
+        models: tuple[m.StoredModel, ...] = (),
+        cordoned: tuple[str, ...] = (),
+        footprints: tuple[Footprint, ...] = (),
+    ) -> None:
+        """A scheduler (re)starts and takes the lead."""
+        self.term += 1
+        self.core = Core(self.settings)
+        known = tuple(n.node_id for n in self.nodes.values() if n.up)
+        self.apply(
+            m.Elected(
+                now=self.now,
+                term=self.term,
+                models=models,
+                known_nodes=known,
+                cordoned=cordoned,
+                footprints=footprints,
+            )
+        )
+        self.run(2.5)
+
+    def apply(self, event: m.Event) -> None:
+        for command in self.core.handle(event):
+            match command:
+                case m.Send():
+                    self.sent.append(command.command)
+                    self._deliver(command)
+                case m.Publish():
+                    assert self.table is None or command.table.version > self.table.version
+                    self.table = command.table
+                case m.Decided():
+                    self.decided.append(command)
+                case m.ColdStart():
+                    self.cold_starts.append(command)
+                case m.Learned():
+                    self.learned[command.footprint.key] = command.footprint
+        check_invariants(self.core.state)
+
+    def _deliver(self, send: m.Send) -> None:
+        node = self.nodes[send.node_id]
+        lost = not node.up or (self.lossy is not None and self.lossy.random() < 0.3)
+        if not lost:
+            node.obey(send.command, self.now)
+        # A reply may be lost although the command arrived.
+        if lost or (self.lossy is not None and self.lossy.random() < 0.2):
+            return
+        kind = str(send.command.__struct_config__.tag)
+        self._later.append(
+            m.CommandDone(
+                now=self.now, node_id=node.node_id, replica_id=send.command.replica_id, kind=kind,
+                delivered=True, ok=True, boot_id=node.boot_id, seq=node.seq + 1,
+            )
+        )  # fmt: skip
+
+    def put(self, *specs: ModelSpec) -> None:
+        for one in specs:
+            self.apply(m.ModelPut(now=self.now, model=m.StoredModel(spec=one)))
+
+    def want(self, model: str, count: int = 1) -> None:
+        """`count` requests wait at the router now."""
+        self.waiting[model] = count
+        self.report()
+
+    def report(self) -> None:
+        """The router's demand: requests whose model serves stop waiting and are answered."""
+        for route in self.table.models if self.table else ():
+            if route.endpoints or route.refusal:
+                self.waiting.pop(route.name, None)
+        self.router_seq += 1
+        owner = {r.replica_id: r.model for r in self.core.state.replicas.values()}
+        flying: dict[str, int] = {}
+        for replica_id, count in self.flying.items():
+            if replica_id in owner:
+                flying[owner[replica_id]] = flying.get(owner[replica_id], 0) + count
+        names = self.waiting.keys() | flying.keys()
+        self.apply(
+            m.DemandSeen(
+                now=self.now,
+                report=DemandReport(
+                    router_id="r", boot_id=1, seq=self.router_seq,
+                    routes_version=self.table.version if self.table and self.router_acks else 0,
+                    models=tuple(
+                        ModelDemand(
+                            model=n, waiting=self.waiting.get(n, 0), in_flight=flying.get(n, 0),
+                            idle_for_s=0.0,
+                        )
+                        for n in sorted(names)
+                    ),
+                    in_flight=dict(self.flying),
+                ),
+            )
+        )  # fmt: skip
+
+    def run(self, seconds: float, step: float = 0.5) -> None:
+        """Let time pass: agents act and report, the router reports, the scheduler ticks."""
+        until = self.now + seconds
+        while self.now < until:
+            self.now += step
+            later, self._later = self._later, []
+            for done in later:
+                self.apply(done)
+            for node in self.nodes.values():
+                if not node.up:
+                    continue
+                node.advance(self.now)
+                for replica_id, replica in node.replicas.items():
+                    replica.in_flight = self.flying.get(replica_id, 0)
+                    if replica.in_flight:
+                        replica.used_at = self.now
+                if self.lossy is None or self.lossy.random() > 0.2:
+                    self.apply(m.HeartbeatSeen(now=self.now, heartbeat=node.heartbeat(self.now)))
+            if self.lossy is None or self.lossy.random() > 0.2:
+                self.report()
+            self.apply(m.Tick(now=self.now))
+
+    def route(self, name: str):
+        return next((r for r in self.table.models if r.name == name), None)
+
+    def hot(self) -> set[str]:
+        """Models that a router would serve at once."""
+        return {r.name for r in self.table.models if r.endpoints}
+
+    def actions(self) -> list[tuple[str, str]]:
+        return [(d.action, d.model) for d in self.decided]

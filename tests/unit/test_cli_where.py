@@ -1,0 +1,111 @@
+"""How a command finds its cluster: options, a running `stoker up`, a config file, or an error."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from cli.where import UP_FILE, UpFile
+from runtime.config import Config, RegistryConfig
+from runtime.registries import open_registry
+from scheduler import views
+from tests.unit.cli_kit import TOKEN, FakeServer, replica, serving, stoker
+
+
+@pytest.fixture
+def fake() -> Iterator[FakeServer]:
+    with serving() as server:
+        server.replies["GET /admin/replicas"] = views.Replicas(replicas=(replica(),))
+        yield server
+
+
+def write_up_file(folder: Path, url: str) -> None:
+    up = UpFile(admin=url, router=url, token=TOKEN, pid=os.getpid())
+    (folder / UP_FILE).write_bytes(msgspec.json.encode(up))
+
+
+def test_a_running_up_of_the_state_dir(fake: FakeServer, tmp_path: Path) -> None:
+    write_up_file(tmp_path, fake.url)
+    done = stoker(None, "ps", env={"STOKER_STATE_DIR": str(tmp_path)})
+    assert "m-1-1" in done.output
+
+
+def test_a_running_up_of_this_folder(
+    fake: FakeServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / ".stoker").mkdir()
+    write_up_file(tmp_path / ".stoker", fake.url)
+    monkeypatch.chdir(tmp_path)
+    assert "m-1-1" in stoker(None, "ps", env={"STOKER_STATE_DIR": None}).output
+
+
+def test_an_option_wins_over_a_running_up(fake: FakeServer, tmp_path: Path) -> None:
+    write_up_file(tmp_path, "http://127.0.0.1:9")
+    done = stoker(None, "--admin", fake.url, "ps", env={"STOKER_STATE_DIR": str(tmp_path)})
+    assert "m-1-1" in done.output
+
+
+def test_an_unreadable_up_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / UP_FILE).write_text("{")
+    done = stoker(None, "ps", env={"STOKER_STATE_DIR": str(tmp_path)})
+    assert done.exit_code == 1
+    assert str(tmp_path / UP_FILE) in done.stderr
+
+
+NO_UP = {"STOKER_STATE_DIR": None}  # else it would win over the file's state_dir
+
+
+def config_file(folder: Path) -> Path:
+    path = folder / "stoker.toml"
+    path.write_text(f'state_dir = "{folder}"\ncluster_token = "{TOKEN}"\n')
+    return path
+
+
+def test_the_leader_that_the_configs_registry_names(fake: FakeServer, tmp_path: Path) -> None:
+    async def lead() -> None:
+        registry = open_registry(Config(state_dir=str(tmp_path), registry=RegistryConfig()))
+        holder = msgspec.json.encode({"url": fake.url, "term": 1})
+        assert await registry.acquire("stoker/leader", holder, 60)
+        await registry.close()
+
+    asyncio.run(lead())
+    assert "m-1-1" in stoker(None, "--config", str(config_file(tmp_path)), "ps", env=NO_UP).output
+
+
+def test_a_config_whose_registry_knows_no_leader(tmp_path: Path) -> None:
+    done = stoker(None, "--config", str(config_file(tmp_path)), "ps", env=NO_UP)
+    assert done.exit_code == 1
+    assert "no scheduler leads in this cluster" in done.stderr
+    done = stoker(None, "--config", str(config_file(tmp_path)), "invoke", "m", "hi", env=NO_UP)
+    assert "no router runs in this cluster" in done.stderr
+
+
+def test_a_bad_config_is_a_usage_error_that_names_the_key(tmp_path: Path) -> None:
+    path = tmp_path / "bad.toml"
+    path.write_text("[router]\nprot = 1\n")
+    done = stoker(None, "--config", str(path), "ps")
+    assert done.exit_code == 2
+    assert "router.prot" in done.stderr
+    assert stoker(None, "--config", "/no/such.toml", "ps").exit_code == 2
+
+
+@pytest.mark.skipif(
+    Path("/etc/stoker/stoker.toml").exists(), reason="this host has a Stoker config"
+)
+def test_nothing_runs_and_nothing_is_named() -> None:
+    done = stoker(None, "ps")
+    assert done.exit_code == 1
+    assert "Start one with `stoker up`, or name one with --admin URL" in done.stderr
+
+
+def test_a_part_without_a_token_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "stoker.toml"
+    path.write_text(f'state_dir = "{tmp_path}"\n')
+    done = stoker(None, "agent", "--config", str(path))
+    assert done.exit_code == 2
+    assert "cluster_token is empty" in done.stderr

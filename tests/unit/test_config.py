@@ -1,0 +1,50 @@
+"""Configuration: file, environment, overrides, and what a refusal says."""
+
+from __future__ import annotations
+
+import pytest
+
+from runtime.config import load
+from runtime.schema import SchemaError
+
+
+def test_environment_wins_over_the_file_and_overrides_win_over_both(tmp_path) -> None:
+    path = tmp_path / "stoker.toml"
+    path.write_text(
+        'state_dir = "/s"\n[router]\nport = 1\nmax_body_bytes = "1MiB"\n[scheduler]\nport = 2\n'
+    )
+    environ = {"STOKER_ROUTER_PORT": "3", "STOKER_CLUSTER_TOKEN": "t", "UNRELATED": "x"}
+    config = load(path, environ, {"scheduler.port": 4, "agent.node_id": "n"})
+    assert (config.router.port, config.scheduler.port, config.state_dir) == (3, 4, "/s")
+    assert config.router.max_body_bytes == 2**20
+    assert config.cluster_token == "t"
+    assert config.node_id() == "n"
+    assert str(config.registry_file()) == "/s/registry.db"
+
+
+def test_the_file_may_be_named_by_the_environment(tmp_path) -> None:
+    path = tmp_path / "x.toml"
+    path.write_text("[agent]\nport = 7\n")
+    assert load(environ={"STOKER_CONFIG": str(path)}).agent.port == 7
+
+
+def test_every_bad_key_is_named(tmp_path) -> None:
+    path = tmp_path / "stoker.toml"
+    path.write_text(
+        'log_format = "xml"\n[routr]\n[router]\nport = 70000\n[agent]\ndevises = "cpu"\n'
+    )
+    with pytest.raises(SchemaError) as caught:
+        load(path, {"STOKER_SCHEDULER_PORT": "eighty"})
+    found = {p.field: str(p) for p in caught.value.problems}
+    assert "did you mean 'router'?" in found["routr"]
+    assert "70000" in found["router.port"]
+    assert "did you mean 'devices'?" in found["agent.devises"]
+    assert "'eighty'" in found["scheduler.port"]
+    assert "log_format" in found
+
+
+def test_a_file_that_is_not_toml_is_named(tmp_path) -> None:
+    path = tmp_path / "stoker.toml"
+    path.write_text("port: 1")
+    with pytest.raises(SchemaError, match=r"stoker\.toml: is not valid TOML"):
+        load(path, {})

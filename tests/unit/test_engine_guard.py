@@ -1,0 +1,268 @@
+"""The guard inside an engine: who gets in, and what it counts."""
+
+import asyncio
+import json
+
+import pytest
+
+from runtime.engine import guard
+from runtime.engine.guard import Guard, Keys, refuse
+
+KEYS = Keys(b"route-secret", b"control-secret")
+ROUTE, CONTROL = b"Bearer route-secret", b"Bearer control-secret"
+INFERENCE = [
+    "/v1/chat/completions",
+    "/v1/completions",
+    "/v1/models",
+    "/v1/embeddings",
+    "/v1/responses/resp_1/cancel",
+    "/v1/messages",
+    "/v1/audio/transcriptions",
+    "/tokenize",
+    "/detokenize",
+    "/pooling",
+    "/score",
+    "/rerank",
+    "/v2/rerank",
+    "/classify",
+    "/invocations",
+    "/inference/v1/generate",
+]
+STEERING = [
+    "/sleep",
+    "/wake_up",
+    "/is_sleeping",
+    "/collective_rpc",
+    "/metrics",
+    "/server_info",
+    "/reset_prefix_cache",
+    "/docs",
+    "/openapi.json",
+    "/version",
+    "/load",
+    "/ping",
+    "/pause",
+    "/update_weights",
+    "/scale_elastic_ep",
+    "/inference/v1/abort_requests",
+    "/v1/load_lora_adapter",
+    "/v1/unload_lora_adapter",
+    "/v1/load_lora_adapter/",
+    "/stoker/status",
+    "/v1",
+    "/tokenizer_info",
+    "/a_route_of_a_later_vllm",
+]
+
+
+@pytest.mark.parametrize("path", INFERENCE)
+def test_inference_routes_take_either_key(path):
+    assert refuse(path, ROUTE, KEYS) is None
+    assert refuse(path, CONTROL, KEYS) is None
+    assert refuse(path, None, KEYS).status == 401
+
+
+@pytest.mark.parametrize("path", STEERING)
+def test_all_else_takes_the_control_key_only(path):
+    assert refuse(path, CONTROL, KEYS) is None
+    refusal = refuse(path, ROUTE, KEYS)
+    assert refusal.status == 403
+    assert path in refusal.message
+    assert refuse(path, None, KEYS).status == 401
+
+
+def test_health_is_open_and_nothing_near_it():
+    assert refuse("/health", None, KEYS) is None
+    assert refuse("/health/", None, KEYS).status == 401
+
+
+@pytest.mark.parametrize(
+    "authorization",
+    [b"", b"Bearer", b"Bearer ", b"Basic route-secret", b"route-secret", b"Bearer route-secre",
+     b"Bearer route-secret2", b"Bearer \xff\xfe"],
+)  # fmt: skip
+def test_wrong_authorization_is_401(authorization):
+    assert refuse("/v1/models", authorization, KEYS).status == 401
+
+
+def test_the_scheme_is_case_insensitive_as_http_says():
+    assert refuse("/v1/models", b"bearer route-secret", KEYS) is None
+
+
+def test_refusals_are_openai_shaped():
+    error = json.loads(refuse("/sleep", ROUTE, KEYS).body())["error"]
+    assert error["code"] == 403
+    assert error["type"] == "permission_error"
+    assert "control key" in error["message"]
+
+
+@pytest.mark.parametrize("missing", [guard.ROUTE_KEY_ENV, guard.CONTROL_KEY_ENV])
+def test_missing_or_empty_keys_raise(missing, monkeypatch):
+    both = {guard.ROUTE_KEY_ENV: "a", guard.CONTROL_KEY_ENV: "b"}
+    for environ in ({**both, missing: ""}, {k: v for k, v in both.items() if k != missing}):
+        with pytest.raises(RuntimeError, match=missing):
+            guard.keys_from(environ)
+    monkeypatch.delenv(missing, raising=False)
+    with pytest.raises(RuntimeError, match="never serves unguarded"):
+        Guard(answer)
+
+
+# ------------------------------------------------------------------------------ the ASGI app
+
+
+async def answer(scope, receive, send):
+    await send({"type": "http.response.start", "status": 200, "headers": []})
+    await send({"type": "http.response.body", "body": b"inner"})
+
+
+@pytest.fixture
+def keys(monkeypatch):
+    monkeypatch.setenv(guard.ROUTE_KEY_ENV, KEYS.route.decode())
+    monkeypatch.setenv(guard.CONTROL_KEY_ENV, KEYS.control.decode())
+
+
+def scope(path, authorization=None, **more):
+    headers = [(b"host", b"x")] + ([(b"authorization", authorization)] if authorization else [])
+    return {"type": "http", "path": path, "headers": headers, **more}
+
+
+async def call(app, *args, **more):
+    """(status, headers, body) of one request."""
+    sent = []
+
+    async def send(message):
+        sent.append(message)
+
+    async def receive():
+        return {"type": "http.request", "body": b"", "more_body": False}
+
+    await app(scope(*args, **more), receive, send)
+    return sent[0]["status"], dict(sent[0]["headers"]), sent[1]["body"]
+
+
+async def status_of(app):
+    _, _, body = await call(app, guard.STATUS_PATH, CONTROL)
+    return json.loads(body)
+
+
+async def test_lets_in_and_keeps_out(keys):
+    app = Guard(answer)
+    assert (await call(app, "/health"))[2] == b"inner"
+    assert (await call(app, "/v1/models", ROUTE))[2] == b"inner"
+    status, headers, body = await call(app, "/v1/models")
+    assert (status, headers[b"www-authenticate"]) == (401, b"Bearer")
+    assert int(headers[b"content-length"]) == len(body)
+    assert (await call(app, "/sleep", ROUTE))[0] == 403
+    assert (await call(app, "/sleep", CONTROL))[2] == b"inner"
+
+
+async def test_a_root_path_opens_no_control_route(keys):
+    app = Guard(answer)
+    assert (await call(app, "/v1/sleep", ROUTE, root_path="/v1"))[0] == 403
+    assert (await call(app, "/v1/sleep", ROUTE, root_path=""))[0] == 200  # vLLM answers 404
+    assert (await call(app, "/api/v1/models", ROUTE, root_path="/api"))[0] == 200
+
+
+async def test_counts_inference_while_it_runs_and_however_it_ends(keys):
+    inside, go = asyncio.Event(), asyncio.Event()
+
+    async def slow(scope, receive, send):
+        inside.set()
+        await go.wait()
+        if scope["path"] == "/v1/fail":
+            raise LookupError
+        await answer(scope, receive, send)
+
+    app = Guard(slow)
+    assert await status_of(app) == {"in_flight": 0, "served": 0, "idle_for_s": None}
+
+    task = asyncio.create_task(call(app, "/v1/completions", ROUTE))
+    await inside.wait()
+    assert await status_of(app) == {"in_flight": 1, "served": 0, "idle_for_s": 0.0}
+    go.set()
+    await task
+    status = await status_of(app)
+    assert (status["in_flight"], status["served"]) == (0, 1)
+    assert status["idle_for_s"] >= 0
+
+    with pytest.raises(LookupError):
+        await call(app, "/v1/fail", ROUTE)
+    assert (await status_of(app))["served"] == 2
+
+    go.clear()
+    inside.clear()
+    task = asyncio.create_task(call(app, "/v1/completions", ROUTE))
+    await inside.wait()
+    task.cancel()  # what a server does when the client hangs up
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    status = await status_of(app)
+    assert (status["in_flight"], status["served"]) == (0, 3)
+
+
+async def test_refused_and_listing_requests_are_not_work(keys):
+    app = Guard(answer)
+    await call(app, "/v1/completions")
+    await call(app, "/v1/models", ROUTE)
+    await call(app, "/metrics", CONTROL)
+    assert (await status_of(app))["served"] == 0
+
+
+async def test_the_agents_own_requests_are_not_work(keys):
+    app = Guard(answer)
+    assert (await call(app, "/v1/completions", CONTROL))[2] == b"inner"
+    assert (await status_of(app))["served"] == 0
+
+
+async def test_a_closed_door_keeps_clients_out_and_counts_who_is_in(keys):
+    inside, go = asyncio.Event(), asyncio.Event()
+
+    async def slow(scope, receive, send):
+        inside.set()
+        await go.wait()
+        await answer(scope, receive, send)
+
+    app = Guard(slow)
+    request = asyncio.create_task(call(app, "/v1/completions", ROUTE))
+    await inside.wait()
+    assert (await call(app, guard.CLOSE_PATH, ROUTE))[0] == 403
+    _, _, body = await call(app, guard.CLOSE_PATH, CONTROL)
+    assert json.loads(body)["in_flight"] == 1
+    go.set()
+    status, _, body = await call(app, "/v1/completions", ROUTE)
+    assert (status, json.loads(body)["error"]["code"]) == (503, 503)
+    assert (await request)[0] == 200
+    assert (await call(app, "/v1/completions", CONTROL))[0] == 200
+    assert (await call(app, "/v1/models", ROUTE))[0] == 200
+    await call(app, guard.OPEN_PATH, CONTROL)
+    assert (await call(app, "/v1/completions", ROUTE))[0] == 200
+    assert (await status_of(app))["served"] == 2
+
+
+async def test_websockets_are_refused_and_lifespan_passes(keys):
+    seen, sent = [], []
+
+    async def inner(scope, receive, send):
+        seen.append(scope["type"])
+
+    async def receive():
+        return {"type": "websocket.connect"}
+
+    async def send(message):
+        sent.append(message)
+
+    app = Guard(inner)
+    headers = [(b"authorization", CONTROL)]
+    await app({"type": "websocket", "path": "/v1/realtime", "headers": headers}, receive, send)
+    assert [m["type"] for m in sent] == ["websocket.close"]
+    await app({"type": "lifespan"}, receive, send)
+    assert seen == ["lifespan"]
+
+
+def test_idle_time_comes_from_the_clock():
+    now = [100.0]
+    activity = guard.Activity(clock=lambda: now[0])
+    activity.begin()
+    activity.end()
+    now[0] = 130.0
+    assert activity.status() == {"in_flight": 0, "served": 1, "idle_for_s": 30.0}

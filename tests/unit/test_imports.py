@@ -1,0 +1,130 @@
+"""Who may import whom, as docs/architecture.md says, read from the sources."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+OURS = {"runtime", "scheduler", "agent", "cli", "bench", "tests"}
+MAY_IMPORT = {
+    "runtime": {"runtime"},
+    "scheduler": {"scheduler", "runtime"},
+    "agent": {"agent", "runtime"},
+    "cli": {"cli", "scheduler", "agent", "runtime"},
+}
+PURE = (
+    "scheduler/core.py", "scheduler/state.py", "scheduler/messages.py", "scheduler/autoscale.py",
+    "scheduler/placement.py", "scheduler/eviction.py", "scheduler/ladder.py",
+    "scheduler/ledger.py", "scheduler/moves.py", "scheduler/table.py", "scheduler/snapshot.py",
+    "runtime/footprints.py",
+    "agent/core.py", "agent/messages.py", "agent/replica.py", "agent/transitions.py",
+    "agent/canary.py", "agent/phases.py", "agent/cache_policy.py", "runtime/router/admission.py",
+)  # fmt: skip
+IMPURE_MODULES = {
+    "asyncio", "aiohttp", "time", "random", "uuid", "logging", "datetime", "os", "secrets",
+    "socket", "subprocess", "threading",
+}  # fmt: skip
+IMPURE_CALLS = {"open", "print", "input"}
+# module -> the only file that may import it
+ONE_IMPORTER = {
+    "pynvml": "agent/nvml.py",
+    "consul": "runtime/consul.py",
+    "huggingface_hub": "agent/cache_hub.py",
+    "boto3": "agent/cache_s3.py",
+}
+
+
+def imports(tree: ast.AST, package: str) -> Iterator[str]:
+    """The full names of all modules that are imported, at the top or inside a function."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (name.name for name in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            parts = package.split(".")[: len(package.split(".")) - node.level + 1]
+            prefix = ".".join(parts) + "." if node.level else ""
+            yield f"{prefix}{node.module or ''}".rstrip(".")
+
+
+def violations(path: str, source: str) -> list[str]:
+    """Every rule that the file at `path` (from the root) breaks, in words."""
+    tree = ast.parse(source)
+    part = path.split("/")[0]
+    found = []
+    for module in imports(tree, path.rpartition("/")[0].replace("/", ".")):
+        top = module.split(".")[0]
+        if path == "runtime/wire.py" and top in OURS:
+            found.append(f"{path}: wire imports nothing of ours, but it imports {module}")
+        elif top in OURS and top not in MAY_IMPORT[part]:
+            found.append(f"{path}: {part} may not import {module}")
+        if path in PURE and top in IMPURE_MODULES:
+            found.append(f"{path}: decides, so it may not import {module}")
+        if ONE_IMPORTER.get(top, path) != path:
+            found.append(f"{path}: only {ONE_IMPORTER[top]} may import {module}")
+    if path in PURE:
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") in IMPURE_CALLS:
+                found.append(f"{path}: decides, so it may not call {ast.unparse(node.func)}")
+    return found
+
+
+def sources() -> list[str]:
+    return sorted(
+        str(path.relative_to(ROOT)) for part in MAY_IMPORT for path in (ROOT / part).rglob("*.py")
+    )
+
+
+@pytest.mark.parametrize("path", sources())
+def test_file(path: str) -> None:
+    assert violations(path, (ROOT / path).read_text(encoding="utf-8")) == []
+
+
+def test_every_file_that_a_rule_names_is_there() -> None:
+    for path in (*PURE, *ONE_IMPORTER.values(), "runtime/wire.py"):
+        assert (ROOT / path).is_file(), path
+
+
+def test_the_one_importers_do_import() -> None:
+    for module, path in ONE_IMPORTER.items():
+        tree = ast.parse((ROOT / path).read_text(encoding="utf-8"))
+        assert any(name.split(".")[0] == module for name in imports(tree, "")), path
+
+
+@pytest.mark.parametrize(
+    ("path", "source"),
+    [
+        ("runtime/wire.py", "from runtime.schema import check"),
+        ("runtime/wire.py", "from . import schema"),
+        ("runtime/spec.py", "import scheduler.core"),
+        ("runtime/router/api.py", "def f():\n    from agent import core"),
+        ("scheduler/api.py", "from agent.core import AgentCore"),
+        ("agent/node.py", "from scheduler import views"),
+        ("agent/node.py", "import cli.main"),
+        ("scheduler/core.py", "import asyncio"),
+        ("scheduler/core.py", "def f():\n    from time import monotonic"),
+        ("agent/core.py", "import datetime as d"),
+        ("runtime/router/admission.py", "open('x')"),
+        ("agent/devices.py", "import pynvml"),
+        ("runtime/registries.py", "from consul.aio import Consul"),
+    ],
+)
+def test_a_planted_violation_is_found(path: str, source: str) -> None:
+    assert violations(path, source)
+
+
+@pytest.mark.parametrize(
+    ("path", "source"),
+    [
+        ("scheduler/api.py", "import asyncio\nfrom runtime.wire import decode"),
+        ("scheduler/core.py", "from scheduler.state import ClusterState\nimport dataclasses"),
+        ("runtime/router/api.py", "from . import proxy\nfrom ..wire import decode"),
+        ("agent/nvml.py", "import pynvml"),
+        ("runtime/registries.py", "from runtime.consul import ConsulRegistry"),
+        ("cli/main.py", "from agent.driver import run_agent\nimport scheduler.driver"),
+    ],
+)
+def test_what_is_allowed_is_not_reported(path: str, source: str) -> None:
+    assert violations(path, source) == []

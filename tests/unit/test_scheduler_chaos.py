@@ -1,0 +1,111 @@
+"""Random clusters under random faults; invariants are checked after every event."""
+
+from __future__ import annotations
+
+from random import Random
+
+import pytest
+
+from scheduler import messages as m
+from scheduler.state import Stage
+from tests.unit.scheduler_world import GIB, FakeNode, World, spec
+
+SCENARIOS = 300
+
+
+def random_world(random: Random) -> World:
+    nodes = [
+        FakeNode(
+            f"n{i}",
+            {f"g{j}": random.choice([24, 40, 80]) * GIB for j in range(random.randint(1, 3))},
+            start_s=random.uniform(0.5, 6),
+            stop_s=random.uniform(0.2, 4),
+            sleep_s=random.uniform(0.2, 3),
+            wake_s=random.uniform(0.2, 3),
+            rungs=random.choice([(), (1, 2), (2,)]),
+            residue=random.choice([0, 1, 3]) * GIB,
+            host_budget=random.choice([0, 20, 200]) * GIB,
+        )
+        for i in range(random.randint(1, 3))
+    ]
+    world = World(*nodes, lossy=random, min_dwell_s=random.choice([0.0, 3.0]))
+    for i in range(random.randint(1, 6)):
+        tp = random.choice([1, 1, 1, 2])
+        world.put(
+            spec(
+                f"m{i}", random.choice([2, 8, 20, 30]) * tp, tensor_parallel_size=tp,
+                max_replicas=random.randint(1, 3), idle_s=random.choice([5, 20, 100]),
+                target_concurrency=random.choice([1, 8]), priority=random.randint(-1, 1),
+                asleep_s=random.choice([10, 1000]),
+            )
+        )  # fmt: skip
+    return world
+
+
+def disturb(world: World, random: Random) -> None:
+    """One thing that happens in a cluster's life."""
+    state = world.core.state
+    names = sorted(state.models)
+    replicas = sorted(state.replicas)
+    node = random.choice(sorted(world.nodes.values(), key=lambda n: n.node_id))
+    match random.randrange(13):
+        case 0 | 1 | 2 | 3:
+            world.want(random.choice(names), random.randint(1, 20))
+        case 4 if replicas:
+            world.flying[random.choice(replicas)] = random.randint(1, 5)
+        case 5 | 6:
+            world.flying.clear()
+        case 7:
+            node.up = not node.up
+            if node.up and random.random() < 0.5:
+                node.boot_id, node.seq = node.boot_id + 1, 0
+        case 8 if node.replicas:  # a process dies and its agent forgets it
+            node.replicas.pop(random.choice(sorted(node.replicas)))
+        case 12 if node.replicas:  # an engine dies: its agent restarts it, but not a sleeper
+            replica = node.replicas[random.choice(sorted(node.replicas))]
+            if replica.phase in ("ready", "waking"):
+                replica.phase, replica.since, replica.sleep_level = "starting", world.now, 0
+            elif replica.phase in ("asleep", "sleeping"):
+                replica.phase, replica.since, replica.sleep_level = "failed", world.now, 0
+        case 9:
+            old = state.models[random.choice(names)].spec
+            world.put(spec(old.name, random.choice([2, 8, 20]), engine_args={"x": random.random()}))
+        case 10:
+            models = tuple(model.stored for model in state.models.values())
+            world.elect(models)
+        case 11:
+            cordoned = random.random() < 0.3
+            drain = random.random() < 0.5
+            world.apply(
+                m.CordonSet(now=world.now, node_id=node.node_id, cordoned=cordoned, drain=drain)
+            )
+
+
+@pytest.mark.parametrize("seed", range(SCENARIOS))
+def test_whatever_happens_the_rules_hold_and_demand_is_met_in_the_end(seed: int) -> None:
+    random = Random(seed)
+    world = random_world(random)
+    for _ in range(25):
+        disturb(world, random)
+        world.run(random.choice([0.5, 1.0, 3.0, 8.0]))
+    settle(world)
+    for name in sorted(world.core.state.models):
+        world.want(name)
+        world.run(40)
+        # The router lets go of a request only when a replica serves it or it is refused.
+        assert name not in world.waiting, f"{name}: {world.route(name)}"
+    on_nodes = {rid for node in world.nodes.values() for rid in node.replicas}
+    assert on_nodes == {
+        r.replica_id for r in world.core.state.replicas.values() if r.stage is not Stage.PLANNED
+    }
+
+
+def settle(world: World) -> None:
+    """The faults end."""
+    world.lossy = None
+    world.flying.clear()
+    world.waiting.clear()
+    for node in world.nodes.values():
+        node.up = True
+        world.apply(m.CordonSet(now=world.now, node_id=node.node_id, cordoned=False))
+    world.run(30)

@@ -1,0 +1,508 @@
+"""The scheduler's core, one rule a test, on the event sequence that shows it."""
+
+from __future__ import annotations
+
+import pytest
+
+from runtime.wire import StartReplica, StopReplica
+from scheduler import messages as m
+from scheduler.state import Stage
+from tests.unit.scheduler_world import GIB, FakeNode, World, spec
+
+
+def one_gpu(gib: int = 24) -> FakeNode:
+    return FakeNode("n1", {"g0": gib * GIB})
+
+
+def test_one_waiting_request_starts_one_replica_and_routes_to_it() -> None:
+    world = World(one_gpu())
+    world.put(spec("a"))
+    world.want("a", 200)
+    assert world.route("a").waiting_for == "starting on n1 (g0)"
+    world.run(4)
+    assert world.hot() == {"a"}
+    assert world.nodes["n1"].started == ["a-1-1"]  # 200 requests, one start
+
+
+def test_a_third_model_takes_the_place_of_the_coldest() -> None:
+    world = World(one_gpu())
+    world.put(spec("a", 10), spec("b", 10), spec("c", 10))
+    world.want("a")
+    world.run(5)
+    world.want("b")
+    world.run(5)
+    assert world.hot() == {"a", "b"}
+    world.want("c")
+    world.run(6)
+    assert world.hot() == {"b", "c"}
+    evicted = [d for d in world.decided if d.action == "evict"]
+    assert [(d.model, d.reason) for d in evicted] == [("a", "makes room for c")]
+    assert evicted[0].cause == "1 request waiting"
+
+
+def test_a_replica_with_work_in_flight_is_never_evicted() -> None:
+    world = World(one_gpu())
+    world.put(spec("a", 20), spec("b", 20))
+    world.want("a")
+    world.run(5)
+    world.flying["a-1-1"] = 1
+    world.run(1)
+    world.want("b")
+    world.run(30)
+    assert world.hot() == {"a"}
+    assert "a in use" in world.route("b").waiting_for
+    world.flying.clear()
+    world.run(6)
+    assert world.hot() == {"b"}
+
+
+def test_the_new_replica_is_not_started_before_the_memory_is_seen_free() -> None:
+    node = one_gpu()
+    node.stop_s = 7.0
+    world = World(node)
+    world.put(spec("a", 20), spec("b", 20))
+    world.want("a")
+    world.run(5)
+    world.want("b")
+    world.run(6)
+    assert node.started == ["a-1-1"]
+    assert world.route("b").waiting_for == "room on n1 (g0), after evicting a"
+    world.run(6)
+    assert node.started == ["a-1-1", "b-1-2"]
+
+
+def test_routers_confirm_before_a_replica_is_told_to_stop() -> None:
+    world = World(one_gpu())
+    world.put(spec("a"))
+    world.want("a")
+    world.run(5)
+    world.router_acks = False
+    world.apply(m.UnloadAsked(now=world.now, model="a"))
+    world.run(1)
+    assert world.hot() == set()
+    assert not [c for c in world.sent if isinstance(c, StopReplica)]
+    world.router_acks = True
+    world.run(1)
+    assert [c for c in world.sent if isinstance(c, StopReplica)]
+
+
+def test_a_dead_router_delays_a_stop_only_for_a_while() -> None:
+    world = World(one_gpu())
+    world.put(spec("a"))
+    world.want("a")
+    world.run(5)
+    world.router_acks = False
+    world.apply(m.UnloadAsked(now=world.now, model="a"))
+    world.run(8)
+    assert not world.core.state.replicas
+
+
+def test_idle_models_are_stopped_and_min_replicas_are_not() -> None:
+    world = World(one_gpu())
+    world.put(spec("a", 4, idle_s=10), spec("b", 4, idle_s=10, min_replicas=1))
+    world.want("a")
+    world.run(8)
+    assert world.hot() == {"a", "b"}
+    world.run(12)
+    assert world.hot() == {"b"}
+    assert ("stop", "a") in world.actions()
+
+
+def test_starting_is_never_idle() -> None:
+    node = one_gpu()
+    node.start_s = 60
+    world = World(node)
+    world.put(spec("a", idle_s=1))
+    world.want("a")
+    world.run(30)
+    world.waiting.clear()
+    world.run(20)
+    assert [r.stage for r in world.core.state.replicas.values()] == [Stage.STARTING]
+
+
+def test_a_pinned_model_is_started_kept_and_never_evicted() -> None:
+    world = World(one_gpu())
+    world.put(spec("a", 20, idle_s=5), spec("b", 20))
+    world.apply(m.PinSet(now=world.now, model="a", pinned=True))
+    world.run(20)
+    assert world.hot() == {"a"}
+    world.want("b")
+    world.run(20)
+    assert world.hot() == {"a"}
+    world.apply(m.PinSet(now=world.now, model="a", pinned=False))
+    world.run(8)
+    assert world.hot() == {"b"}
+
+
+def test_concurrency_adds_replicas_up_to_the_maximum() -> None:
+    world = World(FakeNode("n1", {f"g{i}": 24 * GIB for i in range(4)}))
+    world.put(spec("a", 20, max_replicas=3, target_concurrency=10))
+    world.want("a", 15)
+    world.run(10)
+    assert len(world.route("a").endpoints) == 2
+    for replica in world.route("a").endpoints:
+        world.flying[replica.replica_id] = 50
+    world.run(10)
+    assert len(world.route("a").endpoints) == 3
+
+
+def test_what_can_never_fit_is_refused_with_the_reason() -> None:
+    world = World(one_gpu())
+    world.put(spec("a", 30))
+    assert "needs 30.0 GiB on one device; the most any device could give is 24.0 GiB" in (
+        world.route("a").refusal
+    )
+    world.put(spec("b", 40, tensor_parallel_size=2))
+    assert "needs 2 devices on one node; the largest node has 1" in world.route("b").refusal
+    world.nodes["n2"] = FakeNode("n2", {"g0": 24 * GIB, "g1": 24 * GIB})
+    world.nodes["n2"].devices["big"] = 40 * GIB
+    world.run(2)
+    assert world.route("a").refusal is None  # a larger node came: no restart needed
+    assert world.route("b").refusal is None
+
+
+def test_the_vllm_engine_is_never_placed_on_simulated_devices() -> None:
+    node = one_gpu()
+    world = World(node)
+    world.put(spec("a").__class__(name="a", source="/m", engine="vllm", device_memory_bytes=GIB))
+    assert "no node can run the engine 'vllm'" in world.route("a").refusal
+
+
+def test_tensor_parallel_takes_several_devices_of_one_node() -> None:
+    world = World(
+        FakeNode("n1", {"g0": 24 * GIB}), FakeNode("n2", {"g0": 24 * GIB, "g1": 24 * GIB})
+    )
+    world.put(spec("a", 40, tensor_parallel_size=2))
+    world.want("a")
+    world.run(5)
+    (replica,) = world.core.state.replicas.values()
+    assert (replica.node_id, replica.device_ids, replica.bytes) == ("n2", ("g0", "g1"), 20 * GIB)
+
+
+def test_best_fit_keeps_large_holes_whole() -> None:
+    world = World(FakeNode("n1", {"big": 80 * GIB, "small": 24 * GIB}))
+    world.put(spec("a", 10), spec("b", 70))
+    world.want("a")
+    world.want("b")
+    world.run(8)
+    where = {r.model: r.device_ids for r in world.core.state.replicas.values()}
+    assert where == {"a": ("small",), "b": ("big",)}
+
+
+def test_memory_that_others_hold_is_not_given_away() -> None:
+    node = one_gpu()
+    node.foreign = {"g0": 20 * GIB}
+    world = World(node)
+    world.put(spec("a", 8))
+    assert "the most any device could give is 4.0 GiB" in world.route("a").refusal
+
+
+def test_one_start_at_a_time_per_device() -> None:
+    world = World(one_gpu())
+    world.put(spec("a", 4), spec("b", 4))
+    world.want("a")
+    world.want("b")
+    assert len(world.nodes["n1"].started) == 1
+    world.run(8)
+    assert world.hot() == {"a", "b"}
+
+
+def test_a_failed_start_is_reported_rests_and_is_tried_again() -> None:
+    node = one_gpu()
+    node.fails = {"a": "the model folder /models/x does not exist"}
+    world = World(node)
+    world.put(spec("a"))
+    world.want("a")
+    world.run(4)
+    route = world.route("a")
+    assert route.refusal == "a did not start: the model folder /models/x does not exist"
+    assert 5 < route.retry_after_s <= 10
+    assert route.warmth == "failed"
+    world.run(2)
+    assert not world.core.state.replicas  # cleared away
+    node.fails = {}
+    world.run(10)
+    assert world.route("a").refusal is None
+    world.want("a")
+    world.run(4)
+    assert world.hot() == {"a"}
+
+
+def test_an_operators_load_starts_a_model_that_rests_after_a_failure() -> None:
+    node = one_gpu()
+    node.fails = {"a": "boom"}
+    world = World(node)
+    world.put(spec("a"))
+    world.want("a")
+    world.run(5)
+    node.fails = {}
+    world.apply(m.LoadAsked(now=world.now, model="a"))
+    world.run(4)
+    assert world.hot() == {"a"}
+
+
+def test_a_request_that_goes_away_cancels_a_plan_that_has_not_begun() -> None:
+    node = one_gpu()
+    node.stop_s = 5
+    world = World(node)
+    world.put(spec("a", 20), spec("b", 20))
+    world.want("a")
+    world.run(5)
+    world.want("b")
+    world.waiting.clear()
+    world.run(10)
+    assert node.started == ["a-1-1"]
+    assert ("cancel", "b") in world.actions()
+
+
+def test_a_spec_change_drops_no_replica_that_serves() -> None:
+    world = World(one_gpu(48))
+    world.put(spec("a", 20))
+    world.want("a")
+    world.run(5)
+    world.flying["a-1-1"] = 3
+    world.run(1)
+    world.put(spec("a", 20, engine_args={"max_model_len": 10}))
+    world.run(1)
+    assert [e.replica_id for e in world.route("a").endpoints] == ["a-1-1"]
+    world.run(6)  # the new one serves: the old one drains
+    assert [e.replica_id for e in world.route("a").endpoints] == ["a-1-2"]
+    assert world.core.state.replicas["a-1-1"].stage in (Stage.UNROUTING, Stage.STOPPING)
+
+
+def test_without_room_for_both_an_outdated_replica_goes_when_idle() -> None:
+    world = World(one_gpu())
+    world.put(spec("a", 20))
+    world.want("a")
+    world.run(5)
+    world.flying["a-1-1"] = 1
+    world.run(1)
+    world.put(spec("a", 20, engine_args={"max_model_len": 10}))
+    world.run(20)
+    assert world.hot() == {"a"}
+    world.flying.clear()
+    world.run(4)
+    assert world.hot() == set()
+    assert not world.core.state.replicas
+
+
+def test_changing_what_no_process_sees_restarts_nothing() -> None:
+    world = World(one_gpu())
+    world.put(spec("a"))
+    world.want("a")
+    world.run(5)
+    world.put(spec("a", idle_s=9999, priority=3))
+    world.run(5)
+    assert world.nodes["n1"].started == ["a-1-1"]
+    assert world.hot() == {"a"}
+
+
+def test_removing_a_model_drains_it() -> None:
+    world = World(one_gpu())
+    world.put(spec("a"))
+    world.want("a")
+    world.run(5)
+    world.apply(m.ModelRemoved(now=world.now, name="a"))
+    assert world.route("a") is None
+    world.run(4)
+    assert not world.core.state.replicas
+    assert not world.nodes["n1"].replicas
+
+
+def test_a_new_leader_adopts_what_runs_and_restarts_nothing() -> None:
+    world = World(one_gpu())
+    world.put(spec("a"), spec("b"))
+    world.want("a")
+    world.run(5)
+    models = tuple(model.stored for model in world.core.state.models.values())
+    before, table = list(world.nodes["n1"].started), world.table
+    world.elect(models)
+    world.run(10)
+    assert world.nodes["n1"].started == before
+    assert world.table.version > table.version
+    assert world.hot() == {"a"}
+    assert not [c for c in world.sent if isinstance(c, StopReplica)]
+
+
+def test_a_recovering_leader_publishes_nothing_until_its_nodes_report() -> None:
+    world = World(one_gpu(), recovery_grace_s=8.0)
+    world.put(spec("a"))
+    world.want("a")
+    world.run(5)
+    models = tuple(model.stored for model in world.core.state.models.values())
+    old = world.table
+    world.nodes["n1"].up = False
+    world.core.__init__(world.settings)
+    world.term += 1
+    world.apply(m.Elected(now=world.now, term=world.term, models=models, known_nodes=("n1",)))
+    world.run(5)
+    assert world.table is old  # routers keep their last table
+    world.nodes["n1"].up = True
+    world.run(2)
+    assert world.hot() == {"a"}
+
+
+def test_a_leader_stops_replicas_of_models_nobody_declares_any_more() -> None:
+    world = World(one_gpu())
+    world.put(spec("a"))
+    world.want("a")
+    world.run(5)
+    world.elect(())
+    world.run(5)
+    assert not world.nodes["n1"].replicas
+
+
+def test_a_lost_nodes_model_is_started_elsewhere_on_demand() -> None:
+    world = World(one_gpu(), FakeNode("n2", {"g0": 24 * GIB}))
+    world.put(spec("a"))
+    world.want("a")
+    world.run(5)
+    (replica,) = world.core.state.replicas.values()
+    world.nodes[replica.node_id].up = False
+    world.run(15)
+    assert replica.stage is Stage.UNKNOWN
+    assert world.hot() == {"a"}  # it may well serve still: routers try, and report who waits
+    world.waiting["a"] = 1
+    world.router_seq += 1
+    from runtime.wire import DemandReport, ModelDemand
+
+    world.apply(
+        m.DemandSeen(
+            now=world.now,
+            report=DemandReport(
+                router_id="r", boot_id=1, seq=world.router_seq, routes_version=world.table.version,
+                models=(ModelDemand(model="a", waiting=1),),
+            ),
+        )
+    )  # fmt: skip
+    world.run(5)
+    other = {"n1", "n2"} - {replica.node_id}
+    assert {r.node_id for r in world.core.state.models["a"].ready()} == other
+    assert len(world.route("a").endpoints) == 1
+
+
+def test_a_node_that_returns_is_adopted_again() -> None:
+    world = World(one_gpu())
+    world.put(spec("a"))
+    world.want("a")
+    world.run(5)
+    world.nodes["n1"].up = False
+    world.run(15)
+    world.nodes["n1"].up = True
+    world.nodes["n1"].boot_id += 1
+    world.nodes["n1"].seq = 0
+    world.run(2)
+    (replica,) = world.core.state.replicas.values()
+    assert replica.stage is Stage.READY
+    assert world.nodes["n1"].started == ["a-1-1"]
+
+
+def test_cordon_drain_uncordon() -> None:
+    world = World(one_gpu(), FakeNode("n2", {"g0": 24 * GIB}))
+    world.put(spec("a", min_replicas=1))
+    world.run(5)
+    (replica,) = world.core.state.replicas.values()
+    first = replica.node_id
+    world.apply(m.CordonSet(now=world.now, node_id=first, cordoned=True, drain=True))
+    world.run(8)
+    assert not world.nodes[first].replicas
+    assert {r.node_id for r in world.core.state.replicas.values()} == {"n1", "n2"} - {first}
+    world.apply(m.CordonSet(now=world.now, node_id=first, cordoned=False))
+    assert world.core.state.nodes[first].schedulable
+
+
+def test_the_coldest_is_told_by_when_requests_ended_not_by_when_it_was_heard() -> None:
+    world = World(one_gpu())
+    world.put(spec("a", 10), spec("b", 10), spec("c", 10))
+    world.want("a")
+    world.run(5)
+    world.want("b")
+    world.run(5)
+    a, b = world.nodes["n1"].replicas["a-1-1"], world.nodes["n1"].replicas["b-1-2"]
+    ended = world.now
+    world.flying["b-1-2"] = 1  # heard as in flight for a while after it has ended
+    world.run(1)
+    world.flying.clear()
+    a.used_at, b.used_at = ended + 0.2, ended + 0.1
+    world.run(1)
+    world.want("c")
+    world.run(6)
+    assert world.hot() == {"a", "c"}
+
+
+def test_an_old_heartbeat_is_dropped() -> None:
+    world = World(one_gpu())
+    old = world.nodes["n1"].heartbeat(world.now)
+    world.put(spec("a"))
+    world.want("a")
+    world.run(5)
+    world.apply(m.HeartbeatSeen(now=world.now, heartbeat=old))
+    assert world.hot() == {"a"}
+
+
+def test_lower_priority_goes_first() -> None:
+    world = World(one_gpu())
+    world.put(spec("a", 10, priority=5), spec("b", 10), spec("c", 10))
+    world.want("a")
+    world.run(5)
+    world.want("b")
+    world.run(5)
+    world.want("c")
+    world.run(6)
+    assert world.hot() == {"a", "c"}  # a is colder, but b matters less
+
+
+def test_the_evicted_set_is_minimal() -> None:
+    world = World(one_gpu(24))
+    world.put(spec("a", 4), spec("b", 4), spec("c", 16), spec("d", 16))
+    for name in "abc":
+        world.want(name)
+        world.run(5)
+    world.want("d")
+    world.run(8)
+    assert world.hot() == {"a", "b", "d"}  # a and b are colder, but too small to help
+
+
+def test_commands_carry_the_term_and_the_cause() -> None:
+    world = World(one_gpu())
+    world.put(spec("a"))
+    world.want("a", 2)
+    (start,) = [c for c in world.sent if isinstance(c, StartReplica)]
+    assert (start.epoch, start.reason, start.cause) == (1, "best fit", "2 requests waiting")
+
+
+@pytest.mark.parametrize("kind", ["start", "stop"])
+def test_a_command_whose_effect_is_not_seen_is_repeated(kind: str) -> None:
+    world = World(one_gpu())
+    world.put(spec("a"))
+    if kind == "stop":
+        world.want("a")
+        world.run(5)
+    node = world.nodes["n1"]
+    obey, node.obey = node.obey, lambda command, now: None
+    world.__dict__["_deliver"] = lambda send: None  # neither the command nor its answer arrives
+    if kind == "start":
+        world.want("a")
+    else:
+        world.apply(m.UnloadAsked(now=world.now, model="a"))
+    world.run(2)
+    node.obey = obey
+    del world.__dict__["_deliver"]
+    world.run(6)
+    assert world.hot() == ({"a"} if kind == "start" else set())
+    assert bool(node.replicas) is (kind == "start")
+
+
+def test_an_unload_is_not_undone_by_the_requests_that_the_replica_is_finishing() -> None:
+    world = World(one_gpu())
+    world.put(spec("a"))
+    world.want("a")
+    world.run(5)
+    world.flying["a-1-1"] = 1
+    world.run(1)
+    world.apply(m.UnloadAsked(now=world.now, model="a"))
+    world.run(5)
+    world.flying.clear()
+    world.run(5)
+    assert world.nodes["n1"].started == ["a-1-1"]
+    assert not world.core.state.replicas

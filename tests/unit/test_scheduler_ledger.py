@@ -1,0 +1,92 @@
+"""What the scheduler learns: footprints, expected waits, post-mortems of cold starts."""
+
+from __future__ import annotations
+
+import pytest
+
+from runtime.footprints import Footprint, Key, Times
+from tests.unit.scheduler_world import GIB, FakeNode, World, spec
+
+
+def node(**fields: object) -> FakeNode:
+    values = {"rungs": (1, 2), "host_budget": 64 * GIB, **fields}
+    return FakeNode("n1", {"g0": 24 * GIB}, **values)  # type: ignore[arg-type]
+
+
+def test_a_cold_start_leaves_a_record_whose_phases_add_up() -> None:
+    world = World(node(phases={"weights": 1.0, "kv": 0.5}))
+    world.put(spec("a", 20))
+    world.want("a")
+    world.run(5)
+    (record,) = world.cold_starts
+    assert (record.rung, record.outcome, record.cause) == ("stopped", "ready", "1 request waiting")
+    assert record.moved_down == ()
+    assert record.phases["weights"] == 1.0
+    assert sum(record.phases.values()) == pytest.approx(record.total_s)
+
+
+def test_a_record_names_what_moved_down_and_how_long_that_took() -> None:
+    world = World(node(sleep_s=2.0))
+    world.put(spec("a", 20), spec("b", 20))
+    world.want("a")
+    world.run(5)
+    world.want("b")
+    world.run(10)
+    world.want("a")
+    world.run(10)
+    _, second, third = world.cold_starts
+    assert second.moved_down == ("a-1-1 (a) to asleep-1",)
+    assert second.phases["evict"] >= 2.0
+    assert (third.rung, third.moved_down) == ("asleep-1", ("b-1-2 (b) to asleep-1",))
+
+
+def test_a_failed_start_leaves_a_record_too() -> None:
+    failing = node()
+    failing.fails = {"a": "no such folder"}
+    world = World(failing)
+    world.put(spec("a", 20))
+    world.want("a")
+    world.run(5)
+    assert [(r.model, r.outcome) for r in world.cold_starts] == [("a", "failed")]
+
+
+def test_times_are_learnt_kept_and_used_after_a_failover() -> None:
+    world = World(node())
+    world.put(spec("a", 20, idle_s=5))
+    world.want("a")
+    assert world.route("a").eta_s is None  # never measured: nothing is promised
+    world.run(14)
+    world.want("a")
+    world.run(5)
+    (footprint,) = world.learned.values()
+    assert footprint.key.device_kind == "simulated"
+    assert footprint.median_s("start") == 2.0
+    assert footprint.median_s("wake-1") == pytest.approx(0.5, abs=0.5)
+    models = tuple(model.stored for model in world.core.state.models.values())
+    world.elect(models, footprints=(footprint,))
+    kept = world.core.state.models["a"].footprint
+    assert kept == footprint  # the adopted replica's start is not counted twice
+
+
+def test_a_changed_spec_starts_a_new_entry() -> None:
+    world = World(node())
+    world.put(spec("a", 20))
+    world.want("a")
+    world.run(5)
+    world.put(spec("a", 20, engine_args={"x": 1}))
+    assert world.core.state.models["a"].measured_s("start") is None
+
+
+def test_percentiles_by_nearest_rank_of_the_last_samples() -> None:
+    times = Times()
+    for seconds in range(1, 41):
+        times = times.plus(float(seconds))
+    assert len(times.samples) == 32
+    assert (times.last_s, times.percentile_s(0.5), times.percentile_s(0.95)) == (40.0, 24.0, 39.0)
+    assert Times(samples=(1.0, 2.0, 3.0, 4.0)).percentile_s(0.5) == 2.0
+
+
+def test_a_key_is_a_path_of_the_registry() -> None:
+    key = Key("a", "0123", "vllm", "0.32.0", "nvml")
+    assert key.path() == "a/0123-vllm-0.32.0-nvml"
+    assert Footprint(key=key).median_s("start") is None

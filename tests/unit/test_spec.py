@@ -1,0 +1,124 @@
+"""Model specs: what is accepted, and what a refusal says."""
+
+from __future__ import annotations
+
+import pytest
+from jsonschema import Draft202012Validator
+
+from runtime.schema import SchemaError, close_names, parse_bytes
+from runtime.spec import json_schema, load_specs, parse_spec, parse_specs
+from runtime.wire import ModelSpec
+
+
+def problems(text: str, suffix: str = ".yaml") -> dict[str, str]:
+    with pytest.raises(SchemaError) as caught:
+        parse_specs(text, suffix)
+    return {p.field: str(p) for p in caught.value.problems}
+
+
+def test_a_full_spec_reads_from_yaml_toml_and_json(tmp_path) -> None:
+    yaml = tmp_path / "m.yaml"
+    yaml.write_text(
+        "name: qwen\nsource: hf:Qwen/Qwen3-8B@main\naliases: [gpt-4o, Qwen/Qwen3-8B]\n"
+        "device_memory_bytes: 20GiB\nengine_args: {max_model_len: 4096}\nidle_s: 60\n"
+    )
+    toml = tmp_path / "m.toml"
+    toml.write_text(
+        'name = "qwen"\nsource = "hf:Qwen/Qwen3-8B@main"\naliases = ["gpt-4o", "Qwen/Qwen3-8B"]\n'
+        'device_memory_bytes = "20GiB"\nidle_s = 60\n[engine_args]\nmax_model_len = 4096\n'
+    )
+    (from_yaml,), (from_toml,) = load_specs(yaml), load_specs(toml)
+    assert from_yaml == from_toml
+    assert from_yaml.device_memory_bytes == 20 * 2**30
+    assert from_yaml.names() == ("qwen", "gpt-4o", "Qwen/Qwen3-8B")
+    assert parse_specs('{"name": "a", "source": "/m"}')[0].engine == "vllm"
+
+
+def test_a_file_may_hold_several_models() -> None:
+    listed = parse_specs("- {name: a, source: /m}\n- {name: b, source: /m}")
+    keyed = parse_specs("models:\n  - {name: a, source: /m}\n  - {name: b, source: /m}")
+    assert [s.name for s in listed] == [s.name for s in keyed] == ["a", "b"]
+
+
+def test_every_problem_is_named_with_value_and_fix() -> None:
+    found = problems(
+        "name: a b\nsorce: /m\nidle_s: -2\nengine: vlm\ndevice_memory_bytes: 12Gx\npriority: true\n"
+    )
+    assert found["sorce"] == ("sorce: is not a known field (got '/m'); did you mean 'source'?")
+    assert found["source"].startswith("source: is required; add it: where the weights are")
+    assert "(got -2)" in found["idle_s"]
+    assert "did you mean 'vllm'?" in found["engine"]
+    assert "'12Gx' is not a size; write bytes or e.g. 12GiB" in found["device_memory_bytes"]
+    assert "got a yes/no value" in found["priority"]
+    assert "1 to 96 letters" in found["name"]
+
+
+@pytest.mark.parametrize(
+    ("text", "field", "says"),
+    [
+        ("name: a\nsource: /m\nmin_replicas: 3", "max_replicas", "is below min_replicas (3)"),
+        ("name: a\nsource: ftp:x", "source", "has the unknown scheme 'ftp'"),
+        ("name: a\nsource: 'hf:'", "source", "names no repository"),
+        ("name: a\nsource: /m\naliases: [a]", "aliases", "repeats a name"),
+        ("name: a\nsource: /m\nengine_args: {port: 1}", "engine_args.port", "is set by Stoker"),
+        (
+            "name: a\nsource: /m\nengine_args: {--gpu-memory-utilization: 0.5}",
+            "engine_args.--gpu-memory-utilization",
+            "set `device_memory_bytes`",
+        ),
+        ("- name: a", "source", "is required"),
+        ("name: [", "document", "cannot be read"),
+        ("just text", "model 1", "must be a mapping"),
+    ],
+)
+def test_refusals(text: str, field: str, says: str) -> None:
+    assert says in problems(text)[field]
+
+
+def test_two_models_may_not_answer_to_one_name() -> None:
+    found = problems("- {name: a, source: /m}\n- {name: b, source: /m, aliases: [a]}")
+    assert "is already a name of model 'a'" in found["aliases"]
+
+
+def test_a_bad_toml_names_the_line() -> None:
+    assert "line 1" in problems("name = 1 2", ".toml")["document"]
+
+
+def test_sizes() -> None:
+    assert parse_bytes("12GiB") == 12884901888
+    assert parse_bytes("1.5 GB") == 1500000000
+    assert parse_bytes("4096") == 4096
+    with pytest.raises(ValueError, match="not a size"):
+        parse_bytes("-1GiB")
+
+
+def test_close_names_ignore_case_and_come_best_first() -> None:
+    assert close_names("QWEN3-8", ["llama", "qwen3-8b", "qwen2-7b"])[0] == "qwen3-8b"
+    assert close_names("zzz", ["llama"]) == []
+
+
+def test_the_json_schema_accepts_what_the_parser_accepts() -> None:
+    schema = json_schema()
+    Draft202012Validator.check_schema(schema)
+    validator = Draft202012Validator(schema)
+    good = {"name": "a", "source": "/m", "device_memory_bytes": "12GiB", "aliases": ["x/y"]}
+    parse_spec(good)
+    assert not list(validator.iter_errors(good))
+    for bad in ({**good, "idle_s": 0}, {**good, "nope": 1}, {"name": "a"}):
+        with pytest.raises(SchemaError):
+            parse_spec(bad)
+        assert list(validator.iter_errors(bad))
+
+
+def test_only_what_the_process_sees_changes_the_launch_key() -> None:
+    base = ModelSpec(name="a", source="/m", engine_args={"x": 1, "y": 2})
+    same = ModelSpec(name="a", source="/m", engine_args={"y": 2, "x": 1}, idle_s=9, priority=3)
+    other = ModelSpec(name="a", source="/m", engine_args={"x": 1, "y": 3})
+    assert base.launch_key() == same.launch_key() != other.launch_key()
+
+
+def test_a_replica_books_its_share_on_each_device_rounded_up() -> None:
+    spec = ModelSpec(name="a", source="/m", device_memory_bytes=11, tensor_parallel_size=2)
+    assert spec.booked_bytes() == 6
+    with pytest.raises(ValueError, match="neither declared nor estimated"):
+        ModelSpec(name="a", source="/m").booked_bytes()

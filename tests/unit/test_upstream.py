@@ -1,0 +1,157 @@
+"""The engine connection: any bytes, split anywhere, give the right answer or an error."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections import deque
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from runtime.router.upstream import BUFFER_BYTES, Reply, UpstreamError, _Connection
+
+
+class Socket:
+    def setsockopt(self, *option: int) -> None:
+        pass
+
+
+class Transport(asyncio.Transport):
+    """What a socket transport would have been told."""
+
+    def __init__(self) -> None:
+        super().__init__({"socket": Socket()})
+        self.written = b""
+        self.closed = False
+        self.paused = False
+
+    def write(self, data: bytes) -> None:
+        self.written += data
+
+    def get_write_buffer_size(self) -> int:
+        return 0
+
+    def is_closing(self) -> bool:
+        return self.closed
+
+    def close(self) -> None:
+        self.closed = True
+
+    def abort(self) -> None:
+        self.closed = True
+
+    def pause_reading(self) -> None:
+        self.paused = True
+
+    def resume_reading(self) -> None:
+        self.paused = False
+
+
+async def exchange(raw: bytes, cuts: list[int], end: bool) -> tuple[Reply, bytes | str, bool]:
+    """Feed `raw` in pieces to one request's connection; its body or the reason it has none, and
+    whether the connection went back to the pool."""
+    idle: deque[_Connection] = deque()
+    connection, transport = _Connection(idle), Transport()
+    connection.connection_made(transport)
+    reply = connection.send(b"POST / HTTP/1.1\r\n\r\n", b"")
+    edges = sorted({0, len(raw), *(cut % (len(raw) + 1) for cut in cuts)})
+    for start, stop in itertools.pairwise(edges):
+        if not transport.closed:
+            connection.data_received(raw[start:stop])
+    pooled = bool(idle) and not transport.closed
+    if end or transport.closed:
+        connection.connection_lost(None)
+    body: bytes | str = b""
+    try:
+        async with asyncio.timeout(5):
+            await reply.head()
+            while data := await reply.read():
+                body += data
+    except UpstreamError as error:
+        body = error.reason
+    return reply, body, pooled
+
+
+CUTS = st.lists(st.integers(0, 10_000), max_size=12)
+PIECES = st.lists(st.binary(min_size=1, max_size=300), max_size=8)
+
+
+@given(pieces=PIECES, cuts=CUTS, interim=st.booleans(), trailer=st.booleans())
+def test_chunked_answers(
+    pieces: list[bytes], cuts: list[int], interim: bool, trailer: bool
+) -> None:
+    raw = b"HTTP/1.1 100 Continue\r\n\r\n" * interim
+    raw += b"HTTP/1.1 207 X\r\nA: 1\r\nTransfer-Encoding: chunked\r\nA: 2\r\n\r\n"
+    raw += b"".join(b"%x;ext=1\r\n%b\r\n" % (len(piece), piece) for piece in pieces)
+    raw += b"0\r\n" + b"T: t\r\n" * trailer + b"\r\n"
+    reply, body, pooled = asyncio.run(exchange(raw, cuts, end=False))
+    assert (reply.status, body, pooled) == (207, b"".join(pieces), True)
+    assert [v for n, v in reply.headers if n == b"A"] == [b"1", b"2"]
+
+
+@given(body=st.binary(max_size=2000), cuts=CUTS)
+def test_answers_with_a_length(body: bytes, cuts: list[int]) -> None:
+    raw = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body)
+    _, got, pooled = asyncio.run(exchange(raw, cuts, end=False))
+    assert (got, pooled) == (body, True)
+
+
+@given(body=st.binary(max_size=2000), cuts=CUTS)
+def test_answers_until_the_end_are_not_pooled(body: bytes, cuts: list[int]) -> None:
+    _, got, pooled = asyncio.run(exchange(b"HTTP/1.1 200 OK\r\n\r\n" + body, cuts, end=True))
+    assert (got, pooled) == (body, False)
+
+
+@given(pieces=PIECES, cuts=CUTS, data=st.data(), framed=st.booleans())
+def test_a_framed_answer_cut_short_is_always_an_error(
+    pieces: list[bytes], cuts: list[int], data: st.DataObject, framed: bool
+) -> None:
+    body = b"".join(pieces)
+    if framed:
+        raw = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body)
+    else:
+        raw = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+        raw += b"".join(b"%x\r\n%b\r\n" % (len(p), p) for p in pieces) + b"0\r\n\r\n"
+    cut = raw[: data.draw(st.integers(0, len(raw) - 1))]
+    _, got, pooled = asyncio.run(exchange(cut, cuts, end=True))
+    assert isinstance(got, str)
+    assert not pooled
+
+
+@settings(max_examples=300)
+@given(head=st.sampled_from([b"", b"HTTP/1.1 200 OK\r\n", b"HTTP/1.1 200 OK\r\n\r\n"]),
+       noise=st.binary(max_size=200), cuts=CUTS)  # fmt: skip
+def test_noise_never_raises_anything_else(head: bytes, noise: bytes, cuts: list[int]) -> None:
+    asyncio.run(exchange(head + noise, cuts, end=True))
+
+
+EXTRA = st.sampled_from([b"H", b"HTTP/1.1 200 OK\r\nX: ", b"HTTP/1.1 200 OK\r\n\r\n"])
+
+
+@given(extra=EXTRA | st.binary(min_size=1).filter(lambda b: b[0] not in b"\r\n"), cuts=CUTS)
+def test_a_connection_with_more_behind_its_answer_is_not_reused(
+    extra: bytes, cuts: list[int]
+) -> None:
+    raw = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
+    _, got, pooled = asyncio.run(exchange(raw + extra, cuts, end=True))
+    assert got == b"ok"
+    assert not pooled
+
+
+def test_an_unread_answer_stops_the_socket_and_reading_resumes_it() -> None:
+    async def check() -> None:
+        connection, transport = _Connection(deque()), Transport()
+        connection.connection_made(transport)
+        reply = connection.send(b"", b"")
+        connection.data_received(b"HTTP/1.1 200 OK\r\nContent-Length: 9999999\r\n\r\n")
+        connection.data_received(b"x" * BUFFER_BYTES)
+        assert not transport.paused
+        connection.data_received(b"x")
+        assert transport.paused
+        assert len(await reply.read()) == BUFFER_BYTES + 1
+        assert not transport.paused
+        reply.close()
+        assert transport.closed
+
+    asyncio.run(check())
