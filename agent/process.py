@@ -29,6 +29,7 @@ _PASSED = frozenset({
 })  # fmt: skip
 _PASSED_PREFIXES = ("HF_", "AWS_")  # what fetches hf: and s3:// sources
 _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
+_PASSES = 100  # of a scan, on a host that starts processes faster than they can be looked at
 
 
 class Owner(Struct, frozen=True):
@@ -120,23 +121,36 @@ def _mark_of(pid: int, owner: Owner) -> str | None:
 
 
 def scan(owner: Owner, leaders: Mapping[str, Leader]) -> dict[str, set[int]]:
-    """Every live process of each replica of `owner`'s, known (in `leaders`) or not. Blocks."""
-    sessions = {leader.pid: replica_id for replica_id, leader in leaders.items()}
+    """Every live process of each replica of `owner`'s, known (in `leaders`) or not. Blocks.
+
+    A process may end, and leave a child, between the listing and the look at it: so whatever was
+    born meanwhile is looked at too, until nothing was.
+    """
     found: dict[str, set[int]] = {}
-    for name in os.listdir("/proc"):
-        if not name.isdigit() or int(name) == os.getpid():
-            continue
-        pid = int(name)
-        stat = _stat(pid)
-        if stat is None:
-            continue
-        replica_id = sessions.get(stat.session)
-        if replica_id and not _is_session_of(stat.session, leaders[replica_id]):
-            replica_id = None
-        replica_id = replica_id or _mark_of(pid, owner)
-        if replica_id:
-            found.setdefault(replica_id, set()).add(pid)
+    seen = {os.getpid()}
+    for _ in range(_PASSES):
+        born = _pids() - seen
+        if not born:
+            break
+        seen |= born
+        for pid in born:
+            if replica_id := _replica_of(pid, owner, leaders):
+                found.setdefault(replica_id, set()).add(pid)
     return found
+
+
+def _pids() -> set[int]:
+    return {int(name) for name in os.listdir("/proc") if name.isdigit()}
+
+
+def _replica_of(pid: int, owner: Owner, leaders: Mapping[str, Leader]) -> str | None:
+    stat = _stat(pid)
+    if stat is None:
+        return None
+    for replica_id, leader in leaders.items():
+        if stat.session == leader.pid and _is_session_of(stat.session, leader):
+            return replica_id
+    return _mark_of(pid, owner)
 
 
 def _is_session_of(session: int, leader: Leader) -> bool:

@@ -198,6 +198,18 @@ async def test_a_tree_that_grows_while_it_is_killed_is_killed(world):
     assert "r" not in await supervisor.trees()
 
 
+async def test_a_child_born_while_its_parent_ends_is_found_by_the_same_scan(world, monkeypatch):
+    """The listing still has the parent alone; by the time of the look, only the child is there."""
+    supervisor, exits, folder = world
+    ended = run(supervisor, "gone", "pass")
+    await until(lambda: exits, "the exit of the parent")
+    child = run(supervisor, "r", "import time; time.sleep(600)")
+    listings = iter([[str(ended.pid)]])
+    listed = os.listdir
+    monkeypatch.setattr(os, "listdir", lambda path: next(listings, None) or listed(path))
+    assert process.scan(Owner("node", str(folder)), {}) == {"r": {child.pid}}
+
+
 async def test_an_engine_is_adopted_and_its_exit_seen(world):
     """The heir is no parent: the process is one of another agent's."""
     supervisor, _, folder = world
