@@ -38,6 +38,7 @@ from agent.messages import (
     SleepEnded,
     SleepEngine,
     Spawn,
+    Stage,
     StatusSeen,
     TermSeen,
     Tick,
@@ -51,6 +52,7 @@ from runtime.wire import (
     ModelSpec,
     ReplicaReport,
     SleepReplica,
+    StageModels,
     StartReplica,
     StopReplica,
     WakeReplica,
@@ -117,6 +119,9 @@ class AgentCore(Transitions):
             self._out.append(Refused(error, stale=True))
             return
         self._see_epoch(command.epoch)
+        if isinstance(command, StageModels):
+            self._out += [Stage(command.models), SendHeartbeatNow()]
+            return
         replica = self.replicas.get(command.replica_id)
         match command:
             case StartReplica():

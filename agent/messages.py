@@ -10,7 +10,14 @@ from typing import Literal
 
 from msgspec import Struct
 
-from runtime.wire import AgentCommand, ReplicaPhase, SleepReplica, StartReplica, StopReplica
+from runtime.wire import (
+    AgentCommand,
+    ReplicaPhase,
+    SleepReplica,
+    Staging,
+    StartReplica,
+    StopReplica,
+)
 
 # ------------------------------------------------------------------------------ events
 
@@ -190,6 +197,12 @@ class WakeEngine(Struct, frozen=True):
     level: int
 
 
+class Stage(Struct, frozen=True):
+    """Hold these models' weights in the page cache, and no others'."""
+
+    models: tuple[Staging, ...]
+
+
 class SaveDisabled(Struct, frozen=True):
     """Write down which rungs are not used any more, as `AgentCore.disabled` has them."""
 
@@ -228,6 +241,7 @@ Effect = (
     | Signal
     | SleepEngine
     | WakeEngine
+    | Stage
     | SaveRecord
     | ForgetRecord
     | SaveEpoch

@@ -140,6 +140,8 @@ class Node:
                     self._reaps[replica_id] = self._task(self._reap(replica_id))
             case messages.SleepEngine() | messages.WakeEngine():
                 self._rungs.carry_out(effect)
+            case messages.Stage():
+                pass  # staging comes with agent/staging.py
             case messages.SaveDisabled():
                 with _logged("the disabled rungs"):
                     self._records.save_disabled(self.core.disabled)

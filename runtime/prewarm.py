@@ -15,6 +15,8 @@ from msgspec import Struct
 
 from runtime.wire import Floor, Prewarm, PrewarmWindow, SpecProblem
 
+WARMEST_FIRST: tuple[Floor, ...] = ("hot", "asleep", "staged")
+
 
 class Ask(Struct, frozen=True, kw_only=True):
     """An operator's one-time wish: at least on `rung` from `by` (unix seconds) for `for_s`."""
@@ -33,9 +35,7 @@ def floor_at(prewarm: Prewarm, asks: Iterable[Ask], wall_s: float, lead_s: float
     rungs = [prewarm.min_warm] if prewarm.min_warm else []
     rungs += [w.rung for w in prewarm.schedule if _open(w, wall_s, lead_s)]
     rungs += [a.rung for a in asks if a.by - lead_s <= wall_s < a.by + a.for_s]
-    if "hot" in rungs:
-        return "hot"
-    return "asleep" if rungs else None
+    return next((rung for rung in WARMEST_FIRST if rung in rungs), None)
 
 
 def _open(window: PrewarmWindow, wall_s: float, lead_s: float) -> bool:

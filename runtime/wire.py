@@ -35,7 +35,7 @@ Alias = Annotated[
 ]
 
 
-Floor = Literal["hot", "asleep"]
+Floor = Literal["hot", "asleep", "staged"]
 
 
 class PrewarmWindow(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -44,18 +44,93 @@ class PrewarmWindow(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     cron: Annotated[str, Meta(description="minute hour day month weekday, e.g. '0 8 * * 1-5'")]
     for_s: Annotated[float, Meta(gt=0, description="for how long, e.g. 36000 for ten hours")]
     timezone: Annotated[str, Meta(description="an IANA name, e.g. Europe/Berlin")] = "UTC"
-    rung: Annotated[Floor, Meta(description="hot or asleep")] = "hot"
+    rung: Annotated[Floor, Meta(description="hot, asleep or staged")] = "hot"
 
 
 class Prewarm(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How warm a model is kept although nobody calls it."""
 
     min_warm: Annotated[
-        Floor | None, Meta(description="hot or asleep: never colder than this; left out: no limit")
+        Floor | None,
+        Meta(description="hot, asleep or staged: never colder than this; left out: no limit"),
     ] = None
     schedule: Annotated[
         tuple[PrewarmWindow, ...], Meta(description="times at which to be warm already")
     ] = ()
+
+
+class Placement(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Where replicas of a model may run."""
+
+    labels: Annotated[
+        dict[str, str], Meta(description="a node must have all of these labels, e.g. {zone: a}")
+    ] = {}
+    devices: Annotated[
+        tuple[str, ...],
+        Meta(description="a device's name must match one of these patterns, e.g. '*H100*'"),
+    ] = ()
+    min_compute_capability: Annotated[
+        Annotated[float, Meta(gt=0)] | None,
+        Meta(description="of a GPU, e.g. 8.9; devices that do not tell theirs are left out"),
+    ] = None
+    spread: Annotated[
+        Literal["prefer", "node", "off"],
+        Meta(
+            description="replicas on different nodes: preferred, required (node), or not cared for"
+        ),
+    ] = "prefer"
+
+
+ScaleMetric = Literal["queue_depth", "concurrency", "gpu_utilization", "kv_cache_usage", "ttft_p95"]
+
+
+class ScaleTarget(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One figure to hold, as a metric of Kubernetes' HorizontalPodAutoscaler."""
+
+    metric: Annotated[
+        ScaleMetric,
+        Meta(
+            description="queue_depth and concurrency: requests a replica; gpu_utilization and"
+            " kv_cache_usage: 0 to 1; ttft_p95: seconds"
+        ),
+    ]
+    target: Annotated[float, Meta(gt=0, description="the value to hold")]
+
+
+class ScalePolicy(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How much may change within a period: `value` per cent of the replicas, or so many."""
+
+    type: Literal["percent", "count"]
+    value: Annotated[float, Meta(gt=0)]
+    period_s: Annotated[float, Meta(gt=0, le=1800)]
+
+
+class ScaleRules(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One direction's policies: the one that allows most counts."""
+
+    policies: tuple[ScalePolicy, ...] = ()
+    stabilization_s: Annotated[float, Meta(ge=0, le=3600)] = 0.0
+
+
+class Autoscale(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """When a model gets more replicas and when it gives some back (scheduler/autoscale.py)."""
+
+    metrics: Annotated[
+        tuple[ScaleTarget, ...],
+        Meta(description="the largest wish counts; left out: concurrency at target_concurrency"),
+    ] = ()
+    up: ScaleRules = ScaleRules(
+        policies=(ScalePolicy(type="percent", value=100, period_s=30.0),), stabilization_s=60.0
+    )
+    down: ScaleRules = ScaleRules(
+        policies=(ScalePolicy(type="percent", value=50, period_s=60.0),), stabilization_s=300.0
+    )
+    panic_window_s: Annotated[
+        float, Meta(ge=0, description="a burst is looked for within this; 0: never panic")
+    ] = 6.0
+    panic_threshold: Annotated[
+        float, Meta(gt=1, description="panic at this many times what the ready replicas can take")
+    ] = 2.0
 
 
 class ModelSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -97,9 +172,27 @@ class ModelSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         float,
         Meta(gt=0, description="seconds a replica sleeps unused before it is stopped"),
     ] = 3600.0
+    staged_s: Annotated[
+        float,
+        Meta(gt=0, description="seconds a stopped model's weights are kept in host memory"),
+    ] = 21600.0
     sleep: Annotated[
         Literal["auto", "off"],
         Meta(description="auto: an idle or evicted replica sleeps where its engine can; or off"),
+    ] = "auto"
+    snapshot: Annotated[
+        Literal["off", "auto"],
+        Meta(
+            description="auto: the engine's process image is kept on disk where the host allows it"
+        ),
+    ] = "off"
+    placement: Annotated[Placement, Meta(description="where its replicas may run")] = Placement()
+    autoscale: Annotated[
+        Autoscale, Meta(description="how its number of replicas follows demand")
+    ] = Autoscale()
+    forecast: Annotated[
+        Literal["auto", "off"],
+        Meta(description="auto: warmed ahead of calls that its history lets expect; or off"),
     ] = "auto"
     prewarm: Annotated[
         Prewarm, Meta(description="how warm it is kept although nobody calls it")
@@ -153,6 +246,8 @@ class ModelSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 DeviceKind = Literal["nvml", "cpu", "simulated"]
 
+StartRung = Literal["snapshot", "staged", "cached", "remote"]  # what a start begins from
+
 ReplicaPhase = Literal[
     "starting",  # the process runs, its health check has not passed yet
     "ready",  # serves
@@ -181,6 +276,8 @@ class DeviceReport(Struct, frozen=True, kw_only=True):
     power_w: float | None = None
     ecc_uncorrected: int | None = None
     xid: int | None = None  # the last critical XID seen since the agent started
+    compute_capability: float | None = None  # 9.0 of an H100
+    nvlink_peers: tuple[str, ...] = ()  # ids of this node's devices it has an NVLink to
     healthy: bool = True
     unhealthy_reason: str | None = None
 
@@ -206,6 +303,7 @@ class ReplicaReport(Struct, frozen=True, kw_only=True):
     pid: int | None = None
     memory_used_bytes: int | None = None
     start_s: float | None = None  # how long the last start took, process start to ready
+    started_from: StartRung = "cached"  # where its weights were when that start began
     wake_s: float | None = None  # how long the last wake took, canary included
     sleep_s: float | None = None  # how long the last sleep took, until the memory was seen free
     sleep_level: int = 0  # 1 or 2 while sleeping, asleep or waking
@@ -214,8 +312,19 @@ class ReplicaReport(Struct, frozen=True, kw_only=True):
     phases: dict[str, float] = {}  # seconds of each phase of the last start or wake
     rungs: tuple[int, ...] = ()  # the sleep levels it can take
     disabled: dict[str, str] = {}  # "asleep-1" -> why that rung is not used for it any more
+    kv_cache_usage: float | None = None  # 0..1, by the engine's own metrics
+    engine_waiting: int | None = None  # requests in the engine's own queue
     engine: str = "vllm"
     engine_version: str | None = None
+
+
+class CachedModel(Struct, frozen=True, kw_only=True):
+    """One model whose files are on the node's disk."""
+
+    source: str  # as specs name it
+    disk_bytes: int
+    resident_bytes: int = 0  # of its weights, in the page cache now
+    snapshot: bool = False  # a process image of it is kept too
 
 
 class Heartbeat(Struct, frozen=True, kw_only=True):
@@ -229,7 +338,11 @@ class Heartbeat(Struct, frozen=True, kw_only=True):
     replicas: tuple[ReplicaReport, ...]
     host_memory_total_bytes: int = 0
     host_memory_available_bytes: int = 0
-    host_budget_bytes: int = 0  # host memory that sleeping engines may take, all together
+    host_budget_bytes: int = 0  # host memory for sleeping engines and staged weights, together
+    cached: tuple[CachedModel, ...] = ()
+    staged: tuple[str, ...] = ()  # sources the agent was told to hold in the page cache
+    preemptible: bool = False  # a spot machine: it may be taken away at short notice
+    preempted_in_s: float | None = None  # it was told to go: so many seconds are left
     engines: dict[str, str] = {}  # engine -> version that this node can run
     labels: dict[str, str] = {}
     draining: bool = False  # the agent is shutting down: place nothing here
@@ -289,7 +402,24 @@ class WakeReplica(Struct, frozen=True, kw_only=True, tag="wake"):
     cause: str = ""
 
 
-AgentCommand = StartReplica | StopReplica | SleepReplica | WakeReplica
+class Staging(Struct, frozen=True, kw_only=True):
+    """One model's weights to hold in the page cache."""
+
+    source: str
+    bytes: int  # booked for it; the agent reads no more
+
+
+class StageModels(Struct, frozen=True, kw_only=True, tag="stage"):
+    """Hold these models' weights in the page cache, and no others': the whole wish, every time."""
+
+    epoch: int
+    models: tuple[Staging, ...]
+    reason: str = ""
+    cause: str = ""
+
+
+ReplicaCommand = StartReplica | StopReplica | SleepReplica | WakeReplica
+AgentCommand = ReplicaCommand | StageModels
 
 
 class CommandReply(Struct, frozen=True, kw_only=True):
@@ -345,6 +475,8 @@ class ModelDemand(Struct, frozen=True, kw_only=True):
     in_flight: int = 0
     oldest_wait_s: float = 0.0
     idle_for_s: float | None = None  # since its last request arrived or ended; None: never
+    arrived: int = 0  # requests since the router started: grows only
+    ttft_p95_s: float | None = None  # of the last minute's requests that were not held; None: none
 
 
 class DemandReport(Struct, frozen=True, kw_only=True):
@@ -358,7 +490,7 @@ class DemandReport(Struct, frozen=True, kw_only=True):
     in_flight: dict[str, int] = {}  # replica_id -> requests of this router
 
 
-Warmth = Literal["hot", "starting", "asleep", "cold", "failed"]
+Warmth = Literal["hot", "starting", "asleep", "staged", "cold", "failed"]
 
 
 class Endpoint(Struct, frozen=True, kw_only=True):

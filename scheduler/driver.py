@@ -22,7 +22,7 @@ from runtime.config import Config
 from runtime.footprints import Footprint, Key
 from runtime.prewarm import Ask, floor_at
 from runtime.registry import Entry, Lock, Registry, RegistryError, Service
-from runtime.wire import AgentCommand, CommandReply, RouteTable, decode
+from runtime.wire import AgentCommand, CommandReply, RouteTable, StageModels, decode
 from scheduler import messages as m
 from scheduler.core import Core
 from scheduler.ladder import climb_s
@@ -173,6 +173,7 @@ class Driver:
     async def _send(self, node_id: str, command: AgentCommand) -> m.CommandDone:
         kind = command.__struct_config__.tag
         assert isinstance(kind, str)
+        replica_id = "" if isinstance(command, StageModels) else command.replica_id
         answer: CommandReply | None = None
         error = f"node {node_id} has not reported an address"
         address = self.agent_address(node_id)
@@ -190,9 +191,9 @@ class Driver:
             except (aiohttp.ClientError, TimeoutError, ValueError) as problem:
                 error = f"{type(problem).__name__}: {problem}"
         if answer is None:
-            log.warning("could not %s %s on %s: %s", kind, command.replica_id, node_id, error)
+            log.warning("could not %s %s on %s: %s", kind, replica_id, node_id, error)
         return m.CommandDone(
-            now=self.now(), node_id=node_id, replica_id=command.replica_id, kind=kind,
+            now=self.now(), node_id=node_id, replica_id=replica_id, kind=kind,
             delivered=answer is not None, ok=answer is not None and answer.ok,
             error=answer.error if answer else error,
             boot_id=answer.boot_id if answer else 0, seq=answer.seq if answer else 0,

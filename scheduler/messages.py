@@ -112,7 +112,7 @@ class CommandDone(Struct, frozen=True, kw_only=True):
     now: float
     node_id: str
     replica_id: str
-    kind: str  # start | stop | sleep | wake
+    kind: str  # start | stop | sleep | wake | stage
     delivered: bool
     ok: bool = False
     error: str | None = None
