@@ -60,7 +60,7 @@ class Footprint(Struct, frozen=True, kw_only=True):
     residue_bytes: int | None = None  # while asleep
     host_bytes: int | None = None  # of its processes while hot
     host_asleep_bytes: int | None = None  # while asleep: offloaded weights included
-    times: dict[str, Times] = {}  # "start", "wake-1", "sleep-1", "start.weights", "wake-1.canary" …
+    times: dict[str, Times] = {}  # "start-cached", "wake-1", "wake-1.canary", …
 
     def with_times(self, step: str, total_s: float, phases: dict[str, float]) -> Footprint:
         """After one more `step` that took `total_s`, split into `phases`."""

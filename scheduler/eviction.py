@@ -1,10 +1,13 @@
 """What goes down to make room, and how far. Pure policy.
 
 Rules this file keeps:
-- never a replica with work in flight, with requests waiting for its model, pinned, needed for
-  min_replicas, or ready for less than the dwell time;
-- cheapest first: lower priority, then clearly less expected waiting (scheduler/ladder.py), then the
-  one idle longest; one that can sleep sleeps rather than stops, while the host has memory for it;
+- never pinned, needed for min_replicas or a floor, or ready for less than the dwell time;
+- with work in flight or requests waiting only for a model of higher standing, and then it ends its
+  requests first: standing is priority plus one for each AGING_S its oldest request has waited, so
+  that no model waits for ever, and a replica that was given its turn keeps it for TURN_S;
+- cheapest first: idle before busy, lower priority, then clearly less expected waiting
+  (scheduler/ladder.py), then the one idle longest; one that can sleep sleeps rather than stops,
+  while the host has memory for it;
 - the set is minimal: none in it could stay where it is.
 """
 
@@ -12,48 +15,76 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 from scheduler.ladder import Descent, descents
-from scheduler.state import ClusterState, Node, Replica, Stage
+from scheduler.state import ClusterState, Model, Node, Replica, Stage
 
 SAME_WAIT_S = 10.0  # expected waits up to this are alike
+AGING_S = 30.0  # of waiting raise a model's standing by one class of priority
+TURN_S = 30.0  # a busy replica serves at least so long before another model takes its place
+Rank = tuple[bool, int, int, float]
 
 
-def evictable(state: ClusterState, replica: Replica, now: float, min_dwell_s: float) -> bool:
-    """Whether this replica may go down for another model's sake."""
+def standing(state: ClusterState, model: Model) -> int:
+    """Its priority, raised by how long its oldest request has waited.
+
+    Worked example: priority 0, waiting for 65 s with AGING_S 30: 2.
+    """
+    return model.spec.priority + int(state.demand(model.name).oldest_wait_s // AGING_S)
+
+
+def evictable(
+    state: ClusterState, replica: Replica, now: float, min_dwell_s: float, rank_of: int | None
+) -> bool:
+    """Whether this replica may go down for another model's sake.
+
+    `rank_of` is that model's standing; None: only replicas without requests may go.
+    """
     model = state.models.get(replica.model)
-    if model is None:
-        return False  # it is on its way out already
+    if model is None or model.pinned:
+        return False  # of a removed model: it is on its way out already
     if replica.stage is Stage.ASLEEP:
-        return not model.pinned and model.may_stop(replica)
+        return model.may_stop(replica)
     if model.floor == "hot" and not model.may_stop(replica):
         return False
-    if replica.stage is not Stage.READY or state.in_flight(replica):
+    if replica.stage is not Stage.READY:
         return False
-    if now - (replica.ready_at or now) < min_dwell_s:
+    age_s = now - (replica.ready_at or now)
+    if age_s < min_dwell_s or _needed(model, replica, now):
         return False
-    demand = state.demand(replica.model)
+    if not busy(state, replica):
+        return True
+    return rank_of is not None and rank_of > model.spec.priority and age_s >= TURN_S
+
+
+def busy(state: ClusterState, replica: Replica) -> bool:
+    """Whether it has requests, or some wait for its model."""
+    return bool(state.in_flight(replica) or state.demand(replica.model).waiting)
+
+
+def _needed(model: Model, replica: Replica, now: float) -> bool:
     others = sum(1 for r in model.ready() if r is not replica)
-    if demand.waiting or others < model.spec.min_replicas:
-        return False
-    if (
+    if others < model.spec.min_replicas:
+        return True
+    # loaded on request and not used yet
+    return (
         now < model.asked_until
         and others < model.asked_replicas
         and replica.used_at <= (replica.ready_at or 0)
-    ):
-        return False  # loaded on request and not used yet
-    return not model.pinned
+    )
 
 
-def rank(state: ClusterState, descent: Descent, now: float) -> tuple[int, int, float]:
-    """Orders ways down, cheapest first: priority, expected waiting, then least recently used.
+def rank(state: ClusterState, descent: Descent, now: float) -> Rank:
+    """Orders ways down, cheapest first: busy, priority, expected waiting, least recently used.
 
     Waiting counts by doublings above 10 s (up to 10 s: 0, to 20 s: 1, to 40 s: 2 …): start times
     vary by tens of per cent from run to run, and such noise must not outweigh who was called last.
     """
     replica = descent.replica
     doublings = max(0, math.ceil(math.log2(max(descent.cost, 1.0) / SAME_WAIT_S)))
-    return state.models[replica.model].spec.priority, doublings, -(now - replica.used_at)
+    priority = state.models[replica.model].spec.priority
+    return descent.busy, priority, doublings, -(now - replica.used_at)
 
 
 def cheapest_descents(
@@ -64,10 +95,10 @@ def cheapest_descents(
     Each candidate is first offered its cheapest way down that frees anything; where that is not
     enough in sum, they stop instead of sleeping, the cheapest first.
     """
-    host_free = node.host_free()
+    host_free = node.host_free() + node.host_held()
     chosen: list[Descent] = []
-    options = {r.replica_id: _open(state, node, r, now) for r in candidates}
-    for ways in sorted(options.values(), key=lambda w: rank(state, w[0], now) if w else (0, 0, 0)):
+    options = {r.replica_id: ways for r in candidates if (ways := _open(state, node, r, now))}
+    for ways in sorted(options.values(), key=lambda w: rank(state, w[0], now)):
         if sum(d.frees for d in chosen) >= bytes_needed:
             break
         way = next((d for d in ways if d.host_bytes <= host_free), None)
@@ -92,5 +123,11 @@ def cheapest_descents(
 
 
 def _open(state: ClusterState, node: Node, replica: Replica, now: float) -> list[Descent]:
-    ways = descents(state.models[replica.model], node, replica, now)
-    return [way for way in ways if way.frees > 0]
+    ways = descents(state, state.models[replica.model], node, replica, now)
+    works = busy(state, replica)
+    price = 1 + state.in_flight(replica) if works else 1
+    return [
+        replace(way, busy=works, cost=way.cost * price) if works else way
+        for way in ways
+        if way.frees > 0
+    ]

@@ -1,7 +1,8 @@
 """What each rung of the warmth ladder costs. Pure policy.
 
 A replica's rungs here: hot, asleep-1 (weights in host memory), asleep-2 (weights dropped, process
-kept) and stopped. Holding a rung costs bytes; being low costs the seconds the next call waits:
+kept) and stopped; a start then begins from where the weights are: staged (page cache), cached
+(disk) or remote. Holding a rung costs bytes; being low costs the seconds the next call waits:
 
     expected cost = chance of a call x (seconds to climb from the lower rung - from this one)
 
@@ -17,13 +18,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from scheduler.state import Model, Node, Replica, Stage
+from scheduler.state import ClusterState, Hold, Model, Node, Replica, Stage
 
 HORIZON_S = 600.0
-GUESS_START_S = 45.0  # until a model's own start was measured
+GUESS_START_S = 45.0  # from staged weights, until a model's own start was measured
 GUESS_WAKE_S = {1: 2.0, 2: 8.0}  # likewise; level 2 reads the weights again
+GUESS_DISK_BPS = 2e9  # an NVMe disk, read by one loader
+GUESS_PULL_BPS = 0.25e9  # from a shared store, a peer or a hub over 10 Gbit/s with other traffic
 GUESS_RESIDUE_BYTES = {"nvml": 2**30}  # a sleeping vLLM keeps about 1 GB a GPU (vLLM's docs)
 EVICT_S = 3.0  # what sleeping or stopping a victim adds to a wait
+START_RUNGS = ("staged", "cached", "remote")
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,23 +38,41 @@ class Descent:
     level: int
     frees: int  # bytes on each of its devices
     host_bytes: int  # booked on the node for as long as it sleeps
-    cost: float
+    cost: float  # expected seconds of waiting
+    busy: bool = False  # it has requests, which it ends first
+    elsewhere: tuple[str, tuple[str, ...]] | None = None  # (node, devices) it starts on instead
 
 
-def climb_s(model: Model, level: int) -> float:
-    """Seconds from sleep `level` (0: stopped) to serving."""
-    measured = model.measured_s(step_name(level))
+def climb_s(model: Model, level: int, rung: str = "cached") -> float:
+    """Seconds from sleep `level` (0: stopped, its weights on `rung`) to serving."""
+    if level:
+        measured = model.measured_s(step_name(level))
+        if measured is not None:
+            return measured
+        # Waking is a part of starting: a model that starts quickly wakes more quickly still.
+        return min(GUESS_WAKE_S[level], climb_s(model, 0, "staged") / 2)
+    measured = model.measured_s(step_name(0, rung))
     if measured is not None:
         return measured
-    if level == 0:
-        return GUESS_START_S
-    # Waking is a part of starting: a model that starts quickly wakes more quickly still.
-    return min(GUESS_WAKE_S[level], climb_s(model, 0) / 2)
+    for other in START_RUNGS:
+        known = model.measured_s(step_name(0, other))
+        if known is not None:
+            return max(0.1, known + _fetch_s(model, rung) - _fetch_s(model, other))
+    return GUESS_START_S + _fetch_s(model, rung)
 
 
-def step_name(level: int) -> str:
-    """The ledger's name of the climb from sleep `level` (0: stopped)."""
-    return f"wake-{level}" if level else "start"
+def _fetch_s(model: Model, rung: str) -> float:
+    """Seconds to bring the weights from `rung` to the page cache, as guessed."""
+    estimate = model.stored.estimate
+    weights = estimate.weights_bytes if estimate else model.spec.device_memory_bytes or 0
+    if rung == "cached":
+        return weights / GUESS_DISK_BPS
+    return weights / GUESS_PULL_BPS if rung == "remote" else 0.0
+
+
+def step_name(level: int, rung: str = "cached") -> str:
+    """The ledger's name of the climb from sleep `level` (0: a start, from `rung`)."""
+    return f"wake-{level}" if level else f"start-{rung}"
 
 
 def call_chance(idle_s: float) -> float:
@@ -58,30 +80,76 @@ def call_chance(idle_s: float) -> float:
     return HORIZON_S / (HORIZON_S + max(0.0, idle_s))
 
 
-def descents(model: Model, node: Node, replica: Replica, now: float) -> list[Descent]:
+def chance(model: Model, used_at: float, now: float) -> float:
+    """The chance that `model`, last called at `used_at` as far as is known, is called soon."""
+    return call_chance(now - max(used_at, model.active_at or used_at))
+
+
+def descents(
+    state: ClusterState, model: Model, node: Node, replica: Replica, now: float
+) -> list[Descent]:
     """The ways down that are open to a replica, the cheapest first."""
-    chance = call_chance(now - replica.used_at)
+    odds = chance(model, replica.used_at, now)
     here_s = climb_s(model, replica.sleep_level) if replica.stage is Stage.ASLEEP else 0.0
     found = []
     if model.may_stop(replica):
-        cost = chance * max(0.0, climb_s(model, 0) - here_s)
+        stopped_s = climb_s(model, 0, node.start_rung(model.spec.source))
+        cost = odds * max(0.0, stopped_s - here_s)
         found.append(Descent(replica, 0, replica.committed, 0, cost))
     if replica.stage is Stage.READY:
         residue = expected_residue(model, node, replica)
         for level in replica.rungs():
             host_bytes = model.weights_bytes(replica) if level == 1 else 0
-            if residue < replica.bytes and host_bytes <= node.host_free():
-                cost = chance * climb_s(model, level)
+            cost = odds * climb_s(model, level)
+            saved = odds * climb_s(model, 0) - cost
+            room = host_bytes <= node.host_free() or (
+                yielding(state, node, host_bytes, saved, now) is not None
+            )
+            if residue < replica.bytes and room:
                 found.append(Descent(replica, level, replica.bytes - residue, host_bytes, cost))
     return sorted(found, key=lambda d: (d.cost, d.level))
 
 
-def resting_place(model: Model, node: Node, replica: Replica, now: float) -> Descent | None:
+def hold_value(state: ClusterState, hold: Hold, now: float) -> float:
+    """Expected seconds of waiting that a staged model's weights save."""
+    model = state.models.get(hold.model)
+    if model is None:
+        return 0.0
+    if model.floor == "staged":
+        return float("inf")
+    saved = climb_s(model, 0, "cached") - climb_s(model, 0, "staged")
+    return chance(model, hold.since, now) * max(0.0, saved)
+
+
+def yielding(
+    state: ClusterState, node: Node, need: int, value: float, now: float
+) -> list[Hold] | None:
+    """The staged models to let go for `need` host bytes worth `value` seconds; [] if none need go.
+
+    None where what they save together is worth as much, or where it would not be enough.
+    """
+    missing = need - node.host_free()
+    if missing <= 0:
+        return []
+    gone: list[Hold] = []
+    held = [(hold_value(state, hold, now), hold) for hold in node.holds.values()]
+    for worth, hold in sorted(held, key=lambda one: one[0] / max(1, one[1].bytes)):
+        if missing <= 0 or worth == float("inf"):
+            break
+        gone.append(hold)
+        missing -= hold.bytes
+        value -= worth
+    return None if missing > 0 or value < 0 else gone
+
+
+def resting_place(
+    state: ClusterState, model: Model, node: Node, replica: Replica, now: float
+) -> Descent | None:
     """One rung down from hot, for a replica nobody uses: the highest that is open to it.
 
     None where its floor forbids what is open.
     """
-    ways = {way.level: way for way in descents(model, node, replica, now)}
+    ways = {way.level: way for way in descents(state, model, node, replica, now)}
     return ways.get(1) or ways.get(2) or ways.get(0)
 
 

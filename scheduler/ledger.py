@@ -42,11 +42,15 @@ def finished(number: int, replica: Replica, climb: Climb, outcome: str, now: flo
     scale = min(1.0, seen_s / known_s) if known_s > 0 else 1.0
     phases = {"queue": climb.waited_s, "evict": sent_at - climb.planned_at}
     phases |= {name: seconds * scale for name, seconds in reported.items() if name != "other"}
+    rung = climb.rung
+    if rung == "stopped":  # what it began from is its agent's to tell
+        rung = replica.report.started_from if replica.report else "cached"
     total_s = climb.waited_s + now - climb.planned_at
     phases["other"] = max(0.0, total_s - sum(phases.values()))
     return ColdStart(
         number=number, at=now, model=replica.model, replica_id=replica.replica_id,
-        node_id=replica.node_id, rung=climb.rung, outcome=outcome, cause=climb.cause,
+        node_id=replica.node_id, rung=rung, outcome=outcome, cause=climb.cause,
         reason=climb.reason, moved_down=climb.moved_down, total_s=round(total_s, 4),
         phases={name: round(seconds, 4) for name, seconds in phases.items()},
+        expected_s=climb.expected_s, considered=climb.considered,
     )  # fmt: skip

@@ -47,6 +47,7 @@ class Elected(Struct, frozen=True, kw_only=True):
     cordoned: tuple[str, ...] = ()
     pinned: tuple[str, ...] = ()
     footprints: tuple[Footprint, ...] = ()
+    quarantined: tuple[tuple[str, str, str], ...] = ()  # (node, device, reason)
 
 
 class HeartbeatSeen(Struct, frozen=True, kw_only=True):
@@ -98,12 +99,25 @@ class FloorSet(Struct, frozen=True, kw_only=True):
 
 
 class CordonSet(Struct, frozen=True, kw_only=True):
-    """Place nothing on the node (and with `drain` stop what it runs), or lift that."""
+    """Place nothing on the node (and with `drain` move off what it runs), or lift that.
+
+    What could not move within `deadline_s` stops without a successor.
+    """
 
     now: float
     node_id: str
     cordoned: bool
     drain: bool = False
+    deadline_s: float = 300.0
+
+
+class QuarantineSet(Struct, frozen=True, kw_only=True):
+    """Use a device no more because of `reason`; None: use it again."""
+
+    now: float
+    node_id: str
+    device_id: str
+    reason: str | None
 
 
 class CommandDone(Struct, frozen=True, kw_only=True):
@@ -135,6 +149,7 @@ Event = (
     | PinSet
     | FloorSet
     | CordonSet
+    | QuarantineSet
     | CommandDone
     | Tick
 )
@@ -166,6 +181,15 @@ class Decided(Struct, frozen=True, kw_only=True):
     cause: str = ""
     replica_id: str | None = None
     node_id: str | None = None
+    considered: tuple[str, ...] = ()  # a placement's runners-up, with their prices
+
+
+class Quarantined(Struct, frozen=True, kw_only=True):
+    """Keep that a device is not used, and why; None: it is used again."""
+
+    node_id: str
+    device_id: str
+    reason: str | None
 
 
 class ColdStart(Struct, frozen=True, kw_only=True):
@@ -181,13 +205,15 @@ class ColdStart(Struct, frozen=True, kw_only=True):
     model: str
     replica_id: str
     node_id: str
-    rung: str  # the one it climbed from: stopped | asleep-1 | asleep-2
+    rung: str  # the one it climbed from: remote | cached | staged | snapshot | asleep-2 | asleep-1
     outcome: str  # ready | failed
     cause: str
     reason: str
     moved_down: tuple[str, ...]  # "b-1-2 (b) to asleep-1"
     total_s: float
     phases: dict[str, float]
+    expected_s: float | None = None  # what placement counted on
+    considered: tuple[str, ...] = ()
 
 
 class Learned(Struct, frozen=True, kw_only=True):
@@ -196,4 +222,4 @@ class Learned(Struct, frozen=True, kw_only=True):
     footprint: Footprint
 
 
-Command = Send | Publish | Decided | ColdStart | Learned
+Command = Send | Publish | Decided | ColdStart | Learned | Quarantined

@@ -14,11 +14,12 @@ from dataclasses import dataclass
 from runtime.footprints import Footprint
 from runtime.wire import ReplicaReport, SleepReplica, StartReplica, StopReplica, WakeReplica
 from scheduler import messages as m
-from scheduler.ladder import Descent, step_name
+from scheduler.ladder import Descent, step_name, yielding
 from scheduler.ledger import finished, footprint_key, remember
-from scheduler.state import LEAVING, ClusterState, Model, Replica, Stage
+from scheduler.state import LEAVING, ClusterState, Hold, Model, Node, Replica, Stage
 
 UNROUTE_TIMEOUT_S = 3.0  # how long routers may take to confirm a table without a replica
+EVICT_GRACE_S = 3600.0  # nobody's request is ended to make room, or because a model seemed idle
 RESEND_S = 3.0  # a command whose effect is not seen is repeated after this
 FIRST_RETRY_S, MAX_RETRY_S = 10.0, 300.0  # between attempts to start a model that failed
 
@@ -56,7 +57,7 @@ class Moves:
             case Stage.SLEEPING:
                 self._follow_sleep(replica, report, now)
             case Stage.ASLEEP | Stage.RISING if report.phase == "asleep":
-                self._measure_residue(replica, report)
+                replica.keep_residue(report.residue_bytes)
             case Stage.WAKING if report.phase in ("asleep", "waking"):
                 if report.phase == "asleep" and now >= replica.retry_at:
                     self._send_wake(replica, now)
@@ -98,21 +99,21 @@ class Moves:
 
     def _asleep(self, replica: Replica, report: ReplicaReport, now: float) -> None:
         replica.move(Stage.ASLEEP if report.phase == "asleep" else Stage.SLEEPING, now)
-        replica.sleep_level = report.sleep_level or replica.sleep_level or 1
+        level = report.sleep_level or replica.sleep_level or 1
         replica.retry_at = now + RESEND_S
         model = self.state.models.get(replica.model)
-        if model is not None and replica.sleep_level == 1 and not replica.host_booked:
-            replica.host_booked = model.weights_bytes(replica)
+        host_bytes = replica.host_booked
+        if model is not None and level == 1 and not host_bytes:
+            host_bytes = model.weights_bytes(replica)
+        if (level, host_bytes) != (replica.sleep_level, replica.host_booked):
+            replica.book_sleep(level, host_bytes, replica.residue)
         if report.phase == "asleep":
-            self._measure_residue(replica, report)
-
-    def _measure_residue(self, replica: Replica, report: ReplicaReport) -> None:
-        replica.residue = min(report.residue_bytes, replica.bytes)
+            replica.keep_residue(report.residue_bytes)
 
     def _back_to_ready(self, replica: Replica, now: float) -> None:
         replica.move(Stage.READY, now)
         replica.ready_at = now  # its dwell time begins anew: it is not asked again at once
-        replica.sleep_level = replica.host_booked = replica.residue = 0
+        replica.book_sleep(0, 0, 0)
 
     def _shown(self, replica: Replica) -> bool:
         """Whether the node's last heartbeat was made after the last command arrived there."""
@@ -128,7 +129,7 @@ class Moves:
             return
         woken_from = replica.sleep_level
         replica.move(Stage.READY, now)
-        replica.sleep_level = replica.host_booked = replica.residue = 0
+        replica.book_sleep(0, 0, 0)
         replica.ready_at = now - report.phase_age_s
         replica.used_at = max(replica.used_at, replica.ready_at)
         model = self.state.models.get(replica.model)
@@ -146,7 +147,8 @@ class Moves:
         if key is None or seconds is None or replica.climb is None:
             return
         known = model.footprints.get(key) or Footprint(key=key)
-        self._learned(model, known.with_times(step_name(woken_from), seconds, report.phases))
+        step = step_name(woken_from, report.started_from)
+        self._learned(model, known.with_times(step, seconds, report.phases))
 
     def _learn_memory(self, replica: Replica, report: ReplicaReport) -> None:
         """Largest figures only, so that a steady replica writes nothing."""
@@ -200,17 +202,32 @@ class Moves:
         self._dirty.add(replica.model)
 
     def _descend(self, way: Descent, reason: str, cause: str, now: float, action: str) -> None:
-        """Take a replica down as far as `way` says."""
+        """Take a replica down as far as `way` says; requests it has may end first."""
         replica = way.replica
         node = self.state.nodes[replica.node_id]
-        if way.level and way.host_bytes <= node.host_free():
-            replica.sleep_level, replica.host_booked = way.level, way.host_bytes
-            replica.residue = replica.bytes - way.frees
-        self._leave(replica, reason, cause, now, action, to_sleep=bool(replica.sleep_level))
+        if way.level and replica.stage is Stage.READY:
+            worth = float("inf")  # that it pays was decided when `way` was chosen
+            gone = yielding(self.state, node, way.host_bytes, worth, now)
+            if gone is not None:
+                for hold in gone:
+                    self._let_go(node, hold, f"host memory for {replica.model} asleep", now)
+                replica.book_sleep(way.level, way.host_bytes, replica.bytes - way.frees)
+        to_sleep = bool(replica.sleep_level) and replica.stage is Stage.READY
+        self._leave(replica, reason, cause, now, action, to_sleep=to_sleep, grace_s=EVICT_GRACE_S)
+        if not to_sleep:
+            self._keep_staged(replica, now)
+
+    def _let_go(self, node: Node, hold: Hold, reason: str, now: float) -> None:
+        """Hold a model's weights in a node's page cache no longer."""
+        raise NotImplementedError
+
+    def _keep_staged(self, replica: Replica, now: float) -> None:
+        """A replica stops: its model's weights may stay in the page cache for a while."""
+        raise NotImplementedError
 
     def _leave(
         self, replica: Replica, reason: str, cause: str, now: float, action: str = "stop",
-        to_sleep: bool = False,
+        to_sleep: bool = False, grace_s: float | None = None,
     ) -> None:  # fmt: skip
         """Begin to stop a replica, whatever it is doing, or to put a ready one to sleep.
 
@@ -222,20 +239,23 @@ class Moves:
             to_sleep = False
         self._decide(action, replica, reason, now, cause=cause)
         replica.reason, replica.cause = reason, cause
+        replica.grace_s = self.settings.drain_grace_s if grace_s is None else grace_s
         self._dirty.add(replica.model)
-        if not to_sleep:
-            replica.sleep_level = replica.host_booked = replica.residue = 0
         if replica.stage in (Stage.PLANNED, Stage.UNKNOWN):
             self._forget(replica)  # a lost node's replica is met again when the node returns
         elif replica.stage is Stage.READY:
+            if not to_sleep:
+                replica.book_sleep(0, 0, 0)
             replica.move(Stage.UNROUTING, now)
             replica.unrouted_version = self.state.routes_version + 1
             replica.unrouted_deadline = now + UNROUTE_TIMEOUT_S
-        elif replica.stage is not Stage.UNROUTING:
+        elif replica.stage is Stage.UNROUTING:
+            replica.book_sleep(0, 0, 0)
+        else:
             self._send_stop(replica, now)
 
     def _stop_unrouted(self, now: float) -> None:
-        for replica in [r for r in self.state.replicas.values() if r.stage is Stage.UNROUTING]:
+        for replica in list(self.state.index.unrouting.values()):
             confirmed = all(
                 router.routes_version >= replica.unrouted_version
                 for router in self.state.routers.values()
@@ -251,7 +271,7 @@ class Moves:
         replica.retry_at, replica.confirmed = now + RESEND_S, None
         command = SleepReplica(
             replica_id=replica.replica_id, epoch=self.state.term,
-            level=1 if replica.sleep_level == 1 else 2, grace_s=self.settings.drain_grace_s,
+            level=1 if replica.sleep_level == 1 else 2, grace_s=replica.grace_s,
             reason=replica.reason, cause=replica.cause,
         )  # fmt: skip
         self._out.append(m.Send(node_id=replica.node_id, command=command))
@@ -271,13 +291,14 @@ class Moves:
 
     def _send_stop(self, replica: Replica, now: float, reason: str | None = None) -> None:
         if replica.stage in (Stage.ASLEEP, Stage.RISING):
-            replica.bytes = replica.residue  # it never takes more again
+            replica.shrink()
         replica.move(Stage.STOPPING, now)
-        replica.sleep_level = replica.host_booked = replica.residue = 0
+        replica.book_sleep(0, 0, 0)
         replica.retry_at, replica.confirmed = now + RESEND_S, None
         command = StopReplica(
             replica_id=replica.replica_id, epoch=self.state.term,
-            grace_s=self.settings.drain_grace_s, reason=reason or replica.reason,
+            grace_s=replica.grace_s or self.settings.drain_grace_s,
+            reason=reason or replica.reason,
             cause=replica.cause,
         )  # fmt: skip
         self._out.append(m.Send(node_id=replica.node_id, command=command))
@@ -297,21 +318,23 @@ class Moves:
         self._dirty.add(replica.model)
 
     def _decide(
-        self, action: str, replica: Replica, reason: str, now: float, cause: str | None = None
-    ) -> None:
+        self, action: str, replica: Replica, reason: str, now: float, cause: str | None = None,
+        considered: tuple[str, ...] = (),
+    ) -> None:  # fmt: skip
         self._record(
             action, replica.model, reason, now, cause=replica.cause if cause is None else cause,
-            replica_id=replica.replica_id, node_id=replica.node_id,
+            replica_id=replica.replica_id, node_id=replica.node_id, considered=considered,
         )  # fmt: skip
 
     def _record(
         self, action: str, model: str, reason: str, now: float, *, cause: str = "",
         replica_id: str | None = None, node_id: str | None = None,
+        considered: tuple[str, ...] = (),
     ) -> None:  # fmt: skip
         self.state.decision_count += 1
         decided = m.Decided(
             number=self.state.decision_count, at=now, action=action, model=model, reason=reason,
-            cause=cause, replica_id=replica_id, node_id=node_id,
+            cause=cause, replica_id=replica_id, node_id=node_id, considered=considered,
         )  # fmt: skip
         self.state.decisions.append(decided)
         self._out.append(decided)

@@ -112,7 +112,7 @@ def node(entry: Node, now: float) -> v.NodeView:
     """One node that has reported."""
     heartbeat = entry.heartbeat
     assert heartbeat is not None
-    draining = entry.draining or heartbeat.draining
+    draining = entry.drain is not None or heartbeat.draining
     return v.NodeView(
         node_id=entry.node_id,
         address=heartbeat.address,

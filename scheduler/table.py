@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from runtime.wire import Endpoint, ModelRoute, Warmth
-from scheduler.ladder import step_name
+from scheduler.ladder import START_RUNGS, step_name
 from scheduler.state import Model, Stage
 
 
@@ -24,16 +24,25 @@ def model_route(model: Model, now: float) -> ModelRoute:
         endpoints=endpoints, hold_s=spec.hold_s, max_queue=spec.max_queue,
         refusal=why, retry_after_s=retry_after_s,
         waiting_for=None if endpoints else waiting_for(model),
-        eta_s=None if endpoints else _eta_s(model),
+        eta_s=None if endpoints else _eta_s(model, now),
     )  # fmt: skip
 
 
-def _eta_s(model: Model) -> float | None:
-    """Seconds a cold call is expected to wait, where that was measured before."""
-    levels = [r.sleep_level for r in (*model.coming(), *model.asleep())]
-    level = max(levels, default=0)
-    measured = model.measured_s(step_name(level))
-    return None if measured is None else round(measured, 1)
+def _eta_s(model: Model, now: float) -> float | None:
+    """Seconds a cold call is expected to wait still, where that was measured before."""
+    coming = min(model.coming(), key=lambda r: r.since, default=None)
+    sleepers = model.asleep()
+    if coming is not None:
+        level = coming.sleep_level
+        rung = coming.report.started_from if coming.report else "cached"
+    else:
+        level, rung = max((r.sleep_level for r in sleepers), default=0), "cached"
+    steps = [step_name(level, rung), *(() if level else (step_name(0, r) for r in START_RUNGS))]
+    measured = next((s for s in map(model.measured_s, steps) if s is not None), None)
+    if measured is None:
+        return None
+    began_at = coming.climb.sent_at if coming and coming.climb else None
+    return round(max(0.1, measured - (now - began_at if began_at is not None else 0.0)), 1)
 
 
 def refusal(model: Model, now: float) -> tuple[str | None, float | None]:

@@ -57,7 +57,7 @@ def test_what_was_learnt_survives_a_scheduler(cluster: Cluster) -> None:
     def saved() -> bool:
         nonlocal stored
         found = cluster.try_admin("/admin/models/a/footprint")
-        stored = json.dumps(found["measured"][0]["times"]["start"]) if found else ""
+        stored = json.dumps(found["measured"][0]["times"]["start-cached"]) if found else ""
         return bool(stored)
 
     wait_until(saved, "a footprint")

@@ -19,7 +19,9 @@ MAY_IMPORT = {
 PURE = (
     "scheduler/core.py", "scheduler/state.py", "scheduler/messages.py", "scheduler/autoscale.py",
     "scheduler/placement.py", "scheduler/eviction.py", "scheduler/ladder.py",
-    "scheduler/ledger.py", "scheduler/moves.py", "scheduler/table.py", "scheduler/snapshot.py",
+    "scheduler/ledger.py", "scheduler/moves.py", "scheduler/planning.py", "scheduler/nodes.py",
+    "scheduler/staging.py", "scheduler/fitness.py", "scheduler/books.py", "scheduler/node.py",
+    "scheduler/replica.py", "scheduler/table.py", "scheduler/snapshot.py",
     "runtime/footprints.py",
     "agent/core.py", "agent/messages.py", "agent/replica.py", "agent/transitions.py",
     "agent/canary.py", "agent/phases.py", "agent/cache_policy.py", "runtime/router/admission.py",

@@ -19,7 +19,7 @@ def test_a_cold_start_leaves_a_record_whose_phases_add_up() -> None:
     world.want("a")
     world.run(5)
     (record,) = world.cold_starts
-    assert (record.rung, record.outcome, record.cause) == ("stopped", "ready", "1 request waiting")
+    assert (record.rung, record.outcome, record.cause) == ("cached", "ready", "1 request waiting")
     assert record.moved_down == ()
     assert record.phases["weights"] == 1.0
     assert sum(record.phases.values()) == pytest.approx(record.total_s)
@@ -60,7 +60,7 @@ def test_times_are_learnt_kept_and_used_after_a_failover() -> None:
     world.run(5)
     (footprint,) = world.learned.values()
     assert footprint.key.device_kind == "simulated"
-    assert footprint.median_s("start") == 2.0
+    assert footprint.median_s("start-cached") == 2.0
     assert footprint.median_s("wake-1") == pytest.approx(0.5, abs=0.5)
     models = tuple(model.stored for model in world.core.state.models.values())
     world.elect(models, footprints=(footprint,))
@@ -74,7 +74,7 @@ def test_a_changed_spec_starts_a_new_entry() -> None:
     world.want("a")
     world.run(5)
     world.put(spec("a", 20, engine_args={"x": 1}))
-    assert world.core.state.models["a"].measured_s("start") is None
+    assert world.core.state.models["a"].measured_s("start-cached") is None
 
 
 def test_percentiles_by_nearest_rank_of_the_last_samples() -> None:
@@ -89,4 +89,4 @@ def test_percentiles_by_nearest_rank_of_the_last_samples() -> None:
 def test_a_key_is_a_path_of_the_registry() -> None:
     key = Key("a", "0123", "vllm", "0.32.0", "nvml")
     assert key.path() == "a/0123-vllm-0.32.0-nvml"
-    assert Footprint(key=key).median_s("start") is None
+    assert Footprint(key=key).median_s("start-cached") is None

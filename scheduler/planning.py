@@ -1,0 +1,286 @@
+"""Brings what should be and what is together: the decisions of the core. Pure.
+
+Rules this file keeps:
+- a plan enters the state when it is made, so the next event already sees it;
+- one start, sleep or wake at a time per device; a start under way is never idle; a config change
+  never drops a replica that serves;
+- a model that found no room is looked at again when something moved, not with every event;
+- every decision and every refusal leaves a `Decided` with its reason, cause and runners-up.
+"""
+
+from __future__ import annotations
+
+import heapq
+
+from runtime.wire import ModelRoute, RouteTable
+from scheduler import messages as m
+from scheduler.autoscale import wanted_replicas
+from scheduler.eviction import standing
+from scheduler.fitness import why_never
+from scheduler.moves import Settings
+from scheduler.nodes import Nodes
+from scheduler.placement import Fit, Never, NotNow, place
+from scheduler.state import BUSY, Climb, Model, Node, Replica, Stage
+from scheduler.table import model_route
+
+HUNGRY_AT_ONCE = 16  # models without room that are looked at in one go, the most urgent first
+VERSIONS_PER_TERM = 10**9
+
+
+class Planning(Nodes):
+    """From demand to plans, from plans to commands."""
+
+    def __init__(self, settings: Settings | None = None) -> None:
+        super().__init__(settings)
+        self._hungry: set[str] = set()  # models that want more replicas than they could get
+        self._routes: dict[str, ModelRoute] = {}
+        self._freed = False  # something moved that may have made room
+        self._unrouted = False  # a router or the clock may have let an unrouted replica go
+
+    def _settle(self, now: float) -> None:
+        """Bring what should be and what is together, then publish what changed."""
+        if self.state.recovering:
+            return
+        for name in self._to_look_at():
+            model = self.state.models[name]
+            self._replace_outdated(model, now)
+            self._scale(model, now)
+            self._hold_floor(model, now)
+        self._dispatch(now)
+        if self._restage:
+            self._send_holds(now)
+        if self._dirty:
+            self._publish(now)
+        if self._unrouted or self.state.index.unrouting:
+            self._stop_unrouted(now)
+
+    def _to_look_at(self) -> list[str]:
+        models = self.state.models
+        names = [name for name in self._dirty if name in models]
+        if self._hungry and (self._freed or self.state.index.touched):
+            self._freed = False
+            waiting = [n for n in self._hungry if n in models and n not in self._dirty]
+            names += heapq.nsmallest(HUNGRY_AT_ONCE, waiting, key=self._urgency)
+        return sorted(names, key=self._urgency) if len(names) > 1 else names
+
+    def _urgency(self, name: str) -> tuple[int, float, str]:
+        model = self.state.models[name]
+        return -standing(self.state, model), -self.state.demand(name).oldest_wait_s, name
+
+    def _scale(self, model: Model, now: float) -> None:
+        name = model.spec.name
+        demand = self.state.demand(name)
+        wanted = wanted_replicas(model, demand, now)
+        coming = model.coming()
+        # Replicas of an older spec do not count once their successors come.
+        coming = [r for r in coming if r.launch_key == model.launch_key] or coming
+        self._hungry.discard(name)
+        planned = [r for r in coming if r.stage is Stage.PLANNED]
+        planned += [r for r in coming if r.stage is Stage.RISING]
+        for replica in planned[: max(0, len(coming) - wanted)]:
+            self._decide("cancel", replica, "nobody waits for it any more", now)
+            self._unplan(replica, now)
+        if wanted <= len(coming):
+            model.waiting_for = None
+        elif model.blocked_until > now:
+            self._hungry.add(name)
+            return
+        elif any(
+            r.leaving and r.sleep_level and r.doomed_at is None for r in model.replicas.values()
+        ):
+            self._hungry.add(name)  # waking it, once it sleeps, is quicker than a start
+            model.waiting_for = "its replica is going to sleep, and will be woken"
+            return
+        for _ in range(wanted - len(coming)):
+            cause = _cause(model, demand.waiting, now)
+            if not self._add_replica(model, cause, now):
+                break
+
+    def _add_replica(self, model: Model, cause: str, now: float, evict: bool = True) -> bool:
+        """Plan one more replica; False where there is no room now, or never."""
+        name = model.spec.name
+        answer = place(self.state, model, now, self.settings.min_dwell_s, evict)
+        if isinstance(answer, Never):
+            if self._nodes_known():
+                self._refuse(model, answer.reason, cause, now)
+                return False
+            answer = NotNow(answer.reason)
+        if isinstance(answer, NotNow):
+            if evict:
+                model.waiting_for = answer.reason
+                self._hungry.add(name)
+                self._dirty.add(name)
+            return False
+        model.unfit = model.waiting_for = None
+        self._plan(model, answer, cause, now)
+        return True
+
+    def _refuse(self, model: Model, reason: str, cause: str, now: float) -> None:
+        if model.unfit != reason:
+            model.unfit = reason
+            self._dirty.add(model.name)
+            self._record("refuse", model.name, reason, now, cause=cause)
+
+    def _plan(self, model: Model, fit: Fit, cause: str, now: float) -> None:
+        name = model.spec.name
+        for way in fit.victims:
+            action = "move" if way.elsewhere else "evict"
+            self._descend(way, f"makes room for {name}", cause, now, action)
+        evicted = ", ".join(sorted({way.replica.model for way in fit.victims}))
+        reason = f"after evicting {evicted}" if evicted else "best fit"
+        self._dirty.add(name)
+        if fit.riser is not None:
+            fit.riser.move(Stage.RISING, now)
+            fit.riser.reason, fit.riser.cause = f"woken {reason}" if evicted else "woken", cause
+            fit.riser.climb = self._climb(model, fit, fit.riser.reason, cause, now)
+            self._decide("wake", fit.riser, fit.riser.reason, now, considered=fit.considered)
+            return
+        climb = self._climb(model, fit, reason, cause, now)
+        replica = self._planned(model, fit.node_id, fit.device_ids, reason, cause, climb, now)
+        self._decide("start", replica, reason, now, considered=fit.considered)
+        for way in fit.victims:
+            if way.elsewhere:
+                self._resettle(way.replica, *way.elsewhere, for_model=name, now=now)
+
+    def _planned(
+        self, model: Model, node_id: str, device_ids: tuple[str, ...], reason: str, cause: str,
+        climb: Climb | None, now: float,
+    ) -> Replica:  # fmt: skip
+        self.state.replica_count += 1
+        replica = Replica(
+            f"{model.name}-{self.state.term}-{self.state.replica_count}", model.name, node_id,
+            device_ids, model.booked_bytes(), model.launch_key, Stage.PLANNED, now,
+            reason=reason, cause=cause, spec=model.spec, used_at=now, climb=climb,
+        )  # fmt: skip
+        self.state.add(replica)
+        return replica
+
+    def _resettle(
+        self, victim: Replica, node_id: str, device_ids: tuple[str, ...], for_model: str, now: float
+    ) -> None:
+        """Start anew elsewhere what made room."""
+        model = self.state.models[victim.model]
+        node = self.state.nodes[node_id]
+        if any(node.plannable(d) < model.booked_bytes() for d in device_ids):
+            return
+        reason = f"moved from {victim.node_id} to make room for {for_model}"
+        replica = self._planned(model, node_id, device_ids, reason, "defragmentation", None, now)
+        replica.used_at = victim.used_at
+        self._decide("start", replica, reason, now)
+        self._dirty.add(model.name)
+
+    def _climb(self, model: Model, fit: Fit, reason: str, cause: str, now: float) -> Climb:
+        rung = f"asleep-{fit.riser.sleep_level}" if fit.riser else "stopped"
+        moved = tuple(
+            f"{way.replica.replica_id} ({way.replica.model}) to"
+            f" {f'asleep-{way.replica.sleep_level}' if way.replica.sleep_level else 'stopped'}"
+            for way in fit.victims
+        )
+        waited_s = self.state.demand(model.spec.name).oldest_wait_s
+        return Climb(
+            rung, now, waited_s, cause, reason, moved, fit.considered, round(fit.wait_s, 3)
+        )
+
+    def _replace_outdated(self, model: Model, now: float) -> None:
+        """Bring replicas of an older spec down without dropping a request."""
+        if all(r.launch_key == model.launch_key for r in model.replicas.values()):
+            return
+        for replica in model.asleep():
+            if replica.launch_key != model.launch_key:
+                self._leave(replica, "its model's spec changed", "spec change", now)
+        old = [r for r in model.coming() if r.launch_key != model.launch_key]
+        if not old:
+            return
+        demand = self.state.demand(model.spec.name)
+        new_serves = any(r.launch_key == model.launch_key for r in model.ready())
+        for replica in old:
+            idle = not demand.waiting and not self.state.in_flight(replica)
+            if replica.stage is not Stage.READY or new_serves or idle:
+                self._leave(replica, "its model's spec changed", "spec change", now)
+        if not new_serves and all(r.launch_key != model.launch_key for r in model.coming()):
+            serving = [r for r in old if r.stage is Stage.READY]
+            if serving and model.blocked_until <= now:
+                self._add_replica(model, "spec change", now, evict=False)
+
+    # ------------------------------------------------------------------------------- commands
+
+    def _dispatch(self, now: float) -> None:
+        """Start and wake what is planned, where the memory is really free and no other does."""
+        self.state.refresh_index()
+        changed, self.state.index.changed = self.state.index.changed, set()
+        for replica in list(self.state.index.plans.values()):
+            if replica.node_id not in changed:
+                continue
+            node = self.state.nodes[replica.node_id]
+            # Others may have taken what the plan counted on, or a sleeper kept more than expected.
+            if not node.schedulable or any(node.plannable(d) < 0 for d in replica.device_ids):
+                self._unplan(replica, now)
+                self._hungry.add(replica.model)
+                self._freed = True
+            elif all(self._device_open(node, d, replica) for d in replica.device_ids):
+                if replica.stage is Stage.RISING:
+                    self._send_wake(replica, now)
+                else:
+                    self._send_start(replica, now)
+
+    def _device_open(self, node: Node, device_id: str, replica: Replica) -> bool:
+        more = replica.bytes - replica.physical
+        if node.physical(device_id) + more > node.capacity(device_id):
+            return False
+        return not any(r.stage in BUSY for r in node.on_device(device_id))
+
+    # ------------------------------------------------------------------------------- routes
+
+    def _publish(self, now: float) -> None:
+        changed = self.state.routes_version == self.state.term * VERSIONS_PER_TERM
+        for name in self._dirty:
+            model = self.state.models.get(name)
+            route = model_route(model, now) if model else None
+            if route != self._routes.get(name):
+                changed = True
+                if route is None:
+                    self._routes.pop(name, None)
+                else:
+                    self._routes[name] = route
+        self._dirty.clear()
+        if changed:
+            self.state.routes_version += 1
+            ordered = tuple(self._routes[name] for name in sorted(self._routes))
+            table = RouteTable(version=self.state.routes_version, models=ordered)
+            self._out.append(m.Publish(table=table))
+
+    # ------------------------------------------------------------------------------- small helpers
+
+    def _nodes_known(self) -> bool:
+        """Whether "no node can" is worth saying: some node reports, or none has for a while."""
+        return any(node.live for node in self.state.nodes.values())
+
+    def _refused(self, name: str) -> bool:
+        route = self._routes.get(name)
+        return route is not None and route.refusal is not None
+
+    def _recheck_unfit(self) -> None:
+        for name, model in self.state.models.items():
+            if model.unfit is None:
+                continue
+            unfit = why_never(self.state, model)
+            if unfit != model.unfit:
+                model.unfit = unfit
+                self._dirty.add(name)
+
+    def _judge(self, model: Model) -> None:
+        """Whether it could ever run, as far as the nodes are known."""
+        model.unfit = why_never(self.state, model) if self._nodes_known() else None
+
+
+def _cause(model: Model, waiting: int, now: float) -> str:
+    """Why a model wants another replica, in words."""
+    if waiting:
+        return f"{waiting} request{'s' if waiting > 1 else ''} waiting"
+    if now < model.asked_until and model.asked_replicas > len(model.coming()):
+        return "operator asked"
+    if model.pinned and not model.coming():
+        return "pinned"
+    if model.floor is not None and not model.coming():
+        return f"prewarm: {model.floor}"
+    return "min_replicas" if len(model.coming()) < model.spec.min_replicas else "concurrency"

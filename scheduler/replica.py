@@ -1,0 +1,156 @@
+"""One replica as the scheduler sees it (docs/states.md). Pure.
+
+Rules this file keeps:
+- a replica's bytes are *committed* on its devices from the moment it is planned until it begins to
+  leave, and *physical* from the moment it is sent until its agent has seen the memory free; of one
+  that goes to sleep only what it keeps (its residue) stays committed;
+- whatever is booked changes through a method here, which tells the node's books;
+- nothing here decides.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+
+from runtime.wire import ModelSpec, ReplicaReport
+from scheduler.books import Books
+
+
+class Stage(enum.StrEnum):
+    """Where a replica is in its life."""
+
+    PLANNED = "planned"  # committed; waits for room or for its turn
+    SENT = "sent"  # its agent was told to start it
+    STARTING = "starting"
+    READY = "ready"
+    RISING = "rising"  # asleep; committed to wake as soon as its memory is free
+    WAKING = "waking"  # its agent was told to wake it
+    ASLEEP = "asleep"
+    SLEEPING = "sleeping"  # its agent was told to put it to sleep
+    UNROUTING = "unrouting"  # out of the table; routers have not all confirmed yet
+    STOPPING = "stopping"  # its agent was told to stop it
+    BACKOFF = "backoff"  # it died; its agent will start it again
+    UNKNOWN = "unknown"  # its node is lost
+
+
+# On the way down: to nothing, or to sleep.
+LEAVING = frozenset({Stage.UNROUTING, Stage.STOPPING, Stage.SLEEPING})
+# Those that serve or will, without the scheduler deciding anything more.
+COMING = frozenset(
+    {
+        Stage.PLANNED, Stage.SENT, Stage.STARTING, Stage.READY, Stage.BACKOFF,
+        Stage.RISING, Stage.WAKING,
+    }
+)  # fmt: skip
+# One of these at a time on a device.
+BUSY = frozenset({Stage.SENT, Stage.STARTING, Stage.WAKING})
+_PLANS = frozenset({Stage.PLANNED, Stage.RISING})
+
+
+@dataclass(slots=True)
+class Climb:
+    """A replica's way up that is not over yet: the draft of a ColdStart."""
+
+    rung: str
+    planned_at: float
+    waited_s: float  # the longest wait when it was planned
+    cause: str
+    reason: str
+    moved_down: tuple[str, ...]
+    considered: tuple[str, ...] = ()
+    expected_s: float | None = None
+    sent_at: float | None = None
+
+
+@dataclass(slots=True, eq=False)
+class Replica:
+    """One replica. `bytes` is booked on each of its devices; see `Books` for who counts it."""
+
+    replica_id: str
+    model: str
+    node_id: str
+    device_ids: tuple[str, ...]
+    bytes: int
+    launch_key: str
+    stage: Stage
+    since: float
+    reason: str
+    cause: str = ""
+    spec: ModelSpec | None = None  # None: adopted from a heartbeat
+    report: ReplicaReport | None = None
+    ready_at: float | None = None
+    used_at: float = 0.0  # when it last had a request, as far as anyone told
+    retry_at: float = 0.0  # when to repeat the last command, if nothing shows its effect
+    confirmed: tuple[int, int] | None = None  # (boot_id, seq) whose heartbeats show the command
+    unrouted_version: int = 0
+    unrouted_deadline: float = 0.0
+    doomed_at: float | None = None  # its node or device is being emptied: gone by then
+    grace_s: float = 0.0  # leaving: how long its requests may take
+    sleep_level: int = 0  # going to sleep, asleep or rising: at which level; 0: going for good
+    residue: int = 0  # asleep: bytes it keeps on each device, expected and then measured
+    host_booked: int = 0  # host memory booked for its sleep
+    climb: Climb | None = None
+    books: Books | None = field(default=None, repr=False)
+
+    def move(self, stage: Stage, now: float) -> None:
+        """Enter `stage`; entering the one it is in keeps `since`."""
+        if stage is not self.stage:
+            self.stage = stage
+            self.since = now
+            if self.books is not None:
+                self.books.moved(self)
+
+    def book_sleep(self, level: int, host_bytes: int, residue: int) -> None:
+        """What it will hold asleep at `level`; all 0: it is not going to sleep."""
+        self.sleep_level, self.host_booked, self.residue = level, host_bytes, residue
+        self._touch()
+
+    def keep_residue(self, residue: int) -> None:
+        """What it was seen to hold asleep on each device."""
+        if min(residue, self.bytes) != self.residue:
+            self.residue = min(residue, self.bytes)
+            self._touch()
+
+    def shrink(self) -> None:
+        """It will never take more again than it holds asleep."""
+        self.bytes = self.residue
+        self._touch()
+
+    def _touch(self) -> None:
+        if self.books is not None:
+            self.books.touch()
+
+    @property
+    def physical(self) -> int:
+        """Bytes it may hold on each of its devices now."""
+        if self.stage is Stage.PLANNED:
+            return 0
+        return self.residue if self.stage in (Stage.ASLEEP, Stage.RISING) else self.bytes
+
+    @property
+    def committed(self) -> int:
+        """Bytes that are spoken for on each of its devices, now and later."""
+        if self.stage in LEAVING:
+            return self.residue if self.sleep_level else 0
+        return self.residue if self.stage is Stage.ASLEEP else self.bytes
+
+    @property
+    def leaving(self) -> bool:
+        """Whether it is on its way out of the routes, or out of them for good."""
+        return self.stage in LEAVING
+
+    @property
+    def plan(self) -> bool:
+        """Whether it is committed but its agent was not told yet."""
+        return self.stage in _PLANS
+
+    @property
+    def is_unrouting(self) -> bool:
+        return self.stage is Stage.UNROUTING
+
+    def rungs(self) -> tuple[int, ...]:
+        """The sleep levels it could take, by its agent's word."""
+        if self.report is None:
+            return ()
+        return tuple(n for n in self.report.rungs if f"asleep-{n}" not in self.report.disabled)
