@@ -128,8 +128,25 @@ class Admin:
         return await self._call("POST", path, views.ModelView, body=body)
 
     async def set_node(self, node_id: str, action: str) -> Reply[views.NodeView]:
-        """`action`: cordon, uncordon or drain."""
+        """`action`: cordon or uncordon."""
         return await self._call("POST", f"/admin/nodes/{_part(node_id)}/{action}", views.NodeView)
+
+    async def drain(self, node_id: str, deadline_s: float) -> Reply[views.NodeView]:
+        body = views.DrainBody(deadline_s=deadline_s)
+        path = f"/admin/nodes/{_part(node_id)}/drain"
+        return await self._call("POST", path, views.NodeView, body=body)
+
+    async def quarantine(self, node_id: str, device_id: str, reason: str) -> Reply[views.NodeView]:
+        body = views.QuarantineBody(reason=reason)
+        path = f"/admin/nodes/{_part(node_id)}/devices/{_part(device_id)}/quarantine"
+        return await self._call("POST", path, views.NodeView, body=body)
+
+    async def release(self, node_id: str, device_id: str) -> Reply[views.NodeView]:
+        path = f"/admin/nodes/{_part(node_id)}/devices/{_part(device_id)}/release"
+        return await self._call("POST", path, views.NodeView)
+
+    async def plan(self, body: views.PlanBody) -> Reply[views.Plan]:
+        return await self._call("POST", "/admin/plan", views.Plan, body=body)
 
     async def spec_schema(self) -> bytes:
         return await self._request("GET", "/admin/spec-schema")

@@ -1,4 +1,4 @@
-"""`stoker cordon`, `uncordon` and `drain`: taking a host out of use, and back."""
+"""`stoker cordon`, `uncordon`, `drain`, `quarantine`, `release`: out of use, and back."""
 
 from __future__ import annotations
 
@@ -44,8 +44,43 @@ def uncordon(where: Where, node: str, as_json: bool) -> None:
 
 @click.command()
 @click.argument("node")
+@click.option(
+    "--deadline",
+    "deadline_s",
+    type=click.FloatRange(0, 86400),
+    default=300.0,
+    show_default=True,
+    help="Seconds; what could not move elsewhere by then stops.",
+)
 @json_option
 @click.pass_obj
-def drain(where: Where, node: str, as_json: bool) -> None:
-    """Cordon NODE and let its replicas finish and stop."""
-    _set(where, node, "drain", as_json)
+def drain(where: Where, node: str, deadline_s: float, as_json: bool) -> None:
+    """Cordon NODE and move its models off, or stop them.
+
+    A model that is called serves elsewhere before its replica here goes.
+    """
+    show(where.ask(lambda admin: admin.drain(node, deadline_s)), as_json, _sentence)
+
+
+@click.command()
+@click.argument("node")
+@click.argument("device")
+@click.option("--reason", default="set aside by an operator", show_default=True)
+@json_option
+@click.pass_obj
+def quarantine(where: Where, node: str, device: str, reason: str, as_json: bool) -> None:
+    """Use DEVICE of NODE no more.
+
+    Its models move to other devices. `stoker devices` shows why a device is set aside.
+    """
+    show(where.ask(lambda admin: admin.quarantine(node, device, reason)), as_json, _sentence)
+
+
+@click.command()
+@click.argument("node")
+@click.argument("device")
+@json_option
+@click.pass_obj
+def release(where: Where, node: str, device: str, as_json: bool) -> None:
+    """Use a quarantined DEVICE of NODE again."""
+    show(where.ask(lambda admin: admin.release(node, device)), as_json, _sentence)

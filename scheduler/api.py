@@ -39,6 +39,7 @@ from scheduler.driver import Driver
 from scheduler.inspect import inspect_spec
 from scheduler.metrics import ColdStartTimes, StateCollector
 from scheduler.openapi import document
+from scheduler.plan import questions, what_if
 from scheduler.routes import ADMIN
 from scheduler.state import Model, Node, Replica
 
@@ -324,17 +325,68 @@ class Api:
         return await self._set_cordon(request, cordoned=True)
 
     async def drain_node(self, request: web.Request) -> web.Response:
-        return await self._set_cordon(request, cordoned=True, drain=True)
+        body = await _body(request, v.DrainBody)
+        if not 0 <= body.deadline_s <= 86400:
+            raise _bad("deadline_s", body.deadline_s, "is out of range", "use 0 to 86400 seconds")
+        return await self._set_cordon(request, cordoned=True, drain_s=body.deadline_s)
 
     async def uncordon_node(self, request: web.Request) -> web.Response:
         return await self._set_cordon(request, cordoned=False)
 
     async def _set_cordon(
-        self, request: web.Request, cordoned: bool, drain: bool = False
+        self, request: web.Request, cordoned: bool, drain_s: float | None = None
     ) -> web.Response:
         node = self._node(request)
-        await self.driver.cordon_node(node.node_id, cordoned, drain)
+        await self.driver.cordon_node(node.node_id, cordoned, drain_s)
         return reply(snapshot.node(node, self.driver.now()))
+
+    async def quarantine_device(self, request: web.Request) -> web.Response:
+        node, device_id = self._device(request)
+        body = await _body(request, v.QuarantineBody)
+        if not body.reason.strip():
+            raise _bad("reason", body.reason, "is empty", "say why, for whoever releases it")
+        return self._set_quarantine(node, device_id, body.reason)
+
+    async def release_device(self, request: web.Request) -> web.Response:
+        node, device_id = self._device(request)
+        if device_id not in node.quarantine:
+            raise ApiError(409, f"device {device_id!r} of node {node.node_id} is not quarantined")
+        return self._set_quarantine(node, device_id, None)
+
+    def _set_quarantine(self, node: Node, device_id: str, reason: str | None) -> web.Response:
+        now = self.driver.now()
+        event = m.QuarantineSet(now=now, node_id=node.node_id, device_id=device_id, reason=reason)
+        self.driver.apply(event)
+        return reply(snapshot.node(node, now))
+
+    def _device(self, request: web.Request) -> tuple[Node, str]:
+        node, device_id = self._node(request), request.match_info["device"]
+        if device_id not in node.devices:
+            raise _unknown(f"device of node {node.node_id}", device_id, list(node.devices))
+        return node, device_id
+
+    async def plan(self, request: web.Request) -> web.Response:
+        body = await _plan_body(request)
+        if body.add is None and body.load is None and body.remove_node is None:
+            raise _bad("body", None, "asks nothing", "give one of add, load, remove_node")
+        if not 1 <= body.replicas <= 1024:
+            raise _bad("replicas", body.replicas, "is out of range", "ask for 1 to 1024")
+        if body.add is not None:
+            body = msgspec.structs.replace(body, add=await self._sized(body.add))
+        try:
+            events = questions(self.core, body, self.driver.now())
+        except LookupError as error:
+            kind, _, name = str(error.args[0]).partition(" ")
+            known = self.core.state.models if kind == "model" else self.core.state.nodes
+            raise _unknown(kind, name, list(known)) from None
+        return reply(what_if(self.core, events))
+
+    async def _sized(self, spec: ModelSpec) -> ModelSpec:
+        """With its estimated size where none is declared."""
+        found = await inspect_spec(self.driver, spec)
+        if found.problems:
+            raise ApiError(422, "\n".join(map(str, found.problems)), problems=found.problems)
+        return m.StoredModel(spec=spec, estimate=found.estimate).effective()
 
     def _node(self, request: web.Request) -> Node:
         node_id = request.match_info["id"]
@@ -438,6 +490,11 @@ def _unknown(kind: str, name: str, known: list[str]) -> ApiError:
     return ApiError(404, f"there is no {kind} {name!r}{hint}", close=close)
 
 
+def _bad(field: str, value: Any, message: str, fix: str) -> ApiError:
+    problem = SpecProblem(field=field, value=value, message=message, fix=fix)
+    return ApiError(422, str(problem), problems=(problem,))
+
+
 def _decode(data: bytes, kind: type[S]) -> S:
     try:
         return decode(data, kind)
@@ -487,6 +544,15 @@ async def _body(request: web.Request, kind: type[S]) -> S:
     raw = await _json(request)
     try:
         return check(raw, kind)
+    except SchemaError as error:
+        raise ApiError(422, str(error), problems=error.problems) from None
+
+
+async def _plan_body(request: web.Request) -> v.PlanBody:
+    raw = await _json(request)
+    try:
+        added = parse_spec(raw.pop("add")) if isinstance(raw, dict) and raw.get("add") else None
+        return msgspec.structs.replace(check(raw, v.PlanBody), add=added)
     except SchemaError as error:
         raise ApiError(422, str(error), problems=error.problems) from None
 

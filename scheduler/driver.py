@@ -45,6 +45,11 @@ def _readable(entries: Iterable[Entry]) -> Iterator[Footprint]:
             yield decode(entry.value, Footprint)
 
 
+def _quarantined(entry: Entry) -> tuple[str, str, str]:
+    _, node_id, device_id = entry.key.rsplit("/", 2)
+    return node_id, device_id, entry.value.decode(errors="replace")
+
+
 class NodeFlags(msgspec.Struct, frozen=True, kw_only=True):
     """What the registry keeps of a node."""
 
@@ -109,6 +114,8 @@ class Driver:
                     self._table_changed = asyncio.Event()
                 case m.ColdStart():
                     self.on_cold_start(command)
+                case m.Quarantined():
+                    self.spawn(self._keep_quarantine(command))
                 case m.Learned():
                     self._unsaved[command.footprint.key] = command.footprint
                     self._learned.set()
@@ -246,11 +253,28 @@ class Driver:
             if floor != model.floor:
                 self.apply(m.FloorSet(now=self.now(), model=name, floor=floor))
 
-    async def cordon_node(self, node_id: str, cordoned: bool, drain: bool = False) -> None:
+    async def cordon_node(self, node_id: str, cordoned: bool, drain_s: float | None = None) -> None:
+        """`drain_s`: what it runs moves off, or stops after so long."""
         flags = NodeFlags(cordoned=cordoned)
         await self.registry.put(self.key("nodes", node_id), msgspec.json.encode(flags))
-        event = m.CordonSet(now=self.now(), node_id=node_id, cordoned=cordoned, drain=drain)
-        self.apply(event)
+        self.apply(
+            m.CordonSet(
+                now=self.now(), node_id=node_id, cordoned=cordoned, drain=drain_s is not None,
+                deadline_s=drain_s or 0.0,
+            )
+        )  # fmt: skip
+
+    async def _keep_quarantine(self, told: m.Quarantined) -> None:
+        """So that the next leader knows it too; a registry that is down is told again."""
+        key = self.key("quarantine", told.node_id, told.device_id)
+        retry = tenacity.AsyncRetrying(
+            retry=tenacity.retry_if_exception_type(RegistryError),
+            wait=tenacity.wait_exponential(multiplier=0.2, max=5),
+        )
+        if told.reason is None:
+            await retry(self.registry.delete, key)
+        else:
+            await retry(self.registry.put, key, told.reason.encode())
 
     async def keep_footprints(self) -> None:
         """For ever: write what was learnt to the registry, at most once in SAVE_S."""
@@ -281,6 +305,7 @@ class Driver:
         nodes, _ = await registry.list(self.key("nodes") + "/")
         pins, _ = await registry.list(self.key("pins") + "/")
         wishes, _ = await registry.list(self.key("prewarm") + "/")
+        sick, _ = await registry.list(self.key("quarantine") + "/")
         self._asks = {e.key.rsplit("/", 1)[1]: decode(e.value, tuple[Ask, ...]) for e in wishes}
         agents, _ = await registry.services("stoker-agent")
         return m.Elected(
@@ -292,6 +317,7 @@ class Driver:
                 e.key.rsplit("/", 1)[1] for e in nodes if decode(e.value, NodeFlags).cordoned
             ),
             footprints=tuple(_readable(kept)),
+            quarantined=tuple(map(_quarantined, sick)),
             pinned=tuple(e.key.rsplit("/", 1)[1] for e in pins),
         )
 

@@ -87,8 +87,24 @@ ADMIN = (
         "the node", v.NodeView, errors=(404,),
     ),
     Route(
-        "POST", "/admin/nodes/{id}/drain", "drain_node", "Cordon a node and stop what it runs",
-        "the node", v.NodeView, errors=(404,),
+        "POST", "/admin/nodes/{id}/drain", "drain_node",
+        "Cordon a node and move off what it runs, or stop it at the deadline",
+        "the node; it is empty once `replicas` is 0", v.NodeView, body=v.DrainBody,
+        errors=(400, 404, 422),
+    ),
+    Route(
+        "POST", "/admin/nodes/{id}/devices/{device}/quarantine", "quarantine_device",
+        "Use a device no more and move off what it runs", "the node", v.NodeView,
+        body=v.QuarantineBody, errors=(400, 404, 422),
+    ),
+    Route(
+        "POST", "/admin/nodes/{id}/devices/{device}/release", "release_device",
+        "Use a quarantined device again", "the node", v.NodeView, errors=(404, 409),
+    ),
+    Route(
+        "POST", "/admin/plan", "plan", "What would happen if …, without doing it",
+        "the decisions that would be made at once", v.Plan, body=v.PlanBody,
+        errors=(400, 404, 422),
     ),
     Route(
         "POST", "/admin/nodes/{id}/uncordon", "uncordon_node", "Use a node again", "the node",

@@ -9,7 +9,7 @@ from scheduler import views as v
 from scheduler.autoscale import wanted_replicas
 from scheduler.core import Core
 from scheduler.messages import StoredModel
-from scheduler.state import Model, Node, Replica, Stage
+from scheduler.state import MARGIN, Model, Node, Replica, Stage
 
 _STATES: dict[Stage, v.ReplicaState] = {
     Stage.PLANNED: "planned",
@@ -117,6 +117,7 @@ def node(entry: Node, now: float) -> v.NodeView:
         node_id=entry.node_id,
         address=heartbeat.address,
         state="lost" if entry.lost
+        else "preempted" if heartbeat.preempted_in_s is not None
         else "draining" if draining
         else "cordoned" if entry.cordoned
         else "ready",
@@ -129,6 +130,9 @@ def node(entry: Node, now: float) -> v.NodeView:
         host_memory_available_bytes=heartbeat.host_memory_available_bytes,
         host_budget_bytes=heartbeat.host_budget_bytes,
         host_booked_bytes=heartbeat.host_budget_bytes - entry.host_free(),
+        staged=tuple(sorted(hold.model for hold in entry.holds.values())),
+        preemptible=heartbeat.preemptible,
+        preempted_in_s=heartbeat.preempted_in_s,
         engines=heartbeat.engines,
         labels=heartbeat.labels,
         version=heartbeat.version,
@@ -146,6 +150,7 @@ def devices(core: Core) -> v.Devices:
                 booked_bytes=n.committed(device_id),
                 free_bytes=max(0, n.plannable(device_id)),
                 replicas=tuple(sorted(r.replica_id for r in n.on_device(device_id))),
+                quarantined=n.quarantine.get(device_id),
             )
             for n in ordered
             for device_id, report in n.devices.items()
@@ -188,12 +193,16 @@ def cold_starts(core: Core, now: float, limit: int, name: str | None) -> v.ColdS
 def footprints(entry: Model) -> v.Footprints:
     """What a model was declared, estimated and measured to take."""
     declared = entry.stored.spec.device_memory_bytes
+    source = "declared" if declared is not None else "estimated"
+    parallel = entry.spec.tensor_parallel_size
+    budget, booked = entry.spec.booked_bytes() * parallel, entry.booked_bytes() * parallel
     return v.Footprints(
         model=entry.spec.name,
         declared_bytes=declared,
         estimate=entry.stored.estimate,
-        booked_bytes=entry.spec.device_memory_bytes or 0,
-        booked_from="declared" if declared is not None else "estimated",
+        booked_bytes=booked,
+        margin=MARGIN,
+        booked_from=source if booked == budget else "measured",
         measured=tuple(
             v.FootprintView(
                 launch_key=f.key.launch_key,
@@ -235,6 +244,7 @@ def decisions(core: Core, now: float, limit: int, name: str | None) -> v.Decisio
                 node_id=d.node_id,
                 reason=d.reason,
                 cause=d.cause,
+                considered=d.considered,
             )
             for d in itertools.islice(newest, limit)
         )

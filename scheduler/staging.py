@@ -51,6 +51,8 @@ class Holds(Moves):
         for other in gone:
             self._let_go(node, other, f"host memory for {model.name} staged", now)
         node.holds[source] = Hold(source, model.name, size, now, reason)
+        model.staged_on.add(node.node_id)
+        self._dirty.add(model.name)
         self._restage.add(node.node_id)
         self._record("stage", model.name, reason, now, node_id=node.node_id)
         return True
@@ -58,6 +60,10 @@ class Holds(Moves):
     def _let_go(self, node: Node, hold: Hold, reason: str, now: float) -> None:
         if node.holds.pop(hold.source, None) is not None:
             self._restage.add(node.node_id)
+            model = self.state.models.get(hold.model)
+            if model is not None:
+                model.staged_on.discard(node.node_id)
+                self._dirty.add(model.name)
             self._record("unstage", hold.model, reason, now, node_id=node.node_id)
 
     def _follow_holds(self, node: Node, heartbeat: Heartbeat, now: float) -> None:
@@ -80,6 +86,8 @@ class Holds(Moves):
             size = _size(model, node)
             if 0 < size <= node.host_free():
                 node.holds[source] = Hold(source, model.name, size, now, "adopted")
+                model.staged_on.add(node.node_id)
+                self._dirty.add(model.name)
 
     def _review_holds(self, now: float) -> None:
         """Let go of what is over, and of the cheapest where a node has less to give than before."""

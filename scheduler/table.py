@@ -64,7 +64,9 @@ def warmth(model: Model, now: float) -> Warmth:
         return "starting"
     if model.asleep():
         return "asleep"
-    return "failed" if refusal(model, now)[0] else "cold"
+    if refusal(model, now)[0]:
+        return "failed"
+    return "staged" if model.staged_on else "cold"
 
 
 def waiting_for(model: Model) -> str | None:

@@ -82,6 +82,7 @@ class DeviceView(Struct, frozen=True, kw_only=True):
     booked_bytes: int
     free_bytes: int  # what a new replica may still book
     replicas: tuple[str, ...]
+    quarantined: str | None = None  # why it is set aside
 
 
 class NodeView(Struct, frozen=True, kw_only=True):
@@ -89,7 +90,7 @@ class NodeView(Struct, frozen=True, kw_only=True):
 
     node_id: str
     address: str
-    state: Literal["ready", "cordoned", "draining", "lost"]
+    state: Literal["ready", "cordoned", "draining", "preempted", "lost"]
     last_heartbeat_s: float
     devices: int
     replicas: int
@@ -102,6 +103,9 @@ class NodeView(Struct, frozen=True, kw_only=True):
     engines: dict[str, str]
     labels: dict[str, str]
     version: str
+    staged: tuple[str, ...] = ()  # models whose weights it holds in its page cache
+    preemptible: bool = False
+    preempted_in_s: float | None = None  # it is being taken away
 
 
 class QueueView(Struct, frozen=True, kw_only=True):
@@ -125,6 +129,7 @@ class DecisionView(Struct, frozen=True, kw_only=True):
     node_id: str | None
     reason: str
     cause: str
+    considered: tuple[str, ...] = ()  # a placement's runners-up, with their prices
 
 
 class ColdStartView(Struct, frozen=True, kw_only=True):
@@ -135,13 +140,15 @@ class ColdStartView(Struct, frozen=True, kw_only=True):
     model: str
     replica_id: str
     node_id: str
-    rung: str  # climbed from: stopped | asleep-1 | asleep-2
+    rung: str  # climbed from: remote | cached | staged | snapshot | asleep-2 | asleep-1
     outcome: str  # ready | failed
     cause: str
     reason: str
     moved_down: tuple[str, ...]
     total_s: float
     phases: dict[str, float]
+    expected_s: float | None = None  # what placement counted on
+    considered: tuple[str, ...] = ()
 
 
 class ColdStarts(Struct, frozen=True, kw_only=True):
@@ -179,6 +186,7 @@ class Footprints(Struct, frozen=True, kw_only=True):
     declared_bytes: int | None
     estimate: MemoryEstimate | None
     booked_bytes: int  # what placement uses, all devices together
+    margin: float  # the share that is added to a measured size
     booked_from: str
     measured: tuple[FootprintView, ...]
 
@@ -246,6 +254,49 @@ class PrewarmBody(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     rung: Floor = "hot"
     by: str | None = None  # ISO 8601 with a time zone; left out: now
     for_s: float = 3600.0
+
+
+class DrainBody(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Models serve elsewhere first; what could not move by then stops."""
+
+    deadline_s: float = 300.0
+
+
+class QuarantineBody(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Why a device is set aside."""
+
+    reason: str = "set aside by an operator"
+
+
+class PlanBody(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One question, or several at once: what would happen if …"""
+
+    add: ModelSpec | None = None  # this model were added and loaded
+    load: str | None = None  # this model had `replicas` replicas
+    replicas: int = 1
+    remove_node: str | None = None  # this node were drained and gone
+
+
+class PlanStep(Struct, frozen=True, kw_only=True):
+    """One thing the scheduler would decide."""
+
+    action: str
+    model: str
+    replica_id: str | None
+    node_id: str | None
+    device_ids: tuple[str, ...]
+    device_bytes: int | None
+    goes_to: str | None  # of what goes down: asleep-1 | asleep-2 | stopped
+    reason: str
+    considered: tuple[str, ...]
+
+
+class Plan(Struct, frozen=True, kw_only=True):
+    """What would be decided at once; nothing was changed."""
+
+    steps: tuple[PlanStep, ...]
+    expected_wait_s: dict[str, float]  # replica -> seconds until it would serve
+    not_placed: dict[str, str]  # model -> why not, and what would have to change
 
 
 class PinBody(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

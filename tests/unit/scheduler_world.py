@@ -10,6 +10,7 @@ from random import Random
 
 from runtime.footprints import Footprint, Key
 from runtime.wire import (
+    CachedModel,
     DemandReport,
     DeviceReport,
     Heartbeat,
@@ -17,6 +18,7 @@ from runtime.wire import (
     ModelSpec,
     ReplicaReport,
     SleepReplica,
+    StageModels,
     StartReplica,
     WakeReplica,
 )
@@ -71,12 +73,24 @@ class FakeNode:
     replicas: dict[str, FakeReplica] = field(default_factory=dict)
     fails: dict[str, str] = field(default_factory=dict)  # model -> why its starts fail
     started: list[str] = field(default_factory=list)
+    preemptible: bool = False
+    preempted_in_s: float | None = None
+    xid: dict[str, int] = field(default_factory=dict)
+    links: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    disabled: dict[str, dict[str, str]] = field(default_factory=dict)  # model -> rungs
+    cached: tuple[CachedModel, ...] = ()
+    staged: tuple[str, ...] = ()
+    deaf_to_staging: bool = False
 
     def obey(self, command: object, now: float) -> None:
         if isinstance(command, StartReplica):
             if command.replica_id not in self.replicas:
                 self.replicas[command.replica_id] = FakeReplica(command, since=now)
                 self.started.append(command.replica_id)
+            return
+        if isinstance(command, StageModels):
+            if not self.deaf_to_staging:
+                self.staged = tuple(s.source for s in command.models)
             return
         replica = self.replicas.get(command.replica_id)  # type: ignore[attr-defined]
         if replica is None:
@@ -118,12 +132,18 @@ class FakeNode:
             address=f"http://{self.node_id}",
             engines={"stub": "1"},
             host_budget_bytes=self.host_budget,
+            preemptible=self.preemptible,
+            preempted_in_s=self.preempted_in_s,
+            cached=self.cached,
+            staged=self.staged,
             devices=tuple(
                 DeviceReport(
                     device_id=device_id, index=i, kind=self.kind, name="d",  # type: ignore[arg-type]
                     memory_total_bytes=total,
                     memory_used_bytes=self.foreign.get(device_id, 0),
                     foreign_bytes=self.foreign.get(device_id, 0),
+                    xid=self.xid.get(device_id), healthy=device_id not in self.xid,
+                    nvlink_peers=self.links.get(device_id, ()),
                 )
                 for i, (device_id, total) in enumerate(self.devices.items())
             ),
@@ -139,6 +159,7 @@ class FakeNode:
                     start_s=self.start_s, phases=self.phases,
                     rungs=self.rungs, sleep_level=r.sleep_level, wake_s=r.wake_s,
                     residue_bytes=self.residue if r.phase == "asleep" else 0,
+                    disabled=self.disabled.get(r.start.spec.name, {}),
                 )
                 for replica_id, r in self.replicas.items()
             ),
@@ -163,6 +184,8 @@ class World:
         self.cold_starts: list[m.ColdStart] = []
         self.learned: dict[Key, Footprint] = {}
         self.sent: list[object] = []
+        self.quarantined: dict[tuple[str, str], str] = {}
+        self.wait_s: dict[str, float] = {}
         self._later: list[m.CommandDone] = []
         self.core = Core(self.settings)
         self.elect()
@@ -172,6 +195,7 @@ class World:
         models: tuple[m.StoredModel, ...] = (),
         cordoned: tuple[str, ...] = (),
         footprints: tuple[Footprint, ...] = (),
+        quarantined: tuple[tuple[str, str, str], ...] = (),
     ) -> None:
         """A scheduler (re)starts and takes the lead."""
         self.term += 1
@@ -185,6 +209,7 @@ class World:
                 known_nodes=known,
                 cordoned=cordoned,
                 footprints=footprints,
+                quarantined=quarantined,
             )
         )
         self.run(2.5)
@@ -204,6 +229,10 @@ class World:
                     self.cold_starts.append(command)
                 case m.Learned():
                     self.learned[command.footprint.key] = command.footprint
+                case m.Quarantined(reason=None):
+                    self.quarantined.pop((command.node_id, command.device_id), None)
+                case m.Quarantined():
+                    self.quarantined[command.node_id, command.device_id] = str(command.reason)
         check_invariants(self.core.state)
 
     def _deliver(self, send: m.Send) -> None:
@@ -215,9 +244,10 @@ class World:
         if lost or (self.lossy is not None and self.lossy.random() < 0.2):
             return
         kind = str(send.command.__struct_config__.tag)
+        replica_id = getattr(send.command, "replica_id", "")  # staging is not about one
         self._later.append(
             m.CommandDone(
-                now=self.now, node_id=node.node_id, replica_id=send.command.replica_id, kind=kind,
+                now=self.now, node_id=node.node_id, replica_id=replica_id, kind=kind,
                 delivered=True, ok=True, boot_id=node.boot_id, seq=node.seq + 1,
             )
         )  # fmt: skip
@@ -226,9 +256,10 @@ class World:
         for one in specs:
             self.apply(m.ModelPut(now=self.now, model=m.StoredModel(spec=one)))
 
-    def want(self, model: str, count: int = 1) -> None:
-        """`count` requests wait at the router now."""
+    def want(self, model: str, count: int = 1, wait_s: float = 0.0) -> None:
+        """`count` requests wait at the router now, the oldest for `wait_s` seconds."""
         self.waiting[model] = count
+        self.wait_s[model] = wait_s
         self.report()
 
     def report(self) -> None:
@@ -252,7 +283,7 @@ class World:
                     models=tuple(
                         ModelDemand(
                             model=n, waiting=self.waiting.get(n, 0), in_flight=flying.get(n, 0),
-                            idle_for_s=0.0,
+                            idle_for_s=0.0, oldest_wait_s=self.wait_s.get(n, 0.0),
                         )
                         for n in sorted(names)
                     ),
