@@ -49,6 +49,15 @@ class Index:
         for position in range(bisect_left(self._by_room, (need, "")), len(self._by_room)):
             yield self._by_room[position][1]
 
+    @property
+    def open_count(self) -> int:
+        return len(self._by_room)
+
+    def sample(self, count: int) -> list[str]:
+        """About `count` nodes spread over all, the fullest and the emptiest; others each turn."""
+        stride = max(1, len(self._by_room) // max(1, count))
+        return [name for _, name in self._by_room[self.turn % stride :: stride]]
+
     def open_nodes(self) -> list[str]:
         """Every node that takes new replicas, the fullest first."""
         return [node_id for _, node_id in self._by_room]
@@ -68,14 +77,17 @@ class Books:
         self.node_id = node_id
         self.index = index
         self.replicas: dict[str, Replica] = {}
+        self.version = 0  # grows with every change
         self._stale = True
         self._committed: dict[str, int] = {}
         self._physical: dict[str, int] = {}
         self._host = 0
+        self._climbing: dict[str, list[Replica]] = {}
 
     def touch(self) -> None:
         """Something that is booked here changed."""
         self._stale = True
+        self.version += 1
         self.index.touched.add(self.node_id)
 
     def add(self, replica: Replica) -> None:
@@ -121,14 +133,25 @@ class Books:
             self._count()
         return self._host
 
+    def climbing(self, device_id: str) -> list[Replica]:
+        """Those that start or wake on one device, or wait for their turn to."""
+        if self._stale:
+            self._count()
+        return self._climbing.get(device_id, [])
+
     def _count(self) -> None:
         committed: dict[str, int] = {}
         physical: dict[str, int] = {}
         host = 0
+        climbing: dict[str, list[Replica]] = {}
         for replica in self.replicas.values():
             more, held = replica.committed, replica.physical
             host += replica.host_booked
+            if replica.climbing:
+                for device_id in replica.device_ids:
+                    climbing.setdefault(device_id, []).append(replica)
             for device_id in replica.device_ids:
                 committed[device_id] = committed.get(device_id, 0) + more
                 physical[device_id] = physical.get(device_id, 0) + held
-        self._committed, self._physical, self._host, self._stale = committed, physical, host, False
+        self._committed, self._physical, self._host = committed, physical, host
+        self._climbing, self._stale = climbing, False

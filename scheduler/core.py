@@ -87,7 +87,7 @@ class Core(Planning):
             awaited_nodes=set(event.known_nodes),
             routes_version=event.term * VERSIONS_PER_TERM,
         )
-        self._routes = {}
+        self._routes, self._route_names = {}, []
         self._hungry = set()
         for stored in event.models:
             self._model_put(stored, event.now)
@@ -135,7 +135,7 @@ class Core(Planning):
         """Whether anything changed that placement or health depend on."""
         old, new = node.devices, {d.device_id: d for d in heartbeat.devices}
         node.devices = new
-        if old.keys() == new.keys() and all(_gives(old[d]) == _gives(new[d]) for d in new):
+        if len(old) == len(new) and all(map(_gives_the_same, old.values(), new.values())):
             return False
         node.books.touch()
         return True
@@ -215,7 +215,8 @@ class Core(Planning):
                 continue
             if part.idle_for_s is not None:
                 model.active_at = max(model.active_at or 0.0, now - part.idle_for_s)
-            if part.waiting or part.in_flight or name not in old or _busy(old[name]):
+            before = old.get(name)
+            if part.waiting or before is None or _differs(before, part):
                 self._dirty.add(name)
         for name in old.keys() - models.keys():
             if name in self.state.models:
@@ -336,14 +337,21 @@ class Core(Planning):
 
     def _rest(self, model: Model, now: float) -> None:
         """Idle timers: one rung down at a time."""
-        for replica in idle_replicas(self.state, model, now):
-            self._step_down(model, replica, f"idle for {model.spec.idle_s:g} s", now)
-        for replica in model.asleep():
-            unused_s = now - max(replica.used_at, replica.since)
-            if unused_s >= model.spec.asleep_s and model.may_stop(replica):
-                reason = f"asleep and unused for {model.spec.asleep_s:g} s"
-                self._leave(replica, reason, "idle timer", now)
-                self._keep_staged(replica, now)
+        idle_s, asleep_s = model.spec.idle_s, model.spec.asleep_s
+        idle = False
+        for replica in list(model.replicas.values()):
+            if replica.stage is Stage.READY:
+                used_at = max(replica.used_at, replica.ready_at or now)
+                idle = idle or now - used_at >= idle_s
+            elif replica.stage is Stage.ASLEEP:
+                unused_s = now - max(replica.used_at, replica.since)
+                if unused_s >= asleep_s and model.may_stop(replica):
+                    reason = f"asleep and unused for {asleep_s:g} s"
+                    self._leave(replica, reason, "idle timer", now)
+                    self._keep_staged(replica, now)
+        if idle:
+            for replica in idle_replicas(self.state, model, now):
+                self._step_down(model, replica, f"idle for {idle_s:g} s", now)
 
     def _step_down(self, model: Model, replica: Replica, reason: str, now: float) -> None:
         """One rung down: asleep where that is open to it, else stopped."""
@@ -371,12 +379,16 @@ class Core(Planning):
                 self._leave(replica, "its model is not declared any more", "recovery", now)
 
 
-def _gives(device: DeviceReport) -> tuple[object, ...]:
-    """What placement and health depend on."""
+def _gives_the_same(old: DeviceReport, new: DeviceReport) -> bool:
+    """Whether nothing changed that placement and health depend on."""
     return (
-        device.memory_total_bytes, device.foreign_bytes, device.healthy, device.xid,
-        device.unhealthy_reason,
-    )  # fmt: skip
+        old.device_id == new.device_id
+        and old.foreign_bytes == new.foreign_bytes
+        and old.memory_total_bytes == new.memory_total_bytes
+        and old.healthy == new.healthy
+        and old.xid == new.xid
+        and old.unhealthy_reason == new.unhealthy_reason
+    )
 
 
 def _alike(old: ReplicaReport, new: ReplicaReport) -> bool:
@@ -391,6 +403,10 @@ def _alike(old: ReplicaReport, new: ReplicaReport) -> bool:
         and new.disabled == old.disabled
         and new.rungs == old.rungs
     )
+
+
+def _differs(old: ModelDemand, new: ModelDemand) -> bool:
+    return old.in_flight != new.in_flight or old.waiting != new.waiting
 
 
 def _busy(part: ModelDemand) -> bool:

@@ -56,6 +56,10 @@ def could_run(node: Node, spec: ModelSpec, need: int) -> bool:
     """Whether the node could run one replica of `need` bytes a device if it were empty."""
     if not runs_engine(node, spec) or not has_labels(node, spec):
         return False
+    rules = spec.placement
+    if not rules.devices and rules.min_compute_capability is None:
+        sizes, count = node.rooms().sizes, spec.tensor_parallel_size
+        return len(sizes) >= count and sizes[count - 1] >= need
     room = sum(1 for d in allowed_devices(node, spec) if node.capacity(d) >= need)
     return room >= spec.tensor_parallel_size
 

@@ -38,6 +38,16 @@ class Drain:
     deadline: float
 
 
+@dataclass(slots=True, frozen=True)
+class Rooms:
+    """What a node's devices have to give, by `books.version`."""
+
+    version: int
+    capacity: dict[str, int]
+    plannable: dict[str, int]
+    sizes: list[int]  # the capacities, the largest first
+
+
 @dataclass(slots=True)
 class Node:
     """One host and its last heartbeat."""
@@ -56,6 +66,7 @@ class Node:
     cached: dict[str, CachedModel] = field(default_factory=dict)
     holds: dict[str, Hold] = field(default_factory=dict)  # by source
     holds_sent_at: float | None = None  # the last `stage` command, until a heartbeat shows it
+    _rooms: Rooms | None = None
 
     @property
     def replicas(self) -> dict[str, Replica]:
@@ -89,12 +100,21 @@ class Node:
         device = self.devices.get(device_id)
         return device is not None and device.healthy and device_id not in self.quarantine
 
+    def rooms(self) -> Rooms:
+        """Counted once for each change of the books; whoever changes a device touches them too."""
+        if self._rooms is None or self._rooms.version != self.books.version:
+            capacity = {
+                d: max(0, r.memory_total_bytes - r.foreign_bytes) if self.usable(d) else 0
+                for d, r in self.devices.items()
+            }
+            plannable = {d: size - self.books.committed(d) for d, size in capacity.items()}
+            sizes = sorted(capacity.values(), reverse=True)
+            self._rooms = Rooms(self.books.version, capacity, plannable, sizes)
+        return self._rooms
+
     def capacity(self, device_id: str) -> int:
         """Bytes that Stoker's replicas may take there: the total less what others hold."""
-        if not self.usable(device_id):
-            return 0
-        device = self.devices[device_id]
-        return max(0, device.memory_total_bytes - device.foreign_bytes)
+        return self.rooms().capacity.get(device_id, 0)
 
     def committed(self, device_id: str) -> int:
         return self.books.committed(device_id)
@@ -104,7 +124,7 @@ class Node:
 
     def plannable(self, device_id: str) -> int:
         """Bytes a new plan may take, counting those that leave as gone already."""
-        return self.capacity(device_id) - self.committed(device_id)
+        return self.rooms().plannable.get(device_id, 0)
 
     def host_held(self) -> int:
         """Host bytes booked for staged weights."""

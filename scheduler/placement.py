@@ -41,14 +41,14 @@ from scheduler.fitness import (
     why_never,
 )
 from scheduler.ladder import EVICT_S, Descent, climb_s
-from scheduler.state import BUSY, COMING, ClusterState, Model, Node, Replica
+from scheduler.state import COMING, ClusterState, Model, Node, Replica
 
 PRESSURE_S = 2.0  # a device that computes all the time halves a newcomer's speed: assumed
 SPREAD_S = 5.0
 SPOT_S = 2.0
 SAME_S = 0.5
 MOVE_S = 3.0  # a victim whose stop costs less is not worth starting anew elsewhere
-LOOKED_AT = 48
+LOOKED_AT = 24
 RUNNERS_UP = 3
 
 
@@ -89,14 +89,22 @@ def place(
 ) -> Answer:
     """Where one more replica of `model` serves from. Its spec must have its size."""
     state.refresh_index()
-    found: list[tuple[Key, Fit]] = []
-    for riser in model.asleep():
-        if fit := _rise(state, model, riser, now, min_dwell_s, may_evict):
-            found.append((_key(state, model, fit, now), fit))
+    fits = [
+        fit
+        for riser in model.asleep()
+        if (fit := _rise(state, model, riser, now, min_dwell_s, may_evict))
+    ]
+    need, full = model.booked_bytes(), []
     for node in _candidates(state, model):
-        fit = _on(state, node, model, now, min_dwell_s, may_evict)
-        if fit is not None:
-            found.append((_key(state, model, fit, now), fit))
+        devices = _room(node, model, need)
+        if devices is None:
+            full.append(node)
+        else:
+            fits.append(_priced(state, node, model, devices, now))
+    if may_evict:
+        bound = min((fit.price for fit in fits), default=float("inf"))
+        fits += _evictions(state, full, model, need, now, min_dwell_s, bound)
+    found = [(_key(state, model, fit, now), fit) for fit in fits]
     if found:
         found.sort(key=lambda one: one[0])
         best = found[0][1]
@@ -126,48 +134,42 @@ def free_place(
 def _candidates(state: ClusterState, model: Model) -> Iterator[Node]:
     """Nodes to price: all of a small cluster, the promising ones of a large one."""
     spec, need = model.spec, model.booked_bytes()
-    names = state.index.open_nodes()
-    if len(names) > LOOKED_AT:
-        names = _promising(state, model, names, need)
-    reliable = _only_reliable(state, model)
-    nodes = [state.nodes[n] for n in names]
-    fitting = [n for n in nodes if could_run(n, spec, need) and _spread_ok(n, model)]
-    if reliable and any(not n.preemptible for n in fitting):
+    if state.index.open_count > LOOKED_AT:
+        nodes = _promising(state, model, need)
+    else:
+        nodes = [state.nodes[name] for name in state.index.open_nodes()]
+        nodes = [node for node in nodes if could_run(node, spec, need)]
+    fitting = [node for node in nodes if _spread_ok(node, model)]
+    if _only_reliable(state, model) and any(not n.preemptible for n in fitting):
         fitting = [n for n in fitting if not n.preemptible]
     yield from fitting
 
 
-def _promising(state: ClusterState, model: Model, names: list[str], need: int) -> list[str]:
+def _promising(state: ClusterState, model: Model, need: int) -> list[Node]:
     """At most LOOKED_AT: a third each of those that have it, have room, or come by turns.
 
-    Where none of them could run it at all, every node is looked at.
+    Where none of those could run it at all, every node is looked at.
     """
-    share = LOOKED_AT // 3
-    open_names = set(names)
-    chosen: dict[str, None] = {}
-    for name in sorted(state.index.cached_on.get(model.spec.source, ())):
-        if len(chosen) >= share:
-            break
-        if name in open_names:
-            chosen[name] = None
-    for name in _first_able(state, model, state.index.roomy(need), need, share):
-        chosen[name] = None
-    stride = max(1, len(names) // share)
-    state.index.turn += 1  # so that who is refused now is shown other nodes the next time
-    offset = state.index.turn % stride
-    turn = names[offset::stride]
-    for name in _first_able(state, model, turn, need, share):
-        chosen[name] = None
-    return list(chosen) or names
+    index, share = state.index, LOOKED_AT // 3
+    index.turn += 1  # so that who is refused now is shown other nodes the next time
+    chosen: dict[str, Node] = {}
+    caching = sorted(index.cached_on.get(model.spec.source, ()))
+    for names in (caching, index.roomy(need), index.sample(share)):
+        _first_able(state, model, names, need, share, chosen)
+    if not chosen:
+        _first_able(state, model, index.open_nodes(), need, LOOKED_AT, chosen)
+    return list(chosen.values())
 
 
 def _first_able(
-    state: ClusterState, model: Model, names: Iterable[str], need: int, most: int
-) -> Iterator[str]:
+    state: ClusterState, model: Model, names: Iterable[str], need: int, most: int,
+    chosen: dict[str, Node],
+) -> None:  # fmt: skip
     count = 0
     for name in names:
-        if could_run(state.nodes[name], model.spec, need):
-            yield name
+        node = state.nodes[name]
+        if name not in chosen and node.schedulable and could_run(node, model.spec, need):
+            chosen[name] = node
             count += 1
             if count == most:
                 return
@@ -190,34 +192,33 @@ def _spread_ok(node: Node, model: Model) -> bool:
 
 def _room(node: Node, model: Model, need: int) -> tuple[str, ...] | None:
     """The tightest devices of a node with room for `need` bytes each; None if too few have it."""
-    rooms = [
-        (float(left), d)
-        for d in allowed_devices(node, model.spec)
-        if (left := node.plannable(d) - need) >= 0
-    ]
+    plannable = node.rooms().plannable
+    constrained = bool(model.spec.placement.devices or model.spec.placement.min_compute_capability)
+    allowed = allowed_devices(node, model.spec) if constrained else plannable
+    rooms = [(float(plannable[d] - need), d) for d in allowed if plannable[d] >= need]
     count = model.spec.tensor_parallel_size
     return together(node, rooms, count) if len(rooms) >= count else None
 
 
-def _on(
-    state: ClusterState, node: Node, model: Model, now: float, min_dwell_s: float, may_evict: bool
-) -> Fit | None:
-    """The best a node has to offer for a new replica."""
-    need = model.booked_bytes()
-    devices = _room(node, model, need)
-    rung = node.start_rung(model.spec.source)
-    if devices is not None:
-        return _priced(state, node, model, Fit(node.node_id, devices, rung=rung), now)
-    if not may_evict:
-        return None
-    fit = _evict_on(state, node, model, need, now, min_dwell_s)
-    return None if fit is None else _priced(state, node, model, replace(fit, rung=rung), now)
+def _evictions(
+    state: ClusterState, nodes: Iterable[Node], model: Model, need: int, now: float,
+    min_dwell_s: float, bound: float,
+) -> Iterator[Fit]:  # fmt: skip
+    """What full nodes have to offer, but for those that can't be cheaper than `bound`."""
+    for node in nodes:
+        rung = node.start_rung(model.spec.source)
+        if climb_s(model, 0, rung) + EVICT_S - SPOT_S > bound:
+            continue
+        cleared = _evict_on(state, node, model, need, now, min_dwell_s)
+        if cleared is not None:
+            devices, victims = cleared
+            yield _priced(state, node, model, devices, now, victims)
 
 
 def _evict_on(
     state: ClusterState, node: Node, model: Model, need: int, now: float, min_dwell_s: float
-) -> Fit | None:
-    """The cheapest devices of one node to clear. A victim that spans devices counts once."""
+) -> tuple[tuple[str, ...], tuple[Descent, ...]] | None:
+    """(devices, victims), the cheapest of one node. A victim that spans devices counts once."""
     count = model.spec.tensor_parallel_size
     cleared: dict[str, list[Descent]] = {}
     prices = []
@@ -233,7 +234,7 @@ def _evict_on(
     chosen = together(node, prices, count)
     if chosen is None:
         return None
-    return Fit(node.node_id, chosen, _merged(cleared[d] for d in chosen))
+    return chosen, _merged(cleared[d] for d in chosen)
 
 
 def _merged(sets: Iterable[list[Descent]]) -> tuple[Descent, ...]:
@@ -264,8 +265,7 @@ def _rise(
         if found is None or (found and not may_evict):
             return None
         sets.append(found)
-    fit = Fit(node.node_id, replica.device_ids, _merged(sets), replica)
-    return _priced(state, node, model, fit, now)
+    return _priced(state, node, model, replica.device_ids, now, _merged(sets), replica)
 
 
 def _clear(
@@ -290,23 +290,32 @@ def _clear(
 # ------------------------------------------------------------------------------- prices
 
 
-def _priced(state: ClusterState, node: Node, model: Model, fit: Fit, now: float) -> Fit:
-    climb = climb_s(model, fit.riser.sleep_level if fit.riser else 0, fit.rung)
-    wait_s = climb + max(_turn_s(state, node, d, now) for d in fit.device_ids)
-    more = fit.riser.bytes - fit.riser.residue if fit.riser else model.booked_bytes()
-    leaving = any(node.physical(d) + more > node.capacity(d) for d in fit.device_ids)
-    if fit.victims or leaving:
-        wait_s += EVICT_S
-    moved_s = sum(_weight(state, model, way) for way in fit.victims)
-    return replace(fit, wait_s=wait_s, price=wait_s + moved_s + _preference(node, model, fit))
+def _priced(
+    state: ClusterState, node: Node, model: Model, device_ids: tuple[str, ...], now: float,
+    victims: tuple[Descent, ...] = (), riser: Replica | None = None,
+) -> Fit:  # fmt: skip
+    rung = node.start_rung(model.spec.source)
+    if riser is None:
+        wait_s, more = climb_s(model, 0, rung), model.booked_bytes()
+    else:
+        wait_s, more = climb_s(model, riser.sleep_level), riser.bytes - riser.residue
+    queue_s, leaving = 0.0, bool(victims)
+    for device_id in device_ids:
+        queue_s = max(queue_s, _turn_s(state, node, device_id, now))
+        leaving = leaving or node.physical(device_id) + more > node.capacity(device_id)
+    wait_s += queue_s + (EVICT_S if leaving else 0.0)
+    price = wait_s + _preference(node, model, device_ids, riser)
+    for way in victims:
+        price += _weight(state, model, way)
+    return Fit(node.node_id, device_ids, victims, riser, rung, wait_s, price)
 
 
 def _turn_s(state: ClusterState, node: Node, device_id: str, now: float) -> float:
     """Seconds until the starts and wakes that go first on a device are over."""
     total = 0.0
-    for r in node.on_device(device_id):
+    for r in node.books.climbing(device_id):
         owner = state.models.get(r.model)
-        if owner is not None and (r.stage in BUSY or r.plan):
+        if owner is not None:
             climb = climb_s(owner, r.sleep_level)
             total += climb if r.plan else max(0.0, climb - (now - r.since))
     return total
@@ -318,12 +327,13 @@ def _weight(state: ClusterState, model: Model, way: Descent) -> float:
     return way.cost * 2.0 ** max(-10, min(10, classes))
 
 
-def _preference(node: Node, model: Model, fit: Fit) -> float:
-    used = max((node.devices[d].utilization or 0.0 for d in fit.device_ids), default=0.0)
+def _preference(
+    node: Node, model: Model, device_ids: tuple[str, ...], riser: Replica | None
+) -> float:
+    used = max((node.devices[d].utilization or 0.0 for d in device_ids), default=0.0)
     total = PRESSURE_S * used
-    if fit.riser is None and model.spec.placement.spread != "off":
-        mine = (r for r in node.replicas.values() if r.model == model.name and r.stage in COMING)
-        total += SPREAD_S * sum(1 for _ in mine)
+    if riser is None and model.replicas and model.spec.placement.spread != "off":
+        total += SPREAD_S * sum(1 for r in model.coming() if r.node_id == node.node_id)
     if node.preemptible:
         total += SPOT_S if model.spec.priority >= 0 else -SPOT_S
     return total

@@ -11,6 +11,7 @@ Rules this file keeps:
 from __future__ import annotations
 
 import heapq
+from bisect import bisect_left, insort
 
 from runtime.wire import ModelRoute, RouteTable
 from scheduler import messages as m
@@ -34,6 +35,7 @@ class Planning(Nodes):
         super().__init__(settings)
         self._hungry: set[str] = set()  # models that want more replicas than they could get
         self._routes: dict[str, ModelRoute] = {}
+        self._route_names: list[str] = []  # sorted
         self._freed = False  # something moved that may have made room
         self._unrouted = False  # a router or the clock may have let an unrouted replica go
 
@@ -238,16 +240,22 @@ class Planning(Nodes):
             route = model_route(model, now) if model else None
             if route != self._routes.get(name):
                 changed = True
-                if route is None:
-                    self._routes.pop(name, None)
-                else:
-                    self._routes[name] = route
+                self._set_route(name, route)
         self._dirty.clear()
         if changed:
             self.state.routes_version += 1
-            ordered = tuple(self._routes[name] for name in sorted(self._routes))
+            ordered = tuple(map(self._routes.__getitem__, self._route_names))
             table = RouteTable(version=self.state.routes_version, models=ordered)
             self._out.append(m.Publish(table=table))
+
+    def _set_route(self, name: str, route: ModelRoute | None) -> None:
+        if route is None:
+            if self._routes.pop(name, None) is not None:
+                del self._route_names[bisect_left(self._route_names, name)]
+            return
+        if name not in self._routes:
+            insort(self._route_names, name)
+        self._routes[name] = route
 
     # ------------------------------------------------------------------------------- small helpers
 

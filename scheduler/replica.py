@@ -146,6 +146,11 @@ class Replica:
         return self.stage in _PLANS
 
     @property
+    def climbing(self) -> bool:
+        """Whether it takes its turn on its devices, or waits for it."""
+        return self.stage in BUSY or self.stage in _PLANS
+
+    @property
     def is_unrouting(self) -> bool:
         return self.stage is Stage.UNROUTING
 

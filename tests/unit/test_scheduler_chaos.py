@@ -5,7 +5,9 @@ from __future__ import annotations
 from random import Random
 
 import pytest
+from msgspec.structs import replace
 
+from runtime.wire import CachedModel, Placement
 from scheduler import messages as m
 from scheduler.state import Stage
 from tests.unit.scheduler_world import GIB, FakeNode, World, spec
@@ -25,20 +27,26 @@ def random_world(random: Random) -> World:
             rungs=random.choice([(), (1, 2), (2,)]),
             residue=random.choice([0, 1, 3]) * GIB,
             host_budget=random.choice([0, 20, 200]) * GIB,
+            preemptible=random.random() < 0.3,
+            cached=tuple(
+                CachedModel(source=f"/models/m{j}", disk_bytes=random.choice([1, 6, 18]) * GIB)
+                for j in range(4)
+                if random.random() < 0.7
+            ),
         )
         for i in range(random.randint(1, 3))
     ]
     world = World(*nodes, lossy=random, min_dwell_s=random.choice([0.0, 3.0]))
     for i in range(random.randint(1, 6)):
         tp = random.choice([1, 1, 1, 2])
-        world.put(
-            spec(
-                f"m{i}", random.choice([2, 8, 20, 30]) * tp, tensor_parallel_size=tp,
-                max_replicas=random.randint(1, 3), idle_s=random.choice([5, 20, 100]),
-                target_concurrency=random.choice([1, 8]), priority=random.randint(-1, 1),
-                asleep_s=random.choice([10, 1000]),
-            )
+        one = spec(
+            f"m{i}", random.choice([2, 8, 20, 30]) * tp, tensor_parallel_size=tp,
+            max_replicas=random.randint(1, 3), idle_s=random.choice([5, 20, 100]),
+            target_concurrency=random.choice([1, 8]), priority=random.randint(-1, 1),
+            asleep_s=random.choice([10, 1000]), staged_s=random.choice([10, 1000]),
+            placement=Placement(spread=random.choice(["prefer", "off"])),
         )  # fmt: skip
+        world.put(replace(one, source=f"/models/m{i}"))
     return world
 
 
@@ -48,9 +56,25 @@ def disturb(world: World, random: Random) -> None:
     names = sorted(state.models)
     replicas = sorted(state.replicas)
     node = random.choice(sorted(world.nodes.values(), key=lambda n: n.node_id))
-    match random.randrange(13):
+    match random.randrange(17):
         case 0 | 1 | 2 | 3:
-            world.want(random.choice(names), random.randint(1, 20))
+            wait_s = random.choice([0.0, 10.0, 40.0, 100.0])
+            world.want(random.choice(names), random.randint(1, 20), wait_s)
+        case 13:
+            node.preempted_in_s = None if node.preempted_in_s else random.choice([5.0, 60.0])
+        case 14:
+            device_id = random.choice(sorted(node.devices))
+            if random.random() < 0.5:
+                node.xid = {device_id: 79}
+            else:
+                node.xid = {}
+                world.apply(release(world, node.node_id, device_id))
+        case 15:
+            floor = random.choice(["hot", "asleep", "staged", None])
+            world.apply(m.FloorSet(now=world.now, model=random.choice(names), floor=floor))
+        case 16:
+            node.deaf_to_staging = random.random() < 0.5
+            node.disabled = {random.choice(names): {"asleep-1": "its canary failed"}}
         case 4 if replicas:
             world.flying[random.choice(replicas)] = random.randint(1, 5)
         case 5 | 6:
@@ -72,13 +96,22 @@ def disturb(world: World, random: Random) -> None:
             world.put(spec(old.name, random.choice([2, 8, 20]), engine_args={"x": random.random()}))
         case 10:
             models = tuple(model.stored for model in state.models.values())
-            world.elect(models)
+            kept = tuple((n, d, why) for (n, d), why in sorted(world.quarantined.items()))
+            world.elect(models, quarantined=kept)
         case 11:
             cordoned = random.random() < 0.3
             drain = random.random() < 0.5
+            deadline_s = random.choice([0.0, 10.0, 300.0])
             world.apply(
-                m.CordonSet(now=world.now, node_id=node.node_id, cordoned=cordoned, drain=drain)
-            )
+                m.CordonSet(
+                    now=world.now, node_id=node.node_id, cordoned=cordoned, drain=drain,
+                    deadline_s=deadline_s,
+                )
+            )  # fmt: skip
+
+
+def release(world: World, node_id: str, device_id: str) -> m.QuarantineSet:
+    return m.QuarantineSet(now=world.now, node_id=node_id, device_id=device_id, reason=None)
 
 
 @pytest.mark.parametrize("seed", range(SCENARIOS))
@@ -106,6 +139,12 @@ def settle(world: World) -> None:
     world.flying.clear()
     world.waiting.clear()
     for node in world.nodes.values():
-        node.up = True
+        node.up, node.preempted_in_s, node.xid, node.disabled = True, None, {}, {}
+    world.run(2)
+    for node_id, device_id in sorted(world.quarantined):
+        world.apply(release(world, node_id, device_id))
+    for node in world.nodes.values():
         world.apply(m.CordonSet(now=world.now, node_id=node.node_id, cordoned=False))
+    for name in sorted(world.core.state.models):
+        world.apply(m.FloorSet(now=world.now, model=name, floor=None))
     world.run(30)
