@@ -323,35 +323,38 @@ class Core(Planning):
         for replica in list(state.index.plans.values()):
             state.index.changed.add(replica.node_id)
         for model in state.models.values():
-            if model.replicas:
-                self._rest(model, now)
+            if model.rest_at <= now:
+                model.rest_at = self._rest(model, now)
             if model.problem and model.blocked_until <= now and self._refused(model.name):
                 self._dirty.add(model.name)
             if model.floor == "staged":
                 self._dirty.add(model.name)
         for node in state.nodes.values():
-            if node.live and any(r.doomed_at is not None for r in node.replicas.values()):
+            if node.live and node.emptying:
                 self._empty(node, now)
         self._review_holds(now)
         self._recheck_unfit()
 
-    def _rest(self, model: Model, now: float) -> None:
-        """Idle timers: one rung down at a time."""
+    def _rest(self, model: Model, now: float) -> float:
+        """Idle timers: one rung down at a time. When the next could be due."""
         idle_s, asleep_s = model.spec.idle_s, model.spec.asleep_s
-        idle = False
+        idle, next_at = False, float("inf")
         for replica in list(model.replicas.values()):
             if replica.stage is Stage.READY:
-                used_at = max(replica.used_at, replica.ready_at or now)
-                idle = idle or now - used_at >= idle_s
+                due_at = max(replica.used_at, replica.ready_at or now) + idle_s
+                idle = idle or due_at <= now
+                next_at = min(next_at, due_at)
             elif replica.stage is Stage.ASLEEP:
-                unused_s = now - max(replica.used_at, replica.since)
-                if unused_s >= asleep_s and model.may_stop(replica):
+                due_at = max(replica.used_at, replica.since) + asleep_s
+                next_at = min(next_at, due_at)
+                if due_at <= now and model.may_stop(replica):
                     reason = f"asleep and unused for {asleep_s:g} s"
                     self._leave(replica, reason, "idle timer", now)
                     self._keep_staged(replica, now)
         if idle:
             for replica in idle_replicas(self.state, model, now):
                 self._step_down(model, replica, f"idle for {idle_s:g} s", now)
+        return next_at
 
     def _step_down(self, model: Model, replica: Replica, reason: str, now: float) -> None:
         """One rung down: asleep where that is open to it, else stopped."""

@@ -89,6 +89,15 @@ class Node:
         )
 
     @property
+    def emptying(self) -> bool:
+        """Whether replicas here may be doomed."""
+        return (
+            self.drain is not None
+            or bool(self.quarantine)
+            or (self.heartbeat is not None and self.heartbeat.preempted_in_s is not None)
+        )
+
+    @property
     def preemptible(self) -> bool:
         return self.heartbeat is not None and self.heartbeat.preemptible
 

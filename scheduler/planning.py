@@ -45,6 +45,7 @@ class Planning(Nodes):
             return
         for name in self._to_look_at():
             model = self.state.models[name]
+            model.rest_at = 0.0
             self._replace_outdated(model, now)
             self._scale(model, now)
             self._hold_floor(model, now)

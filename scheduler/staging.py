@@ -92,6 +92,8 @@ class Holds(Moves):
     def _review_holds(self, now: float) -> None:
         """Let go of what is over, and of the cheapest where a node has less to give than before."""
         for node in self.state.nodes.values():
+            if not node.holds:
+                continue
             for hold in list(node.holds.values()):
                 model = self.state.models.get(hold.model)
                 if model is None or model.spec.source != hold.source:

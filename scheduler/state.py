@@ -47,6 +47,7 @@ class Model:
     footprint: Footprint | None = None  # the one that was measured last for this launch key
     unfit: str | None = None  # why no node could ever run it
     waiting_for: str | None = None  # why it is not placed yet
+    rest_at: float = 0.0  # before this no idle timer of it can be over
     staged_on: set[str] = field(default_factory=set)  # nodes that hold its weights
 
     @property
