@@ -405,3 +405,18 @@ def test_a_plan_for_what_never_fits_says_what_would_have_to_change() -> None:
     answer = what_if(world.core, questions(world.core, body, world.now))
     assert "needs 100.0 GiB on one device" in answer.not_placed["huge"]
     assert "huge" not in world.core.state.models
+
+
+def test_a_sleeper_that_is_stopped_holds_its_residue_until_it_is_seen_gone() -> None:
+    node = FakeNode("n1", {"g0": 24 * GIB}, rungs=(2,), residue=2 * GIB, stop_s=5.0)
+    world = World(node)
+    world.put(spec("a", 20, idle_s=5))
+    world.want("a")
+    world.run(12)
+    assert world.route("a").warmth == "asleep"
+    seen = world.core.state.nodes["n1"]
+    assert seen.physical("g0") == 2 * GIB
+    world.apply(m.UnloadAsked(now=world.now, model="a"))
+    assert seen.physical("g0") == 2 * GIB  # told to stop, not gone
+    world.run(10)
+    assert seen.physical("g0") == 0
