@@ -21,7 +21,8 @@ import gzip
 import random
 import sys
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -78,21 +79,21 @@ def generated(rng: random.Random, days: int = 14) -> Iterator[tuple[str, list[fl
     for period in (120, 600, 3600, 7200):
         yield "periodic", [t + rng.gauss(0, period / 50) for t in range(0, int(end), period)]
     for mean in (120, 600, 3600, 7200):
-        yield "poisson", list(until(end, lambda mean=mean: rng.expovariate(1 / mean)))
-        yield "bursty", list(until(end, lambda mean=mean: rng.gammavariate(1 / 16, 16 * mean)))
+        yield "poisson", list(until(end, partial(rng.expovariate, 1 / mean)))
+        yield "bursty", list(until(end, partial(rng.gammavariate, 1 / 16, 16 * mean)))
     for mean in (60, 300, 900):
-        office = until(end, lambda mean=mean: rng.expovariate(1 / mean))
+        office = until(end, partial(rng.expovariate, 1 / mean))
         yield "diurnal", [t for t in office if 8 <= t % DAY_S / 3600 < 18]
     for hour in (1, 3, 5):
         nightly = (d * DAY_S + hour * 3600 + rng.uniform(0, 600) for d in range(days))
         yield "nightly", [t + i for t in nightly for i in range(50)]
 
 
-def until(end: float, gap: object) -> Iterator[float]:
-    at = gap()  # type: ignore[operator]
+def until(end: float, gap: Callable[[], float]) -> Iterator[float]:
+    at = gap()
     while at < end:
         yield at
-        at += gap()  # type: ignore[operator]
+        at += gap()
 
 
 def replay(

@@ -13,10 +13,10 @@ Both are forgotten by half in HALF_LIFE_S. A call within the horizon h, t second
     both    c(h) = (n q + PRIOR_WEIGHT p) / (n + PRIOR_WEIGHT),  n = gaps longer than t
 
 and then the hazard -ln(1 - c) of each quarter of an hour ahead is multiplied by how much busier
-than the day's mean that quarter was: chance = 1 - exp(-sum of them).
+than the day's mean that quarter was (0 to BUSIEST): chance = 1 - exp(-sum of them).
 
 Worked example: 8 gaps so far, all of 300 s; idle for 120 s; the next 240 s. q = 8/8, p = 240/360,
-so c = (8 x 1 + 2 x 0.67) / 10 = 0.93, where the prior alone says 0.67. Idle for 400 s: no gap was
+so c = (8 x 1 + 1 x 0.67) / 9 = 0.96, where the prior alone says 0.67. Idle for 400 s: no gap was
 ever that long, n = 0, and the prior's 240/640 = 0.375 is all there is.
 
 Rules this file keeps: `now` is a clock that never steps back (or is taken as standing still);
@@ -42,8 +42,9 @@ SLOT_S = DAY_S / SLOTS
 HALF_LIFE_S = 7 * DAY_S
 CAP = 256.0  # of one bin: then it is halved, so that floods of short gaps drown no long one
 RATE_TAU_S = 300.0
-PRIOR_WEIGHT = 2.0  # gaps that the prior is worth
+PRIOR_WEIGHT = 1.0  # gaps that the prior is worth
 FLAT_DAYS = 2.0  # days of a flat profile that a real one is mixed with
+BUSIEST = 1.5  # the gaps know of busy hours already; above 2 it foretold worse than the prior
 # Azure's: percentiles of the window, its margin, and when a histogram says nothing.
 HEAD, TAIL, MARGIN = 0.05, 0.99, 0.1
 MIN_CV, MAX_OUTSIDE, MIN_GAPS = 2.0, 0.5, 4.0
@@ -126,6 +127,10 @@ class Arrivals:
         """Calls a second of late: each counts 1 / RATE_TAU_S, fading with that time."""
         return self.recent * math.exp(-self.idle_s(now) / RATE_TAU_S) / RATE_TAU_S
 
+    def known(self, now: float) -> bool:
+        """Whether at least MIN_GAPS gaps were longer than the present one: history has a say."""
+        return self._longer(self.idle_s(now)) * self._aged(now)[0] >= MIN_GAPS
+
     def chance(self, now: float, wall_s: float, horizon_s: float) -> float:
         """The chance of at least one call within `horizon_s` from now."""
         if not horizon_s > 0:
@@ -168,7 +173,7 @@ class Arrivals:
         if mean <= 0:
             return 1.0
         relative = self.slots[slot % SLOTS] * kept / mean
-        return (days * relative + FLAT_DAYS) / (days + FLAT_DAYS)
+        return min(BUSIEST, (days * relative + FLAT_DAYS) / (days + FLAT_DAYS))
 
     def next_window(self, now: float, wall_s: float) -> tuple[float, float] | None:
         """(earliest, latest) time, by `now`'s clock, at which the next call is expected.
@@ -176,12 +181,14 @@ class Arrivals:
         From the gaps longer than the present one: their 5th and 99th percentile with 10 % margin,
         as in Azure's policy; None where they are not representative: fewer than MIN_GAPS, more than
         half beyond a day, or spread so evenly that the bins' coefficient of variation is below 2.
-        Where some quarter of an hour within that window (or without one, within a day) had a call
-        on half of the days or more, it is that one: bins of hours are too coarse for a daily job.
+        Where some quarter of an hour in a longer window had a call on half of the days or more, it
+        is that one, since bins of hours are too coarse for a daily job. Without a window it is the
+        next such quarter within a day, unless this is one already.
         """
         window = self._window_by_gaps(now)
-        slot = self._likely_slot(now, wall_s, window or (now, now + DAY_S))
-        return slot or window
+        if window is not None and window[1] - window[0] <= SLOT_S:
+            return window
+        return self._likely_slot(now, wall_s, window) or window
 
     def _window_by_gaps(self, now: float) -> tuple[float, float] | None:
         idle_s, (kept, _) = self.idle_s(now), self._aged(now)
@@ -212,19 +219,20 @@ class Arrivals:
         return 0.0
 
     def _likely_slot(
-        self, now: float, wall_s: float, within: tuple[float, float]
+        self, now: float, wall_s: float, within: tuple[float, float] | None
     ) -> tuple[float, float] | None:
         """The first quarter of an hour that begins in `within` and is LIKELY, as times."""
         kept, days = self._aged(now)
-        if days < MIN_DAYS:
-            return None
+        likely = [n * kept >= LIKELY * days for n in self.slots]
         here = math.floor(wall_s / SLOT_S)
+        if days < MIN_DAYS or (within is None and likely[here % SLOTS]):
+            return None
+        earliest, latest = within or (now, now + DAY_S)
         for ahead in range(1, SLOTS + 1):
             begins = now + (here + ahead) * SLOT_S - wall_s
-            if begins > within[1]:
+            if begins > latest:
                 return None
-            likely = self.slots[(here + ahead) % SLOTS] * kept / days >= LIKELY
-            if likely and begins >= within[0]:
+            if begins >= earliest and likely[(here + ahead) % SLOTS]:
                 return begins, begins + SLOT_S
         return None
 

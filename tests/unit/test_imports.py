@@ -20,6 +20,7 @@ PURE = (
     "scheduler/core.py", "scheduler/state.py", "scheduler/messages.py", "scheduler/autoscale.py",
     "scheduler/placement.py", "scheduler/eviction.py", "scheduler/ladder.py",
     "scheduler/ledger.py", "scheduler/moves.py", "scheduler/table.py", "scheduler/snapshot.py",
+    "scheduler/scaling.py", "scheduler/windows.py", "scheduler/forecast.py", "scheduler/warming.py",
     "runtime/footprints.py",
     "agent/core.py", "agent/messages.py", "agent/replica.py", "agent/transitions.py",
     "agent/canary.py", "agent/phases.py", "agent/cache_policy.py", "runtime/router/admission.py",
