@@ -20,8 +20,9 @@ from scheduler import messages as m
 from scheduler.autoscale import idle_replicas
 from scheduler.ladder import resting_place
 from scheduler.ledger import remember
-from scheduler.planning import VERSIONS_PER_TERM, Planning
+from scheduler.planning import VERSIONS_PER_TERM
 from scheduler.state import LEAVING, ClusterState, Model, Node, Replica, Router, Stage
+from scheduler.warm import Warm
 
 ROUTER_TIMEOUT_S = 5.0  # a router silent for this long has no demand and acks nothing
 FORGET_NODE_S = 600.0  # a lost node's replicas are forgotten after this
@@ -37,13 +38,13 @@ _AWAITED = {
 _STEADY = {Stage.READY: "ready", Stage.ASLEEP: "asleep"}
 
 
-class Core(Planning):
+class Core(Warm):
     """One leader's view of the cluster and what it does about it."""
 
     def handle(self, event: m.Event) -> list[m.Command]:
         """Take one event in and return what is to be done, in order."""
         self._out = []
-        now = event.now
+        now = self._now = event.now
         match event:
             case m.HeartbeatSeen():
                 self._heartbeat(event.heartbeat, now)
@@ -86,6 +87,7 @@ class Core(Planning):
             started_at=event.now,
             awaited_nodes=set(event.known_nodes),
             routes_version=event.term * VERSIONS_PER_TERM,
+            wall_offset_s=0.0 if event.wall_s is None else event.wall_s - event.now,
         )
         self._routes, self._route_names = {}, []
         self._hungry = set()
@@ -97,6 +99,9 @@ class Core(Planning):
         for footprint in event.footprints:
             if footprint.key.model in self.state.models:
                 remember(self.state.models[footprint.key.model], footprint)
+        self._recall(event.sketches, event.now)
+        for model in self.state.models.values():  # the scale is held until history is back
+            model.scaling.hold(event.now + model.spec.autoscale.down.stabilization_s)
         for node_id in event.cordoned:
             self.state.node(node_id).cordoned = True
         for node_id, device_id, reason in event.quarantined:
@@ -207,6 +212,7 @@ class Core(Planning):
         last = self.state.routers.get(report.router_id)
         if last is not None and (report.boot_id, report.seq) <= (last.boot_id, last.seq):
             return
+        self._arrived(last, report, now)
         old = last.models if last else {}
         models = {part.model: part for part in report.models}
         for name, part in models.items():
@@ -327,12 +333,15 @@ class Core(Planning):
                 model.rest_at = self._rest(model, now)
             if model.problem and model.blocked_until <= now and self._refused(model.name):
                 self._dirty.add(model.name)
-            if model.floor == "staged":
+            # windows and policies move with time
+            if model.floor == "staged" or (model.spec.max_replicas > 1 and model.replicas):
                 self._dirty.add(model.name)
         for node in state.nodes.values():
             if node.live and node.emptying:
                 self._empty(node, now)
         self._review_holds(now)
+        self._forecast(now)
+        self._write_down(now)
         self._recheck_unfit()
 
     def _rest(self, model: Model, now: float) -> float:
@@ -353,7 +362,8 @@ class Core(Planning):
                     self._keep_staged(replica, now)
         if idle:
             for replica in idle_replicas(self.state, model, now):
-                self._step_down(model, replica, f"idle for {idle_s:g} s", now)
+                if not self._worth_keeping(model, replica, now):
+                    self._step_down(model, replica, f"idle for {idle_s:g} s", now)
         return next_at
 
     def _step_down(self, model: Model, replica: Replica, reason: str, now: float) -> None:

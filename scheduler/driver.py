@@ -25,6 +25,7 @@ from runtime.registry import Entry, Lock, Registry, RegistryError, Service
 from runtime.wire import AgentCommand, CommandReply, RouteTable, StageModels, decode
 from scheduler import messages as m
 from scheduler.core import Core
+from scheduler.forecast import Sketch
 from scheduler.ladder import climb_s
 from scheduler.moves import Settings
 
@@ -43,6 +44,13 @@ def _readable(entries: Iterable[Entry]) -> Iterator[Footprint]:
     for entry in entries:
         with contextlib.suppress(ValueError):
             yield decode(entry.value, Footprint)
+
+
+def _sketches(entries: Iterable[Entry]) -> Iterator[tuple[str, Sketch]]:
+    """What another version of Stoker wrote is learnt anew."""
+    for entry in entries:
+        with contextlib.suppress(ValueError):
+            yield entry.key.rsplit("/", 1)[1], decode(entry.value, Sketch)
 
 
 def _quarantined(entry: Entry) -> tuple[str, str, str]:
@@ -79,6 +87,7 @@ class Driver:
         self.on_cold_start: Callable[[m.ColdStart], None] = lambda _: None  # the metrics' hook
         self._asks: dict[str, tuple[Ask, ...]] = {}
         self._unsaved: dict[Key, Footprint] = {}
+        self._sketches: dict[str, Sketch] = {}  # not saved yet
         self._learned = asyncio.Event()
         self._table_changed = asyncio.Event()
         self._demand_seen = asyncio.Event()
@@ -114,6 +123,9 @@ class Driver:
                     self._table_changed = asyncio.Event()
                 case m.ColdStart():
                     self.on_cold_start(command)
+                case m.Sketched():
+                    self._sketches[command.model] = command.sketch
+                    self._learned.set()
                 case m.Quarantined():
                     self.spawn(self._keep_quarantine(command))
                 case m.Learned():
@@ -221,6 +233,7 @@ class Driver:
         await self.registry.delete(self.key("models", name))
         await self.registry.delete(self.key("pins", name))
         await self.registry.delete(self.key("prewarm", name))
+        await self.registry.delete(self.key("arrivals", name))
         self._asks.pop(name, None)
         footprints, _ = await self.registry.list(self.key("footprints", name) + "/")
         for entry in footprints:
@@ -289,7 +302,17 @@ class Driver:
                         await self.registry.put(path, msgspec.json.encode(footprint))
                 except RegistryError as error:
                     log.warning("the footprint of %s was not saved: %s", key.model, error)
+            await self._keep_sketches()
             await asyncio.sleep(SAVE_S)
+
+    async def _keep_sketches(self) -> None:
+        unsaved, self._sketches = self._sketches, {}
+        for name, sketch in unsaved.items():
+            try:
+                if self.leads and name in self.core.state.models:
+                    await self.registry.put(self.key("arrivals", name), msgspec.json.encode(sketch))
+            except RegistryError as error:
+                log.warning("when %s is called was not saved: %s", name, error)
 
     async def _elected(self, term: int) -> m.Elected:
         """Everything that is stored, for a new leader."""
@@ -306,6 +329,7 @@ class Driver:
         pins, _ = await registry.list(self.key("pins") + "/")
         wishes, _ = await registry.list(self.key("prewarm") + "/")
         sick, _ = await registry.list(self.key("quarantine") + "/")
+        histories, _ = await registry.list(self.key("arrivals") + "/")
         self._asks = {e.key.rsplit("/", 1)[1]: decode(e.value, tuple[Ask, ...]) for e in wishes}
         agents, _ = await registry.services("stoker-agent")
         return m.Elected(
@@ -318,6 +342,8 @@ class Driver:
             ),
             footprints=tuple(_readable(kept)),
             quarantined=tuple(map(_quarantined, sick)),
+            sketches=dict(_sketches(histories)),
+            wall_s=time.time(),
             pinned=tuple(e.key.rsplit("/", 1)[1] for e in pins),
         )
 

@@ -7,7 +7,8 @@ kept) and stopped; a start then begins from where the weights are: staged (page 
     expected cost = chance of a call x (seconds to climb from the lower rung - from this one)
 
 The chance that a model is called within the horizon H, given that its last call was t seconds ago,
-is taken as H / (H + t): certain for one just called, even odds after H, and falling ever slower.
+is what its history says, or while that is short H / (H + t): certain for one just called, even odds
+after H, and falling ever slower.
 Worked example, H = 600 s: a model idle for 200 s whose wake takes 3 s and whose start takes 40 s:
 stopping it instead of letting it sleep costs 600 / 800 x (40 - 3) = 27.75 s of expected waiting.
 
@@ -26,6 +27,7 @@ GUESS_WAKE_S = {1: 2.0, 2: 8.0}  # likewise; level 2 reads the weights again
 GUESS_DISK_BPS = 2e9  # an NVMe disk, read by one loader
 GUESS_PULL_BPS = 0.25e9  # from a shared store, a peer or a hub over 10 Gbit/s with other traffic
 GUESS_RESIDUE_BYTES = {"nvml": 2**30}  # a sleeping vLLM keeps about 1 GB a GPU (vLLM's docs)
+FRESH_S = 1.0  # a chance worked out so long ago still holds
 EVICT_S = 3.0  # what sleeping or stopping a victim adds to a wait
 START_RUNGS = ("staged", "cached", "remote")
 
@@ -80,16 +82,25 @@ def call_chance(idle_s: float) -> float:
     return HORIZON_S / (HORIZON_S + max(0.0, idle_s))
 
 
-def chance(model: Model, used_at: float, now: float) -> float:
-    """The chance that `model`, last called at `used_at` as far as is known, is called soon."""
-    return call_chance(now - max(used_at, model.active_at or used_at))
+def chance(state: ClusterState, model: Model, used_at: float, now: float) -> float:
+    """The chance that `model`, last called at `used_at` as far as is known, is called soon.
+
+    By its history (scheduler/forecast.py) where that has a say; else by how long it is idle.
+    """
+    if model.arrivals is None or not model.arrivals.known(now):
+        return call_chance(now - max(used_at, model.active_at or used_at))
+    asked_at, odds = model.odds
+    if not 0 <= now - asked_at <= FRESH_S:
+        odds = model.arrivals.chance(now, now + state.wall_offset_s, HORIZON_S)
+        model.odds = (now, odds)
+    return odds
 
 
 def descents(
     state: ClusterState, model: Model, node: Node, replica: Replica, now: float
 ) -> list[Descent]:
     """The ways down that are open to a replica, the cheapest first."""
-    odds = chance(model, replica.used_at, now)
+    odds = chance(state, model, replica.used_at, now)
     here_s = climb_s(model, replica.sleep_level) if replica.stage is Stage.ASLEEP else 0.0
     found = []
     if model.may_stop(replica):
@@ -118,7 +129,7 @@ def hold_value(state: ClusterState, hold: Hold, now: float) -> float:
     if model.floor == "staged":
         return float("inf")
     saved = climb_s(model, 0, "cached") - climb_s(model, 0, "staged")
-    return chance(model, hold.since, now) * max(0.0, saved)
+    return chance(state, model, hold.since, now) * max(0.0, saved)
 
 
 def yielding(

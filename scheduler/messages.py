@@ -18,6 +18,7 @@ from runtime.wire import (
     ModelSpec,
     RouteTable,
 )
+from scheduler.forecast import Sketch
 
 
 class StoredModel(Struct, frozen=True, kw_only=True):
@@ -48,6 +49,8 @@ class Elected(Struct, frozen=True, kw_only=True):
     pinned: tuple[str, ...] = ()
     footprints: tuple[Footprint, ...] = ()
     quarantined: tuple[tuple[str, str, str], ...] = ()  # (node, device, reason)
+    sketches: dict[str, Sketch] = {}  # model -> when it was called
+    wall_s: float | None = None  # unix time at `now`; None: `now` is unix time
 
 
 class HeartbeatSeen(Struct, frozen=True, kw_only=True):
@@ -222,4 +225,11 @@ class Learned(Struct, frozen=True, kw_only=True):
     footprint: Footprint
 
 
-Command = Send | Publish | Decided | ColdStart | Learned | Quarantined
+class Sketched(Struct, frozen=True, kw_only=True):
+    """Keep what is known of when a model is called."""
+
+    model: str
+    sketch: Sketch
+
+
+Command = Sketched | Send | Publish | Decided | ColdStart | Learned | Quarantined

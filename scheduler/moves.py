@@ -41,6 +41,7 @@ class Moves:
         self.settings = settings or Settings()
         self.state = ClusterState()
         self._out: list[m.Command] = []
+        self._now = 0.0  # of the event being handled
         self._dirty: set[str] = set()  # models to look at again and whose route may have changed
 
     # --------------------------------------------------------------------------- what agents say
@@ -238,6 +239,7 @@ class Moves:
         if replica.stage is not Stage.READY or not to_sleep:
             to_sleep = False
         self._decide(action, replica, reason, now, cause=cause)
+        self.state.prewarms.gone(replica.replica_id, now)
         replica.reason, replica.cause = reason, cause
         replica.grace_s = self.settings.drain_grace_s if grace_s is None else grace_s
         self._dirty.add(replica.model)
@@ -314,6 +316,7 @@ class Moves:
             self._forget(replica)
 
     def _forget(self, replica: Replica) -> None:
+        self.state.prewarms.gone(replica.replica_id, self._now)
         self.state.drop(replica)
         self._dirty.add(replica.model)
 

@@ -14,10 +14,11 @@ import heapq
 from bisect import bisect_left, insort
 
 from runtime.wire import ModelRoute, RouteTable
+from scheduler import autoscale
 from scheduler import messages as m
-from scheduler.autoscale import wanted_replicas
 from scheduler.eviction import standing
 from scheduler.fitness import why_never
+from scheduler.ladder import resting_place
 from scheduler.moves import Settings
 from scheduler.nodes import Nodes
 from scheduler.placement import Fit, Never, NotNow, place
@@ -73,7 +74,8 @@ class Planning(Nodes):
     def _scale(self, model: Model, now: float) -> None:
         name = model.spec.name
         demand = self.state.demand(name)
-        wanted = wanted_replicas(model, demand, now)
+        desired = autoscale.decide(self.state, model, demand, now)
+        wanted, model.wanted, model.wanted_why = desired.replicas, desired.replicas, desired.reason
         coming = model.coming()
         # Replicas of an older spec do not count once their successors come.
         coming = [r for r in coming if r.launch_key == model.launch_key] or coming
@@ -85,6 +87,8 @@ class Planning(Nodes):
             self._unplan(replica, now)
         if wanted <= len(coming):
             model.waiting_for = None
+            if wanted < len(coming) and wanted > 0 and not demand.waiting:
+                self._fewer(model, wanted, desired.reason, now)
         elif model.blocked_until > now:
             self._hungry.add(name)
             return
@@ -98,6 +102,19 @@ class Planning(Nodes):
             cause = _cause(model, demand.waiting, now)
             if not self._add_replica(model, cause, now):
                 break
+
+    def _fewer(self, model: Model, wanted: int, reason: str, now: float) -> None:
+        """Let the least used of too many replicas step down; its requests end first."""
+        if any(r.stage is not Stage.READY for r in model.coming()):
+            return
+        ready = [r for r in model.ready() if r.doomed_at is None]
+        spare = sorted(ready, key=lambda r: (self.state.in_flight(r), r.used_at, r.replica_id))
+        for replica in spare[: max(0, len(ready) - wanted)]:
+            node = self.state.nodes[replica.node_id]
+            way = resting_place(self.state, model, node, replica, now)
+            if way is not None:
+                action = "sleep" if way.level else "stop"
+                self._descend(way, f"fewer are enough: {reason}", "autoscale", now, action)
 
     def _add_replica(self, model: Model, cause: str, now: float, evict: bool = True) -> bool:
         """Plan one more replica; False where there is no room now, or never."""
@@ -292,4 +309,6 @@ def _cause(model: Model, waiting: int, now: float) -> str:
         return "pinned"
     if model.floor is not None and not model.coming():
         return f"prewarm: {model.floor}"
-    return "min_replicas" if len(model.coming()) < model.spec.min_replicas else "concurrency"
+    if len(model.coming()) < model.spec.min_replicas:
+        return "min_replicas"
+    return model.wanted_why or "concurrency"

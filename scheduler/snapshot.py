@@ -6,7 +6,6 @@ import itertools
 
 from scheduler import table
 from scheduler import views as v
-from scheduler.autoscale import wanted_replicas
 from scheduler.core import Core
 from scheduler.messages import StoredModel
 from scheduler.state import MARGIN, Model, Node, Replica, Stage
@@ -44,7 +43,8 @@ def model(core: Core, entry: Model, now: float) -> v.ModelView:
         device_memory_bytes=entry.spec.device_memory_bytes or 0,
         memory_from="estimated" if stored.spec.device_memory_bytes is None else "declared",
         estimate=stored.estimate,
-        wanted=wanted_replicas(entry, demand, now),
+        wanted=entry.wanted,
+        wanted_why=entry.wanted_why,
         replicas=len(entry.replicas),
         ready=len(entry.ready()),
         waiting=demand.waiting,

@@ -38,7 +38,7 @@ class Holds(Moves):
         if source in node.holds:
             return True
         size = _size(model, node)
-        worth = chance(model, now, now) * (
+        worth = chance(self.state, model, now, now) * (
             climb_s(model, 0, "cached") - climb_s(model, 0, "staged")
         )
         if model.floor == "staged":

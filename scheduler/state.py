@@ -15,9 +15,12 @@ from dataclasses import dataclass, field
 from runtime.footprints import Footprint, Key
 from runtime.wire import Floor, ModelDemand, ModelSpec
 from scheduler.books import Books, Index
+from scheduler.forecast import Arrivals
 from scheduler.messages import ColdStart, Decided, StoredModel
 from scheduler.node import Drain, Hold, Node
+from scheduler.prewarms import Prewarms
 from scheduler.replica import BUSY, COMING, LEAVING, Climb, Replica, Stage
+from scheduler.scaling import ScaleHistory
 
 __all__ = [
     "BUSY", "COMING", "LEAVING", "Climb", "ClusterState", "Demand", "Drain", "Hold", "Model",
@@ -48,6 +51,14 @@ class Model:
     unfit: str | None = None  # why no node could ever run it
     waiting_for: str | None = None  # why it is not placed yet
     rest_at: float = 0.0  # before this no idle timer of it can be over
+    wanted: int = 0  # replicas, as last decided, and why
+    wanted_why: str = ""
+    scaling: ScaleHistory = field(default_factory=ScaleHistory)
+    arrivals: Arrivals | None = None  # None: never called, or its spec wants no forecast
+    odds: tuple[float, float] = (-1e9, 0.0)  # (at, chance of a call), worked out not long ago
+    forecast_at: float = 0.0  # when to ask the forecast again
+    warm_until: float = 0.0  # it was warmed ahead of a call, or pays to be kept warm
+    sketched_at: float = 0.0
     staged_on: set[str] = field(default_factory=set)  # nodes that hold its weights
 
     @property
@@ -141,6 +152,8 @@ class ClusterState:
     decision_count: int = 0
     cold_start_count: int = 0
     routes_version: int = 0
+    wall_offset_s: float = 0.0  # unix time less the clock of the events
+    prewarms: Prewarms = field(default_factory=Prewarms)
     index: Index = field(default_factory=Index)
 
     def node(self, node_id: str) -> Node:
@@ -163,6 +176,12 @@ class ClusterState:
                 oldest = max(oldest, part.oldest_wait_s)
                 ending += sum(router.in_flight.get(r.replica_id, 0) for r in leaving)
         return Demand(waiting, in_flight, min(ending, in_flight), oldest)
+
+    def ttft_p95_s(self, model: str) -> float | None:
+        """The worst router's; None where none measured it of late."""
+        parts = (router.models.get(model) for router in self.routers.values())
+        seen = [p.ttft_p95_s for p in parts if p is not None and p.ttft_p95_s is not None]
+        return max(seen, default=None)
 
     def in_flight(self, replica: Replica) -> int:
         """Requests it has, by the routers' count or its own, whichever is more."""

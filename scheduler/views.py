@@ -36,6 +36,7 @@ class ModelView(Struct, frozen=True, kw_only=True):
     memory_from: Literal["declared", "estimated"]
     estimate: MemoryEstimate | None = None
     wanted: int = 0  # replicas wanted now
+    wanted_why: str = ""
     replicas: int = 0
     ready: int = 0
     waiting: int = 0  # requests held for it, all routers together

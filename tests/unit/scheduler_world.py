@@ -24,6 +24,7 @@ from runtime.wire import (
 )
 from scheduler import messages as m
 from scheduler.core import Core
+from scheduler.forecast import Sketch
 from scheduler.moves import Settings
 from scheduler.state import check_invariants
 
@@ -186,6 +187,7 @@ class World:
         self.sent: list[object] = []
         self.quarantined: dict[tuple[str, str], str] = {}
         self.wait_s: dict[str, float] = {}
+        self.sketches: dict[str, Sketch] = {}
         self._later: list[m.CommandDone] = []
         self.core = Core(self.settings)
         self.elect()
@@ -196,6 +198,7 @@ class World:
         cordoned: tuple[str, ...] = (),
         footprints: tuple[Footprint, ...] = (),
         quarantined: tuple[tuple[str, str, str], ...] = (),
+        sketches: dict[str, Sketch] | None = None,
     ) -> None:
         """A scheduler (re)starts and takes the lead."""
         self.term += 1
@@ -210,6 +213,7 @@ class World:
                 cordoned=cordoned,
                 footprints=footprints,
                 quarantined=quarantined,
+                sketches=sketches or {},
             )
         )
         self.run(2.5)
@@ -229,6 +233,8 @@ class World:
                     self.cold_starts.append(command)
                 case m.Learned():
                     self.learned[command.footprint.key] = command.footprint
+                case m.Sketched():
+                    self.sketches[command.model] = command.sketch
                 case m.Quarantined(reason=None):
                     self.quarantined.pop((command.node_id, command.device_id), None)
                 case m.Quarantined():
