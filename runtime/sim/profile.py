@@ -17,9 +17,7 @@ FORK_S = 0.4  # [facts] a fork from the pre-imported parent, its processes and t
 INIT_S = 1.9  # [facts] 3.9 s for a tiny model, less weights, KV and fork: arguments, config, app
 CUDA_S = 1.5  # [as] CUDA context and NCCL
 KV_S = 1.6  # [facts] KV cache and warm-up
-COMPILE_S = (
-    7.0  # [log] torch.compile from its cache: 6.97 and 7.35 s (vllm-project/speculators#166)
-)
+COMPILE_S = 7.0  # [log] torch.compile from its cache: 6.97, 7.35 s (vllm-project/speculators#166)
 GRAPHS_S = 3.3  # [log] 67 CUDA graphs of about 0.05 s each (vllm-project/vllm#23184)
 CANARY_S = 0.1  # [as] one token, and the calls around it
 SLEEP_S = 0.3  # [as] beside copying: unmapping device memory, seeing it free by NVML

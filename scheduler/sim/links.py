@@ -1,4 +1,6 @@
-"""The ties of nodes and routers to whoever leads, as agent/link.py and runtime/router/link.py. Pure.
+"""The ties of nodes and routers to whoever leads. Pure.
+
+They do what agent/link.py and runtime/router/link.py do with sockets.
 
 Rules this file keeps (the originals'):
 - one heartbeat, one demand report and one poll under way at most; those asked for meanwhile
