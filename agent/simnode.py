@@ -356,7 +356,7 @@ class SimNode:
     def _fork(self, replica_id: str, engine: Engine, phases: dict[str, float]) -> None:
         spec = engine.command.spec
         rest = self.timings.start_s(spec)
-        first = {k: rest.pop(k) for k in ("fork", "init", "import") if k in rest}
+        first = {name: rest.pop(name) for name in _BEFORE_WEIGHTS if name in rest}
         phases.update(first)
         engine.process = True
         if kind := self.failing.get(spec.name):
@@ -648,6 +648,7 @@ class SimNode:
             pipe.cancel(transfer)
 
 
+_BEFORE_WEIGHTS: tuple[str, ...] = ("fork", "init", "import")
 _START_RUNGS = ("staged", "cached", "remote")
 
 

@@ -34,6 +34,8 @@ from scheduler.sim.truth import Truth, Violation
 from scheduler.state import ClusterState, check_invariants
 
 SAMPLES = 1000  # of queue and memory, over the whole run
+HOST = Host()
+SETTINGS = Settings()
 CHECK_ADMISSION = 64  # its invariants cost a walk over all requests: after so many events
 
 
@@ -44,7 +46,7 @@ class NodePlan:
     node_id: str
     devices: int = 8
     gpu: str = "H100"
-    host: Host = Host()
+    host: Host = HOST
     rungs: tuple[int, ...] = (1, 2)
     labels: Mapping[str, str] = field(default_factory=dict)
     preemptible: bool = False
@@ -78,7 +80,7 @@ class Scenario:
     learned: Sequence[Footprint] = ()  # what the first leader already knows
     faults: Sequence[Fault] = ()
     routers: int = 1
-    settings: Settings = Settings()
+    settings: Settings = SETTINGS
     duration_s: float = 3600.0
     lead_s: float = 5.0  # arrivals and faults are so much later: the first leader recovers first
     settle_s: float = 900.0
