@@ -80,6 +80,7 @@ class SimNode:
         self._seq = 0
         self._records: dict[str, m.Saved] = {}
         self._phases: dict[str, str] = {}
+        self._told: dict[str, tuple[ReplicaReport, float]] = {}  # and when
         self._moves: dict[str, list[tuple[Pipe, Transfer]]] = {}
         self._status: dict[str, tuple[int, float | None]] = {}
         self._tick_at = math.inf
@@ -151,7 +152,7 @@ class SimNode:
                 )
                 for device_id, device in self._devices.items()
             ),
-            replicas=tuple(self._report(r) for r in self.core.reports(now)),
+            replicas=self._reports(now),
             host_memory_total_bytes=host.memory_bytes,
             host_memory_available_bytes=max(0, host.memory_bytes - held),
             host_budget_bytes=int(host.memory_bytes * host.budget_share),
@@ -263,12 +264,24 @@ class SimNode:
 
     def _apply(self, event: m.Event) -> list[m.Effect]:
         effects = self.core.handle(event)
+        self._forget_told(event)
         for effect in effects:
             self._execute(effect)
         if self.spec.check:
             self.core.validate_state()
         self._arm()
         return effects
+
+    def _forget_told(self, event: m.Event) -> None:
+        """What was told of replicas that the event may have changed is told anew."""
+        replica_id = getattr(event, "replica_id", None)
+        if replica_id is None:
+            self._told.clear()
+        else:
+            self._told.pop(replica_id, None)
+            for other_id, r in self.core.replicas.items():
+                if r.phase not in ("ready", "asleep"):  # its turn may have come
+                    self._told.pop(other_id, None)
 
     def _execute(self, effect: m.Effect) -> None:
         match effect:
@@ -359,6 +372,7 @@ class SimNode:
         first = {name: rest.pop(name) for name in _BEFORE_WEIGHTS if name in rest}
         phases.update(first)
         engine.process = True
+        self._told.pop(replica_id, None)
         if kind := self.failing.get(spec.name):
             self._loop.after(sum(first.values()), self._start_fails, replica_id, engine, kind)
             return
@@ -586,6 +600,14 @@ class SimNode:
             )
         )  # fmt: skip
 
+    def _reports(self, now: float) -> tuple[ReplicaReport, ...]:
+        """Of a replica that nothing happened to since, only the ages differ."""
+        known = self._told
+        if any(replica_id not in known for replica_id in self.core.replicas):
+            for report in self.core.reports(now):
+                known[report.replica_id] = (self._report(report), now)
+        return tuple(_older(*known[replica_id], now) for replica_id in self.core.replicas)
+
     def _report(self, report: ReplicaReport) -> ReplicaReport:
         engine = self.engines.get(report.replica_id)
         if engine is None or not engine.process or report.phase in ("backoff", "failed"):
@@ -608,6 +630,7 @@ class SimNode:
         if not more:
             return
         engine.held = held
+        self._told.pop(replica_id, None)
         command = engine.command
         for device_id in command.device_ids:
             self._used[device_id] += more
@@ -650,6 +673,15 @@ class SimNode:
 
 _BEFORE_WEIGHTS: tuple[str, ...] = ("fork", "init", "import")
 _START_RUNGS = ("staged", "cached", "remote")
+
+
+def _older(report: ReplicaReport, made_at: float, now: float) -> ReplicaReport:
+    """As agent.replica.report would make it now."""
+    age_s = now - made_at
+    idle = report.idle_for_s
+    if idle is not None and report.in_flight == 0:
+        idle += age_s
+    return replace(report, phase_age_s=report.phase_age_s + age_s, idle_for_s=idle)
 
 
 def _deadline(r: Replica, now: float) -> float:

@@ -181,23 +181,26 @@ class Simulation:
 
     def run(self) -> Report:
         """To the end. Raises Violation."""
-        scenario, loop = self.scenario, self.loop
-        self._begin()
-        each = self._check if scenario.check else None
-        loop.run(scenario.lead_s + scenario.duration_s, each)
-        deadline = max(loop.now, self._last_at) + scenario.settle_s
-        while (self._more or self._open()) and loop.now < deadline:
-            loop.run(min(deadline, loop.now + 5.0), each)
-        if self._open():
-            waiting = sorted({r.model for router in self.routers for r in router.open.values()})
-            self.truth.violated(
-                f"{self._open()} requests have not ended {scenario.settle_s:g} s after the last"
-                f" one came, of {', '.join(waiting[:5])}"
-            )
+        scenario = self.scenario
+        self.begin()
+        self.advance(scenario.lead_s + scenario.duration_s)
+        deadline = max(self.loop.now, self._last_at) + scenario.settle_s
+        while (self._more or self.open()) and self.loop.now < deadline:
+            self.advance(min(5.0, deadline - self.loop.now))
         return self.finish()
 
+    def advance(self, seconds: float) -> None:
+        """Let so much time pass."""
+        self.loop.run(self.loop.now + seconds, self._check if self.scenario.check else None)
+
     def finish(self) -> Report:
-        """The report of what ran until now."""
+        """The report of what ran until now. Raises Violation where a request has not ended."""
+        if self.open():
+            waiting = sorted({r.model for router in self.routers for r in router.open.values()})
+            self.truth.violated(
+                f"{self.open()} requests have not ended {self.scenario.settle_s:g} s after the"
+                f" last one came, of {', '.join(waiting[:5])}"
+            )
         self.truth.close()
         return make_report(
             self.truth, seed=self.scenario.seed, duration_s=self.loop.now,
@@ -205,7 +208,8 @@ class Simulation:
             objective_s=self.scenario.objective_s,
         )  # fmt: skip
 
-    def _begin(self) -> None:
+    def begin(self) -> None:
+        """Elect the first leader, start the agents and routers."""
         scenario = self.scenario
         for stored in scenario.models:
             self.control.models[stored.spec.name] = stored
@@ -267,7 +271,8 @@ class Simulation:
         self.truth.sample(sum(router.waiting() for router in self.routers))
         self.loop.after(every_s, self._sample, every_s)
 
-    def _open(self) -> int:
+    def open(self) -> int:
+        """Requests that have not ended."""
         return sum(len(router.open) for router in self.routers)
 
     # -------------------------------------------------------------------- what faults do

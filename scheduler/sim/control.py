@@ -164,6 +164,12 @@ class Control:
         self.footprints = {k: f for k, f in self.footprints.items() if k.model != name}
         self.tell(m.ModelRemoved(now=self._loop.now, name=name))
 
+    def load(self, name: str, replicas: int) -> None:
+        self.tell(m.LoadAsked(now=self._loop.now, model=name, replicas=replicas))
+
+    def unload(self, name: str) -> None:
+        self.tell(m.UnloadAsked(now=self._loop.now, model=name))
+
     def pin(self, name: str, pinned: bool) -> None:
         (self.pinned.add if pinned else self.pinned.discard)(name)
         self.tell(m.PinSet(now=self._loop.now, model=name, pinned=pinned))

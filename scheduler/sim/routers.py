@@ -93,7 +93,9 @@ class Router:
         self._timer_at: float | None = None
         self.link = RouterLink(loop, network, control, name, self._report, self._take)
 
-    def arrive(self, model: str, prompt: int, output: int, patience_s: float | None = None) -> None:
+    def arrive(
+        self, model: str, prompt: int, output: int, patience_s: float | None = None
+    ) -> Request:
         """A caller asks; `patience_s`: when it hangs up if no answer has ended by then."""
         self._made += 1
         name = f"{self.name}-{self._made}"
@@ -103,6 +105,7 @@ class Router:
         self._decide(request, self.admission.arrive(name, model, now))
         if patience_s is not None:
             self._loop.after(patience_s, self._hang_up, request)
+        return request
 
     def failed(self, request: Request, reason: str, delivered: bool) -> None:
         """Its replica failed before the first token."""
