@@ -32,7 +32,7 @@ def random_scenario(seed: int) -> Scenario:
     """The scenario of that seed, always the same."""
     random = Random(f"stoker scenario {seed}")
     nodes = [_node(random, i) for i in range(random.randint(1, 3))]
-    models = [_model(random, i) for i in range(random.randint(1, 7))]
+    models = [_model(random, i) for i in range(random.randint(2, 9))]
     names = [stored.spec.name for stored in models]
     troubles = _troubles(random, nodes, names) if random.random() < 0.85 else []
     ends = [Fault(TROUBLE_S, "all is well again", _all_well)]
@@ -101,7 +101,7 @@ def _model(random: Random, index: int) -> StoredModel:
     tensor_parallel = random.choice((1, 1, 1, 1, 2))
     return sized(
         f"m{index}",
-        random.choice((0.5, 1.5, 8.0, 14.0, 20.0, 32.0)) * tensor_parallel,
+        random.choice((0.5, 3.0, 8.0, 8.0, 14.0, 14.0, 20.0)) * tensor_parallel,
         tensor_parallel,
         max_replicas=random.randint(1, 3),
         min_replicas=random.choice((0, 0, 0, 0, 1)),
@@ -110,7 +110,7 @@ def _model(random: Random, index: int) -> StoredModel:
         target_concurrency=random.choice((1, 4, 16)),
         priority=random.choice((0, 0, 0, -5, 5)),
         hold_s=random.choice((20.0, 300.0)) if random.random() < 0.3 else 300.0,
-        max_queue=random.choice((4, 1024)),
+        max_queue=random.choice((4, 1024, 1024, 1024)),
         sleep=random.choice(("auto", "auto", "auto", "off")),
     )
 
