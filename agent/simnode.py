@@ -132,7 +132,7 @@ class SimNode:
     def heartbeat(self) -> Heartbeat:
         """The node's whole truth now."""
         now = self._loop.now
-        for replica_id, engine in self.engines.items():
+        for replica_id, engine in list(self.engines.items()):
             self._tell_status(replica_id, engine)
         self._seq += 1
         host = self.timings.host
@@ -199,7 +199,9 @@ class SimNode:
         self._status = {}
         epoch, disabled = self.core.epoch, self.core.disabled
         self.core = self._new_core(epoch, disabled)
-        for replica_id, saved in list(self._records.items()):
+        # Those at work first: until the others are known, the core would begin with the first.
+        order = sorted(self._records.items(), key=lambda item: item[1].phase != "starting")
+        for replica_id, saved in order:
             engine = self.engines.get(replica_id)
             if engine is not None and not engine.process:
                 self._end_engine(replica_id, engine)  # the old agent still fetched its files
