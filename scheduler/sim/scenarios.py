@@ -16,7 +16,7 @@ from scheduler.messages import StoredModel
 from scheduler.moves import Settings
 from scheduler.sim import faults as f
 from scheduler.sim.catalog import facts, sized
-from scheduler.sim.network import Weather
+from scheduler.sim.network import FAIR, Weather
 from scheduler.sim.policy import PolicyFactory
 from scheduler.sim.report import Report
 from scheduler.sim.traces import Arrival
@@ -203,7 +203,7 @@ def _trouble(random: Random, at_s: float, nodes: list[NodePlan], names: list[str
 
 
 def _all_well(sim: Simulation) -> None:
-    sim.network.weather = f.FAIR
+    sim.network.weather = FAIR
     for plan in sim.scenario.nodes:
         node = sim.nodes[plan.node_id]
         node.failing.clear()
