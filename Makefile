@@ -6,12 +6,14 @@ export VENV
 
 EXIT ?=
 PORT ?= 8080
+SCENARIOS ?= 10000
+SEED ?= 0
 DEMO_FLAGS = --port $(PORT) $(if $(filter-out 0,$(EXIT)),--exit)
-TESTS = tests/unit tests/contract tests/integration tests/e2e tests/gpu
+TESTS = tests/unit tests/sim tests/contract tests/integration tests/e2e tests/gpu
 PYTEST_FLAGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup up demo-stub test lint unit bench wheel lock clean
+.PHONY: help setup up demo-stub test lint unit sim bench wheel lock clean
 
 help: ## This list.
 	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -41,6 +43,10 @@ lint: ## ruff and mypy.
 
 unit: ## The quick tests only.
 	$(BIN)/python -m pytest tests/unit -q $(PYTEST_FLAGS)
+
+sim: ## Random scenarios in virtual time, all rules checked. SCENARIOS=10000, SEED=0: the first.
+	scripts/setup.sh base
+	$(BIN)/python -m cli.simulate_many --count $(SCENARIOS) --first $(SEED)
 
 bench: setup ## The benchmarks, one after the other.
 	@for file in bench/*.py; do echo "== $$file"; $(BIN)/python "$$file" || exit 1; done

@@ -37,6 +37,10 @@ COMMANDS = {
         "cli.learned:footprint",
         "Show what MODEL was declared, estimated and measured to take, and its times.",
     ),
+    "simulate": (
+        "cli.simulate:simulate",
+        "Run a cluster in virtual time with the production scheduler, agents and router.",
+    ),
     "logs": ("cli.logs:logs", "Show the engine's output of a replica, or of a model's replicas."),
     "cordon": ("cli.nodes:cordon", "Place nothing new on NODE."),
     "uncordon": ("cli.nodes:uncordon", "Let NODE take replicas again."),

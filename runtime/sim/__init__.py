@@ -1,0 +1,1 @@
+"""What the simulated parts share: virtual time, shared bandwidth, timing profiles. Pure."""

@@ -1,0 +1,1 @@
+"""The simulator's parts (docs/simulator.md). Pure: randomness is a seeded `random.Random`."""

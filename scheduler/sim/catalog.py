@@ -1,0 +1,49 @@
+"""The models of a simulated cluster: sizes for names that come without any. Pure.
+
+A size is a number of parameters in bfloat16; what it books is runtime/footprint.py's rule with a
+typical KV cache: weights + 5 % + 2 GiB a device + (2 GiB + 0.25 GiB per 10^9 parameters).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from random import Random
+
+from runtime.sim.profile import GIB, ModelFacts
+from runtime.wire import MemoryEstimate, ModelSpec
+from scheduler.messages import StoredModel
+
+# Billions of parameters and the share of models: a mix of small ones, an assumption.
+MIX = ((0.5, 0.1), (1.5, 0.2), (3.0, 0.2), (8.0, 0.35), (14.0, 0.1), (32.0, 0.05))
+
+
+def sized(name: str, billions: float, tensor_parallel: int = 1, **spec: object) -> StoredModel:
+    """A model of that size; `spec`: further fields of ModelSpec."""
+    weights = int(2e9 * billions)
+    kv = int((2 + 0.25 * billions) * GIB)
+    overhead = 2 * GIB * tensor_parallel + weights // 20
+    total = weights + kv + overhead
+    estimate = MemoryEstimate(
+        weights_bytes=weights, kv_bytes=kv, overhead_bytes=overhead, total_bytes=total,
+        explanation=f"{billions:g}e9 parameters in bfloat16 (simulated)",
+    )  # fmt: skip
+    fields: dict[str, object] = {
+        "name": name, "source": f"hf:sim/{name}", "tensor_parallel_size": tensor_parallel,
+    }  # fmt: skip
+    return StoredModel(spec=ModelSpec(**(fields | spec)), estimate=estimate)  # type: ignore[arg-type]
+
+
+def drawn(names: Iterable[str], random: Random, **spec: object) -> list[StoredModel]:
+    """A model for each name, its size drawn from MIX."""
+    sizes = [size for size, _ in MIX]
+    shares = [share for _, share in MIX]
+    return [sized(name, random.choices(sizes, shares)[0], **spec) for name in names]  # type: ignore[arg-type]
+
+
+def facts(models: Iterable[StoredModel]) -> dict[str, ModelFacts]:
+    """What the timings need, from the estimates."""
+    return {
+        stored.spec.name: ModelFacts(weights_bytes=stored.estimate.weights_bytes)
+        for stored in models
+        if stored.estimate is not None
+    }
