@@ -117,6 +117,13 @@ def test_floods_drown_no_long_gap() -> None:
     assert model.chance(idle, idle, HOUR) < 0.3
 
 
+def test_calls_of_one_moment_are_one_short_gap_and_one_call_of_their_quarter() -> None:
+    model = Arrivals(0.0)
+    for at in (10.0, 20.0):
+        model.observe(at, at, 1000)
+    assert (model.gaps[0], sum(model.gaps), sum(model.slots)) == (2, 3, 1)
+
+
 def test_what_was_is_forgotten() -> None:
     model = learnt(every(60, 200))
     later = 200 * 60 + 70 * DAY_S

@@ -74,6 +74,7 @@ class Loop:
          {"have": 2, "waiting": 40, "kv_cache_usage": 0.9}, 40),
         # Those on the way take load too.
         (by(gpu_utilization=0.6), {"ready": 2, "coming": 3, "gpu_utilization": 0.9}, 3),
+        (by(gpu_utilization=0.6), {"ready": 2, "coming": 3, "gpu_utilization": 0.96}, 3),
         (by(gpu_utilization=0.6), {"ready": 2, "coming": 3, "gpu_utilization": 1.2}, 4),
     ],
 )  # fmt: skip
@@ -214,6 +215,14 @@ def test_what_found_no_room_is_not_counted_against_the_policy() -> None:
     assert got == [3] * 4  # one of the two was found room for
     assert desired_replicas(of, sample(9, 3, 160), history).replicas == 3
     assert desired_replicas(of, sample(700, 3, 160), history).replicas == 5
+
+
+def test_what_an_operator_added_is_not_counted_against_the_policy() -> None:
+    rules = ScaleRules(policies=(ScalePolicy(type="count", value=2, period_s=600),))
+    of, history = spec(up=rules, panic_window_s=0.0), ScaleHistory()
+    assert desired_replicas(of, sample(0, 1, 32), history).replicas == 2
+    # One of the five new ones was asked for: the period began with 5, and 7 are allowed.
+    assert desired_replicas(of, sample(1, 6, 999), history).replicas == 7
 
 
 def test_stabilization_starts_nothing_for_demand_that_is_gone() -> None:
