@@ -126,6 +126,13 @@ class Files:
         """Host memory that staging holds now."""
         return sum(self.resident.get(name, 0) for name in self.staged)
 
+    def yield_staged(self, over: int) -> None:
+        """The kernel needs `over` bytes: staged weights go like any clean page."""
+        for name in list(self.staged):
+            if over <= 0:
+                return
+            over -= self.resident.pop(name, 0)
+
     def reboot(self) -> None:
         """The page cache is empty."""
         for transfer in self._reading.values():

@@ -113,7 +113,7 @@ class ScaleRules(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 
 class Autoscale(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """When a model gets more replicas and when it gives some back (scheduler/autoscale.py)."""
+    """When a model gets more replicas and when it gives some back (scheduler/scaling.py)."""
 
     metrics: Annotated[
         tuple[ScaleTarget, ...],
