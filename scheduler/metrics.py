@@ -10,6 +10,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from scheduler.driver import Driver
+from scheduler.eviction import standing
 from scheduler.messages import ColdStart
 
 
@@ -61,11 +62,45 @@ class StateCollector(Collector):
             flying.add_metric([name], demand.in_flight)
         yield waiting
         yield flying
+        yield from self._fairness()
+        yield from self._prewarms()
         yield from self._devices()
         decisions = CounterMetricFamily("stoker_decisions", "decisions made", labels=["action"])
         for action, count in self.driver.decided.items():
             decisions.add_metric([action], count)
         yield decisions
+
+    def _fairness(self) -> Iterator[Metric]:
+        """A model that starves shows as an old request and a standing far above its priority."""
+        state = self.driver.core.state
+        oldest = GaugeMetricFamily(
+            "stoker_oldest_wait_seconds", "of the requests held for a model", labels=["model"]
+        )
+        standings = GaugeMetricFamily(
+            "stoker_model_standing", "priority, raised by waiting", labels=["model"]
+        )
+        wanted = GaugeMetricFamily(
+            "stoker_wanted_replicas", "replicas as last decided", labels=["model"]
+        )
+        for name, model in state.models.items():
+            oldest.add_metric([name], state.demand(name).oldest_wait_s)
+            standings.add_metric([name], standing(state, model))
+            wanted.add_metric([name], model.wanted)
+        yield from (oldest, standings, wanted)
+
+    def _prewarms(self) -> Iterator[Metric]:
+        tally = self.driver.core.state.prewarms
+        counts = CounterMetricFamily(
+            "stoker_prewarms", "replicas warmed ahead of a call that was expected",
+            labels=["outcome"],
+        )  # fmt: skip
+        counts.add_metric(["hit"], tally.hits)
+        counts.add_metric(["miss"], tally.misses)
+        yield counts
+        yield CounterMetricFamily(
+            "stoker_prewarm_wasted_byte_seconds", "device memory held for calls that did not come",
+            tally.wasted_byte_s,
+        )  # fmt: skip
 
     def _devices(self) -> Iterator[Metric]:
         state = self.driver.core.state
@@ -78,6 +113,9 @@ class StateCollector(Collector):
                 ("booked", "memory booked by replicas"),
             )
         }
+        sick = GaugeMetricFamily(
+            "stoker_device_quarantined", "1 while a device is set aside", labels=labels
+        )
         up = GaugeMetricFamily("stoker_node_up", "1 while the node reports", labels=["node"])
         for node in state.nodes.values():
             up.add_metric([node.node_id], int(node.live))
@@ -86,5 +124,7 @@ class StateCollector(Collector):
                 families["total"].add_metric(where, device.memory_total_bytes)
                 families["used"].add_metric(where, device.memory_used_bytes)
                 families["booked"].add_metric(where, node.committed(device_id))
+                sick.add_metric(where, int(device_id in node.quarantine))
         yield up
+        yield sick
         yield from families.values()

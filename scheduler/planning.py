@@ -53,7 +53,7 @@ class Planning(Nodes):
         self._dispatch(now)
         if self._restage:
             self._send_holds(now)
-        if self._dirty:
+        if self._dirty or self._unpublished():
             self._publish(now)
         if self._unrouted or self.state.index.unrouting:
             self._stop_unrouted(now)
@@ -251,8 +251,12 @@ class Planning(Nodes):
 
     # ------------------------------------------------------------------------------- routes
 
+    def _unpublished(self) -> bool:
+        """A new leader says what it knows even if that is nothing."""
+        return self.state.routes_version == self.state.term * VERSIONS_PER_TERM
+
     def _publish(self, now: float) -> None:
-        changed = self.state.routes_version == self.state.term * VERSIONS_PER_TERM
+        changed = self._unpublished()
         for name in self._dirty:
             model = self.state.models.get(name)
             route = model_route(model, now) if model else None

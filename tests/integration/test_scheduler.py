@@ -380,3 +380,80 @@ async def test_added_means_that_the_routers_know_it(tmp_path, agent, registry, s
         report = DemandReport(router_id="r", boot_id=1, seq=2, routes_version=newer.version)
         await client("POST", "/internal/demand", encode(report))
         assert (await asyncio.wait_for(adding, 1))[0] == 201
+
+
+async def test_a_plan_answers_and_changes_nothing(tmp_path, agent, registry, session) -> None:
+    async with scheduler(tmp_path, registry) as url:
+        client = Client(url, session)
+        await leading(client, agent)
+        await client("POST", "/admin/models", {**A, "device_memory_bytes": "20GiB"})
+        b = {**A, "name": "b", "device_memory_bytes": "20GiB"}
+        await client.demand(1, a=1)
+        await until(lambda: agent.replicas, "a was started")
+        await client.beat(agent)
+        await client.demand(2)
+        status, plan = await client("POST", "/admin/plan", {"add": b})
+        assert status == 200, plan
+        assert [(s["action"], s["model"]) for s in plan["steps"]] == [
+            ("evict", "a"),
+            ("start", "b"),
+        ]
+        assert all(wait_s > 0 for wait_s in plan["expected_wait_s"].values())
+        _, models = await client("GET", "/admin/models")
+        assert [(m["name"], m["warmth"]) for m in models["models"]] == [("a", "hot")]
+        assert list(agent.replicas) == ["a-1-1"]
+        for body, named in (
+            ({}, "body"),
+            ({"load": "a", "replicas": 0}, "replicas"),
+            ({"add": {**b, "idle_s": -1}}, "idle_s"),
+        ):
+            status, answer = await client("POST", "/admin/plan", body)
+            assert status == 422
+            assert answer["error"]["problems"][0]["field"] == named
+        assert (await client("POST", "/admin/plan", {"load": "aa"}))[0] == 404
+        assert (await client("POST", "/admin/plan", {"remove_node": "n2"}))[0] == 404
+
+
+async def test_a_quarantine_survives_a_restart_and_is_released_once(
+    tmp_path, agent, registry, session
+) -> None:
+    device = "/admin/nodes/n1/devices/g0"
+    async with scheduler(tmp_path, registry) as url:
+        client = Client(url, session)
+        await leading(client, agent)
+        assert (await client("POST", f"{device}/release"))[0] == 409
+        assert (await client("POST", "/admin/nodes/n1/devices/g9/quarantine"))[0] == 404
+        status, _ = await client("POST", f"{device}/quarantine", {"reason": "smells of smoke"})
+        assert status == 200
+
+        async def kept() -> bool:
+            return bool((await registry.list("stoker/quarantine/"))[0])
+
+        for _ in range(200):
+            if await kept():
+                break
+            await asyncio.sleep(0.02)
+        assert await kept()
+    async with scheduler(tmp_path, registry) as url:
+        client = Client(url, session)
+        await leading(client, agent)
+        await client.beat(agent)
+        _, devices = await client("GET", "/admin/devices")
+        assert devices["devices"][0]["quarantined"] == "smells of smoke"
+        _, saved = await client("POST", "/admin/models", A)
+        assert "no healthy device" in saved["model"]["problem"]
+        _, metrics = await client("GET", "/metrics")
+        assert 'stoker_device_quarantined{device="g0",node="n1"} 1.0' in metrics
+        assert (await client("POST", f"{device}/release"))[0] == 200
+        await client.demand(1, a=1)
+        await until(lambda: agent.replicas, "the released device is used")
+
+
+async def test_a_drain_names_its_deadline(tmp_path, agent, registry, session) -> None:
+    async with scheduler(tmp_path, registry) as url:
+        client = Client(url, session)
+        await leading(client, agent)
+        status, answer = await client("POST", "/admin/nodes/n1/drain", {"deadline_s": -1})
+        assert (status, answer["error"]["problems"][0]["field"]) == (422, "deadline_s")
+        status, node = await client("POST", "/admin/nodes/n1/drain", {"deadline_s": 5})
+        assert (status, node["state"]) == (200, "draining")

@@ -24,6 +24,12 @@ def test_one_waiting_request_starts_one_replica_and_routes_to_it() -> None:
     assert world.nodes["n1"].started == ["a-1-1"]  # 200 requests, one start
 
 
+def test_a_new_leader_publishes_even_an_empty_table() -> None:
+    world = World(one_gpu())
+    assert world.table is not None
+    assert world.table.models == ()
+
+
 def test_a_third_model_takes_the_place_of_the_coldest() -> None:
     world = World(one_gpu())
     world.put(spec("a", 10), spec("b", 10), spec("c", 10))
