@@ -363,6 +363,7 @@ class Node:
             labels=self.config.agent.labels,
             draining=self.core.shutting_down,
             version=self._version,
+            epoch=self.core.epoch,
         )
 
     def _report(self, report: ReplicaReport) -> ReplicaReport:
@@ -415,7 +416,10 @@ class Node:
             )
         )
         sleeping = await self._ask_sleepers([r for r in alive if healthy[r]])
-        for replica_id in sorted(records, key=lambda r: r not in alive):
+        # Those that start first: the core gives a device to whoever is adopted before them.
+        for replica_id in sorted(
+            records, key=lambda r: (r not in alive, records[r].saved.phase != "starting")
+        ):
             self._adopt(
                 records[replica_id],
                 replica_id in alive,

@@ -347,6 +347,7 @@ class Heartbeat(Struct, frozen=True, kw_only=True):
     labels: dict[str, str] = {}
     draining: bool = False  # the agent is shutting down: place nothing here
     version: str = ""
+    epoch: int = 0  # the highest leader's term it has heard of; it obeys no lower one
 
 
 class HeartbeatReply(Struct, frozen=True, kw_only=True):
@@ -476,6 +477,7 @@ class ModelDemand(Struct, frozen=True, kw_only=True):
     oldest_wait_s: float = 0.0
     idle_for_s: float | None = None  # since its last request arrived or ended; None: never
     arrived: int = 0  # requests since the router started: grows only
+    first_token_s: float | None = None  # from routed to its first byte, of the last held request
     ttft_p95_s: float | None = None  # of the last minute's requests that were not held; None: none
 
 

@@ -142,6 +142,7 @@ class Api:
 
     async def heartbeat(self, request: web.Request) -> web.Response:
         heartbeat = _decode(await request.read(), Heartbeat)
+        await self.driver.hear_epoch(heartbeat.epoch)
         self.driver.apply(m.HeartbeatSeen(now=self.driver.now(), heartbeat=heartbeat))
         return reply(HeartbeatReply(term=self.core.state.term))
 

@@ -161,6 +161,8 @@ class Core(Warm):
         elif report.idle_for_s is not None:
             # The engine's own word is exact, also where an in-flight count was seen late.
             replica.used_at = max(now - report.idle_for_s, replica.ready_at or 0.0)
+        if replica.climb is not None:
+            self._finish_climb(replica, report, now)
         if old is not None and _STEADY.get(replica.stage) == report.phase and _alike(old, report):
             return
         before = (replica.stage, old and old.base_url)
@@ -219,6 +221,7 @@ class Core(Warm):
             model = self.state.models.get(name)
             if model is None:
                 continue
+            model.first_token_s = part.first_token_s or model.first_token_s
             if part.idle_for_s is not None:
                 model.active_at = max(model.active_at or 0.0, now - part.idle_for_s)
             before = old.get(name)

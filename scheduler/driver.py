@@ -81,6 +81,7 @@ class Driver:
             )
         )
         self.leads = False
+        self._outranked = False
         self.url = ""
         self.table: RouteTable | None = None
         self.decided: dict[str, int] = {}  # decisions made, by action, for the metrics
@@ -349,6 +350,23 @@ class Driver:
 
     # ------------------------------------------------------------------------------- leading
 
+    async def hear_epoch(self, epoch: int) -> None:
+        """An agent has obeyed a later leader, so it would refuse this one for ever.
+
+        That leader's registry may be lost: then the next term has to be higher than it.
+        """
+        if not self.leads or epoch <= self.core.state.term or self._outranked:
+            return
+        self._outranked = True
+        log.warning(
+            "an agent knows term %d, this leader's is %d: leading anew with a higher one",
+            epoch, self.core.state.term,
+        )  # fmt: skip
+        entry = await self.registry.get(self.key("term"))
+        if entry is None or int(entry.value) < epoch:
+            version = entry.version if entry else 0
+            await self.registry.put(self.key("term"), str(epoch).encode(), version)
+
     async def lead_or_stand_by(self) -> None:
         """For ever: take the lock, lead until it is lost, try again."""
         while True:
@@ -382,15 +400,15 @@ class Driver:
     async def _lead(self, lock: Lock) -> None:
         renewed_at = self.now()
         try:
-            while lock.held:
+            while lock.held and not self._outranked:
                 await asyncio.sleep(TICK_S)
                 self.apply(m.Tick(now=self.now()))
                 self.set_floors()
                 if self.now() - renewed_at >= LEADER_TTL_S / 3:
                     renewed_at = await self._renew(lock, renewed_at)
-            log.warning("the leader lock is lost: standing by")
+            log.warning("the leader lock is lost or given up: standing by")
         finally:
-            self.leads = False
+            self.leads = self._outranked = False
             self._table_changed.set()  # routers that wait here must find the new leader
             self._table_changed = asyncio.Event()
             for sender in self._senders.values():

@@ -27,8 +27,14 @@ def remember(model: Model, footprint: Footprint) -> None:
         model.footprint = footprint
 
 
-def finished(number: int, replica: Replica, climb: Climb, outcome: str, now: float) -> ColdStart:
-    """The post-mortem of a climb that ended now.
+def finished(
+    number: int, replica: Replica, climb: Climb, outcome: str, now: float,
+    first_token_s: float | None = None,
+) -> ColdStart:  # fmt: skip
+    """The post-mortem of a climb that ended at `now`.
+
+    What comes after it serves is beside the total: its first canary, and `first_token`, the
+    seconds from there to the first byte of a held request, as a router told.
 
     Worked example: a request had waited 0.1 s when the replica was planned at 100.0; its memory
     was free at 102.0; its agent reports weights 1.0 s and kv 0.5 s; it serves at 104.0. Then
@@ -36,6 +42,10 @@ def finished(number: int, replica: Replica, climb: Climb, outcome: str, now: flo
     """
     sent_at = climb.sent_at if climb.sent_at is not None else now
     reported = dict(replica.report.phases) if replica.report else {}
+    after = {n: s for n, s in reported.items() if n == "canary" and climb.rung == "stopped"}
+    if first_token_s is not None:
+        after["first_token"] = first_token_s
+    reported = {name: seconds for name, seconds in reported.items() if name not in after}
     known_s = sum(reported.values())
     # The agent's clock is another one: what it reports never exceeds what was seen from here.
     seen_s = max(now - sent_at, 0.0)
@@ -51,6 +61,6 @@ def finished(number: int, replica: Replica, climb: Climb, outcome: str, now: flo
         number=number, at=now, model=replica.model, replica_id=replica.replica_id,
         node_id=replica.node_id, rung=rung, outcome=outcome, cause=climb.cause,
         reason=climb.reason, moved_down=climb.moved_down, total_s=round(total_s, 4),
-        phases={name: round(seconds, 4) for name, seconds in phases.items()},
+        phases={name: round(seconds, 4) for name, seconds in (phases | after).items()},
         expected_s=climb.expected_s, considered=climb.considered,
     )  # fmt: skip

@@ -21,6 +21,7 @@ from scheduler.state import LEAVING, ClusterState, Hold, Model, Node, Replica, S
 UNROUTE_TIMEOUT_S = 3.0  # how long routers may take to confirm a table without a replica
 EVICT_GRACE_S = 3600.0  # nobody's request is ended to make room, or because a model seemed idle
 RESEND_S = 3.0  # a command whose effect is not seen is repeated after this
+PHASES_S = 2.5  # how long after a replica serves its agent may take to tell its phases
 FIRST_RETRY_S, MAX_RETRY_S = 10.0, 300.0  # between attempts to start a model that failed
 
 
@@ -136,8 +137,21 @@ class Moves:
         model = self.state.models.get(replica.model)
         if model is not None:
             model.failures, model.blocked_until, model.problem = 0, 0.0, None
-            self._learn_times(model, replica, report, woken_from)
-        self._climbed(replica, "ready", now)
+        if replica.climb is not None:
+            replica.climb.ready_at, replica.climb.woken_from = now, woken_from
+            self._finish_climb(replica, report, now)
+
+    def _finish_climb(self, replica: Replica, report: ReplicaReport, now: float) -> None:
+        """Learn from a climb that is over: once its agent told its phases, a moment later."""
+        climb = replica.climb
+        if climb is None or climb.ready_at is None:
+            return
+        if not report.phases and now - climb.ready_at < PHASES_S:
+            return
+        model = self.state.models.get(replica.model)
+        if model is not None:
+            self._learn_times(model, replica, report, climb.woken_from)
+        self._climbed(replica, "ready", climb.ready_at)
 
     def _learn_times(
         self, model: Model, replica: Replica, report: ReplicaReport, woken_from: int
@@ -145,7 +159,7 @@ class Moves:
         """Of climbs that this leader began: an adopted replica's was counted by an earlier one."""
         key = footprint_key(self.state, replica)
         seconds = report.wake_s if woken_from else report.start_s
-        if key is None or seconds is None or replica.climb is None:
+        if key is None or seconds is None:
             return
         known = model.footprints.get(key) or Footprint(key=key)
         step = step_name(woken_from, report.started_from)
@@ -170,7 +184,11 @@ class Moves:
         if replica.climb is None:
             return
         self.state.cold_start_count += 1
-        record = finished(self.state.cold_start_count, replica, replica.climb, outcome, now)
+        model = self.state.models.get(replica.model)
+        first_token_s = model.first_token_s if model else None
+        record = finished(
+            self.state.cold_start_count, replica, replica.climb, outcome, now, first_token_s
+        )
         replica.climb = None
         self.state.cold_starts.append(record)
         self._out.append(record)
@@ -292,10 +310,11 @@ class Moves:
         self._dirty.add(replica.model)
 
     def _send_stop(self, replica: Replica, now: float, reason: str | None = None) -> None:
-        if replica.stage in (Stage.ASLEEP, Stage.RISING):
+        if replica.sleeps:
             replica.shrink()
         replica.move(Stage.STOPPING, now)
-        replica.book_sleep(0, 0, 0)
+        # Host memory of a sleeper is free when it is gone, not when it was told to go.
+        replica.book_sleep(0, replica.host_booked, 0)
         replica.retry_at, replica.confirmed = now + RESEND_S, None
         command = StopReplica(
             replica_id=replica.replica_id, epoch=self.state.term,

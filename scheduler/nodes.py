@@ -145,6 +145,7 @@ class Nodes(Holds):
             if replica.stage is Stage.PLANNED:
                 self._forget(replica)
             elif replica.stage not in LEAVING:
+                replica.lost_from = replica.stage
                 replica.move(Stage.UNKNOWN, now)
                 self._decide("lose", replica, f"node {node.node_id} stopped reporting", now)
 

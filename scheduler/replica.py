@@ -61,6 +61,8 @@ class Climb:
     considered: tuple[str, ...] = ()
     expected_s: float | None = None
     sent_at: float | None = None
+    ready_at: float | None = None  # it serves; its agent has not told yet where the time went
+    woken_from: int = 0
 
 
 @dataclass(slots=True, eq=False)
@@ -91,6 +93,8 @@ class Replica:
     residue: int = 0  # asleep: bytes it keeps on each device, expected and then measured
     host_booked: int = 0  # host memory booked for its sleep
     climb: Climb | None = None
+    stage_after: bool = False  # once it is gone, its model's weights may stay in the page cache
+    lost_from: Stage | None = None  # unknown: where it was when its node was last heard of
     books: Books | None = field(default=None, repr=False)
 
     def move(self, stage: Stage, now: float) -> None:
@@ -126,14 +130,24 @@ class Replica:
         """Bytes it may hold on each of its devices now."""
         if self.stage is Stage.PLANNED:
             return 0
-        return self.residue if self.stage in (Stage.ASLEEP, Stage.RISING) else self.bytes
+        return self.residue if self._known_stage in (Stage.ASLEEP, Stage.RISING) else self.bytes
 
     @property
     def committed(self) -> int:
         """Bytes that are spoken for on each of its devices, now and later."""
         if self.stage in LEAVING:
             return self.residue if self.sleep_level else 0
-        return self.residue if self.stage is Stage.ASLEEP else self.bytes
+        return self.residue if self._known_stage is Stage.ASLEEP else self.bytes
+
+    @property
+    def _known_stage(self) -> Stage:
+        """A lost sleeper can't have taken more than it held asleep."""
+        return self.lost_from if self.stage is Stage.UNKNOWN and self.lost_from else self.stage
+
+    @property
+    def sleeps(self) -> bool:
+        """Whether it holds only its residue, as far as is known."""
+        return self._known_stage in (Stage.ASLEEP, Stage.RISING)
 
     @property
     def leaving(self) -> bool:

@@ -26,11 +26,17 @@ class Holds(Moves):
         self._restage: set[str] = set()  # nodes to be told their wish
 
     def _keep_staged(self, replica: Replica, now: float) -> None:
+        # Not now: a sleeper's host memory is free only when it is gone.
+        replica.stage_after = True
+
+    def _forget(self, replica: Replica) -> None:
+        super()._forget(replica)
         model = self.state.models.get(replica.model)
         node = self.state.nodes[replica.node_id]
-        if model is None or model.spec.source not in node.cached or not node.schedulable:
+        if not replica.stage_after or model is None or not node.schedulable:
             return
-        self._hold(model, node, "its replica stops", now)
+        if model.spec.source in node.cached and not model.coming() and not model.asleep():
+            self._hold(model, node, "its replica stopped", self._now)
 
     def _hold(self, model: Model, node: Node, reason: str, now: float) -> bool:
         """Hold a model's weights on a node, where that pays; whether they are held now."""

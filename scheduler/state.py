@@ -50,6 +50,7 @@ class Model:
     footprint: Footprint | None = None  # the one that was measured last for this launch key
     unfit: str | None = None  # why no node could ever run it
     waiting_for: str | None = None  # why it is not placed yet
+    first_token_s: float | None = None  # of the last request that was held, as a router told
     rest_at: float = 0.0  # before this no idle timer of it can be over
     wanted: int = 0  # replicas, as last decided, and why
     wanted_why: str = ""

@@ -48,11 +48,9 @@ def _eta_s(model: Model, now: float) -> float | None:
 def refusal(model: Model, now: float) -> tuple[str | None, float | None]:
     """Why requests for a cold model are turned away, and when to come back."""
     if model.unfit is not None:
-        return f"{model.spec.name} cannot run: {model.unfit}", 30.0
+        return model.unfit, 30.0
     if model.blocked_until > now:
-        return f"{model.spec.name} did not start: {model.problem}", round(
-            model.blocked_until - now, 1
-        )
+        return f"it did not start: {model.problem}", round(model.blocked_until - now, 1)
     return None, None
 
 

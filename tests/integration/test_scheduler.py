@@ -46,6 +46,7 @@ class Agent:
     seq: int = 0
     replicas: dict[str, StartReplica] = field(default_factory=dict)
     refuse: str | None = None
+    epoch: int = 0
     inspection: Inspection = field(default_factory=Inspection)
 
     async def commands(self, request: web.Request) -> web.Response:
@@ -83,7 +84,7 @@ class Agent:
         )  # fmt: skip
         return Heartbeat(
             node_id="n1", boot_id=1, seq=self.seq, address=self.url, devices=(device,),
-            replicas=replicas, engines={"stub": "1"},
+            replicas=replicas, engines={"stub": "1"}, epoch=self.epoch,
         )  # fmt: skip
 
 
@@ -323,7 +324,7 @@ async def test_an_agent_that_refuses_a_start_leaves_a_reason(
         while table.models[0].refusal is None:
             table = await client.table(table.version, 10)
             assert table is not None
-        assert table.models[0].refusal == "a did not start: there is no device g0"
+        assert table.models[0].refusal == "it did not start: there is no device g0"
 
 
 async def test_a_second_scheduler_stands_by_and_takes_over(
@@ -457,3 +458,27 @@ async def test_a_drain_names_its_deadline(tmp_path, agent, registry, session) ->
         assert (status, answer["error"]["problems"][0]["field"]) == (422, "deadline_s")
         status, node = await client("POST", "/admin/nodes/n1/drain", {"deadline_s": 5})
         assert (status, node["state"]) == (200, "draining")
+
+
+async def test_a_leader_of_a_new_registry_outranks_the_one_its_agents_remember(
+    tmp_path, agent, registry, session
+) -> None:
+    agent.epoch = 7  # its registry was lost, and with it the term
+    async with scheduler(tmp_path, registry) as url:
+        client = Client(url, session)
+
+        async def term() -> int:
+            return (await client("GET", "/healthz"))[1]["term"]
+
+        for _ in range(400):
+            with contextlib.suppress(AssertionError):
+                await client.beat(agent)
+            if await term() > 7:
+                break
+            await asyncio.sleep(0.05)
+        assert await term() == 8
+        await leading(client, agent)
+        await client("POST", "/admin/models", A)
+        await client.demand(1, a=1)
+        await until(lambda: agent.replicas, "the agent was told to start")
+        assert next(iter(agent.replicas.values())).epoch == 8

@@ -221,7 +221,7 @@ def test_a_failed_start_is_reported_rests_and_is_tried_again() -> None:
     world.want("a")
     world.run(4)
     route = world.route("a")
-    assert route.refusal == "a did not start: the model folder /models/x does not exist"
+    assert route.refusal == "it did not start: the model folder /models/x does not exist"
     assert 5 < route.retry_after_s <= 10
     assert route.warmth == "failed"
     world.run(2)
