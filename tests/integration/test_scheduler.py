@@ -127,7 +127,7 @@ class Client:
             return decode(raw, RouteTable) if response.status == 200 else None
 
 
-async def until(condition: Callable[[], object], what: str, limit_s: float = 10.0) -> None:
+async def until(condition: Callable[[], object], what: str, limit_s: float = 60.0) -> None:
     deadline = asyncio.get_running_loop().time() + limit_s
     while not condition():
         assert asyncio.get_running_loop().time() < deadline, f"never: {what}"
