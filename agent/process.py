@@ -106,10 +106,13 @@ def _stat(pid: int) -> _Stat | None:
 
 
 def _mark_of(pid: int, owner: Owner) -> str | None:
+    """Raises ProcessLookupError if the process is gone."""
     try:
         raw = Path(f"/proc/{pid}/environ").read_bytes()
+    except PermissionError:
+        return None  # it is not ours to look into
     except OSError:
-        return None  # it ended, or it is not ours to look into
+        raise ProcessLookupError from None
     if REPLICA_MARK.encode() not in raw:
         return None
     environ = dict(
@@ -123,19 +126,28 @@ def _mark_of(pid: int, owner: Owner) -> str | None:
 def scan(owner: Owner, leaders: Mapping[str, Leader]) -> dict[str, set[int]]:
     """Every live process of each replica of `owner`'s, known (in `leaders`) or not. Blocks.
 
-    A process may end, and leave a child, between the listing and the look at it: so whatever was
-    born meanwhile is looked at too, until nothing was.
+    A process may end, and leave a child, between the listing and the look at it. So whatever was
+    born meanwhile is looked at too, as long as one of the last look could be the parent of ours:
+    it was ours, or it was gone. What others start all the time is not waited for.
     """
     found: dict[str, set[int]] = {}
     seen = {os.getpid()}
+    parents = True
     for _ in range(_PASSES):
-        born = _pids() - seen
-        if not born:
+        if not parents:
             break
+        born = _pids() - seen
         seen |= born
+        parents = False
         for pid in born:
-            if replica_id := _replica_of(pid, owner, leaders):
-                found.setdefault(replica_id, set()).add(pid)
+            try:
+                replica_id = _replica_of(pid, owner, leaders)
+            except ProcessLookupError:
+                parents = True
+            else:
+                if replica_id:
+                    found.setdefault(replica_id, set()).add(pid)
+                    parents = True
     return found
 
 
@@ -144,9 +156,10 @@ def _pids() -> set[int]:
 
 
 def _replica_of(pid: int, owner: Owner, leaders: Mapping[str, Leader]) -> str | None:
+    """Raises ProcessLookupError if the process is gone, or a zombie."""
     stat = _stat(pid)
     if stat is None:
-        return None
+        raise ProcessLookupError
     for replica_id, leader in leaders.items():
         if stat.session == leader.pid and _is_session_of(stat.session, leader):
             return replica_id

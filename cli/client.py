@@ -246,7 +246,8 @@ def _refused(status: int, answer: bytes) -> AdminError:
         text: Any = answer[:300].decode(errors="replace").strip()
         return AdminError(f"the scheduler answered status {status}: {text or 'nothing'}", status)
     lines = [error.message]
-    lines += [f"  {problem}" for problem in error.problems]
-    if error.close:
+    # A message may say all of it already.
+    lines += [f"  {p}" for p in error.problems if str(p) not in error.message]
+    if error.close and "did you mean" not in error.message:
         lines.append(f"  did you mean {' or '.join(error.close)}?")
     return AdminError("\n".join(lines), status)

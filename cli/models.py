@@ -42,10 +42,21 @@ def add(where: Where, files: tuple[str, ...], new: bool, as_json: bool) -> None:
 
     async def run(admin: Admin) -> None:
         for spec in specs:
-            reply = await (admin.add(spec) if new else admin.put(spec))
-            show(reply, as_json, _saved_text)
+            show(await _save(admin, spec, new), as_json, _saved_text)
 
     where.ask(run)
+
+
+async def _save(admin: Admin, spec: ModelSpec, new: bool) -> Reply[views.Saved]:
+    """Raises AdminError that names the model: a file may hold several."""
+    from cli.client import AdminError
+
+    try:
+        return await (admin.add(spec) if new else admin.put(spec))
+    except AdminError as error:
+        if error.status not in (409, 422):
+            raise
+        raise AdminError(f"model {spec.name}: {error.message}", error.status) from None
 
 
 @model.command()

@@ -129,7 +129,7 @@ def load(
             raw.setdefault(section, {})[field] = value
         else:
             raw[section] = value
-    return _build(raw)
+    return check(raw, Config, "config")
 
 
 def _read(path: str | Path | None) -> dict[str, Any]:
@@ -164,26 +164,3 @@ def _from_text(text: str, kind: Any) -> Any:
         return msgspec.convert(text, kind, strict=False)
     except msgspec.ValidationError:
         return text
-
-
-def _build(raw: dict[str, Any]) -> Config:
-    problems: list[SpecProblem] = []
-    values: dict[str, Any] = {}
-    for key, value in raw.items():
-        if key not in _SECTIONS:
-            values[key] = value
-            continue
-        try:
-            values[key] = check(value, _SECTIONS[key], key)
-        except SchemaError as error:
-            problems += [
-                msgspec.structs.replace(p, field=f"{key}.{p.field}") for p in error.problems
-            ]
-            values[key] = _SECTIONS[key]()
-    try:
-        config = check(values, Config)
-    except SchemaError as error:
-        problems += error.problems
-    if problems:
-        raise SchemaError(problems, "config")
-    return config

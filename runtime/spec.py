@@ -13,6 +13,7 @@ from typing import Any
 import msgspec
 import yaml
 
+from runtime.models import parse_ref
 from runtime.prewarm import schedule_problems
 from runtime.schema import SchemaError, check
 from runtime.wire import ModelSpec, SpecProblem
@@ -31,6 +32,8 @@ OWNED_ENGINE_ARGS = {
     "kv_cache_memory_bytes": "set `device_memory_bytes`",
 }
 
+MAX_MEMORY_BYTES = 2**60  # more than any host has
+
 
 def parse_spec(raw: object, where: str = "") -> ModelSpec:
     """One model from an already parsed document. Raises SchemaError with every problem."""
@@ -47,6 +50,9 @@ def parse_specs(text: str, suffix: str = ".yaml") -> list[ModelSpec]:
     if isinstance(raw, Mapping) and "models" in raw:
         raw = raw["models"]
     documents = raw if isinstance(raw, list) else [raw]
+    if not documents:
+        problem = SpecProblem(field="document", message="holds no model", fix="list at least one")
+        raise SchemaError([problem])
     specs: list[ModelSpec] = []
     problems: list[SpecProblem] = []
     for index, document in enumerate(documents):
@@ -111,14 +117,53 @@ def json_schema(refs: str = "#/$defs/{name}") -> dict[str, Any]:
 def _parse_text(text: str, suffix: str) -> object:
     try:
         # JSON is YAML, so one parser reads both.
-        return tomllib.loads(text) if suffix == ".toml" else yaml.safe_load(text)
+        return tomllib.loads(text) if suffix == ".toml" else yaml.load(text, _StrictLoader)
     except (tomllib.TOMLDecodeError, yaml.YAMLError) as error:
         problem = SpecProblem(field="document", message=f"cannot be read: {error}")
         raise SchemaError([problem]) from None
 
 
+class _StrictLoader(yaml.SafeLoader):
+    """YAML in which no key may stand twice: the second would silently win."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if key.value in seen and key.tag != "tag:yaml.org,2002:merge":
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"found the key {key.value!r} twice", key.start_mark
+                )
+            if isinstance(key.value, str):
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
 def _prefix(problem: SpecProblem, where: str) -> SpecProblem:
     return msgspec.structs.replace(problem, field=f"{where}.{problem.field}")
+
+
+def _source_problems(source: str) -> Iterable[SpecProblem]:
+    scheme, colon, rest = source.partition(":")
+    message = fix = ""
+    if source.startswith("~"):
+        message, fix = "starts with '~'", "write the whole path: no shell reads it"
+    elif colon and "/" not in scheme and scheme not in ("hf", "s3"):
+        message = f"has the unknown scheme {scheme!r}"
+        fix = "use a local folder, hf:org/name[@revision] or s3://bucket/path"
+    elif scheme == "hf" and not rest.partition("@")[0].strip("/"):
+        message, fix = "names no repository", "write hf:org/name or hf:org/name@revision"
+    elif scheme == "hf" and rest.endswith("@"):
+        message, fix = "names no revision", "write hf:org/name or hf:org/name@revision"
+    elif scheme == "s3" and colon and not rest.startswith("//"):
+        message, fix = "is no S3 address", "write s3://bucket/path"
+    else:
+        try:
+            parse_ref(source)
+        except ValueError as error:
+            text = str(error).removeprefix(f"{source!r} ")
+            message, _, fix = text.partition("; ")
+    if message:
+        yield SpecProblem(field="source", value=source, message=message, fix=fix)
 
 
 def _semantic_problems(spec: ModelSpec) -> Iterable[SpecProblem]:
@@ -128,18 +173,12 @@ def _semantic_problems(spec: ModelSpec) -> Iterable[SpecProblem]:
             message=f"is below min_replicas ({spec.min_replicas})",
             fix=f"raise it to at least {spec.min_replicas}, or lower min_replicas",
         )  # fmt: skip
-    scheme, colon, rest = spec.source.partition(":")
-    if colon and "/" not in scheme:
-        if scheme not in ("hf", "s3"):
-            yield SpecProblem(
-                field="source", value=spec.source, message=f"has the unknown scheme {scheme!r}",
-                fix="use a local folder, hf:org/name[@revision] or s3://bucket/path",
-            )  # fmt: skip
-        elif scheme == "hf" and not rest.partition("@")[0].strip("/"):
-            yield SpecProblem(
-                field="source", value=spec.source, message="names no repository",
-                fix="write hf:org/name or hf:org/name@revision",
-            )  # fmt: skip
+    yield from _source_problems(spec.source)
+    if (spec.device_memory_bytes or 0) > MAX_MEMORY_BYTES:
+        yield SpecProblem(
+            field="device_memory_bytes", value=spec.device_memory_bytes, message="is too large",
+            fix="declare what one replica takes, e.g. 12GiB",
+        )  # fmt: skip
     yield from schedule_problems(spec.prewarm)
     if len(set(spec.names())) != len(spec.names()):
         yield SpecProblem(

@@ -170,7 +170,8 @@ class Api:
     async def create_model(self, request: web.Request) -> web.Response:
         spec = await _spec(request)
         if spec.name in self.core.state.models:
-            raise ApiError(409, f"model {spec.name!r} exists: PUT to its address changes it")
+            how = "PUT to its address, or `stoker model add` without --new, changes it"
+            raise ApiError(409, f"it exists already: {how}")
         return await self._save(spec)
 
     async def put_model(self, request: web.Request) -> web.Response:

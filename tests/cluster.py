@@ -19,7 +19,7 @@ import requests
 ROOT = Path(__file__).parent.parent
 
 
-def wait_until(condition: Callable[[], Any], what: str, limit_s: float = 30.0) -> Any:
+def wait_until(condition: Callable[[], Any], what: str, limit_s: float = 60.0) -> Any:
     """The first truthy answer of `condition`; an AssertionError names `what` never came."""
     deadline = time.monotonic() + limit_s
     while True:
@@ -131,11 +131,12 @@ def running(state_dir: Path, *options: str) -> Iterator[Cluster]:
     argv += ["--state-dir", str(state_dir), *options]
     log = open(state_dir.parent / f"{state_dir.name}.up.log", "w")  # noqa: SIM115  # outlives this
     process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=log, text=True, cwd=ROOT)
-    assert process.stdout is not None
-    line = process.stdout.readline()
-    assert line, Path(log.name).read_text()
-    cluster = Cluster(process, json.loads(line))
+    cluster = None
     try:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        assert line, Path(log.name).read_text()
+        cluster = Cluster(process, json.loads(line))
         yield cluster
     finally:
         process.send_signal(signal.SIGINT)
@@ -146,5 +147,5 @@ def running(state_dir: Path, *options: str) -> Iterator[Cluster]:
             raise
         finally:
             log.close()
-        left = cluster.processes()
+        left = cluster.processes() if cluster else []
         assert not left, f"left behind: {[p.cmdline() for p in left]}"

@@ -70,7 +70,7 @@ def base() -> str:
     return f"test-{uuid.uuid4().hex}"
 
 
-async def eventually(question: Callable[[], Awaitable[T]], deadline_s: float = 20.0) -> T:
+async def eventually(question: Callable[[], Awaitable[T]], deadline_s: float = 60.0) -> T:
     """The first truthy answer. Fails after `deadline_s` seconds, with the last answer."""
     deadline = time.monotonic() + deadline_s
     while not (answer := await question()):

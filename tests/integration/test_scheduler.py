@@ -11,6 +11,7 @@ import aiohttp
 import msgspec
 import pytest
 from aiohttp import web
+from jsonschema import Draft202012Validator
 from openapi_spec_validator import validate
 
 from runtime.config import Config, RegistryConfig, SchedulerConfig
@@ -127,7 +128,7 @@ class Client:
             return decode(raw, RouteTable) if response.status == 200 else None
 
 
-async def until(condition: Callable[[], object], what: str, limit_s: float = 10.0) -> None:
+async def until(condition: Callable[[], object], what: str, limit_s: float = 60.0) -> None:
     deadline = asyncio.get_running_loop().time() + limit_s
     while not condition():
         assert asyncio.get_running_loop().time() < deadline, f"never: {what}"
@@ -362,6 +363,51 @@ async def test_the_openapi_document_is_valid_and_describes_every_route(
             (method.upper(), path) for path, ops in document["paths"].items() for method in ops
         }
         assert described == {(r.method, r.path) for r in ADMIN}
+        for method, path in described:  # each is served, and guarded as the document says
+            answer, body = await client(method, path.format(name="x", id="x"), token="wrong")
+            open_to_all = document["paths"][path][method.lower()].get("security") == []
+            assert answer == (200 if open_to_all else 401), (method, path)
+            if not open_to_all:
+                as_described(document, body)
+
+
+async def test_refusals_are_what_the_openapi_document_says(
+    tmp_path, agent, registry, session
+) -> None:
+    async with scheduler(tmp_path, registry) as url:
+        client = Client(url, session)
+        await leading(client, agent)
+        _, document = await client("GET", "/openapi.json")
+        calls = [
+            (404, "GET", "/admin/models/{name}", None),
+            (404, "DELETE", "/admin/models/{name}", None),
+            (404, "POST", "/admin/models/{name}/unload", None),
+            (422, "POST", "/admin/models", {"name": "a b", "sorce": 1}),
+            (400, "POST", "/admin/models", b"{"),
+            (422, "PUT", "/admin/models/{name}", {"name": "other", "source": "/m"}),
+            (404, "POST", "/admin/models/{name}/load", {"replicas": 1}),
+            (404, "POST", "/admin/nodes/{id}/cordon", None),
+            (400, "GET", "/admin/decisions?limit=x", None),
+            (422, "POST", "/admin/cache/pull", {"source": 3}),
+        ]
+        for expected, method, path, body in calls:
+            status, answer = await client(method, path.format(name="x", id="x"), body)
+            assert status == expected, (method, path, answer)
+            operation = document["paths"][path.partition("?")[0]][method.lower()]
+            assert str(status) in operation["responses"], (method, path)
+            as_described(document, answer)
+
+
+def as_described(document, error) -> None:
+    """Every refusal is the document's `Error`, and says something."""
+    Draft202012Validator({"$ref": "#/components/schemas/Error", **document}).validate(error)
+    assert error["error"]["message"]
+
+
+async def test_metrics_are_served(tmp_path, agent, registry, session) -> None:
+    async with scheduler(tmp_path, registry) as url:
+        client = Client(url, session)
+        await leading(client, agent)
         _, metrics = await client("GET", "/metrics")
         assert "stoker_scheduler_leader 1.0" in metrics
         assert 'stoker_device_memory_total_bytes{device="g0",node="n1"}' in metrics

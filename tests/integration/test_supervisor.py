@@ -210,6 +210,26 @@ async def test_a_child_born_while_its_parent_ends_is_found_by_the_same_scan(worl
     assert process.scan(Owner("node", str(folder)), {}) == {"r": {child.pid}}
 
 
+async def test_a_host_that_starts_processes_all_the_time_is_not_scanned_over_and_over(
+    world, monkeypatch
+):
+    """Each listing has one foreign process more; none of them can be the parent of ours."""
+    supervisor, _, folder = world
+    ours = run(supervisor, "r", "import time; time.sleep(600)").pid
+    foreign = [p.pid for p in psutil.process_iter() if process.start_ticks(p.pid)]
+    foreign = [str(pid) for pid in foreign if pid not in (ours, os.getpid())]
+    assert len(foreign) > 3, "this machine runs hardly anything"
+    listings = []
+
+    def listing(path):
+        listings.append([str(ours), *foreign[: len(listings)]])
+        return listings[-1]
+
+    monkeypatch.setattr(os, "listdir", listing)
+    assert process.scan(Owner("node", str(folder)), {}) == {"r": {ours}}
+    assert len(listings) == 2
+
+
 async def test_an_engine_is_adopted_and_its_exit_seen(world):
     """The heir is no parent: the process is one of another agent's."""
     supervisor, _, folder = world

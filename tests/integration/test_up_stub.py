@@ -128,9 +128,9 @@ def stream_slowly(up: Cluster, tokens: int) -> subprocess.Popen[str]:
 def test_ctrl_c_lets_a_call_under_way_end(up: Cluster) -> None:
     call = stream_slowly(up, 3)
     up.process.send_signal(signal.SIGINT)
-    rest, _ = call.communicate(timeout=30)
+    rest, _ = call.communicate(timeout=60)
     assert (rest.split(), call.returncode) == (["w", "w"], 0)
-    assert up.process.wait(30) == 0
+    assert up.process.wait(60) == 0
     assert up.processes() == []
 
 
@@ -142,9 +142,9 @@ def test_a_second_ctrl_c_hurries(up: Cluster) -> None:
     wait_until(lambda: "draining 1 replicas" in log.read_text(), "the agent drains")
     assert alive(engine)
     up.process.send_signal(signal.SIGINT)
-    assert up.process.wait(30) == 0
+    assert up.process.wait(60) == 0
     assert up.processes() == []
-    call.communicate(timeout=30)
+    call.communicate(timeout=60)
     assert call.returncode == 1
 
 

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import json
+import os
+import pty
+import re
+import subprocess
+import sys
+import threading
 from collections.abc import Iterator
 
 import pytest
 from aiohttp import web
 
+from tests.cluster import ROOT
 from tests.unit.cli_kit import FakeServer, error, serving, sse, stoker
 
 CHAT = "POST /v1/chat/completions"
@@ -48,6 +57,35 @@ def test_the_answer_goes_to_stdout_and_the_rest_to_stderr(fake: FakeServer) -> N
     sent = json.loads(fake.bodies(CHAT)[0])
     assert sent["messages"] == [{"role": "user", "content": "hi"}]
     assert (sent["model"], sent["max_tokens"], sent["stream"]) == ("m", 2, True)
+
+
+def test_a_terminal_shows_the_seconds_it_has_waited(fake: FakeServer) -> None:
+    """The real command on a real terminal; the answer comes once a second was shown."""
+    seen = threading.Event()
+
+    async def held(request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+        await response.prepare(request)
+        await response.write(b": waiting for m: starting on gpu-1, 0s\n\n")
+        await asyncio.wait_for(asyncio.to_thread(seen.wait), 30)
+        await response.write("\n\n".join([chunk("Hello"), DONE, ""]).encode())
+        return response
+
+    fake.replies[CHAT] = held
+    ours, theirs = pty.openpty()
+    argv = [sys.executable, "-m", "cli.main", "--router", fake.url, "invoke", "m", "hi"]
+    env = {**os.environ, "TERM": "xterm", "COLUMNS": "100"}
+    with subprocess.Popen(argv, stdout=theirs, stderr=theirs, env=env, cwd=ROOT):
+        os.close(theirs)
+        shown = b""
+        with contextlib.suppress(OSError):  # how a terminal says that its last writer is gone
+            while piece := os.read(ours, 4096):
+                shown += piece
+                if re.search(rb"starting on gpu-1 \S*0:00:0[1-9]", shown):
+                    seen.set()
+    os.close(ours)
+    assert seen.is_set(), shown
+    assert b"Hello" in shown
 
 
 def test_raw_completes_the_prompt_as_it_is(fake: FakeServer) -> None:

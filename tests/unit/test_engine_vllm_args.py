@@ -3,8 +3,6 @@
 import sys
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from runtime.engine.vllm_args import (
     REFUSED,
@@ -79,28 +77,6 @@ def test_human_int(text, value):
 def test_human_int_refuses(text):
     with pytest.raises(ValueError, match="is not a whole number"):
         human_int(text)
-
-
-@pytest.mark.vllm
-@settings(deadline=None)  # the first example imports vLLM
-@given(
-    number=st.one_of(st.integers(0, 10**6), st.floats(0, 1000, width=16)),
-    suffix=st.sampled_from(["", "k", "K", "m", "M", "g", "G", "t", "T", "kb"]),
-)
-def test_human_int_agrees_with_vllm(number, suffix):
-    pytest.importorskip("vllm", reason="vLLM is not installed")
-    from argparse import ArgumentTypeError
-
-    from vllm.utils.argparse_utils import human_readable_int
-
-    text = f"{number}{suffix}"
-    try:
-        expected = human_readable_int(text)
-    except (ValueError, ArgumentTypeError):
-        with pytest.raises(ValueError, match="is not a whole number"):
-            human_int(text)
-    else:
-        assert human_int(text) == expected
 
 
 @pytest.mark.parametrize(

@@ -52,17 +52,6 @@ def test_the_worked_example(model):
     assert "max_model_len 8192" in found.explanation
 
 
-def test_a_real_model_written_by_transformers(tmp_path):
-    pytest.importorskip("transformers", reason="writing a real model needs transformers")
-    from runtime.tiny_models import write_model
-
-    folder = write_model(tmp_path, "tiny")
-    found = estimate(spec(), str(folder), "cpu")
-    header = 8 + struct.unpack("<Q", (folder / "model.safetensors").read_bytes()[:8])[0]
-    assert found.weights_bytes == (folder / "model.safetensors").stat().st_size - header
-    assert found.kv_bytes == (16 * 2048 + 128) * (2 * 2 * 4 * 32 * 2)
-
-
 def test_a_long_context_needs_one_full_sequence(model):
     folder = model({**LLAMA_8B, "max_position_embeddings": 131072})
     assert estimate(spec(), str(folder)).kv_bytes == (131072 + 128) * 131072

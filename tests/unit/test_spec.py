@@ -69,10 +69,55 @@ def test_every_problem_is_named_with_value_and_fix() -> None:
         ("- name: a", "source", "is required"),
         ("name: [", "document", "cannot be read"),
         ("just text", "model 1", "must be a mapping"),
+        ("[]", "document", "holds no model"),
+        ("models: []", "document", "holds no model"),
+        ("name: a\nsource: /m\nname: b", "document", "the key 'name' twice"),
+        ("name: a\nsource: hf:a/b/c", "source", "is no hub model"),
+        ("name: a\nsource: hf:org/name@", "source", "names no revision"),
+        ("name: a\nsource: s3://bucket", "source", "names no model"),
+        ("name: a\nsource: s3:bucket/m", "source", "write s3://bucket/path"),
+        ("name: a\nsource: s3://bucket/", "source", "names no model"),
+        ("name: a\nsource: ~/m", "source", "starts with '~'"),
+        ("name: a\nsource: /m\nidle_s: .inf", "idle_s", "is not a finite number"),
+        ("name: a\nsource: /m\nengine_args: {x: [.nan]}", "engine_args.x[0]", "not a finite"),
+        ("name: a\nsource: /m\nengine_args: {x: 2026-01-01}", "engine_args.x", "quotes"),
+        ("name: a\nsource: /m\nengine_args: {1: 2}", "engine_args", "keys must be text (got 1)"),
+        ("name: a\nsource: /m\npriority: 9999999999999999999999", "priority", "<= 100"),
+        (f"name: a\nsource: /m\ndevice_memory_bytes: {2**70}", "device_memory_bytes", "too large"),
     ],
 )
 def test_refusals(text: str, field: str, says: str) -> None:
     assert says in problems(text)[field]
+
+
+@pytest.mark.parametrize(
+    ("text", "field", "says"),
+    [
+        ("placement: {devics: [x]}", "placement.devics", "(got ['x']); did you mean 'devices'?"),
+        ("placement: {spread: nodes}", "placement.spread", "choose one of: prefer, node, off"),
+        (
+            "placement: {labels: {zone: 1}}",
+            "placement.labels.zone",
+            "expected text, got a whole number (got 1)",
+        ),
+        ("placement: 3", "placement", "must be a mapping of fields (got 3); where its replicas"),
+        (
+            "autoscale: {metrics: [{metric: cpu, target: 1}]}",
+            "autoscale.metrics[0].metric",
+            "choose one of: queue_depth",
+        ),
+        ("autoscale: {metrics: [{metric: ttft_p95}]}", "autoscale.metrics[0].target", "required"),
+        ("autoscale: {metrics: [3]}", "autoscale.metrics[0]", "must be a mapping of fields"),
+        ("autoscale: {metrics: {a: 1}}", "autoscale.metrics", "expected a list, got a mapping"),
+        ("autoscale: {panic_threshold: 0.5}", "autoscale.panic_threshold", "> 1.0 (got 0.5)"),
+        ("autoscale: {up: {policies: [{type: pct}]}}", "autoscale.up.policies[0].type", "percent"),
+        ("prewarm: {min_warm: hott}", "prewarm.min_warm", "did you mean 'hot'?"),
+        ("prewarm: {schedule: [{cron: '0 8 * * *', for_s: 0}]}", "prewarm.schedule[0].for_s", "0"),
+        ("aliases: [ok, a b]", "aliases[1]", "(got 'a b'); 1 to 192 letters"),
+    ],
+)
+def test_a_problem_deep_inside_is_named_with_its_own_value(text, field, says) -> None:
+    assert says in problems(f"name: a\nsource: /m\n{text}")[field]
 
 
 def test_two_models_may_not_answer_to_one_name() -> None:
