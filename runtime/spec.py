@@ -166,6 +166,29 @@ def _source_problems(source: str) -> Iterable[SpecProblem]:
         yield SpecProblem(field="source", value=source, message=message, fix=fix)
 
 
+def _scale_problems(spec: ModelSpec) -> Iterable[SpecProblem]:
+    seen: set[str] = set()
+    for index, rule in enumerate(spec.autoscale.metrics):
+        where = f"autoscale.metrics[{index}]"
+        if rule.metric in seen:
+            yield SpecProblem(
+                field=f"{where}.metric", value=rule.metric, message="is given twice",
+                fix="give each metric one target",
+            )  # fmt: skip
+        seen.add(rule.metric)
+        if rule.metric in ("gpu_utilization", "kv_cache_usage") and rule.target > 1:
+            yield SpecProblem(
+                field=f"{where}.target", value=rule.target, message="is a share above 1",
+                fix="write e.g. 0.7 for 70 %",
+            )  # fmt: skip
+    for index, policy in enumerate(spec.autoscale.down.policies):
+        if policy.type == "percent" and policy.value > 100:
+            yield SpecProblem(
+                field=f"autoscale.down.policies[{index}].value", value=policy.value,
+                message="takes away more than all", fix="write at most 100 percent",
+            )  # fmt: skip
+
+
 def _semantic_problems(spec: ModelSpec) -> Iterable[SpecProblem]:
     if spec.max_replicas < spec.min_replicas:
         yield SpecProblem(
@@ -180,6 +203,7 @@ def _semantic_problems(spec: ModelSpec) -> Iterable[SpecProblem]:
             fix="declare what one replica takes, e.g. 12GiB",
         )  # fmt: skip
     yield from schedule_problems(spec.prewarm)
+    yield from _scale_problems(spec)
     if len(set(spec.names())) != len(spec.names()):
         yield SpecProblem(
             field="aliases",

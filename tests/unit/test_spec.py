@@ -167,3 +167,24 @@ def test_a_replica_books_its_share_on_each_device_rounded_up() -> None:
     assert spec.booked_bytes() == 6
     with pytest.raises(ValueError, match="neither declared nor estimated"):
         ModelSpec(name="a", source="/m").booked_bytes()
+
+
+@pytest.mark.parametrize(
+    ("rules", "field"),
+    [
+        ({"metrics": [{"metric": "kv_cache_usage", "target": 70}]}, "autoscale.metrics[0].target"),
+        (
+            {"metrics": [{"metric": "concurrency", "target": 4}] * 2},
+            "autoscale.metrics[1].metric",
+        ),
+        (
+            {"down": {"policies": [{"type": "percent", "value": 150, "period_s": 60}]}},
+            "autoscale.down.policies[0].value",
+        ),
+        ({"metrics": [{"metric": "speed", "target": 1}]}, "autoscale.metrics[0].metric"),
+    ],
+)
+def test_a_bad_autoscale_rule_is_named(rules: dict, field: str) -> None:
+    with pytest.raises(SchemaError) as error:
+        parse_spec({"name": "a", "source": "/m", "autoscale": rules})
+    assert [p.field for p in error.value.problems] == [field]
