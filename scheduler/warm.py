@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from runtime.wire import DemandReport
+from runtime.wire import DemandReport, ModelDemand
 from scheduler import messages as m
 from scheduler.eviction import busy
 from scheduler.forecast import Arrivals, Sketch, restore
@@ -32,18 +32,12 @@ class Warm(Planning):
 
     def _arrived(self, last: Router | None, report: DemandReport, now: float) -> None:
         """Count the calls that a router reports."""
-        same = last is not None and last.boot_id == report.boot_id
         for part in report.models:
             model = self.state.models.get(part.model)
-            if model is None:
-                continue
-            before = last.models.get(part.model) if last is not None and same else None
-            count = part.arrived - (before.arrived if before else 0)
-            if count <= 0 and (part.waiting or part.in_flight):
-                # A router that does not count: a model that was quiet is called.
-                count = int(not (before and (before.waiting or before.in_flight)))
-            if count > 0:
-                self._called(model, count, now)
+            if model is not None:
+                count = _new_calls(last, report, part)
+                if count > 0:
+                    self._called(model, count, now)
 
     def _called(self, model: Model, count: int, now: float) -> None:
         for replica in model.replicas.values():
@@ -161,3 +155,15 @@ class Warm(Planning):
             if other is not replica and model is not None and idle:
                 ways = descents(self.state, model, node, other, now)
                 yield from (way for way in ways if way.frees > 0)
+
+
+def _new_calls(last: Router | None, report: DemandReport, part: ModelDemand) -> int:
+    """Calls since the router's last report. What a new leader was not there for is not counted."""
+    before = last.models.get(part.model) if last is not None else None
+    if last is not None and last.boot_id != report.boot_id:
+        return part.arrived  # all since the router began anew
+    if before is not None and part.arrived:
+        return part.arrived - before.arrived
+    # Seen for the first time, or by a router that does not count: a quiet model is called.
+    was_called = before is not None and (before.waiting or before.in_flight)
+    return int(bool(part.waiting or part.in_flight) and not was_called)

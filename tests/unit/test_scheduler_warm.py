@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 
-from runtime.wire import Autoscale, ScalePolicy, ScaleRules
+from runtime.wire import Autoscale, DemandReport, ModelDemand, ScalePolicy, ScaleRules
 from scheduler import messages as m
 from tests.unit.scheduler_world import GIB, FakeNode, World, spec
 
@@ -136,3 +136,25 @@ def test_a_pinned_quiet_model_is_not_forecast_away() -> None:
     every_period(world, "a", 6)
     world.run(60)
     assert world.hot() == {"a"}
+
+
+def counted(world: World, seq: int, arrived: int, boot_id: int = 1) -> float:
+    """What the history has counted after one more report of a router that counts calls."""
+    part = ModelDemand(model="a", in_flight=1, arrived=arrived, idle_for_s=0.0)
+    report = DemandReport(
+        router_id="counting", boot_id=boot_id, seq=seq, routes_version=0, models=(part,)
+    )
+    world.apply(m.DemandSeen(now=world.now, report=report))
+    arrivals = world.core.state.models["a"].arrivals
+    assert arrivals is not None
+    return round(arrivals.recent)
+
+
+def test_calls_are_counted_once_also_by_a_new_leader_and_a_new_router() -> None:
+    world = World(FakeNode("n1", {"g0": 24 * GIB}))
+    world.put(spec("a"))
+    # 500 calls came before this leader: when, it cannot know
+    assert counted(world, 1, 500) == 1
+    assert counted(world, 2, 503) == 4
+    assert counted(world, 2, 503) == 4  # the same report again
+    assert counted(world, 1, 2, boot_id=2) == 6
