@@ -9,7 +9,8 @@ alternate; each figure is the median of its rounds. --quick: one round of the ti
 
 What Stoker itself adds is measured against a bound in seconds: from the request to the engine's
 process (the kernel's stamp), and from the ready line in the engine's log to the first token, which
-holds the engine's own work for that token (the plain engine's is shown beside it).
+holds the engine's own work for that token (the plain engine's is shown beside it). The CPU seconds
+of an engine's processes tell how much of a figure is a busy machine's.
 """
 
 from __future__ import annotations
@@ -65,6 +66,8 @@ def rows_of(case: str, ours: list[Start], theirs: list[Start]) -> list[Row]:
         Row(f"engine ready to first token s, {label}", served_s, OVERHEAD_S, "bound", "<= 1"),
         Row(f"engine ready to first token s, {label}", served_s,
             _median(s.first_token_s - s.ready_s for s in theirs), "plain vLLM"),
+        Row(f"CPU s of an engine to then, {label}", _median(s.cpu_s for s in ours),
+            _median(s.cpu_s for s in theirs), "plain vLLM"),
         Row(f"MiB an engine (Pss), {label}", _median(s.pss_bytes / MIB for s in ours),
             _median(s.pss_bytes / MIB for s in theirs), "plain vLLM"),
     ]  # fmt: skip

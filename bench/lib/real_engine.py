@@ -41,6 +41,7 @@ class Start(NamedTuple):
     first_token_s: float
     forked_s: float  # until the engine's process began, at most a tick (10 ms) too late
     ready_s: float  # until the engine's log said that it was ready
+    cpu_s: float  # that the engine's processes used, up to then
     pss_bytes: int  # of the engine's processes
 
 
@@ -83,11 +84,12 @@ def first_token(base_url: str, model: str, key: str = "") -> float:
     raise SystemExit(f"no token came from {url}")
 
 
-def pss_bytes(pid: int) -> int:
-    """Of a process and all below it."""
+def used(pid: int) -> tuple[float, int]:
+    """(CPU seconds, Pss bytes) of a process and all below it, those that ended there too."""
     root = psutil.Process(pid)
     tree = [root, *root.children(recursive=True)]
-    return sum(int(process.memory_full_info().pss) for process in tree)
+    cpu_s = sum(sum(process.cpu_times()[:4]) for process in tree)
+    return cpu_s, sum(int(process.memory_full_info().pss) for process in tree)
 
 
 def write_llama(tiny: Path, target: Path, hidden: int, inner: int, layers: int) -> Path:
@@ -180,12 +182,7 @@ class Plain:
         url, engine = self._launch(spec)
         wait(lambda: _healthy(engine, url, self._log), "a plain engine")
         token_at = first_token(url, spec.name, "route")
-        return Start(
-            first_token_s=token_at - begun,
-            forked_s=_began_s(engine.pid) - begun,
-            ready_s=watch.end() - begun,
-            pss_bytes=pss_bytes(engine.pid),
-        )
+        return _start(begun, engine.pid, watch, token_at)
 
     def kill(self) -> None:
         """End what runs, if anything does."""
@@ -219,6 +216,17 @@ def _healthy(engine: subprocess.Popen[bytes], url: str, log: Path) -> bool:
         call(f"{url}/health")
         return True
     return False
+
+
+def _start(begun: float, pid: int, watch: ReadyWatch, token_at: float) -> Start:
+    cpu_s, pss_bytes = used(pid)
+    return Start(
+        first_token_s=token_at - begun,
+        forked_s=_began_s(pid) - begun,
+        ready_s=watch.end() - begun,
+        cpu_s=cpu_s,
+        pss_bytes=pss_bytes,
+    )
 
 
 def _began_s(pid: int) -> float:
@@ -278,12 +286,7 @@ class Stoker:
         begun = boot_s()
         token_at = first_token(self.router, spec.name)
         (replica,) = self.replicas(spec.name)
-        return Start(
-            first_token_s=token_at - begun,
-            forked_s=_began_s(replica["pid"]) - begun,
-            ready_s=watch.end() - begun,
-            pss_bytes=pss_bytes(replica["pid"]),
-        )
+        return _start(begun, replica["pid"], watch, token_at)
 
     def replicas(self, model: str) -> list[dict[str, Any]]:
         """Those of a model, in every phase."""
