@@ -107,8 +107,10 @@ def _import_all() -> None:
         importlib.import_module(name)
     for name in MODELS:
         importlib.import_module(f"vllm.model_executor.models.{name}")
-    # A hash of all of torch's sources, asked for wherever something compiled is looked up: 1 s.
-    importlib.import_module("torch._inductor.codecache").torch_key()
+    # Hashes of all of torch and Triton, asked for wherever something compiled is looked up: 1.5 s.
+    codecache = importlib.import_module("torch._inductor.codecache")
+    codecache.torch_key()
+    codecache.triton_key()
     # Its first call looks for the arguments in memory, which the fork server overwrites later.
     importlib.import_module("setproctitle").getproctitle()
     # Fills vLLM's own cache of what its options are, which it reads from its sources.
