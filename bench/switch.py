@@ -6,7 +6,7 @@ Ours: one `stoker up` whose device holds one of two tiny models; the calls take 
 each once the model that is up may be evicted (`scheduler.min_dwell_s`, as set by default). The
 baseline is done by hand: the plain vLLM that runs is killed, the other one is started, its health
 is polled every 20 ms, then it is asked the same. Seconds from the call (from the kill) to the first
-token. A plain switch takes half a minute, so there are fewer of them; they come in between.
+token; the first plain one has nothing to kill, which takes milliseconds. A plain switch takes half a minute, so there are fewer of them; they come in between.
 """
 
 from __future__ import annotations
@@ -61,8 +61,6 @@ def measure(folder: Path, switches: int, plain_switches: int) -> tuple[list[floa
             if stoker.replicas(specs[(turn + 1) % 2].name):
                 raise SystemExit("both models are up: they fit together after all")
             if len(theirs) < plain_switches * (turn + 1) / switches:
-                if not theirs:
-                    plain.switch(specs[1])  # so that the first one has something to kill
                 theirs.append(plain.switch(specs[len(theirs) % 2]).first_token_s)
     return ours, theirs
 
