@@ -72,12 +72,12 @@ def p95(values: list[float]) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="two switches, one of them plain too")
+    parser.add_argument("--quick", action="store_true", help="one switch of each kind")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--switches", type=int, default=SWITCHES)
     parser.add_argument("--plain-switches", type=int, default=PLAIN_SWITCHES)
     options = parser.parse_args()
-    counts = (2, 1) if options.quick else (options.switches, options.plain_switches)
+    counts = (1, 1) if options.quick else (options.switches, options.plain_switches)
     with tempfile.TemporaryDirectory(prefix="stoker-bench-") as folder:
         ours, theirs = measure(Path(folder), *counts)
     name = f"plain vLLM x{len(theirs)}"
