@@ -18,8 +18,7 @@ from runtime import wire
 from runtime.wire import ReplicaPhase
 
 _STATUS_PATH = "/stoker/status"
-_FIRST_PAUSE_S = 0.05  # while starting; grows by a fifth up to _LAST_PAUSE_S
-_LAST_PAUSE_S = 0.25
+_START_PAUSE_S = 0.04  # half of it is what every start waits for longer than it must
 _READY_PAUSE_S = 1.0  # asleep too
 _DRAIN_PAUSE_S = 0.1
 _TIMEOUT = aiohttp.ClientTimeout(total=5.0)
@@ -72,14 +71,12 @@ class Prober:
 
     async def run(self) -> None:
         """Returns once the replica's engine is not to be asked any more."""
-        starting_pause_s = _FIRST_PAUSE_S
         while True:
             self._poked.clear()
             phase = self._phase()
             if phase == "starting":
                 await self._probe_start()
-                pause_s = starting_pause_s
-                starting_pause_s = min(starting_pause_s * 1.2, _LAST_PAUSE_S)
+                pause_s = _START_PAUSE_S
             elif phase == "ready":
                 await asyncio.gather(self._probe_health(), self._probe_status())
                 pause_s = _READY_PAUSE_S

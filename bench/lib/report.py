@@ -35,10 +35,16 @@ class Row(NamedTuple):
         }  # fmt: skip
 
 
-def print_report(name: str, rows: list[Row], as_json: bool) -> None:
-    """One JSON object, or a table for people."""
+def print_report(name: str, rows: list[Row], as_json: bool, note: str | None = None) -> None:
+    """One JSON object, or a table for people. `note`: what a reader must know of the figures, or
+    why there are none."""
     if as_json:
-        print(json.dumps({"name": name, "rows": [row.shown() for row in rows]}))
+        report = {"name": name, "rows": [row.shown() for row in rows]}
+        print(json.dumps(report | ({"note": note} if note else {})))
+        return
+    if note:
+        print(f"{name}: {note}")
+    if not rows:
         return
     print(f"{name}\n{'metric':44} {'ours':>12} {'baseline':>12} {'':14} {'ratio':>7}  target")
     for row in rows:

@@ -14,6 +14,7 @@ Rules this file keeps:
 from __future__ import annotations
 
 import array
+import atexit
 import contextlib
 import gc
 import importlib
@@ -26,10 +27,12 @@ import socket
 import struct
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
 from types import ModuleType
+from typing import NoReturn
 
 import msgspec
 from msgspec import Struct
@@ -270,7 +273,26 @@ def main(argv: Sequence[str]) -> None:
     _become(request, job[1], preload)
     # From here on this process is the engine: it ends as one that was started plainly.
     sys.argv[:] = request.argv
-    runpy.run_module(request.argv[0], run_name="__main__", alter_sys=True)
+    code: object = None
+    try:
+        runpy.run_module(request.argv[0], run_name="__main__", alter_sys=True)
+    except SystemExit as ended:
+        code = ended.code
+    _end(code)
+
+
+def _end(code: object) -> NoReturn:
+    """End as `sys.exit(code)` does, but leave the objects to the kernel: taking them apart would
+    copy every page that is shared with the parent, for seconds on a busy host."""
+    if code is not None and not isinstance(code, int):
+        print(code, file=sys.stderr)
+        code = 1
+    vars(threading)["_shutdown"]()  # waits for the threads that are no daemons
+    vars(atexit)["_run_exitfuncs"]()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit((code or 0) & 0xFF)
 
 
 if __name__ == "__main__":

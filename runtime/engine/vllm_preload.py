@@ -12,6 +12,7 @@ the environment is the caller's at that moment, nothing else is inherited), less
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import importlib
 import importlib.metadata
@@ -106,8 +107,10 @@ def _import_all() -> None:
         importlib.import_module(name)
     for name in MODELS:
         importlib.import_module(f"vllm.model_executor.models.{name}")
-    # A hash of all of torch's sources, asked for wherever something compiled is looked up: 1 s.
-    importlib.import_module("torch._inductor.codecache").torch_key()
+    # Hashes of all of torch and Triton, asked for wherever something compiled is looked up: 1.5 s.
+    codecache = importlib.import_module("torch._inductor.codecache")
+    codecache.torch_key()
+    codecache.triton_key()
     # Its first call looks for the arguments in memory, which the fork server overwrites later.
     importlib.import_module("setproctitle").getproctitle()
     # Fills vLLM's own cache of what its options are, which it reads from its sources.
@@ -272,6 +275,75 @@ def _mend_compiled_loading() -> None:
 
     compiler["load_compiled_function"] = load_compiled_function
     os.environ["VLLM_USE_AOT_COMPILE"] = "1"
+    _mend_warm_up()
+    _mend_probe()
+
+
+SHORT_TOKENS = 16  # in the batch of a warm-up that has nothing to compile
+
+
+class _OtherSize(Exception):
+    """The warm-up's batch is too large, or too small, for what was found on the disk."""
+
+
+def _mend_warm_up() -> None:
+    """Warm up with a short batch where what was compiled came from the disk.
+
+    On CPU the warm-up computes the largest batch (seconds) to have it compiled, and to see what
+    memory that leaves for the KV cache. With an artifact, and a KV cache of a given size, nothing
+    is left to find out. Inductor tunes its code to the batch it compiles for, so what is missing
+    is compiled with the largest one, as in a plain start: the warm-up begins with that and begins
+    again, once, when the artifact is there.
+    """
+    decorators = vars(importlib.import_module("vllm.compilation.decorators"))
+    runner = importlib.import_module("vllm.v1.worker.cpu_model_runner").CPUModelRunner
+    load, profile_run = decorators["_try_load_aot_compiled_fn"], runner.profile_run
+    batch = ""  # of the warm-up under way: "largest" so far, "short", or "compiling" for good
+
+    def try_load(model: Any, path: str) -> Any:
+        nonlocal batch
+        loaded = load(model, path)
+        if loaded is None:
+            before, batch = batch, batch and "compiling"
+            if before == "short":
+                raise _OtherSize
+        elif batch == "largest":
+            model.aot_compiled_fn, model.was_aot_compile_fn_loaded_from_disk = loaded, True
+            batch = "short"
+            raise _OtherSize
+        return loaded
+
+    def run(self: Any, *args: Any, **options: Any) -> None:
+        nonlocal batch
+        largest = self.max_num_tokens
+        if self.vllm_config.cache_config.kv_cache_memory_bytes is not None:
+            batch = "largest"
+        try:
+            while True:
+                self.max_num_tokens = min(largest, SHORT_TOKENS) if batch == "short" else largest
+                with contextlib.suppress(_OtherSize):
+                    profile_run(self, *args, **options)
+                    return
+        finally:
+            self.max_num_tokens, batch = largest, ""
+
+    decorators["_try_load_aot_compiled_fn"] = try_load
+    runner.profile_run = run
+
+
+def _mend_probe() -> None:
+    """Try here whether a library for the CPU's vector instructions loads; torch asks a fresh
+    interpreter each time, 0.5 s of CPU for each kind of instructions."""
+    isa = importlib.import_module("torch._inductor.cpu_vec_isa").VecISA
+
+    def probe_load(self: Any, path: str) -> bool:
+        try:
+            ctypes.CDLL(path)
+        except OSError:
+            return False
+        return True
+
+    isa._probe_load = probe_load
 
 
 _CACHED = type(functools.lru_cache(len))

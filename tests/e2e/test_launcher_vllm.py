@@ -38,10 +38,10 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("launcher")
 
 
-def make_launch(folder, tensor_parallel_size=1):
+def make_launch(folder, tensor_parallel_size=1, eager=True):
     spec = ModelSpec(
         name="tiny", source="tiny", tensor_parallel_size=tensor_parallel_size,
-        engine_args={"enforce_eager": True, "max_model_len": 512},
+        engine_args={"enforce_eager": eager, "max_model_len": 512},
     )  # fmt: skip
     model = str(write_model(folder / "models", "tiny"))
     booked = estimate(spec, model, "cpu").total_bytes
@@ -153,6 +153,24 @@ async def test_a_forked_engine_is_the_same_engine(world):
     await ended(world, "plain")
     assert world.exits == [("plain", 0)]
     assert forked.pid not in (await world.supervisor.trees()).get("plain", set())
+
+
+async def test_what_was_compiled_once_is_loaded_and_answers_as_a_plain_engine_does(world):
+    """The second forked start warms up with a short batch, as it has nothing to compile."""
+    launch, url = make_launch(world.folder, eager=False)
+    seen = {}
+    for replica_id in ("compiles", "loads", "compiles-plain"):
+        if "plain" in replica_id:
+            world.supervisor.spawn(replica_id, launch.argv, launch.env, world.folder)
+        else:
+            await world.fork(replica_id, launch)
+        await healthy(world, replica_id, url)
+        seen[replica_id] = await seen_from_outside(url)
+        text = world.supervisor.log_path(replica_id).read_text()
+        assert ("Directly load AOT compilation" in text) == (replica_id == "loads")
+        await world.end(replica_id)
+        world.exits.clear()
+    assert seen["compiles"] == seen["loads"] == seen["compiles-plain"]
 
 
 async def ended(world, replica_id):

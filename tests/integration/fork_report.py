@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import multiprocessing
 import os
@@ -47,4 +48,8 @@ if __name__ == "__main__":
     os.rename(sys.argv[1] + ".tmp", sys.argv[1])
     if sys.argv[2] == "wait":
         time.sleep(600)
+    if sys.argv[2] == "late":
+        atexit.register(print, "last words")
+        threading.Timer(0.2, print, ["from a thread that is no daemon"]).start()
+        sys.exit("why it ended")
     sys.exit(int(sys.argv[2]))

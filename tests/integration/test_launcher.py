@@ -145,6 +145,23 @@ async def test_its_exit_status_is_told(world, status):
     assert world.exits == [("r", status)]
 
 
+async def test_its_threads_end_and_its_last_words_are_heard_as_of_a_plain_one(world):
+    tails = []
+    for replica_id in ("plain", "forked"):
+        launch = world.reporting(replica_id, "late")
+        if replica_id == "plain":
+            world.plain(replica_id, launch)
+        else:
+            await world.fork(replica_id, launch)
+        await until(lambda: world.exits, "the exit")
+        assert world.exits == [(replica_id, 1)]
+        world.exits.clear()
+        tails.append(world.supervisor.log_tail(replica_id))
+    assert tails[0] == tails[1]
+    for words in ("why it ended", "from a thread that is no daemon", "last words"):
+        assert words in tails[1]
+
+
 async def test_the_signal_that_killed_it_is_told_and_no_zombie_is_left(world):
     leader = await world.fork("r", world.reporting("one"))
     await world.report("one")
