@@ -65,7 +65,8 @@ def test_what_was_learnt_survives_a_scheduler(cluster: Cluster) -> None:
     def saved() -> bool:
         nonlocal stored
         found = cluster.try_admin("/admin/models/a/footprint")
-        stored = json.dumps(found["measured"][0]["times"]["start-cached"]) if found else ""
+        known = found["measured"] if found else ()
+        stored = json.dumps(known[0]["times"]["start-cached"]) if known else ""
         return bool(stored)
 
     wait_until(saved, "a footprint")
