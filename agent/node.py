@@ -22,32 +22,44 @@ from typing import Any
 import aiohttp
 import msgspec
 import psutil
+from msgspec import Struct
 
 from agent import messages, process
 from agent.cache import ModelCache
 from agent.cache_errors import CacheError
 from agent.canary import Canary
 from agent.core import ID_PATTERN, AgentCore
-from agent.devices import DeviceSource, host_memory
+from agent.devices import DeviceSource
+from agent.host_ram import level_1_refusal
+from agent.host_watch import HostWatch
 from agent.launch import BadStart, Place, make_plan
 from agent.launcher import CannotFork, Held, Launcher
 from agent.metrics import Metrics
 from agent.probe import Prober, Target, is_healthy
 from agent.process import Owner
 from agent.records import Record, Records
-from agent.replica import SERVED_PHASES, SLEEP_PHASES, Replica
-from agent.rungs import Rungs, levels, residue_bytes
+from agent.replica import SERVED_PHASES, SLEEP_PHASES, Replica, rung_name
+from agent.rungs import Rungs, asleep_model, levels, residue_bytes
 from agent.sleep import Controls, is_sleeping
+from agent.staging import Stager
+from agent.staging_policy import Seen, start_rung
 from agent.supervisor import Supervisor
 from agent.watch import DeviceWatch
 from runtime.config import Config
 from runtime.engine import Launch, get_engine
-from runtime.wire import Heartbeat, ModelSpec, ReplicaPhase, ReplicaReport
+from runtime.wire import Heartbeat, ModelSpec, ReplicaPhase, ReplicaReport, StartRung
 
 log = logging.getLogger("stoker.agent")
 
 _WILDCARDS = {"0.0.0.0", "::"}
-_HOST_BUDGET = 0.5  # of the host's memory (or the cgroup's limit) may go to sleeping engines
+
+
+class Origin(Struct, frozen=True, kw_only=True):
+    """What a start loads, where that was when it began, and the seconds of each phase before."""
+
+    model_path: str
+    rung: StartRung = "cached"
+    phases: dict[str, float] = {}
 
 
 class Node:
@@ -85,6 +97,7 @@ class Node:
             epoch=records.epoch,
             rungs=lambda spec: levels(spec, devices.kind),
             disabled=records.disabled(),
+            barred=self._barred,
         )
         self._session = session
         self._records = records
@@ -101,7 +114,8 @@ class Node:
         self._reaps: dict[str, asyncio.Task[None]] = {}
         self._probes: dict[str, tuple[Prober, asyncio.Task[None]]] = {}
         self._rungs = Rungs(self, session, self.devices, self.metrics, self._task)
-        self._host_budget_bytes = int(host_memory()[0] * _HOST_BUDGET)
+        self.host = HostWatch(config.agent, devices.kind, self._launcher.pids)
+        self.stager = Stager(cache, self.metrics, self.devices.pids, self._loading)
         self._seq = 0
         self._version = importlib.metadata.version("stoker-serve")
 
@@ -140,8 +154,8 @@ class Node:
                     self._reaps[replica_id] = self._task(self._reap(replica_id))
             case messages.SleepEngine() | messages.WakeEngine():
                 self._rungs.carry_out(effect)
-            case messages.Stage():
-                pass  # staging comes with agent/staging.py
+            case messages.Stage(models):
+                self.stager.wish(models)
             case messages.SaveDisabled():
                 with _logged("the disabled rungs"):
                     self._records.save_disabled(self.core.disabled)
@@ -186,9 +200,14 @@ class Node:
         log_file = self._supervisor.log_path(replica_id)
         position = log_file.stat().st_size if log_file.exists() else 0
         try:
-            model_path = await self._model_path(replica_id, command.spec)
+            origin = await self._origin(replica_id, command.spec)
             plan = await asyncio.to_thread(
-                make_plan, command, self.devices.last(), self.place, self._ports(), model_path
+                make_plan,
+                command,
+                self.devices.last(),
+                self.place,
+                self._ports(),
+                origin.model_path,
             )
             held, why = await self._fork(replica_id, plan.launch)
             # No await from here on: a stop must find either no process or a recorded one.
@@ -212,32 +231,60 @@ class Node:
             control_key=plan.context.control_key,
             leader=leader,
             canary=None,
+            started_from=origin.rung,
             engine_version=self.engines.get(command.spec.engine),
         )
         how = "forked" if held else "plain"
         self.metrics.starts.labels(command.spec.name, how, why).inc()
         log.info(
-            "%s started (%s): %s",
+            "%s started (%s, from %s): %s",
             replica_id,
             how,
+            origin.rung,
             command.reason,
             extra={"model": command.spec.name, "pid": leader.pid, "port": plan.context.port},
         )
         self._probe(replica_id)
-        self._rungs.started(replica_id, log_file, position, time.monotonic())
+        self._rungs.started(replica_id, log_file, position, time.monotonic(), origin.phases)
         self._changed()
 
-    async def _model_path(self, replica_id: str, spec: ModelSpec) -> str:
-        """What its engine is told to load: a folder on this node. Raises BadStart."""
-        if spec.engine == "stub":
-            return spec.source  # it loads nothing
+    async def _origin(self, replica_id: str, spec: ModelSpec) -> Origin:
+        """What its engine is told to load: a folder on this node, fetched first if need be.
+
+        Raises BadStart.
+        """
+        began = time.monotonic()
+        seen = await self.stager.look(spec.source)
+        looked = time.monotonic()
+        if spec.engine == "stub":  # it loads nothing, but its folder may be a real one
+            rung = start_rung(True, seen) if seen else "cached"
+            return Origin(model_path=spec.source, rung=rung)
         try:
-            return str(await self.cache.ensure(spec.source, replica_id))
+            folder = await self.cache.ensure(spec.source, replica_id)
         except ValueError as error:
             raise BadStart("bad_model", str(error)) from None
         except CacheError as error:
             passes = error.kind in ("unreachable", "disk_full", "cancelled", "corrupt")
             raise BadStart("crash" if passes else "bad_model", str(error)) from None
+        phases = {"stage": looked - began, "fetch": time.monotonic() - looked}
+        rung = start_rung(seen is not None, seen or Seen())
+        return Origin(model_path=str(folder), rung=rung, phases=phases)
+
+    def _loading(self) -> set[str]:
+        """The sources that engines read right now, or may."""
+        reads = ("starting", "backoff", "waking")
+        replicas = self.core.replicas.values()
+        return {r.command.spec.source for r in replicas if r.phase in reads}
+
+    def _barred(self, spec: ModelSpec) -> dict[str, str]:
+        """Rungs that this host has no room for, and why; as in ReplicaReport.disabled."""
+        try:
+            model = asleep_model(spec, 1)
+        except ValueError:
+            return {}  # its start will say what is wrong with it
+        held = model.host_bytes if model else self.stager.seen(spec.source).weights_bytes
+        refusal = level_1_refusal(held, self.host.most_bytes(self.devices.last()))
+        return {rung_name(1): refusal} if refusal else {}
 
     async def _fork(self, replica_id: str, launch: Launch) -> tuple[Held | None, str]:
         """(a process that waits to be let go, ""), or (None, why its start must be plain)."""
@@ -358,12 +405,19 @@ class Node:
             replicas=tuple(self._report(r) for r in self.core.reports(time.monotonic())),
             host_memory_total_bytes=memory.total,
             host_memory_available_bytes=memory.available,
-            host_budget_bytes=self._host_budget_bytes,
+            host_budget_bytes=self.host.budget_bytes(self.devices.last(), self._awake_bytes()),
+            cached=self.stager.cached(),
+            staged=self.stager.staged(),
             engines=dict(self.engines),
             labels=self.config.agent.labels,
             draining=self.core.shutting_down,
             version=self._version,
         )
+
+    def _awake_bytes(self) -> int:
+        """Host memory of the engines that do not sleep: a sleeper's is booked."""
+        awake = (i for i, r in self.core.replicas.items() if r.phase not in SLEEP_PHASES)
+        return sum(map(self.devices.host_bytes, awake))
 
     def _report(self, report: ReplicaReport) -> ReplicaReport:
         record = self._known.get(report.replica_id)
@@ -378,6 +432,7 @@ class Node:
             memory_used_bytes=self.devices.used_bytes(report.replica_id),
             host_bytes=self._rungs.host_bytes(report, record.saved.command.spec),
             engine_version=record.engine_version,
+            started_from=record.started_from,
         )
 
     def log_path(self, replica_id: str) -> Path | None:
@@ -440,6 +495,7 @@ class Node:
             saved = msgspec.structs.replace(saved, phase="backoff")  # it never ran: no crash
         log.info("%s adopted", replica_id, extra={"alive": alive, "healthy": healthy})
         self.cache.hold(saved.command.spec.source, replica_id)
+        self.stager.see(saved.command.spec.source)
         residue = 0
         if saved.sleep:
             held = self.devices.used_bytes(replica_id) or 0
@@ -480,7 +536,11 @@ class Node:
     async def keep_launcher(self) -> None:
         """Give its memory back while the host is short of it."""
         self._launcher.keep(psutil.virtual_memory().available)
+        await self.host.read()
         self.metrics.launchers.set(self._launcher.ready)
+        self.metrics.launcher_bytes.set(self.host.launcher_bytes)
+        budget = self.host.budget_bytes(self.devices.last(), self._awake_bytes())
+        self.metrics.host_budget_bytes.set(budget)
 
     async def rotate_logs(self) -> None:
         """Keep the logs within their limit."""
@@ -493,6 +553,7 @@ class Node:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        await self.stager.close()
         await self._launcher.close()
         self._supervisor.close()
 

@@ -20,6 +20,7 @@ from msgspec import Struct
 from agent.canary import Canary
 from agent.messages import Saved
 from agent.process import Leader
+from runtime.wire import StartRung
 
 log = logging.getLogger("stoker.agent")
 
@@ -39,6 +40,7 @@ class Record(Struct, frozen=True, kw_only=True):
     leader: Leader | None = None  # None: never started
     engine_version: str | None = None
     canary: Canary | None = None  # None: not asked for yet
+    started_from: StartRung = "cached"
 
 
 class _Disabled(Struct, frozen=True, kw_only=True):

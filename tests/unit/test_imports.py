@@ -22,7 +22,9 @@ PURE = (
     "scheduler/ledger.py", "scheduler/moves.py", "scheduler/table.py", "scheduler/snapshot.py",
     "runtime/footprints.py",
     "agent/core.py", "agent/messages.py", "agent/replica.py", "agent/transitions.py",
-    "agent/canary.py", "agent/phases.py", "agent/cache_policy.py", "runtime/router/admission.py",
+    "agent/canary.py", "agent/phases.py", "agent/cache_policy.py",
+    "agent/staging_policy.py", "agent/host_ram.py",
+    "runtime/router/admission.py",
 )  # fmt: skip
 IMPURE_MODULES = {
     "asyncio", "aiohttp", "time", "random", "uuid", "logging", "datetime", "os", "secrets",
