@@ -125,6 +125,7 @@ class _Agent:
             _every(_ROTATE_S, node.rotate_logs),
             _every(_LAUNCHER_S, node.keep_launcher),
             node.stager.run(),
+            node.preemption.run(),
             link.run(),
             keep_registered(self._registry, service),
         ]

@@ -30,11 +30,13 @@ from agent.cache_errors import CacheError
 from agent.canary import Canary
 from agent.core import ID_PATTERN, AgentCore
 from agent.devices import DeviceSource
+from agent.engine_load import EngineLoad
 from agent.host_ram import level_1_refusal
 from agent.host_watch import HostWatch
 from agent.launch import BadStart, Place, make_plan
 from agent.launcher import CannotFork, Held, Launcher
 from agent.metrics import Metrics
+from agent.preemption import Preemption
 from agent.probe import Prober, Target, is_healthy
 from agent.process import Owner
 from agent.records import Record, Records
@@ -115,6 +117,7 @@ class Node:
         self._probes: dict[str, tuple[Prober, asyncio.Task[None]]] = {}
         self._rungs = Rungs(self, session, self.devices, self.metrics, self._task)
         self.host = HostWatch(config.agent, devices.kind, self._launcher.pids)
+        self.preemption = Preemption(config.agent, session, changed)
         self.stager = Stager(cache, self.metrics, self.devices.pids, self._loading)
         self._seq = 0
         self._version = importlib.metadata.version("stoker-serve")
@@ -408,6 +411,8 @@ class Node:
             host_budget_bytes=self.host.budget_bytes(self.devices.last(), self._awake_bytes()),
             cached=self.stager.cached(),
             staged=self.stager.staged(),
+            preemptible=self.preemption.preemptible,
+            preempted_in_s=self.preemption.left_s(),
             engines=dict(self.engines),
             labels=self.config.agent.labels,
             draining=self.core.shutting_down,
@@ -424,6 +429,8 @@ class Node:
         runs = report.phase in ("starting", "stopping") or report.phase in SERVED_PHASES
         if record is None or record.leader is None or not runs:
             return report
+        probe = self._probes.get(report.replica_id)
+        load = probe[0].load if probe else EngineLoad()
         return msgspec.structs.replace(
             report,
             base_url=url(advertised_host(self.config), record.port),
@@ -433,6 +440,8 @@ class Node:
             host_bytes=self._rungs.host_bytes(report, record.saved.command.spec),
             engine_version=record.engine_version,
             started_from=record.started_from,
+            kv_cache_usage=load.kv_cache_usage if report.phase == "ready" else None,
+            engine_waiting=load.waiting if report.phase == "ready" else None,
         )
 
     def log_path(self, replica_id: str) -> Path | None:

@@ -13,11 +13,14 @@ from collections.abc import Callable
 import aiohttp
 from msgspec import Struct
 
+from agent.engine_load import EngineLoad, read_load
 from agent.messages import HealthChanged, StatusSeen
 from runtime import wire
 from runtime.wire import ReplicaPhase
 
 _STATUS_PATH = "/stoker/status"
+_METRICS_PATH = "/metrics"
+_LOAD_PAUSE_S = 2.0  # between looks at its metrics, while it has requests
 _FIRST_PAUSE_S = 0.05  # while starting; grows by a fifth up to _LAST_PAUSE_S
 _LAST_PAUSE_S = 0.25
 _READY_PAUSE_S = 1.0  # asleep too
@@ -65,6 +68,9 @@ class Prober:
         self._phase = phase
         self._tell = tell
         self._poked = asyncio.Event()
+        self._in_flight = 0
+        self._load_due_at = 0.0
+        self.load = EngineLoad()  # as last seen
 
     def poke(self) -> None:
         """The phase changed: look at once."""
@@ -81,7 +87,7 @@ class Prober:
                 pause_s = starting_pause_s
                 starting_pause_s = min(starting_pause_s * 1.2, _LAST_PAUSE_S)
             elif phase == "ready":
-                await asyncio.gather(self._probe_health(), self._probe_status())
+                await asyncio.gather(self._probe_health(), self._probe_status(), self._probe_load())
                 pause_s = _READY_PAUSE_S
             elif phase == "draining":
                 await self._probe_status()
@@ -103,18 +109,33 @@ class Prober:
     async def _probe_health(self) -> None:
         self._tell_health(await is_healthy(self._session, self._target))
 
-    async def _probe_status(self) -> None:
+    async def _ask(self, path: str) -> bytes:
         target = self._target
         headers = {"Authorization": f"Bearer {target.control_key}"}
+        async with self._session.get(
+            target.base_url + path, headers=headers, timeout=_TIMEOUT
+        ) as reply:
+            reply.raise_for_status()
+            return await reply.read()
+
+    async def _probe_load(self) -> None:
+        """What its metrics say; once more after its last request, and then no more."""
+        now = time.monotonic()
+        known_idle = self.load.kv_cache_usage is not None and self.load.is_idle
+        if now < self._load_due_at or (known_idle and not self._in_flight):
+            return
+        self._load_due_at = now + _LOAD_PAUSE_S
+        with contextlib.suppress(*_FAILURES):
+            self.load = read_load((await self._ask(_METRICS_PATH)).decode(errors="replace"))
+
+    async def _probe_status(self) -> None:
+        target = self._target
         asked_at = time.monotonic()
         try:
-            async with self._session.get(
-                target.base_url + _STATUS_PATH, headers=headers, timeout=_TIMEOUT
-            ) as reply:
-                reply.raise_for_status()
-                status = wire.decode(await reply.read(), _Status)
+            status = wire.decode(await self._ask(_STATUS_PATH), _Status)
         except _FAILURES:
             return  # the health check and the drain's grace time judge it
+        self._in_flight = status.in_flight
         self._tell(
             StatusSeen(
                 now=time.monotonic(),
