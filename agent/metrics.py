@@ -37,6 +37,12 @@ class Metrics:
             buckets=_START_BUCKETS_S,
             registry=self._all,
         )
+        self.load_formats = Counter(
+            "stoker_agent_load_formats",
+            "starts by the format their weights were loaded with, and why that one",
+            ["model", "format", "why"],
+            registry=self._all,
+        )
         self.launchers = Gauge(
             "stoker_agent_launchers", "pre-imported parents that can fork", registry=self._all
         )

@@ -35,6 +35,8 @@ from agent.host_ram import level_1_refusal
 from agent.host_watch import HostWatch
 from agent.launch import BadStart, Place, make_plan
 from agent.launcher import CannotFork, Held, Launcher
+from agent.load_format import Known
+from agent.load_formats import LoadFormats, importable
 from agent.metrics import Metrics
 from agent.preemption import Preemption
 from agent.probe import Prober, Target, is_healthy
@@ -61,6 +63,7 @@ class Origin(Struct, frozen=True, kw_only=True):
 
     model_path: str
     rung: StartRung = "cached"
+    load_format: str | None = None
     phases: dict[str, float] = {}
 
 
@@ -117,6 +120,9 @@ class Node:
         self._probes: dict[str, tuple[Prober, asyncio.Task[None]]] = {}
         self._rungs = Rungs(self, session, self.devices, self.metrics, self._task)
         self.host = HostWatch(config.agent, devices.kind, self._launcher.pids)
+        self.load_formats = LoadFormats(
+            devices.kind, records.load_formats(), self._save_load_formats, self.metrics
+        )
         self.preemption = Preemption(config.agent, session, changed)
         self.stager = Stager(cache, self.metrics, self.devices.pids, self._loading)
         self._seq = 0
@@ -137,6 +143,8 @@ class Node:
     def apply(self, event: messages.Event) -> messages.Refused | None:
         """Give the core an event and do what it says; a command may be refused."""
         refused = None
+        if isinstance(event, messages.PhasesSeen):
+            self.load_formats.measured(event.replica_id, event.phases.get("weights"))
         for effect in self.core.handle(event):
             if isinstance(effect, messages.Refused):
                 refused = effect
@@ -186,6 +194,10 @@ class Node:
         if not task.cancelled() and (error := task.exception()) and not self.failed.done():
             self.failed.set_exception(error)
 
+    def _save_load_formats(self, known: dict[str, Known]) -> None:
+        with _logged("the load formats"):
+            self._records.save_load_formats(known)
+
     def _save(self, replica_id: str, **fields: object) -> None:
         if replica_id not in self.core.replicas:
             return
@@ -211,6 +223,7 @@ class Node:
                 self.place,
                 self._ports(),
                 origin.model_path,
+                origin.load_format,
             )
             held, why = await self._fork(replica_id, plan.launch)
             # No await from here on: a stop must find either no process or a recorded one.
@@ -271,7 +284,8 @@ class Node:
             raise BadStart("crash" if passes else "bad_model", str(error)) from None
         phases = {"stage": looked - began, "fetch": time.monotonic() - looked}
         rung = start_rung(seen is not None, seen or Seen())
-        return Origin(model_path=str(folder), rung=rung, phases=phases)
+        chosen = await asyncio.to_thread(self.load_formats.choose, replica_id, spec, folder, rung)
+        return Origin(model_path=str(folder), rung=rung, load_format=chosen, phases=phases)
 
     def _loading(self) -> set[str]:
         """The sources that engines read right now, or may."""
@@ -372,6 +386,8 @@ class Node:
 
     def _exited(self, replica_id: str, kind: str, words: str) -> None:
         replica = self.core.replicas[replica_id]
+        if replica.phase == "starting" and self.load_formats.failed(replica_id, words):
+            kind = "crash"  # it is worth another start, with another load format
         if replica.phase == "starting" or replica.phase in SERVED_PHASES:
             self.metrics.exits.labels(replica.command.spec.name, kind).inc()
             log.warning("%s died while %s: %s", replica_id, replica.phase, words)
@@ -525,6 +541,7 @@ class Node:
 
     async def find_engines(self) -> None:
         """Learn which engines this node can run."""
+        self.load_formats.modules = await asyncio.to_thread(importable, self.place.python)
         for name in ("vllm", "stub"):
             try:
                 version = await asyncio.to_thread(get_engine(name).version, self.place.python)

@@ -23,7 +23,7 @@ PURE = (
     "runtime/footprints.py",
     "agent/core.py", "agent/messages.py", "agent/replica.py", "agent/transitions.py",
     "agent/canary.py", "agent/phases.py", "agent/cache_policy.py",
-    "agent/staging_policy.py", "agent/host_ram.py",
+    "agent/staging_policy.py", "agent/host_ram.py", "agent/load_format.py",
     "runtime/router/admission.py",
 )  # fmt: skip
 IMPURE_MODULES = {
