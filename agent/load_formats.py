@@ -9,10 +9,8 @@ Rules this file keeps:
 from __future__ import annotations
 
 import logging
-import os
 import subprocess
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Collection
 
 from msgspec import Struct
 
@@ -57,13 +55,17 @@ class LoadFormats:
         self._starts: dict[str, _Start] = {}
         self.modules: tuple[str, ...] = ()  # that the engine's interpreter can import
 
-    def choose(self, replica_id: str, spec: ModelSpec, folder: Path, rung: StartRung) -> str | None:
-        """The format to start with; None: the engine's own default, or the spec's. Blocks."""
+    def choose(
+        self, replica_id: str, spec: ModelSpec, files: Collection[str], rung: StartRung
+    ) -> str | None:
+        """The format to start with; None: the engine's own default, or the spec's.
+
+        `files`: the names in the model's folder.
+        """
         if spec.engine != "vllm":
             return None
         declared = vllm_args.flat_args(spec.engine_args).get("load_format")
         launch = launch_name(spec)
-        files = os.listdir(folder) if folder.is_dir() else ()
         formats = load_format.usable(self._kind, self.modules, files, spec.tensor_parallel_size)
         known = self._known.get(launch, Known())
         choice = load_format.choose(known, formats, rung, declared)
@@ -97,8 +99,12 @@ class LoadFormats:
         self._keep(start.launch, load_format.failed(known, start.choice.format or "", words))
         return True
 
+    def forget(self, replica_id: str) -> None:
+        """It is over."""
+        self._starts.pop(replica_id, None)
+
     def _keep(self, launch: str, known: Known) -> None:
-        if self._known.get(launch) == known:
+        if self._known.get(launch, Known()) == known:
             return
         self._known.pop(launch, None)
         self._known[launch] = known

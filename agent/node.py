@@ -176,6 +176,7 @@ class Node:
                     probe[0].poke()
             case messages.ForgetRecord(replica_id):
                 self.cache.release(replica_id)
+                self.load_formats.forget(replica_id)
                 self._known.pop(replica_id, None)
                 with _logged(f"the record of {replica_id}"):
                     self._records.forget(replica_id)
@@ -284,7 +285,8 @@ class Node:
             raise BadStart("crash" if passes else "bad_model", str(error)) from None
         phases = {"stage": looked - began, "fetch": time.monotonic() - looked}
         rung = start_rung(seen is not None, seen or Seen())
-        chosen = await asyncio.to_thread(self.load_formats.choose, replica_id, spec, folder, rung)
+        files = await asyncio.to_thread(os.listdir, folder)
+        chosen = self.load_formats.choose(replica_id, spec, files, rung)
         return Origin(model_path=str(folder), rung=rung, load_format=chosen, phases=phases)
 
     def _loading(self) -> set[str]:

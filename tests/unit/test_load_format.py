@@ -110,11 +110,7 @@ def test_only_the_last_measurements_count():
 # ------------------------------------------------------------------------------ the node's memory
 
 
-@pytest.fixture
-def model(tmp_path):
-    (tmp_path / "m").mkdir()
-    (tmp_path / "m" / "model.safetensors").touch()
-    return tmp_path / "m"
+FILES = ("config.json", "model.safetensors")
 
 
 def spec(**engine_args):
@@ -127,19 +123,19 @@ def open_formats(records):
     return formats
 
 
-def test_what_was_measured_outlives_the_agent(tmp_path, model):
+def test_what_was_measured_outlives_the_agent(tmp_path):
     for _ in range(2):
         records = Records(str(tmp_path / "state"))
         formats = open_formats(records)
-        assert formats.choose("r-1", spec(), model, "cached") is None
+        assert formats.choose("r-1", spec(), FILES, "cached") is None
         formats.measured("r-1", SLOW)
         records.close()
     records = Records(str(tmp_path / "state"))
     formats = open_formats(records)
-    assert formats.choose("r-2", spec(), model, "cached") == "fastsafetensors"
+    assert formats.choose("r-2", spec(), FILES, "cached") == "fastsafetensors"
     assert formats.failed("r-2", "no such symbol")
-    assert formats.choose("r-3", spec(), model, "cached") == "runai_streamer"
-    assert formats.choose("r-4", spec(**{"load-format": "dummy"}), model, "cached") is None
+    assert formats.choose("r-3", spec(), FILES, "cached") == "runai_streamer"
+    assert formats.choose("r-4", spec(**{"load-format": "dummy"}), FILES, "cached") is None
     assert not formats.failed("r-4", "it is the spec's own")
     records.close()
     text = (tmp_path / "state" / "load-formats.json").read_bytes()
@@ -147,10 +143,10 @@ def test_what_was_measured_outlives_the_agent(tmp_path, model):
     assert kept["failed"] == {"fastsafetensors": "no such symbol"}
 
 
-def test_a_stub_loads_nothing(tmp_path, model):
+def test_a_stub_loads_nothing(tmp_path):
     records = Records(str(tmp_path / "state"))
     stub = msgspec.structs.replace(spec(), engine="stub")
-    assert open_formats(records).choose("r", stub, model, "cached") is None
+    assert open_formats(records).choose("r", stub, FILES, "cached") is None
     records.close()
 
 
