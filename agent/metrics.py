@@ -37,6 +37,13 @@ class Metrics:
             buckets=_START_BUCKETS_S,
             registry=self._all,
         )
+        self.compile_caches = Counter(
+            "stoker_agent_compile_caches",
+            "compiled code of starts: fetched from the shared store, present, pushed, refused or"
+            " failed",
+            ["what"],
+            registry=self._all,
+        )
         self.load_formats = Counter(
             "stoker_agent_load_formats",
             "starts by the format their weights were loaded with, and why that one",

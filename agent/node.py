@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import importlib.metadata
 import logging
 import os
@@ -28,6 +29,7 @@ from agent import messages, process
 from agent.cache import ModelCache
 from agent.cache_errors import CacheError
 from agent.canary import Canary
+from agent.compile_share import CompileShare
 from agent.core import ID_PATTERN, AgentCore
 from agent.devices import DeviceSource
 from agent.engine_load import EngineLoad
@@ -123,8 +125,10 @@ class Node:
         self.load_formats = LoadFormats(
             devices.kind, records.load_formats(), self._save_load_formats, self.metrics
         )
+        self.compile_share = CompileShare(config, self.place, self.metrics)
         self.preemption = Preemption(config.agent, session, changed)
         self.stager = Stager(cache, self.metrics, self.devices.pids, self._loading)
+        self._sharing: set[asyncio.Task[None]] = set()
         self._seq = 0
         self._version = importlib.metadata.version("stoker-serve")
 
@@ -144,7 +148,7 @@ class Node:
         """Give the core an event and do what it says; a command may be refused."""
         refused = None
         if isinstance(event, messages.PhasesSeen):
-            self.load_formats.measured(event.replica_id, event.phases.get("weights"))
+            self._started(event)
         for effect in self.core.handle(event):
             if isinstance(effect, messages.Refused):
                 refused = effect
@@ -153,6 +157,14 @@ class Node:
         if self.core.finished:
             self.finished.set()
         return refused
+
+    def _started(self, event: messages.PhasesSeen) -> None:
+        replica_id = event.replica_id
+        self.load_formats.measured(replica_id, event.phases.get("weights"))
+        tail = functools.partial(self._supervisor.log_tail, replica_id)
+        sharing = self._task(self.compile_share.after(replica_id, tail))
+        self._sharing.add(sharing)
+        sharing.add_done_callback(self._sharing.discard)
 
     def _execute(self, effect: messages.Effect) -> None:
         match effect:
@@ -177,6 +189,7 @@ class Node:
             case messages.ForgetRecord(replica_id):
                 self.cache.release(replica_id)
                 self.load_formats.forget(replica_id)
+                self.compile_share.forget(replica_id)
                 self._known.pop(replica_id, None)
                 with _logged(f"the record of {replica_id}"):
                     self._records.forget(replica_id)
@@ -216,7 +229,7 @@ class Node:
         log_file = self._supervisor.log_path(replica_id)
         position = log_file.stat().st_size if log_file.exists() else 0
         try:
-            origin = await self._origin(replica_id, command.spec)
+            origin = await self._origin(replica_id, command.spec, command.device_ids)
             plan = await asyncio.to_thread(
                 make_plan,
                 command,
@@ -265,7 +278,9 @@ class Node:
         self._rungs.started(replica_id, log_file, position, time.monotonic(), origin.phases)
         self._changed()
 
-    async def _origin(self, replica_id: str, spec: ModelSpec) -> Origin:
+    async def _origin(
+        self, replica_id: str, spec: ModelSpec, device_ids: tuple[str, ...]
+    ) -> Origin:
         """What its engine is told to load: a folder on this node, fetched first if need be.
 
         Raises BadStart.
@@ -287,6 +302,10 @@ class Node:
         rung = start_rung(seen is not None, seen or Seen())
         files = await asyncio.to_thread(os.listdir, folder)
         chosen = self.load_formats.choose(replica_id, spec, files, rung)
+        devices = [d for d in self.devices.last() if d.device_id in device_ids]
+        if devices:
+            version = self.engines.get("vllm")
+            await self.compile_share.before(replica_id, spec, str(folder), version, devices[0])
         return Origin(model_path=str(folder), rung=rung, load_format=chosen, phases=phases)
 
     def _loading(self) -> set[str]:
@@ -577,7 +596,7 @@ class Node:
     async def close(self) -> None:
         """Let go of every engine, dead or alive."""
         tasks = [*self._starts.values(), *self._reaps.values()]
-        tasks += [*(task for _, task in self._probes.values()), *self._rungs.all()]
+        tasks += [*self._sharing, *(task for _, task in self._probes.values()), *self._rungs.all()]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)

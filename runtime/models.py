@@ -36,6 +36,13 @@ class CacheConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     copy_shared: Annotated[
         bool, Meta(description="copy models of shared_dir to this node; false: load them from it")
     ] = True
+    share_compile: Annotated[
+        bool,
+        Meta(
+            description="share compiled code through shared_dir; whoever may write there can then"
+            " run code on every node"
+        ),
+    ] = False
 
 
 class ModelRef(Struct, frozen=True, kw_only=True):
