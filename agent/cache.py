@@ -64,6 +64,7 @@ class ModelCache:
         self._files = ThreadPoolExecutor(_FILES_AT_ONCE, "cache-file")
         self._ranges = ThreadPoolExecutor(_RANGES_AT_ONCE, "cache-range")
         self._tools = Tools(store, cluster, self._files, self._ranges, self._make_room)
+        self.resident_of: Callable[[str], int] = lambda source: 0  # set by who measures it
         self._commits: set[asyncio.Task[None]] = set()
 
     # ------------------------------------------------------------------ for replicas
@@ -211,6 +212,7 @@ class ModelCache:
                 unshared_bytes=freed_bytes({model_id}, held, ()),
                 idle_s=max(0.0, now - store.used_at(model_id)),
                 held_by=tuple(self._holders(model_id)),
+                resident_bytes=self.resident_of(_short(stored, self._config.shared_dir)),
             )
             for model_id, stored in sorted(store.models.items())
         ]

@@ -53,6 +53,11 @@ class Metrics:
         self.launchers = Gauge(
             "stoker_agent_launchers", "pre-imported parents that can fork", registry=self._all
         )
+        self.snapshots = Gauge(
+            "stoker_agent_snapshots",
+            "1 where this host has all that process images need; the log says what is missing",
+            registry=self._all,
+        )
         self.launcher_bytes = Gauge(
             "stoker_agent_launcher_bytes",
             "host memory of the pre-imported parents, shared pages by share",

@@ -25,7 +25,7 @@ import msgspec
 import psutil
 from msgspec import Struct
 
-from agent import messages, process
+from agent import messages, process, snapshot
 from agent.cache import ModelCache
 from agent.cache_errors import CacheError
 from agent.canary import Canary
@@ -128,6 +128,8 @@ class Node:
         self.compile_share = CompileShare(config, self.place, self.metrics)
         self.preemption = Preemption(config.agent, session, changed)
         self.stager = Stager(cache, self.metrics, self.devices.pids, self._loading)
+        cache.resident_of = lambda source: self.stager.seen(source).resident_bytes
+        self._snapshot_lacks: tuple[str, ...] = ("an agent that has looked (it has just started)",)
         self._sharing: set[asyncio.Task[None]] = set()
         self._seq = 0
         self._version = importlib.metadata.version("stoker-serve")
@@ -315,14 +317,18 @@ class Node:
         return {r.command.spec.source for r in replicas if r.phase in reads}
 
     def _barred(self, spec: ModelSpec) -> dict[str, str]:
-        """Rungs that this host has no room for, and why; as in ReplicaReport.disabled."""
+        """Rungs that this host can't give, and why; as in ReplicaReport.disabled."""
         try:
             model = asleep_model(spec, 1)
         except ValueError:
             return {}  # its start will say what is wrong with it
+        barred = {}
+        if why := snapshot.refusal(spec, self._snapshot_lacks):
+            barred[snapshot.RUNG] = why
         held = model.host_bytes if model else self.stager.seen(spec.source).weights_bytes
-        refusal = level_1_refusal(held, self.host.most_bytes(self.devices.last()))
-        return {rung_name(1): refusal} if refusal else {}
+        if why := level_1_refusal(held, self.host.most_bytes(self.devices.last())):
+            barred[rung_name(1)] = why
+        return barred
 
     async def _fork(self, replica_id: str, launch: Launch) -> tuple[Held | None, str]:
         """(a process that waits to be let go, ""), or (None, why its start must be plain)."""
@@ -562,7 +568,6 @@ class Node:
 
     async def find_engines(self) -> None:
         """Learn which engines this node can run."""
-        self.load_formats.modules = await asyncio.to_thread(importable, self.place.python)
         for name in ("vllm", "stub"):
             try:
                 version = await asyncio.to_thread(get_engine(name).version, self.place.python)
@@ -573,6 +578,17 @@ class Node:
                 self.engines[name] = version
                 self._prepare(name)
         self._changed()
+        await self._find_abilities()
+
+    async def _find_abilities(self) -> None:
+        """Learn what the engines' environment and this host allow beyond plain starts."""
+        place = self.place
+        self.load_formats.modules = await asyncio.to_thread(importable, place.python)
+        self._snapshot_lacks = await asyncio.to_thread(
+            snapshot.host_lacks, place.python, place.device_kind, os.environ
+        )
+        self.metrics.snapshots.set(not self._snapshot_lacks)
+        log.info("snapshots: missing %s", "; ".join(self._snapshot_lacks) or "nothing")
 
     def _prepare(self, engine: str) -> None:
         place = self.place

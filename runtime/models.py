@@ -166,6 +166,7 @@ class CachedModel(Struct, frozen=True, kw_only=True):
     unshared_bytes: Size  # what removing it alone would free
     idle_s: float  # since it was last asked for
     held_by: tuple[str, ...] = ()  # replicas that use it
+    resident_bytes: Size = 0  # of its weights, in the page cache a few seconds ago
 
 
 class CacheView(Struct, frozen=True, kw_only=True):
