@@ -8,12 +8,15 @@ import os
 import threading
 
 import aiohttp
+import msgspec
 import pytest
 from agent_kit import (
     DEVICE,
+    TOKEN,
     AgentProcess,
     Client,
     FakeScheduler,
+    bearer,
     kill_all,
     make_config,
     spec,
@@ -24,6 +27,7 @@ from agent_kit import (
 from agent import page_cache
 from agent.staging import look_at
 from runtime.embedded import EmbeddedRegistry
+from runtime.models import CacheConfig
 from runtime.wire import StageModels, Staging
 
 MIB = 2**20
@@ -60,7 +64,8 @@ def test_load_brings_in_what_is_asked_for_and_no_more(model):
     page_cache.load(path, 20 * MIB, threading.Event())
     assert 20 * MIB <= page_cache.resident_bytes(path) <= 21 * MIB  # the kernel may add a little
     page_cache.load(path, 99 * MIB, threading.Event())
-    assert page_cache.resident_bytes(path) == 30 * MIB + 5
+    # not all of it, on a machine so short of memory that the kernel takes pages back at once
+    assert 29 * MIB < page_cache.resident_bytes(path) <= 30 * MIB + 5
     page_cache.drop(path)
     assert page_cache.resident_bytes(path) == 0
 
@@ -69,7 +74,7 @@ def test_where_the_kernel_does_not_read_ahead_it_is_read(model, monkeypatch):
     monkeypatch.setattr(os, "posix_fadvise", lambda *args: None)
     path = model / "b.safetensors"
     page_cache.load(path, 99 * MIB, threading.Event())
-    assert page_cache.resident_bytes(path) == 10 * MIB - 5
+    assert 9 * MIB < page_cache.resident_bytes(path) <= 10 * MIB - 5
 
 
 def test_a_cancelled_load_stops(model):
@@ -98,7 +103,10 @@ def test_mapped_files_are_found(model):
 @pytest.fixture
 async def node(tmp_path):
     """(an agent process, the scheduler it reports to, a client)"""
-    config = make_config(tmp_path)
+    cache = CacheConfig(shared_dir=str(tmp_path / "shared"))
+    config = msgspec.structs.replace(
+        make_config(tmp_path, host_budget_bytes=512 * MIB), cache=cache
+    )
     (tmp_path / "state").mkdir()
     registry = EmbeddedRegistry(config.registry_file())
     scheduler = FakeScheduler()
@@ -164,6 +172,53 @@ async def test_a_start_says_where_it_began(node, model):
     await until(lambda: resident(model) == WEIGHTS, "the weights to be in the page cache")
     await client.ok(agent.url, start("m-2", model=own, devices=(DEVICE.replace(":0", ":1"),)))
     assert (await scheduler.phase("ready", "m-2")).started_from == "staged"
+
+
+async def test_a_model_that_is_not_here_is_pulled_and_then_held(node, model, tmp_path):
+    agent, scheduler, client = node
+    there = tmp_path / "shared" / "org" / "name"
+    there.parent.mkdir(parents=True)
+    model.rename(there)
+    own = spec(source="org/name", start_s=0.0)
+    await client.ok(agent.url, start("m-1", model=own))
+    assert told(scheduler, "org/name") is None
+    wish = StageModels(epoch=1, models=(Staging(source="org/name", bytes=WEIGHTS),))
+    await client.ok(agent.url, wish)
+    await until(
+        lambda: (m := told(scheduler, "org/name")) and m.resident_bytes == WEIGHTS, "it to be held"
+    )
+    await client.ok(agent.url, start("m-2", model=own, devices=(DEVICE.replace(":0", ":1"),)))
+    assert (await scheduler.phase("ready", "m-2")).started_from == "staged"
+    async with client.session.get(f"{agent.url}/agent/cache", headers=bearer(TOKEN)) as reply:
+        (listed,) = (await reply.json())["models"]
+    assert listed["resident_bytes"] == WEIGHTS
+
+
+async def test_a_rung_that_host_memory_has_no_room_for_is_not_offered(node):
+    agent, scheduler, client = node
+    own = spec(start_s=0.0, host_bytes="1GiB")
+    await client.ok(agent.url, start("m-1", model=own))
+    report = await scheduler.phase("ready", "m-1")
+    assert report.rungs == (2,)
+    assert "host_reserve_bytes" in report.disabled["asleep-1"]
+    assert scheduler.heartbeats[-1].host_budget_bytes == 512 * MIB
+
+
+async def test_how_full_an_engine_is_told(node):
+    agent, scheduler, client = node
+    own = spec(start_s=0.0, kv_requests=2, token_s=0.05, max_tokens=10_000)
+    await client.ok(agent.url, start("m-1", model=own))
+    report = await scheduler.phase("ready", "m-1")
+    await until(lambda: scheduler.report().kv_cache_usage == 0.0, "an idle engine to say so")
+    calls = [asyncio.create_task(client.complete(report, 10_000)) for _ in range(3)]
+    await until(
+        lambda: (scheduler.report().kv_cache_usage, scheduler.report().engine_waiting) == (1.0, 1),
+        "a full engine to say so",
+    )
+    for call in calls:
+        call.cancel()
+    await asyncio.wait(calls)
+    await until(lambda: scheduler.report().kv_cache_usage == 0.0, "it to be empty again")
 
 
 async def test_a_wish_that_cannot_be_is_no_harm(node, tmp_path):
