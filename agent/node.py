@@ -23,50 +23,37 @@ from typing import Any
 import aiohttp
 import msgspec
 import psutil
-from msgspec import Struct
 
-from agent import messages, process, snapshot
+from agent import messages, process
 from agent.cache import ModelCache
-from agent.cache_errors import CacheError
 from agent.canary import Canary
-from agent.compile_share import CompileShare
 from agent.core import ID_PATTERN, AgentCore
 from agent.devices import DeviceSource
 from agent.engine_load import EngineLoad
-from agent.host_ram import level_1_refusal
 from agent.host_watch import HostWatch
 from agent.launch import BadStart, Place, make_plan
 from agent.launcher import CannotFork, Held, Launcher
+from agent.limits import Limits
 from agent.load_format import Known
-from agent.load_formats import LoadFormats, importable
 from agent.metrics import Metrics
+from agent.origin import Origins
 from agent.preemption import Preemption
 from agent.probe import Prober, Target, is_healthy
 from agent.process import Owner
 from agent.records import Record, Records
-from agent.replica import SERVED_PHASES, SLEEP_PHASES, Replica, rung_name
-from agent.rungs import Rungs, asleep_model, levels, residue_bytes
+from agent.replica import SERVED_PHASES, SLEEP_PHASES, Replica
+from agent.rungs import Rungs, levels, residue_bytes
 from agent.sleep import Controls, is_sleeping
 from agent.staging import Stager
-from agent.staging_policy import Seen, start_rung
 from agent.supervisor import Supervisor
 from agent.watch import DeviceWatch
 from runtime.config import Config
 from runtime.engine import Launch, get_engine
-from runtime.wire import Heartbeat, ModelSpec, ReplicaPhase, ReplicaReport, StartRung
+from runtime.wire import Heartbeat, ReplicaPhase, ReplicaReport
 
 log = logging.getLogger("stoker.agent")
 
 _WILDCARDS = {"0.0.0.0", "::"}
-
-
-class Origin(Struct, frozen=True, kw_only=True):
-    """What a start loads, where that was when it began, and the seconds of each phase before."""
-
-    model_path: str
-    rung: StartRung = "cached"
-    load_format: str | None = None
-    phases: dict[str, float] = {}
 
 
 class Node:
@@ -104,7 +91,7 @@ class Node:
             epoch=records.epoch,
             rungs=lambda spec: levels(spec, devices.kind),
             disabled=records.disabled(),
-            barred=self._barred,
+            barred=lambda spec: self._limits.barred(spec),
         )
         self._session = session
         self._records = records
@@ -122,14 +109,19 @@ class Node:
         self._probes: dict[str, tuple[Prober, asyncio.Task[None]]] = {}
         self._rungs = Rungs(self, session, self.devices, self.metrics, self._task)
         self.host = HostWatch(config.agent, devices.kind, self._launcher.pids)
-        self.load_formats = LoadFormats(
-            devices.kind, records.load_formats(), self._save_load_formats, self.metrics
-        )
-        self.compile_share = CompileShare(config, self.place, self.metrics)
         self.preemption = Preemption(config.agent, session, changed)
         self.stager = Stager(cache, self.metrics, self.devices.pids, self._loading)
         cache.resident_of = lambda source: self.stager.seen(source).resident_bytes
-        self._snapshot_lacks: tuple[str, ...] = ("an agent that has looked (it has just started)",)
+        self._origins = Origins(
+            config,
+            self.place,
+            cache,
+            self.stager,
+            records.load_formats(),
+            self._save_load_formats,
+            self.metrics,
+        )
+        self._limits = Limits(self.host, self.devices, self.stager, self.place, self.metrics)
         self._sharing: set[asyncio.Task[None]] = set()
         self._seq = 0
         self._version = importlib.metadata.version("stoker-serve")
@@ -161,12 +153,11 @@ class Node:
         return refused
 
     def _started(self, event: messages.PhasesSeen) -> None:
-        replica_id = event.replica_id
-        self.load_formats.measured(replica_id, event.phases.get("weights"))
-        tail = functools.partial(self._supervisor.log_tail, replica_id)
-        sharing = self._task(self.compile_share.after(replica_id, tail))
-        self._sharing.add(sharing)
-        sharing.add_done_callback(self._sharing.discard)
+        tail = functools.partial(self._supervisor.log_tail, event.replica_id)
+        weights_s = event.phases.get("weights")
+        ready = self._task(self._origins.ready(event.replica_id, weights_s, tail))
+        self._sharing.add(ready)
+        ready.add_done_callback(self._sharing.discard)
 
     def _execute(self, effect: messages.Effect) -> None:
         match effect:
@@ -190,8 +181,7 @@ class Node:
                     probe[0].poke()
             case messages.ForgetRecord(replica_id):
                 self.cache.release(replica_id)
-                self.load_formats.forget(replica_id)
-                self.compile_share.forget(replica_id)
+                self._origins.forget(replica_id)
                 self._known.pop(replica_id, None)
                 with _logged(f"the record of {replica_id}"):
                     self._records.forget(replica_id)
@@ -231,7 +221,13 @@ class Node:
         log_file = self._supervisor.log_path(replica_id)
         position = log_file.stat().st_size if log_file.exists() else 0
         try:
-            origin = await self._origin(replica_id, command.spec, command.device_ids)
+            devices = [d for d in self.devices.last() if d.device_id in command.device_ids]
+            origin = await self._origins.find(
+                replica_id,
+                command.spec,
+                devices[0] if devices else None,
+                self.engines.get(command.spec.engine),
+            )
             plan = await asyncio.to_thread(
                 make_plan,
                 command,
@@ -280,55 +276,11 @@ class Node:
         self._rungs.started(replica_id, log_file, position, time.monotonic(), origin.phases)
         self._changed()
 
-    async def _origin(
-        self, replica_id: str, spec: ModelSpec, device_ids: tuple[str, ...]
-    ) -> Origin:
-        """What its engine is told to load: a folder on this node, fetched first if need be.
-
-        Raises BadStart.
-        """
-        began = time.monotonic()
-        seen = await self.stager.look(spec.source)
-        looked = time.monotonic()
-        if spec.engine == "stub":  # it loads nothing, but its folder may be a real one
-            rung = start_rung(True, seen) if seen else "cached"
-            return Origin(model_path=spec.source, rung=rung)
-        try:
-            folder = await self.cache.ensure(spec.source, replica_id)
-        except ValueError as error:
-            raise BadStart("bad_model", str(error)) from None
-        except CacheError as error:
-            passes = error.kind in ("unreachable", "disk_full", "cancelled", "corrupt")
-            raise BadStart("crash" if passes else "bad_model", str(error)) from None
-        phases = {"stage": looked - began, "fetch": time.monotonic() - looked}
-        rung = start_rung(seen is not None, seen or Seen())
-        files = await asyncio.to_thread(os.listdir, folder)
-        chosen = self.load_formats.choose(replica_id, spec, files, rung)
-        devices = [d for d in self.devices.last() if d.device_id in device_ids]
-        if devices:
-            version = self.engines.get("vllm")
-            await self.compile_share.before(replica_id, spec, str(folder), version, devices[0])
-        return Origin(model_path=str(folder), rung=rung, load_format=chosen, phases=phases)
-
     def _loading(self) -> set[str]:
         """The sources that engines read right now, or may."""
         reads = ("starting", "backoff", "waking")
         replicas = self.core.replicas.values()
         return {r.command.spec.source for r in replicas if r.phase in reads}
-
-    def _barred(self, spec: ModelSpec) -> dict[str, str]:
-        """Rungs that this host can't give, and why; as in ReplicaReport.disabled."""
-        try:
-            model = asleep_model(spec, 1)
-        except ValueError:
-            return {}  # its start will say what is wrong with it
-        barred = {}
-        if why := snapshot.refusal(spec, self._snapshot_lacks):
-            barred[snapshot.RUNG] = why
-        held = model.host_bytes if model else self.stager.seen(spec.source).weights_bytes
-        if why := level_1_refusal(held, self.host.most_bytes(self.devices.last())):
-            barred[rung_name(1)] = why
-        return barred
 
     async def _fork(self, replica_id: str, launch: Launch) -> tuple[Held | None, str]:
         """(a process that waits to be let go, ""), or (None, why its start must be plain)."""
@@ -413,7 +365,7 @@ class Node:
 
     def _exited(self, replica_id: str, kind: str, words: str) -> None:
         replica = self.core.replicas[replica_id]
-        if replica.phase == "starting" and self.load_formats.failed(replica_id, words):
+        if replica.phase == "starting" and self._origins.failed(replica_id, words):
             kind = "crash"  # it is worth another start, with another load format
         if replica.phase == "starting" or replica.phase in SERVED_PHASES:
             self.metrics.exits.labels(replica.command.spec.name, kind).inc()
@@ -578,17 +530,7 @@ class Node:
                 self.engines[name] = version
                 self._prepare(name)
         self._changed()
-        await self._find_abilities()
-
-    async def _find_abilities(self) -> None:
-        """Learn what the engines' environment and this host allow beyond plain starts."""
-        place = self.place
-        self.load_formats.modules = await asyncio.to_thread(importable, place.python)
-        self._snapshot_lacks = await asyncio.to_thread(
-            snapshot.host_lacks, place.python, place.device_kind, os.environ
-        )
-        self.metrics.snapshots.set(not self._snapshot_lacks)
-        log.info("snapshots: missing %s", "; ".join(self._snapshot_lacks) or "nothing")
+        await asyncio.gather(self._origins.find_formats(), self._limits.find())
 
     def _prepare(self, engine: str) -> None:
         place = self.place
