@@ -13,7 +13,7 @@ Worked example, a GPU host: 512 GiB - 51.2 GiB - 0.6 GiB - 4 engines of 3 GiB = 
 
 RLIMIT_MEMLOCK is no bound here: it counts what mlock and RDMA pin. CUDA's pinned memory, which
 level-1 sleep keeps the weights in, is the driver's own; containers with the usual 64 KiB use
-gigabytes of it. Read, not measured: no GPU was at hand.
+gigabytes of it (read, not measured: no GPU was at hand); our systemd unit sets infinity anyway.
 
 Rules this file keeps: pure; a setting that can't be is an error that names it.
 """

@@ -159,12 +159,14 @@ class Stager:
         except OSError as error:
             log.warning("%s can't be read into the page cache: %s", source, error)
             return False
+        had_it_all = source in self._whole
         if not self._changed.is_set():
+            self._whole.add(source)
             self._metrics.staged_read_bytes.inc(missing)
             took_s = time.monotonic() - began
             log.info("%s: %d bytes read into the page cache in %.2f s", source, missing, took_s)
             await self.look(source)
-        return source in self._whole
+        return had_it_all
 
     def _pull(self, source: str) -> None:
         now = time.monotonic()
@@ -175,7 +177,7 @@ class Stager:
     async def _pulled(self, source: str) -> None:
         try:
             await self._cache.ensure(source)
-        except (CacheError, ValueError) as error:
+        except (CacheError, ValueError, OSError) as error:
             self._failed_at[source] = time.monotonic()
             log.warning("%s can't be staged: %s", source, error)
         else:
@@ -221,7 +223,7 @@ class Stager:
 def look_at(folder: Path) -> Seen:
     """A model's files, and how much of its weights is in the page cache. Blocks."""
     files = []
-    for path in footprint.weight_files(folder):
+    for path in _weight_files(folder):
         with contextlib.suppress(OSError):
             about = path.stat()
             resident = page_cache.resident_bytes(path)
@@ -229,10 +231,16 @@ def look_at(folder: Path) -> Seen:
     return Seen(disk_bytes=_disk_bytes(folder), files=tuple(files))
 
 
+def _weight_files(folder: Path) -> list[Path]:
+    with contextlib.suppress(OSError):  # it is being removed
+        return footprint.weight_files(folder)
+    return []
+
+
 def _disk_bytes(folder: Path) -> int:
     total = 0
-    for path in folder.rglob("*"):
-        with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError):  # likewise
+        for path in folder.rglob("*"):
             total += path.stat().st_size if path.is_file() else 0
     return total
 

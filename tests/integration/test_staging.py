@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import mmap
 import os
+import shutil
 import threading
 
 import aiohttp
@@ -62,9 +63,9 @@ def resident(folder):
 def test_load_brings_in_what_is_asked_for_and_no_more(model):
     path = model / "a.safetensors"
     page_cache.load(path, 20 * MIB, threading.Event())
-    assert 20 * MIB <= page_cache.resident_bytes(path) <= 21 * MIB  # the kernel may add a little
+    # The kernel may round up a little, and a host that reclaims all the time takes some back.
+    assert 19 * MIB <= page_cache.resident_bytes(path) <= 21 * MIB
     page_cache.load(path, 99 * MIB, threading.Event())
-    # not all of it, on a machine so short of memory that the kernel takes pages back at once
     assert 29 * MIB < page_cache.resident_bytes(path) <= 30 * MIB + 5
     page_cache.drop(path)
     assert page_cache.resident_bytes(path) == 0
@@ -219,6 +220,16 @@ async def test_how_full_an_engine_is_told(node):
         call.cancel()
     await asyncio.wait(calls)
     await until(lambda: scheduler.report().kv_cache_usage == 0.0, "it to be empty again")
+
+
+async def test_a_model_that_vanishes_is_told_no_more(node, model):
+    agent, scheduler, client = node
+    wish = StageModels(epoch=1, models=(Staging(source=str(model), bytes=WEIGHTS),))
+    await client.ok(agent.url, wish)
+    await until(lambda: told(scheduler, str(model)), "it to be told")
+    shutil.rmtree(model)
+    await until(lambda: told(scheduler, str(model)) is None, "it to be told no more")
+    assert agent.popen.poll() is None
 
 
 async def test_a_wish_that_cannot_be_is_no_harm(node, tmp_path):
