@@ -35,6 +35,7 @@ from runtime.models import (
     ModelRef,
     Offer,
     VerifyReport,
+    parse_ref,
 )
 from runtime.registry import Registry
 
@@ -63,6 +64,7 @@ class ModelCache:
         self._files = ThreadPoolExecutor(_FILES_AT_ONCE, "cache-file")
         self._ranges = ThreadPoolExecutor(_RANGES_AT_ONCE, "cache-range")
         self._tools = Tools(store, cluster, self._files, self._ranges, self._make_room)
+        self.resident_of: Callable[[str], int] = lambda source: 0  # set by who measures it
         self._commits: set[asyncio.Task[None]] = set()
 
     # ------------------------------------------------------------------ for replicas
@@ -91,6 +93,23 @@ class ModelCache:
         with contextlib.suppress(ValueError):  # the source of a stub may be anything
             if stored := self._find(source):
                 self._holds[replica_id] = stored.manifest.model_id
+
+    def find(self, source: str) -> Path | None:
+        """The folder of a cached model; None for one that is not, or is used in place."""
+        with contextlib.suppress(ValueError):
+            if stored := self._find(source):
+                return self.store.snapshot(stored.manifest.model_id)
+        return None
+
+    async def in_place(self, source: str) -> Path | None:
+        """The folder that `source` is loaded from without a copy. Raises CacheError, ValueError."""
+        wanted = await self._look(source)
+        return wanted if isinstance(wanted, Path) else None
+
+    def names(self) -> list[str]:
+        """Every cached model, as specs name it most shortly."""
+        shared = self._config.shared_dir
+        return [_short(stored, shared) for stored in self.store.models.values()]
 
     async def where(self, source: str) -> Path | None:
         """The folder of a model that need not be pulled; None for one that must be.
@@ -193,6 +212,7 @@ class ModelCache:
                 unshared_bytes=freed_bytes({model_id}, held, ()),
                 idle_s=max(0.0, now - store.used_at(model_id)),
                 held_by=tuple(self._holders(model_id)),
+                resident_bytes=self.resident_of(_short(stored, self._config.shared_dir)),
             )
             for model_id, stored in sorted(store.models.items())
         ]
@@ -372,6 +392,19 @@ def _text(stored: Stored) -> str:
     """The model as people ask for it."""
     source = stored.manifest.source
     names = [name for name in stored.asked if name]
+    return f"{source}@{names[0] if names else stored.manifest.revision}"
+
+
+def _short(stored: Stored, shared_dir: str) -> str:
+    """The shortest name of it that the cache finds it by."""
+    source = stored.manifest.source
+    if parse_ref(source) is None:
+        shared = Path(shared_dir).absolute()
+        inside = shared_dir and Path(source).is_relative_to(shared)
+        return str(Path(source).relative_to(shared)) if inside else source
+    names = [name for name in stored.asked if name]
+    if "main" in names or not stored.manifest.source.startswith("hf:"):
+        return source
     return f"{source}@{names[0] if names else stored.manifest.revision}"
 
 

@@ -76,10 +76,12 @@ class AgentCore(Transitions):
         epoch: int = 0,
         rungs: Callable[[ModelSpec], tuple[int, ...]] = lambda spec: (),
         disabled: Mapping[str, Mapping[str, str]] | None = None,
+        barred: Callable[[ModelSpec], Mapping[str, str]] = lambda spec: {},
     ) -> None:
         """`rungs` says which sleep levels an engine of that spec has on this node; `disabled`,
-        by `state.launch_name`, which of them are not used any more and why."""
-        super().__init__(max_restarts, disabled or {})
+        by `state.launch_name`, which of them are not used any more and why; `barred`, which of
+        them this host has no room for now."""
+        super().__init__(max_restarts, disabled or {}, barred)
         self.epoch = epoch
         self.shutting_down = False
         self._start_timeout_s = start_timeout_s

@@ -124,6 +124,8 @@ class _Agent:
             _every(self._config.agent.heartbeat_s, node.devices.read),
             _every(_ROTATE_S, node.rotate_logs),
             _every(_LAUNCHER_S, node.keep_launcher),
+            node.stager.run(),
+            node.preemption.run(),
             link.run(),
             keep_registered(self._registry, service),
         ]

@@ -49,8 +49,12 @@ def make_plan(
     place: Place,
     taken_ports: Collection[int],
     model_path: str,
+    load_format: str | None = None,
 ) -> Plan:
-    """The process of one replica, with fresh keys and a free port. Blocks. Raises BadStart."""
+    """The process of one replica, with fresh keys and a free port. Blocks. Raises BadStart.
+
+    `load_format`: of the weights; None: the engine's own, or the spec's.
+    """
     spec = command.spec
     try:
         chosen = _chosen(command, devices)
@@ -69,6 +73,7 @@ def make_plan(
             revision=None,
             python=place.python,
             cache_dir=place.cache_dir,
+            load_format=load_format,
         )
         return Plan(launch=get_engine(spec.engine).launch(spec, context), context=context)
     except ValueError as error:

@@ -37,8 +37,36 @@ class Metrics:
             buckets=_START_BUCKETS_S,
             registry=self._all,
         )
+        self.compile_caches = Counter(
+            "stoker_agent_compile_caches",
+            "compiled code of starts: fetched from the shared store, present, pushed, refused or"
+            " failed",
+            ["what"],
+            registry=self._all,
+        )
+        self.load_formats = Counter(
+            "stoker_agent_load_formats",
+            "starts by the format their weights were loaded with, and why that one",
+            ["model", "format", "why"],
+            registry=self._all,
+        )
         self.launchers = Gauge(
             "stoker_agent_launchers", "pre-imported parents that can fork", registry=self._all
+        )
+        self.snapshots = Gauge(
+            "stoker_agent_snapshots",
+            "1 where this host has all that process images need; the log says what is missing",
+            registry=self._all,
+        )
+        self.launcher_bytes = Gauge(
+            "stoker_agent_launcher_bytes",
+            "host memory of the pre-imported parents, shared pages by share",
+            registry=self._all,
+        )
+        self.host_budget_bytes = Gauge(
+            "stoker_agent_host_budget_bytes",
+            "host memory that may be booked for sleeping engines and staged weights",
+            registry=self._all,
         )
         self._rung_changes = Counter(
             "stoker_agent_rung_changes",
@@ -51,6 +79,17 @@ class Metrics:
             "how long a sleep (until its memory was seen free) or a wake (canary included) took",
             ["model", "change", "level"],
             buckets=_RUNG_BUCKETS_S,
+            registry=self._all,
+        )
+        self.staged_read_bytes = Counter(
+            "stoker_agent_staged_read_bytes",
+            "weights read into the page cache ahead of a start",
+            registry=self._all,
+        )
+        self._staged_bytes = Gauge(
+            "stoker_agent_staged_bytes",
+            "weights to be held in the page cache: booked, and resident",
+            ["what"],
             registry=self._all,
         )
         self._replicas = Gauge(
@@ -71,6 +110,11 @@ class Metrics:
         self._rung_changes.labels(model, change, level, int(ok)).inc()
         if ok:
             self._rung_change_s.labels(model, change, level).observe(took_s)
+
+    def staged(self, booked_bytes: int, resident_bytes: int) -> None:
+        """What the scheduler wishes to be held, and what is there of it."""
+        self._staged_bytes.labels("booked").set(booked_bytes)
+        self._staged_bytes.labels("resident").set(resident_bytes)
 
     def render(self, devices: Iterable[DeviceReport], phases: Sequence[ReplicaPhase]) -> bytes:
         """The exposition text; `phases` has one entry a replica."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import importlib.metadata
 import logging
 import os
@@ -25,29 +26,34 @@ import psutil
 
 from agent import messages, process
 from agent.cache import ModelCache
-from agent.cache_errors import CacheError
 from agent.canary import Canary
 from agent.core import ID_PATTERN, AgentCore
-from agent.devices import DeviceSource, host_memory
+from agent.devices import DeviceSource
+from agent.engine_load import EngineLoad
+from agent.host_watch import HostWatch
 from agent.launch import BadStart, Place, make_plan
 from agent.launcher import CannotFork, Held, Launcher
+from agent.limits import Limits
+from agent.load_format import Known
 from agent.metrics import Metrics
+from agent.origin import Origins
+from agent.preemption import Preemption
 from agent.probe import Prober, Target, is_healthy
 from agent.process import Owner
 from agent.records import Record, Records
 from agent.replica import SERVED_PHASES, SLEEP_PHASES, Replica
 from agent.rungs import Rungs, levels, residue_bytes
 from agent.sleep import Controls, is_sleeping
+from agent.staging import Stager
 from agent.supervisor import Supervisor
 from agent.watch import DeviceWatch
 from runtime.config import Config
 from runtime.engine import Launch, get_engine
-from runtime.wire import Heartbeat, ModelSpec, ReplicaPhase, ReplicaReport
+from runtime.wire import Heartbeat, ReplicaPhase, ReplicaReport
 
 log = logging.getLogger("stoker.agent")
 
 _WILDCARDS = {"0.0.0.0", "::"}
-_HOST_BUDGET = 0.5  # of the host's memory (or the cgroup's limit) may go to sleeping engines
 
 
 class Node:
@@ -85,6 +91,7 @@ class Node:
             epoch=records.epoch,
             rungs=lambda spec: levels(spec, devices.kind),
             disabled=records.disabled(),
+            barred=lambda spec: self._limits.barred(spec),
         )
         self._session = session
         self._records = records
@@ -101,7 +108,21 @@ class Node:
         self._reaps: dict[str, asyncio.Task[None]] = {}
         self._probes: dict[str, tuple[Prober, asyncio.Task[None]]] = {}
         self._rungs = Rungs(self, session, self.devices, self.metrics, self._task)
-        self._host_budget_bytes = int(host_memory()[0] * _HOST_BUDGET)
+        self.host = HostWatch(config.agent, devices.kind, self._launcher.pids)
+        self.preemption = Preemption(config.agent, session, changed)
+        self.stager = Stager(cache, self.metrics, self.devices.pids, self._loading)
+        cache.resident_of = lambda source: self.stager.seen(source).resident_bytes
+        self._origins = Origins(
+            config,
+            self.place,
+            cache,
+            self.stager,
+            records.load_formats(),
+            self._save_load_formats,
+            self.metrics,
+        )
+        self._limits = Limits(self.host, self.devices, self.stager, self.place, self.metrics)
+        self._sharing: set[asyncio.Task[None]] = set()
         self._seq = 0
         self._version = importlib.metadata.version("stoker-serve")
 
@@ -120,6 +141,8 @@ class Node:
     def apply(self, event: messages.Event) -> messages.Refused | None:
         """Give the core an event and do what it says; a command may be refused."""
         refused = None
+        if isinstance(event, messages.PhasesSeen):
+            self._started(event)
         for effect in self.core.handle(event):
             if isinstance(effect, messages.Refused):
                 refused = effect
@@ -128,6 +151,13 @@ class Node:
         if self.core.finished:
             self.finished.set()
         return refused
+
+    def _started(self, event: messages.PhasesSeen) -> None:
+        tail = functools.partial(self._supervisor.log_tail, event.replica_id)
+        weights_s = event.phases.get("weights")
+        ready = self._task(self._origins.ready(event.replica_id, weights_s, tail))
+        self._sharing.add(ready)
+        ready.add_done_callback(self._sharing.discard)
 
     def _execute(self, effect: messages.Effect) -> None:
         match effect:
@@ -140,8 +170,8 @@ class Node:
                     self._reaps[replica_id] = self._task(self._reap(replica_id))
             case messages.SleepEngine() | messages.WakeEngine():
                 self._rungs.carry_out(effect)
-            case messages.Stage():
-                pass  # staging comes with agent/staging.py
+            case messages.Stage(models):
+                self.stager.wish(models)
             case messages.SaveDisabled():
                 with _logged("the disabled rungs"):
                     self._records.save_disabled(self.core.disabled)
@@ -151,6 +181,7 @@ class Node:
                     probe[0].poke()
             case messages.ForgetRecord(replica_id):
                 self.cache.release(replica_id)
+                self._origins.forget(replica_id)
                 self._known.pop(replica_id, None)
                 with _logged(f"the record of {replica_id}"):
                     self._records.forget(replica_id)
@@ -169,6 +200,10 @@ class Node:
         if not task.cancelled() and (error := task.exception()) and not self.failed.done():
             self.failed.set_exception(error)
 
+    def _save_load_formats(self, known: dict[str, Known]) -> None:
+        with _logged("the load formats"):
+            self._records.save_load_formats(known)
+
     def _save(self, replica_id: str, **fields: object) -> None:
         if replica_id not in self.core.replicas:
             return
@@ -186,9 +221,21 @@ class Node:
         log_file = self._supervisor.log_path(replica_id)
         position = log_file.stat().st_size if log_file.exists() else 0
         try:
-            model_path = await self._model_path(replica_id, command.spec)
+            devices = [d for d in self.devices.last() if d.device_id in command.device_ids]
+            origin = await self._origins.find(
+                replica_id,
+                command.spec,
+                devices[0] if devices else None,
+                self.engines.get(command.spec.engine),
+            )
             plan = await asyncio.to_thread(
-                make_plan, command, self.devices.last(), self.place, self._ports(), model_path
+                make_plan,
+                command,
+                self.devices.last(),
+                self.place,
+                self._ports(),
+                origin.model_path,
+                origin.load_format,
             )
             held, why = await self._fork(replica_id, plan.launch)
             # No await from here on: a stop must find either no process or a recorded one.
@@ -212,32 +259,28 @@ class Node:
             control_key=plan.context.control_key,
             leader=leader,
             canary=None,
+            started_from=origin.rung,
             engine_version=self.engines.get(command.spec.engine),
         )
         how = "forked" if held else "plain"
         self.metrics.starts.labels(command.spec.name, how, why).inc()
         log.info(
-            "%s started (%s): %s",
+            "%s started (%s, from %s): %s",
             replica_id,
             how,
+            origin.rung,
             command.reason,
             extra={"model": command.spec.name, "pid": leader.pid, "port": plan.context.port},
         )
         self._probe(replica_id)
-        self._rungs.started(replica_id, log_file, position, time.monotonic())
+        self._rungs.started(replica_id, log_file, position, time.monotonic(), origin.phases)
         self._changed()
 
-    async def _model_path(self, replica_id: str, spec: ModelSpec) -> str:
-        """What its engine is told to load: a folder on this node. Raises BadStart."""
-        if spec.engine == "stub":
-            return spec.source  # it loads nothing
-        try:
-            return str(await self.cache.ensure(spec.source, replica_id))
-        except ValueError as error:
-            raise BadStart("bad_model", str(error)) from None
-        except CacheError as error:
-            passes = error.kind in ("unreachable", "disk_full", "cancelled", "corrupt")
-            raise BadStart("crash" if passes else "bad_model", str(error)) from None
+    def _loading(self) -> set[str]:
+        """The sources that engines read right now, or may."""
+        reads = ("starting", "backoff", "waking")
+        replicas = self.core.replicas.values()
+        return {r.command.spec.source for r in replicas if r.phase in reads}
 
     async def _fork(self, replica_id: str, launch: Launch) -> tuple[Held | None, str]:
         """(a process that waits to be let go, ""), or (None, why its start must be plain)."""
@@ -322,6 +365,8 @@ class Node:
 
     def _exited(self, replica_id: str, kind: str, words: str) -> None:
         replica = self.core.replicas[replica_id]
+        if replica.phase == "starting" and self._origins.failed(replica_id, words):
+            kind = "crash"  # it is worth another start, with another load format
         if replica.phase == "starting" or replica.phase in SERVED_PHASES:
             self.metrics.exits.labels(replica.command.spec.name, kind).inc()
             log.warning("%s died while %s: %s", replica_id, replica.phase, words)
@@ -358,7 +403,11 @@ class Node:
             replicas=tuple(self._report(r) for r in self.core.reports(time.monotonic())),
             host_memory_total_bytes=memory.total,
             host_memory_available_bytes=memory.available,
-            host_budget_bytes=self._host_budget_bytes,
+            host_budget_bytes=self.host.budget_bytes(self.devices.last(), self._awake_bytes()),
+            cached=self.stager.cached(),
+            staged=self.stager.staged(),
+            preemptible=self.preemption.preemptible,
+            preempted_in_s=self.preemption.left_s(),
             engines=dict(self.engines),
             labels=self.config.agent.labels,
             draining=self.core.shutting_down,
@@ -366,11 +415,18 @@ class Node:
             epoch=self.core.epoch,
         )
 
+    def _awake_bytes(self) -> int:
+        """Host memory of the engines that do not sleep: a sleeper's is booked."""
+        awake = (i for i, r in self.core.replicas.items() if r.phase not in SLEEP_PHASES)
+        return sum(map(self.devices.host_bytes, awake))
+
     def _report(self, report: ReplicaReport) -> ReplicaReport:
         record = self._known.get(report.replica_id)
         runs = report.phase in ("starting", "stopping") or report.phase in SERVED_PHASES
         if record is None or record.leader is None or not runs:
             return report
+        probe = self._probes.get(report.replica_id)
+        load = probe[0].load if probe else EngineLoad()
         return msgspec.structs.replace(
             report,
             base_url=url(advertised_host(self.config), record.port),
@@ -379,6 +435,9 @@ class Node:
             memory_used_bytes=self.devices.used_bytes(report.replica_id),
             host_bytes=self._rungs.host_bytes(report, record.saved.command.spec),
             engine_version=record.engine_version,
+            started_from=record.started_from,
+            kv_cache_usage=load.kv_cache_usage if report.phase == "ready" else None,
+            engine_waiting=load.waiting if report.phase == "ready" else None,
         )
 
     def log_path(self, replica_id: str) -> Path | None:
@@ -444,6 +503,7 @@ class Node:
             saved = msgspec.structs.replace(saved, phase="backoff")  # it never ran: no crash
         log.info("%s adopted", replica_id, extra={"alive": alive, "healthy": healthy})
         self.cache.hold(saved.command.spec.source, replica_id)
+        self.stager.see(saved.command.spec.source)
         residue = 0
         if saved.sleep:
             held = self.devices.used_bytes(replica_id) or 0
@@ -474,6 +534,7 @@ class Node:
                 self.engines[name] = version
                 self._prepare(name)
         self._changed()
+        await asyncio.gather(self._origins.find_formats(), self._limits.find())
 
     def _prepare(self, engine: str) -> None:
         place = self.place
@@ -484,7 +545,11 @@ class Node:
     async def keep_launcher(self) -> None:
         """Give its memory back while the host is short of it."""
         self._launcher.keep(psutil.virtual_memory().available)
+        await self.host.read()
         self.metrics.launchers.set(self._launcher.ready)
+        self.metrics.launcher_bytes.set(self.host.launcher_bytes)
+        budget = self.host.budget_bytes(self.devices.last(), self._awake_bytes())
+        self.metrics.host_budget_bytes.set(budget)
 
     async def rotate_logs(self) -> None:
         """Keep the logs within their limit."""
@@ -493,10 +558,11 @@ class Node:
     async def close(self) -> None:
         """Let go of every engine, dead or alive."""
         tasks = [*self._starts.values(), *self._reaps.values()]
-        tasks += [*(task for _, task in self._probes.values()), *self._rungs.all()]
+        tasks += [*self._sharing, *(task for _, task in self._probes.values()), *self._rungs.all()]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        await self.stager.close()
         await self._launcher.close()
         self._supervisor.close()
 

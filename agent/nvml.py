@@ -10,7 +10,7 @@ Rules this file keeps:
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -43,6 +43,7 @@ _LOST = {
     pynvml.NVML_ERROR_GPU_IS_LOST: "the GPU is lost (it fell off the bus or is not accessible)",
     pynvml.NVML_ERROR_RESET_REQUIRED: "the GPU needs a reset before it can be used again",
 }
+_SWITCH = "switch"
 _EVENTS_A_READ = 64  # more than any burst; a bound, so that a read always ends
 
 
@@ -75,6 +76,8 @@ class _Device:
     events: Any = None
     memory: _Memory | None = None
     problem: str | None = None  # why `memory` could not be read this time
+    compute_capability: float | None = None
+    nvlink_peers: tuple[str, ...] = ()
     foreign_alone_bytes: int = 0  # foreign bytes when no replica of ours ran last
     ecc_at_start: int | None = None
     xid: int | None = None
@@ -99,6 +102,7 @@ class NvmlSource:
         if not self._devices:
             self.close()
             raise NvmlUnavailable("NVML finds no GPU on this host")
+        _link(self._devices)
 
     def read(self, pids: Mapping[str, Collection[int]]) -> list[DeviceReport]:
         """One report a device; `pids` are the live processes of each replica."""
@@ -134,6 +138,7 @@ def _open(index: int) -> _Device:
     device = _Device(index, device_id, "GPU", handle)
     try:
         device.name = _ask(pynvml.nvmlDeviceGetName, handle) or "GPU"
+        device.compute_capability = _compute_capability(handle)
         device.ecc_at_start = _ecc(handle)
         device.events = _watch(handle)
     except _Gone as error:
@@ -152,6 +157,55 @@ def _watch(handle: Any) -> Any:
         _quietly(pynvml.nvmlEventSetFree, events)
         return None
     return events
+
+
+def _compute_capability(handle: Any) -> float | None:
+    """9.0 of an H100."""
+    found = _ask(pynvml.nvmlDeviceGetCudaComputeCapability, handle)
+    return None if found is None else float(f"{found[0]}.{found[1]}")
+
+
+def _link(devices: Collection[_Device]) -> None:
+    """Learn which devices have an NVLink to each other, once: links do not move.
+
+    Devices that reach an NVSwitch are all peers of each other: a host's switches are one fabric.
+    """
+    by_bus: dict[str | None, str] = {}
+    ends: dict[str, set[str]] = {}
+    for device in devices:
+        if device.handle is None:
+            continue
+        try:
+            by_bus[_bus(_ask(pynvml.nvmlDeviceGetPciInfo, device.handle))] = device.device_id
+            ends[device.device_id] = set(_link_ends(device.handle))
+        except _Gone as error:
+            device.problem = str(error)
+    switched = {device_id for device_id, found in ends.items() if _SWITCH in found}
+    for device in devices:
+        found = ends.get(device.device_id, set())
+        peers = {by_bus[bus] for bus in found if bus in by_bus}
+        peers |= switched if device.device_id in switched else set()
+        device.nvlink_peers = tuple(sorted(peers - {device.device_id}))
+
+
+def _link_ends(handle: Any) -> Iterator[str]:
+    """The bus id at the other end of each NVLink that is up, or _SWITCH."""
+    for link in range(pynvml.NVML_NVLINK_MAX_LINKS):
+        if _ask(pynvml.nvmlDeviceGetNvLinkState, handle, link) != pynvml.NVML_FEATURE_ENABLED:
+            continue
+        kind = _ask(pynvml.nvmlDeviceGetNvLinkRemoteDeviceType, handle, link)
+        end = _bus(_ask(pynvml.nvmlDeviceGetNvLinkRemotePciInfo, handle, link))
+        if kind == pynvml.NVML_NVLINK_DEVICE_TYPE_SWITCH:
+            yield _SWITCH
+        elif end is not None:
+            yield end
+
+
+def _bus(info: Any) -> str | None:
+    """domain:bus:device of a PCI address, as a device and a link's end both have it."""
+    if info is None:
+        return None
+    return f"{info.domain:08x}:{info.bus:02x}:{info.device:02x}"
 
 
 def _report(
@@ -178,6 +232,8 @@ def _report(
         memory_used_bytes=memory.used_bytes,
         foreign_bytes=_foreign_bytes(device, memory.used_bytes, processes, ours, seen),
         xid=device.xid,
+        compute_capability=device.compute_capability,
+        nvlink_peers=device.nvlink_peers,
         healthy=reason is None,
         unhealthy_reason=reason,
         **figures,

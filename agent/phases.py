@@ -9,6 +9,7 @@ Rules this file keeps:
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 
 # The phase that a line ends, in the order of a start. As vLLM 0.32 logs them.
 _ENDS: tuple[tuple[str, re.Pattern[str]], ...] = (
@@ -50,15 +51,26 @@ class StartLog:
         elif _WARM.search(line) and self._warm_up_at is not None:
             self._inner["compile"] = now - self._warm_up_at
 
-    def phases(self, spawned_at: float, forked_at: float, ready_at: float) -> dict[str, float]:
-        """Seconds of each phase: from Spawn, to the process being there, to its health check."""
-        found = {"fork": forked_at - spawned_at}
+    def phases(
+        self,
+        spawned_at: float,
+        forked_at: float,
+        ready_at: float,
+        before: Mapping[str, float] | None = None,
+    ) -> dict[str, float]:
+        """Seconds of each phase: from Spawn, to the process being there, to its health check.
+
+        `before`: those that came first, which are no part of the fork.
+        """
+        found = dict(before or {})
+        found["fork"] = max(0.0, forked_at - spawned_at - sum(found.values()))
         last = forked_at
         for phase, _ in _ENDS:
             if phase in self._ended:
                 end = max(last, min(self._ended[phase], ready_at))
                 found[phase], last = end - last, end
-        found["app" if len(found) > 1 else "other"] = ready_at - last
+        known = found.keys() & {phase for phase, _ in _ENDS}
+        found["app" if known else "other"] = ready_at - last
         for phase, took_s in self._inner.items():
             found[phase] = min(took_s, found.get("kv", 0.0))
             found["kv"] = found.get("kv", 0.0) - found[phase]

@@ -13,12 +13,15 @@ from collections.abc import Callable
 import aiohttp
 from msgspec import Struct
 
+from agent.engine_load import EngineLoad, read_load
 from agent.messages import HealthChanged, StatusSeen
 from runtime import wire
 from runtime.wire import ReplicaPhase
 
 _STATUS_PATH = "/stoker/status"
 _START_PAUSE_S = 0.04  # half of it is what every start waits for longer than it must
+_METRICS_PATH = "/metrics"
+_LOAD_PAUSE_S = 2.0  # between looks at its metrics, while it has requests
 _READY_PAUSE_S = 1.0  # asleep too
 _DRAIN_PAUSE_S = 0.1
 _TIMEOUT = aiohttp.ClientTimeout(total=5.0)
@@ -64,6 +67,9 @@ class Prober:
         self._phase = phase
         self._tell = tell
         self._poked = asyncio.Event()
+        self._in_flight = 0
+        self._load_due_at = 0.0
+        self.load = EngineLoad()  # as last seen
 
     def poke(self) -> None:
         """The phase changed: look at once."""
@@ -78,7 +84,7 @@ class Prober:
                 await self._probe_start()
                 pause_s = _START_PAUSE_S
             elif phase == "ready":
-                await asyncio.gather(self._probe_health(), self._probe_status())
+                await asyncio.gather(self._probe_health(), self._probe_status(), self._probe_load())
                 pause_s = _READY_PAUSE_S
             elif phase == "draining":
                 await self._probe_status()
@@ -100,18 +106,33 @@ class Prober:
     async def _probe_health(self) -> None:
         self._tell_health(await is_healthy(self._session, self._target))
 
-    async def _probe_status(self) -> None:
+    async def _ask(self, path: str) -> bytes:
         target = self._target
         headers = {"Authorization": f"Bearer {target.control_key}"}
+        async with self._session.get(
+            target.base_url + path, headers=headers, timeout=_TIMEOUT
+        ) as reply:
+            reply.raise_for_status()
+            return await reply.read()
+
+    async def _probe_load(self) -> None:
+        """What its metrics say; once more after its last request, and then no more."""
+        now = time.monotonic()
+        known_idle = self.load.kv_cache_usage is not None and self.load.is_idle
+        if now < self._load_due_at or (known_idle and not self._in_flight):
+            return
+        self._load_due_at = now + _LOAD_PAUSE_S
+        with contextlib.suppress(*_FAILURES):
+            self.load = read_load((await self._ask(_METRICS_PATH)).decode(errors="replace"))
+
+    async def _probe_status(self) -> None:
+        target = self._target
         asked_at = time.monotonic()
         try:
-            async with self._session.get(
-                target.base_url + _STATUS_PATH, headers=headers, timeout=_TIMEOUT
-            ) as reply:
-                reply.raise_for_status()
-                status = wire.decode(await reply.read(), _Status)
+            status = wire.decode(await self._ask(_STATUS_PATH), _Status)
         except _FAILURES:
             return  # the health check and the drain's grace time judge it
+        self._in_flight = status.in_flight
         self._tell(
             StatusSeen(
                 now=time.monotonic(),

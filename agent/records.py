@@ -18,8 +18,10 @@ import msgspec
 from msgspec import Struct
 
 from agent.canary import Canary
+from agent.load_format import Known
 from agent.messages import Saved
 from agent.process import Leader
+from runtime.wire import StartRung
 
 log = logging.getLogger("stoker.agent")
 
@@ -39,10 +41,15 @@ class Record(Struct, frozen=True, kw_only=True):
     leader: Leader | None = None  # None: never started
     engine_version: str | None = None
     canary: Canary | None = None  # None: not asked for yet
+    started_from: StartRung = "cached"
 
 
 class _Disabled(Struct, frozen=True, kw_only=True):
     rungs: dict[str, dict[str, str]] = {}
+
+
+class _LoadFormats(Struct, frozen=True, kw_only=True):
+    launches: dict[str, Known] = {}
 
 
 class _Agent(Struct, frozen=True, kw_only=True):
@@ -61,6 +68,7 @@ class Records:
         self._folder.mkdir(parents=True, exist_ok=True)
         self._agent_file = state_dir / "agent.json"
         self._disabled_file = state_dir / "disabled.json"
+        self._formats_file = state_dir / "load-formats.json"
         self._lock = (state_dir / "agent.lock").open("w")
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -103,6 +111,14 @@ class Records:
         """Remember the latest of them. Raises OSError."""
         kept = dict(list(rungs.items())[-KEPT_DISABLED:])
         self._write(self._disabled_file, _Disabled(rungs=kept))
+
+    def load_formats(self) -> dict[str, Known]:
+        """How long weights took to load, by `replica.launch_name`."""
+        return (_read(self._formats_file, _LoadFormats) or _LoadFormats()).launches
+
+    def save_load_formats(self, launches: dict[str, Known]) -> None:
+        """Remember it. Raises OSError."""
+        self._write(self._formats_file, _LoadFormats(launches=launches))
 
     def load(self) -> list[Record]:
         """Every replica that was not forgotten; no process of an earlier boot of the host."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -95,9 +95,19 @@ class Rungs:
         work = self._sleep if isinstance(effect, SleepEngine) else self._wake
         self._next(replica_id, work(replica_id, level, self._tasks.get(replica_id)))
 
-    def started(self, replica_id: str, log_file: Path, position: int, forked_at: float) -> None:
-        """Its process is there: hear how its start goes, and then its canary."""
-        self._next(replica_id, self._follow(replica_id, log_file, position, forked_at))
+    def started(
+        self,
+        replica_id: str,
+        log_file: Path,
+        position: int,
+        forked_at: float,
+        before: Mapping[str, float],
+    ) -> None:
+        """Its process is there: hear how its start goes, and then its canary.
+
+        `before`: seconds of the phases that came before its process was asked for.
+        """
+        self._next(replica_id, self._follow(replica_id, log_file, position, forked_at, before))
 
     async def end(self, replica_id: str) -> None:
         """Its engine is about to be killed: nothing of it is asked any more."""
@@ -132,7 +142,12 @@ class Rungs:
     # ------------------------------------------------------------------ start
 
     async def _follow(
-        self, replica_id: str, log_file: Path, position: int, forked_at: float
+        self,
+        replica_id: str,
+        log_file: Path,
+        position: int,
+        forked_at: float,
+        before: Mapping[str, float],
     ) -> None:
         start_log = StartLog()
         starts = True
@@ -145,7 +160,7 @@ class Rungs:
                 await asyncio.sleep(_LOG_POLL_S)
         if r is None or r.phase != "ready":
             return
-        phases = start_log.phases(r.spawned_at, forked_at, r.ready_at)
+        phases = start_log.phases(r.spawned_at, forked_at, r.ready_at, before)
         began = time.monotonic()
         if r.rungs and await self._take_canary(replica_id, r) is None:
             phases["canary"] = round(time.monotonic() - began, 3)

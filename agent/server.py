@@ -106,6 +106,7 @@ class _Endpoints:
             spec = wire.decode(await request.read(), ModelSpec)
         except ValueError as error:
             return _refusal(400, f"not a model spec: {error}")
+        self._node.stager.see(spec.source)
         folder = None
         if spec.engine != "stub":
             with contextlib.suppress(CacheError, ValueError):  # `inspect` says what is wrong

@@ -10,7 +10,7 @@ Rules this file keeps:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import SimpleNamespace
 from typing import cast
 
@@ -26,7 +26,7 @@ from agent.messages import (
     Signal,
 )
 from agent.replica import EDGES, SERVED_PHASES, SLEEP_PHASES, Replica
-from runtime.wire import ReplicaPhase
+from runtime.wire import ModelSpec, ReplicaPhase
 
 TERM_GRACE_S = 10.0  # between TERM and KILL
 STEADY_S = 60.0  # this long after it became ready: earlier crashes no longer count
@@ -39,10 +39,16 @@ _backoff = wait_exponential(multiplier=0.5, max=30)
 class Transitions:
     """Every replica of one node, and what each change of them asks the driver for."""
 
-    def __init__(self, max_restarts: int, disabled: Mapping[str, Mapping[str, str]]) -> None:
+    def __init__(
+        self,
+        max_restarts: int,
+        disabled: Mapping[str, Mapping[str, str]],
+        barred: Callable[[ModelSpec], Mapping[str, str]],
+    ) -> None:
         self.replicas: dict[str, Replica] = {}
         self.disabled = {name: dict(rungs) for name, rungs in disabled.items()}
         self._max_restarts = max_restarts
+        self._barred = barred
         self._ended: dict[str, None] = {}
         self._out: list[Effect] = []
 
@@ -123,7 +129,9 @@ class Transitions:
         self._out += [SaveRecord(replica_id), SendHeartbeatNow()]
 
     def _disabled_of(self, r: Replica) -> Mapping[str, str]:
-        return self.disabled.get(state.launch_name(r.command.spec), {})
+        """What is not used any more, and what this host has no room for."""
+        spec = r.command.spec
+        return {**self._barred(spec), **self.disabled.get(state.launch_name(spec), {})}
 
 
 def backoff_s(failures: int) -> float:

@@ -90,6 +90,10 @@ class DeviceWatch:
         """Host memory of a replica's processes, shared pages by share; 0 if not measured yet."""
         return self._host_bytes.get(replica_id, 0)
 
+    def pids(self) -> set[int]:
+        """Every process of the replicas, as last seen."""
+        return {pid for group in self._pids.values() for pid in group}
+
     def dying(self, replica_id: str) -> None:
         """From now on the pids it was last seen with count, dead or not, until `wait_free`."""
         self._dying[replica_id] = self._pids.get(replica_id, set())

@@ -34,24 +34,25 @@ def ls(where: Where, node: str | None, as_json: bool) -> None:
 
 
 def _cache_table(answer: cache_api.Caches) -> Table | str:
-    columns = ("NODE", "MODEL", "REVISION", ">SIZE", "STATE", ">LAST USED", "NOTE")
+    columns = ("NODE", "MODEL", "REVISION", ">SIZE", ">IN MEMORY", "STATE", ">LAST USED", "NOTE")
     rows = [row for entry in answer.nodes for row in _rows(entry)]
     return table(columns, rows) if rows else "no models are cached and none is being fetched"
 
 
 def _rows(entry: cache_api.NodeCache) -> Iterable[tuple[str, ...]]:
     if entry.cache is None:
-        yield (entry.node_id, "-", "", "", "unknown", "", entry.error or "")
+        yield (entry.node_id, "-", "", "", "", "unknown", "", entry.error or "")
         return
     for model in entry.cache.models:
         used_by = f"used by {', '.join(model.held_by)}" if model.held_by else ""
-        about = (model.model, model.revision[:12], size(model.size_bytes))
+        sizes = (size(model.size_bytes), size(model.resident_bytes))
+        about = (model.model, model.revision[:12], *sizes)
         yield (entry.node_id, *about, "cached", age(model.idle_s), used_by)
     for pull in entry.cache.pulls:
         if pull.state != "ready":
             revision = (pull.revision or "")[:12]
             done = f"{size(pull.done_bytes)} of {size(pull.total_bytes)}"
-            yield (entry.node_id, pull.model, revision, done, pull.state, "", _progress(pull))
+            yield (entry.node_id, pull.model, revision, done, "", pull.state, "", _progress(pull))
 
 
 def _progress(pull: PullView) -> str:

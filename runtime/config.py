@@ -79,6 +79,31 @@ class AgentConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     max_restarts: Annotated[int, Meta(ge=0)] = 3  # in a row, before the agent gives up
     heartbeat_s: Seconds = 1.0
     labels: dict[str, str] = {}
+    host_budget_bytes: Annotated[
+        Annotated[int, Meta(ge=0)] | None,
+        Meta(
+            description="at most so much host memory for sleeping engines and staged weights, e.g."
+            " 200GiB; left out: what the host has, less host_reserve_bytes"
+        ),
+    ] = None
+    host_reserve_bytes: Annotated[
+        Annotated[int, Meta(ge=0)] | None,
+        Meta(description="host memory that is never booked, e.g. 8GiB; left out: a tenth"),
+    ] = None
+    preemptible: Annotated[
+        bool, Meta(description="a spot machine, which may be taken away at short notice")
+    ] = False
+    preemption_file: Annotated[
+        str,
+        Meta(description="once this file is there the machine goes; it may hold seconds: '90'"),
+    ] = ""
+    preemption_url: Annotated[
+        str,
+        Meta(description="asked every 2 s: 200 means that the machine goes, 404 that it stays"),
+    ] = ""
+    preemption_grace_s: Annotated[
+        float, Meta(gt=0, description="seconds left where a notice names none, e.g. 30")
+    ] = 30.0
 
 
 class Config(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

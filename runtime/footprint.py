@@ -172,6 +172,14 @@ def weights_bytes(folder: Path, config: dict[str, Any], dtype: str = "auto") -> 
     raise ValueError(f"{folder} holds neither *.safetensors nor pytorch_model*.bin")
 
 
+def weight_files(folder: Path) -> list[Path]:
+    """The files that an engine reads its weights from; empty where there are none."""
+    try:
+        return _shards(folder) or sorted(folder.glob("pytorch_model*.bin"))
+    except ValueError:  # an index that is none: its start will say so
+        return sorted(folder.glob("*.safetensors"))
+
+
 def _undeclared(spec: ModelSpec, reason: str) -> ValueError:
     return ValueError(
         f"{spec.name}: its memory cannot be estimated: {reason};"

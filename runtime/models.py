@@ -36,6 +36,13 @@ class CacheConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     copy_shared: Annotated[
         bool, Meta(description="copy models of shared_dir to this node; false: load them from it")
     ] = True
+    share_compile: Annotated[
+        bool,
+        Meta(
+            description="share compiled code through shared_dir; whoever may write there can then"
+            " run code on every node"
+        ),
+    ] = False
 
 
 class ModelRef(Struct, frozen=True, kw_only=True):
@@ -159,6 +166,7 @@ class CachedModel(Struct, frozen=True, kw_only=True):
     unshared_bytes: Size  # what removing it alone would free
     idle_s: float  # since it was last asked for
     held_by: tuple[str, ...] = ()  # replicas that use it
+    resident_bytes: Size = 0  # of its weights, in the page cache a few seconds ago
 
 
 class CacheView(Struct, frozen=True, kw_only=True):

@@ -64,6 +64,7 @@ class LaunchContext(Struct, frozen=True, kw_only=True):
     revision: str | None
     python: str  # the interpreter vLLM is installed in
     cache_dir: str  # node-local and kept: compile caches live below it
+    load_format: str | None = None  # of the weights; None: the engine's own, or the spec's
 
 
 class AsleepModel(Struct, frozen=True, kw_only=True):

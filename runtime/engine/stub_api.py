@@ -141,10 +141,12 @@ class Api:
 
     def metrics(self, activity: Activity, sleep_level: int) -> str:
         """Prometheus text under vLLM's names."""
+        fit = self._args.kv_requests
+        running = min(activity.in_flight, fit)
         values = {
-            "vllm:num_requests_running": ("gauge", activity.in_flight),
-            "vllm:num_requests_waiting": ("gauge", 0),
-            "vllm:kv_cache_usage_perc": ("gauge", 0),
+            "vllm:num_requests_running": ("gauge", running),
+            "vllm:num_requests_waiting": ("gauge", activity.in_flight - running),
+            "vllm:kv_cache_usage_perc": ("gauge", running / fit),
             "vllm:engine_sleep_state": ("gauge", sleep_level),
             "vllm:request_success_total": ("counter", activity.served),
             "vllm:prompt_tokens_total": ("counter", self._prompt_tokens),

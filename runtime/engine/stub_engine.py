@@ -28,6 +28,7 @@ class StubArgs(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     sleep_s: Seconds = 0.05
     wake_1_s: Seconds = 0.1  # from sleep level 1
     wake_2_s: Seconds = 0.3  # from sleep level 2, nearly all of it to reload the weights
+    kv_requests: Count = 64  # modelled: in flight, they fill the KV cache; more of them wait
     rungs: tuple[Literal[1, 2], ...] = (1, 2)  # the sleep levels it has
     residue_bytes: Bytes = 0  # modelled: held on each device while asleep
     host_bytes: Bytes = 0  # modelled: host memory of the weights, asleep at level 1

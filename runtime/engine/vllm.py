@@ -67,6 +67,8 @@ class VllmEngine:
             "--tensor-parallel-size", str(spec.tensor_parallel_size),
             "--middleware", GUARD, *memory,
         ]  # fmt: skip
+        if ctx.load_format:
+            argv += ["--load-format", ctx.load_format]
         if ctx.revision:
             argv += ["--revision", ctx.revision]
         env, shared = _environment(spec, ctx)

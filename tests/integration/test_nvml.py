@@ -24,8 +24,13 @@ GPU = f"""\
 0 temp_c 55
 0 power_mw 123500
 0 ecc 2
+0 cc 9.0
+0 bus 1
 """
 SECOND = GPU.replace("\n0 ", "\n1 ").replace("0 uuid GPU-aaaa", "1 uuid GPU-bbbb", 1)
+SECOND = SECOND.replace("bus 1", "bus 2")
+THIRD = SECOND.replace("\n1 ", "\n2 ").replace("1 uuid GPU-bbbb", "2 uuid GPU-cccc", 1)
+THIRD = THIRD.replace("bus 2", "bus 3")
 NO_SUCH_PID = 4_194_305  # above the kernel's greatest pid_max
 
 
@@ -76,9 +81,48 @@ def test_every_figure(reader: Callable[..., Reader]) -> None:
         "power_w": 123.5,
         "ecc_uncorrected": 2,
         "xid": None,
+        "compute_capability": 9.0,
+        "nvlink_peers": [],
         "healthy": True,
         "unhealthy_reason": None,
     }
+
+
+@pytest.mark.parametrize(
+    ("links", "peers"),
+    [
+        pytest.param([], [[], [], []], id="none"),
+        pytest.param(
+            ["0 link_0 gpu 2", "0 link_1 gpu 2", "1 link_5 gpu 1"],
+            [["GPU-bbbb"], ["GPU-aaaa"], []],
+            id="a pair",
+        ),
+        pytest.param(
+            ["0 link_0 switch 90", "1 link_0 switch 91", "2 link_0 gpu 99"],
+            [["GPU-bbbb"], ["GPU-aaaa"], []],
+            id="two behind switches, one linked to what is no device of ours",
+        ),
+    ],
+)
+def test_which_devices_have_an_nvlink_to_each_other(
+    reader: Callable[..., Reader], state: Path, links: list[str], peers: list[list[str]]
+) -> None:
+    write(state, GPU, SECOND, THIRD, *links)
+    assert [r["nvlink_peers"] for r in reader().read()["reports"]] == peers
+
+
+def test_a_driver_that_cannot_tell_what_a_link_leads_to(
+    reader: Callable[..., Reader], state: Path, tmp_path: Path
+) -> None:
+    write(state, GPU, SECOND, "0 link_0 gpu 2", "1 link_0 switch 9")
+    reports = reader(folder=build(tmp_path, "-DOLD_DRIVER")).read()["reports"]
+    assert [r["nvlink_peers"] for r in reports] == [["GPU-bbbb"], []]
+
+
+def test_a_driver_without_a_compute_capability(reader: Callable[..., Reader], state: Path) -> None:
+    write(state, GPU.replace("0 cc 9.0\n", ""))
+    (report,) = reader().read()["reports"]
+    assert (report["compute_capability"], report["healthy"]) == (None, True)
 
 
 def test_a_driver_that_counts_its_reserve_as_used(

@@ -5,6 +5,9 @@
  *     init CODE                      what nvmlInit returns
  *     I uuid|name TEXT               device I; the number of devices is the highest I plus one
  *     I total|reserved|used|free|util|temp_c|power_mw|ecc NUMBER
+ *     I cc MAJOR.MINOR               compute capability
+ *     I bus NUMBER                   of its PCI address
+ *     I link_LINK gpu|switch BUS     that NVLink is up, and what is at its other end
  *     I process PID BYTES compute|graphics          BYTES -1: not available
  *     I xid SEQUENCE CODE            an event, raised once for each new SEQUENCE above 0
  *     I error FUNCTION CODE          that function fails for device I; FUNCTION * is every one
@@ -23,6 +26,11 @@ typedef struct { unsigned version; unsigned long long total, reserved, free, use
 typedef struct { unsigned gpu, memory; } Utilization;
 typedef struct { unsigned version, sensor; int temperature; } Temperature;
 typedef struct { unsigned pid; unsigned long long bytes; unsigned gi, ci; } Process;
+typedef struct {
+    char legacy_id[16];
+    unsigned domain, bus, device, id, subsystem;
+    char bus_id[32];
+} PciInfo;
 typedef struct { Device *device; unsigned long long type, data; unsigned gi, ci; } Event;
 
 static Device devices[DEVICES];
@@ -178,6 +186,56 @@ int nvmlDeviceGetTotalEccErrors(Device *device, unsigned kind, unsigned counter,
     *out = number(device->index, "ecc");
     return SUCCESS;
 }
+
+int nvmlDeviceGetCudaComputeCapability(Device *device, int *major, int *minor) {
+    char text[LINE];
+    GUARD(device);
+    if (!find(device->index, "cc", text)) return 3; /* not supported */
+    return sscanf(text, "%d.%d", major, minor) == 2 ? SUCCESS : BAD_ARGUMENT;
+}
+
+static void address(PciInfo *info, unsigned bus) {
+    memset(info, 0, sizeof *info);
+    info->bus = bus;
+}
+
+int nvmlDeviceGetPciInfo_v3(Device *device, PciInfo *info) {
+    GUARD(device);
+    address(info, (unsigned)number(device->index, "bus"));
+    return SUCCESS;
+}
+
+/* What is at the other end of a link: 0 nothing, 1 a GPU, 2 a switch. */
+static int other_end(Device *device, unsigned link, unsigned *bus) {
+    char key[LINE], text[LINE], kind[LINE];
+    snprintf(key, sizeof key, "link_%u", link);
+    if (!find(device->index, key, text) || sscanf(text, "%s %u", kind, bus) != 2) return 0;
+    return strcmp(kind, "switch") ? 1 : 2;
+}
+
+int nvmlDeviceGetNvLinkState(Device *device, unsigned link, unsigned *active) {
+    unsigned bus;
+    GUARD(device);
+    *active = other_end(device, link, &bus) != 0;
+    return SUCCESS;
+}
+
+int nvmlDeviceGetNvLinkRemotePciInfo_v2(Device *device, unsigned link, PciInfo *info) {
+    unsigned bus = 0;
+    GUARD(device);
+    if (!other_end(device, link, &bus)) return BAD_ARGUMENT;
+    address(info, bus);
+    return SUCCESS;
+}
+
+#ifndef OLD_DRIVER
+int nvmlDeviceGetNvLinkRemoteDeviceType(Device *device, unsigned link, unsigned *type) {
+    unsigned bus;
+    GUARD(device);
+    *type = other_end(device, link, &bus) == 2 ? 2 : 0; /* switch, gpu */
+    return SUCCESS;
+}
+#endif
 
 static int processes(Device *device, const char *kind, unsigned *count, Process *out) {
     char line[LINE], of[LINE];

@@ -27,7 +27,9 @@ PURE = (
     "scheduler/forecast.py", "scheduler/warming.py",
     "runtime/footprints.py",
     "agent/core.py", "agent/messages.py", "agent/replica.py", "agent/transitions.py",
-    "agent/canary.py", "agent/phases.py", "agent/cache_policy.py", "runtime/router/admission.py",
+    "agent/canary.py", "agent/phases.py", "agent/cache_policy.py",
+    "agent/staging_policy.py", "agent/host_ram.py", "agent/load_format.py",
+    "runtime/router/admission.py",
 )  # fmt: skip
 IMPURE_MODULES = {
     "asyncio", "aiohttp", "time", "random", "uuid", "logging", "datetime", "os", "secrets",
