@@ -289,6 +289,13 @@ class Simulation:
         node.restart_agent()
         self._links[node_id].start(0.0)
 
+    def fail_over(self, zombie_s: float, torn: Iterable[str]) -> None:
+        """Elect a new leader; nodes of `torn` lose their connection to the old one at once, the
+        others follow it until it stops answering."""
+        self.control.elect(zombie_s)
+        for node_id in torn:
+            self._links[node_id].forget()
+
     # -------------------------------------------------------------------- invariants
 
     def _check_policy(self, policy: Policy, event: m.Event) -> None:

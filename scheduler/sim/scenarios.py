@@ -172,7 +172,8 @@ def _trouble(random: Random, at_s: float, nodes: list[NodePlan], names: list[str
             return [Fault(at_s, f"the disk of {node.node_id} is slow", act)]
         case 5 | 6:
             zombie_s = random.choice((0.0, 0.0, 2.0, 10.0))
-            return [Fault(at_s, "another scheduler leads", f.fail_over(zombie_s))]
+            torn = tuple(n.node_id for n in nodes if random.random() < 0.5)
+            return [Fault(at_s, "another scheduler leads", f.fail_over(zombie_s, torn))]
         case 7 | 8:
             return [Fault(at_s, "an engine dies", f.crash_one(random))]
         case 9:
