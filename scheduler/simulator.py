@@ -151,7 +151,7 @@ class Simulation:
         self.scenario = scenario
         self.loop = Loop()
         self.random = Random(scenario.seed)
-        self.network = Network(self.loop, self.random)
+        self.network = Network(self.loop, self.random.random)
         self.truth = Truth(
             self.loop,
             min_dwell_s=scenario.settings.min_dwell_s,

@@ -60,7 +60,7 @@ def test_a_disk_that_slows_down_slows_what_is_under_way() -> None:
 
 def _sent(weather: Weather, count: int = 2000) -> tuple[list[float], list[float]]:
     loop = Loop()
-    network = Network(loop, Random(1))
+    network = Network(loop, Random(1).random)
     network.weather = weather
     arrived: list[float] = []
     lost: list[float] = []

@@ -23,6 +23,11 @@ PURE = (
     "runtime/footprints.py",
     "agent/core.py", "agent/messages.py", "agent/replica.py", "agent/transitions.py",
     "agent/canary.py", "agent/phases.py", "agent/cache_policy.py", "runtime/router/admission.py",
+    "runtime/sim/loop.py", "runtime/sim/pipe.py", "runtime/sim/profile.py",
+    "runtime/sim/timings.py", "runtime/sim/witness.py", "agent/simnode.py", "agent/simengine.py",
+    "agent/simfiles.py", "scheduler/sim/network.py", "scheduler/sim/control.py",
+    "scheduler/sim/links.py", "scheduler/sim/routers.py", "scheduler/sim/truth.py",
+    "scheduler/sim/report.py", "scheduler/sim/policy.py",
 )  # fmt: skip
 IMPURE_MODULES = {
     "asyncio", "aiohttp", "time", "random", "uuid", "logging", "datetime", "os", "secrets",
