@@ -272,8 +272,8 @@ class SimNode:
             self._execute(effect)
         if self.spec.check:
             self.core.validate_state()
-        if effects or isinstance(event, m.Tick | m.HealthChanged):
-            self._arm()  # nothing else moves a deadline
+        if effects or not isinstance(event, m.StatusSeen):
+            self._arm()
         return effects
 
     def _forget_told(self, event: m.Event, effects: list[m.Effect]) -> None:

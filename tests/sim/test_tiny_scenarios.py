@@ -119,6 +119,23 @@ def _lose_the_busy(sim) -> None:  # type: ignore[no-untyped-def]
     sim.lose_node(busy)
 
 
+def test_an_engine_that_dies_is_started_again_by_its_agent() -> None:
+    """While it starts (a pause of 0.5 s first) and again when it serves (at once)."""
+    calls = [Arrival(1.0, "m", 10, 1), Arrival(60.0, "m", 10, 1)]
+    crash = [Fault(at, "crash", _crash_all) for at in (3.0, 50.0)]
+    report = run([sized("m", 8)], calls, faults=crash)
+    assert report.outcomes == {"answered": 2}
+    started_s = STARTED + 16 / 6
+    assert report.ttft[0] == pytest.approx(2 + 0.5 + started_s, abs=0.2)
+    assert report.ttft[1] == pytest.approx(started_s + 0.3 - 10, abs=0.2)
+
+
+def _crash_all(sim) -> None:  # type: ignore[no-untyped-def]
+    for node in sim.nodes.values():
+        for replica_id in node.replicas():
+            node.crash(replica_id)
+
+
 def test_a_new_leader_adopts_what_runs_and_nothing_is_lost() -> None:
     calls = [Arrival(1.0 + 2 * i, "m", 100, 50) for i in range(50)]
     faults = [Fault(40.0, "fail over", f.fail_over(5.0)), Fault(70.0, "again", f.fail_over(0.0))]
