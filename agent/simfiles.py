@@ -38,6 +38,7 @@ class Files:
         self._host_held = host_held
         self._needed = needed
         self._reading: dict[str, Transfer] = {}
+        self._told: tuple[CachedModel, ...] | None = None  # None: something changed
 
     def rung(self, source: str) -> str:
         """Where a start would find the weights: staged, cached or remote."""
@@ -47,13 +48,18 @@ class Files:
 
     def cached(self) -> tuple[CachedModel, ...]:
         """As heartbeats tell it."""
-        return tuple(
-            CachedModel(source=source, disk_bytes=size, resident_bytes=self.resident.get(source, 0))
-            for source, size in self.disk.items()
-        )
+        if self._told is None:
+            self._told = tuple(
+                CachedModel(
+                    source=source, disk_bytes=size, resident_bytes=self.resident.get(source, 0)
+                )
+                for source, size in self.disk.items()
+            )
+        return self._told
 
     def add(self, source: str, size: int) -> None:
         """It is on the disk now."""
+        self._told = None
         self.disk.pop(source, None)
         self.disk[source] = size
         over = sum(self.disk.values()) - self._host.disk_bytes
@@ -99,6 +105,7 @@ class Files:
 
     def touch(self, source: str, size: int) -> None:
         """Its weights were read just now."""
+        self._told = None
         self.resident.pop(source, None)
         self.resident[source] = size
         self.shrink()
@@ -111,6 +118,7 @@ class Files:
                 break
             if name not in self.staged:
                 over -= self.resident.pop(name)
+                self._told = None
 
     def stage(self, wish: Iterable[tuple[str, int]], changed: Callable[[], object]) -> None:
         """Hold these, and no others; `changed` is called when one has been read."""
@@ -128,6 +136,8 @@ class Files:
 
     def yield_staged(self, over: int) -> None:
         """The kernel needs `over` bytes: staged weights go like any clean page."""
+        if over > 0:
+            self._told = None
         for name in list(self.staged):
             if over <= 0:
                 return
@@ -138,6 +148,7 @@ class Files:
         for transfer in self._reading.values():
             self.disk_pipe.cancel(transfer)
         self._reading, self.resident, self.staged = {}, {}, {}
+        self._told = None
 
     def _staged(self, source: str, changed: Callable[[], object]) -> Callable[[], None]:
         def was_read() -> None:

@@ -18,7 +18,8 @@ from msgspec.structs import replace
 
 from agent import messages as m
 from agent.core import HUNG_S, SLEEP_S, STATUS_S, WAKE_S, AgentCore
-from agent.replica import Replica
+from agent.replica import Replica, launch_name
+from agent.replica import report as report_of
 from agent.simengine import Answer, Engine
 from agent.simfiles import Files
 from runtime.sim import profile as p
@@ -266,24 +267,25 @@ class SimNode:
 
     def _apply(self, event: m.Event) -> list[m.Effect]:
         effects = self.core.handle(event)
-        self._forget_told(event)
+        self._forget_told(event, effects)
         for effect in effects:
             self._execute(effect)
         if self.spec.check:
             self.core.validate_state()
-        self._arm()
+        if effects or not isinstance(event, m.StatusSeen):
+            self._arm()
         return effects
 
-    def _forget_told(self, event: m.Event) -> None:
+    def _forget_told(self, event: m.Event, effects: list[m.Effect]) -> None:
         """What was told of replicas that the event may have changed is told anew."""
         replica_id = getattr(event, "replica_id", None)
         if replica_id is None:
             self._told.clear()
         else:
             self._told.pop(replica_id, None)
-            for other_id, r in self.core.replicas.items():
-                if r.phase not in ("ready", "asleep"):  # its turn may have come
-                    self._told.pop(other_id, None)
+        for effect in effects:  # e.g. another one's turn has come
+            if (other_id := getattr(effect, "replica_id", None)) is not None:
+                self._told.pop(other_id, None)
 
     def _execute(self, effect: m.Effect) -> None:
         match effect:
@@ -605,9 +607,10 @@ class SimNode:
     def _reports(self, now: float) -> tuple[ReplicaReport, ...]:
         """Of a replica that nothing happened to since, only the ages differ."""
         known = self._told
-        if any(replica_id not in known for replica_id in self.core.replicas):
-            for report in self.core.reports(now):
-                known[report.replica_id] = (self._report(report), now)
+        for replica_id, r in self.core.replicas.items():
+            if replica_id not in known:
+                disabled = self.core.disabled.get(launch_name(r.command.spec), {})
+                known[replica_id] = (self._report(report_of(r, disabled, now)), now)
         return tuple(_older(*known[replica_id], now) for replica_id in self.core.replicas)
 
     def _report(self, report: ReplicaReport) -> ReplicaReport:

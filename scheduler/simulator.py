@@ -151,7 +151,7 @@ class Simulation:
         self.scenario = scenario
         self.loop = Loop()
         self.random = Random(scenario.seed)
-        self.network = Network(self.loop, self.random)
+        self.network = Network(self.loop, self.random.random)
         self.truth = Truth(
             self.loop,
             min_dwell_s=scenario.settings.min_dwell_s,
@@ -288,6 +288,13 @@ class Simulation:
         node = self.nodes[node_id]
         node.restart_agent()
         self._links[node_id].start(0.0)
+
+    def fail_over(self, zombie_s: float, torn: Iterable[str]) -> None:
+        """Elect a new leader; nodes of `torn` lose their connection to the old one at once, the
+        others follow it until it stops answering."""
+        self.control.elect(zombie_s)
+        for node_id in torn:
+            self._links[node_id].forget()
 
     # -------------------------------------------------------------------- invariants
 

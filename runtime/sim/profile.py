@@ -1,8 +1,9 @@
 """How long things take on a node, where no ledger says: GPUs, hosts, models. Pure.
 
-Every constant names its source: [ds] the vendor's datasheet; [facts] /work/shared/design/
-vllm-facts.md's measurements (docs/simulator.md repeats them); [log] start-up logs in vLLM's own
-tracker; [as] an assumption. Rates are what software gets, not what the plug could carry.
+Every constant names its source: [ds] the vendor's datasheet; [facts] measured with vLLM 0.32 on
+this project's CPU host, or read in vLLM's docs (docs/simulator.md says which); [log] start-up
+logs in vLLM's own tracker; [as] an assumption. Rates are what software gets, not what the plug
+could carry.
 """
 
 from __future__ import annotations

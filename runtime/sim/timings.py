@@ -14,6 +14,9 @@ from runtime.sim import profile as p
 from runtime.sim.profile import Gpu, Host, ModelFacts
 from runtime.wire import ModelSpec
 
+_RUNGS = ("cached", "staged", "remote")
+_NOT_FIXED = ("fetch", "stage", "pull", "weights", "canary")  # timed apart, or after it serves
+
 
 @dataclass(frozen=True)
 class Timings:
@@ -34,7 +37,7 @@ class Timings:
 
     def start_s(self, spec: ModelSpec) -> dict[str, float]:
         """The phases of a start but those that move weights ("pull", "weights"), in order."""
-        measured = self._phases(spec.name, "start", but=("pull", "weights", "canary"))
+        measured = self._phases(spec.name, self._start(spec.name), but=_NOT_FIXED)
         if measured:
             return measured
         return {
@@ -50,15 +53,21 @@ class Timings:
         entry = self.ledger.get(spec.name)
         if entry is None:
             return None
-        for step in (f"start-{rung}.weights", "start.weights"):
+        for step in (f"start-{rung}.weights", f"{self._start(spec.name)}.weights"):
             if (seconds := entry.median_s(step)) is not None:
                 return seconds
         return None
 
     def canary_s(self, spec: ModelSpec) -> float:
         entry = self.ledger.get(spec.name)
-        measured = entry.median_s("start.canary") if entry else None
+        measured = entry.median_s(f"{self._start(spec.name)}.canary") if entry else None
         return p.CANARY_S if measured is None else measured
+
+    def _start(self, model: str) -> str:
+        """The ledger's step of a start, from the rung it was measured from most often."""
+        entry = self.ledger.get(model)
+        steps = [f"start-{rung}" for rung in _RUNGS]
+        return max(steps, key=lambda step: _count(entry, step)) if entry else steps[0]
 
     def copy_s(self, spec: ModelSpec) -> float:
         """From the page cache to the devices, each taking its part at once."""
@@ -125,4 +134,8 @@ def by_model(footprints: Iterable[Footprint]) -> dict[str, Footprint]:
 
 
 def _samples(entry: Footprint) -> int:
-    return len(entry.times["start"].samples) if "start" in entry.times else 0
+    return sum(_count(entry, f"start-{rung}") for rung in _RUNGS)
+
+
+def _count(entry: Footprint, step: str) -> int:
+    return len(entry.times[step].samples) if step in entry.times else 0

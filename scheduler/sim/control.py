@@ -28,6 +28,7 @@ from runtime.wire import (
     StageModels,
 )
 from scheduler import messages as m
+from scheduler.forecast import Sketch
 from scheduler.sim.network import Network
 from scheduler.sim.policy import Policy, PolicyFactory
 
@@ -77,6 +78,8 @@ class Control:
         self.pinned: set[str] = set()
         self.cordoned: set[str] = set()
         self.footprints: dict[Key, Footprint] = {}
+        self.quarantined: dict[tuple[str, str], str] = {}
+        self.sketches: dict[str, Sketch] = {}
         self.term = 0
         self.handled_events = 0
         self._loop = loop
@@ -103,6 +106,9 @@ class Control:
                 cordoned=tuple(sorted(self.cordoned)),
                 pinned=tuple(sorted(self.pinned)),
                 footprints=tuple(self.footprints.values()),
+                quarantined=tuple((n, d, why) for (n, d), why in self.quarantined.items()),
+                sketches=dict(self.sketches),
+                wall_s=WALL_S + self._loop.now,
             )
         )  # fmt: skip
         self._tick(leader)
@@ -123,6 +129,12 @@ class Control:
                     self._answer_polls(leader)
                 case m.Learned():
                     self.footprints[command.footprint.key] = command.footprint
+                case m.Quarantined(reason=None):
+                    self.quarantined.pop((command.node_id, command.device_id), None)
+                case m.Quarantined():
+                    self.quarantined[command.node_id, command.device_id] = str(command.reason)
+                case m.Sketched():
+                    self.sketches[command.model] = command.sketch
                 case m.Decided() | m.ColdStart():
                     self._decided(command)
         if self._handled is not None:
@@ -178,6 +190,15 @@ class Control:
         (self.cordoned.add if cordoned else self.cordoned.discard)(node_id)
         event = m.CordonSet(now=self._loop.now, node_id=node_id, cordoned=cordoned, drain=drain)
         self.tell(event)
+
+    def release(self) -> None:
+        """An operator lets every quarantined device be used again."""
+        for node_id, device_id in list(self.quarantined):
+            self.tell(
+                m.QuarantineSet(
+                    now=self._loop.now, node_id=node_id, device_id=device_id, reason=None
+                )
+            )
 
     # -------------------------------------------------------------------- messages to it
 

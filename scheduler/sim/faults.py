@@ -58,9 +58,10 @@ def slow_disk(node_id: str, rate: float) -> Act:
     return lambda sim: sim.nodes[node_id].set_disk_rate(rate)
 
 
-def fail_over(zombie_s: float) -> Act:
-    """A new leader; the old one goes on deciding for `zombie_s`."""
-    return lambda sim: sim.control.elect(zombie_s)
+def fail_over(zombie_s: float, torn: tuple[str, ...] = ()) -> Act:
+    """A new leader; the old one goes on deciding for `zombie_s`, and nodes but those of `torn`
+    go on following it."""
+    return lambda sim: sim.fail_over(zombie_s, torn)
 
 
 def crash_one(random: Random) -> Act:

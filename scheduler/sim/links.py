@@ -43,6 +43,7 @@ class NodeLink:
         self._call = 0  # the heartbeat under way, or the timer of the next one
         self._sending = False
         self._poked = False
+        self._forgot = False
 
     def poke(self) -> None:
         """Do not wait for the interval's end."""
@@ -52,6 +53,11 @@ class NodeLink:
         if not self._sending:
             self._call += 1
             self._loop.after(0.0, self._send, self._call)
+
+    def forget(self) -> None:
+        """The connection to the leader broke: the next heartbeat asks the registry."""
+        self._leader = None
+        self._forgot = True
 
     def start(self, after_s: float) -> None:
         """The first heartbeat."""
@@ -86,7 +92,8 @@ class NodeLink:
             return  # answered twice, or the node was lost meanwhile
         self._sending = False
         if reply is not None and self._node.see_term(reply.term):
-            self._leader = leader
+            self._leader = None if self._forgot else leader
+            self._forgot = False
             self._wait(0.0 if self._poked else HEARTBEAT_S)
             return
         self._leader = None

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from random import Random
 
 from runtime.sim.loop import Action, Loop
 
@@ -32,11 +31,12 @@ FAIR = Weather()
 class Network:
     """`weather` may change at any time."""
 
-    def __init__(self, loop: Loop, random: Random) -> None:
+    def __init__(self, loop: Loop, draw: Callable[[], float]) -> None:
+        """`draw` gives numbers from 0 up to 1, of a seeded generator."""
         self.weather = FAIR
         self.sent = 0
         self._loop = loop
-        self._random = random
+        self._draw = draw
 
     def send(self, lost: Callable[[], object], action: Action, *args: object) -> None:
         """Call `action(*args)` at the other end, or `lost()` here."""
@@ -45,7 +45,7 @@ class Network:
         if weather is FAIR:
             self._loop.after(DELAY_S, action, *args)
             return
-        draw = self._random.random
+        draw = self._draw
         if draw() < weather.lost:
             self._loop.after(LOST_S, lost)
             return
@@ -54,6 +54,6 @@ class Network:
             self._loop.after(self._delay_s(weather), action, *args)
 
     def _delay_s(self, weather: Weather) -> float:
-        draw = self._random.random
+        draw = self._draw
         late_s = draw() * weather.late_s if draw() < weather.late else 0.0
         return DELAY_S * (0.5 + draw()) + late_s

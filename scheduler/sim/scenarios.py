@@ -172,7 +172,8 @@ def _trouble(random: Random, at_s: float, nodes: list[NodePlan], names: list[str
             return [Fault(at_s, f"the disk of {node.node_id} is slow", act)]
         case 5 | 6:
             zombie_s = random.choice((0.0, 0.0, 2.0, 10.0))
-            return [Fault(at_s, "another scheduler leads", f.fail_over(zombie_s))]
+            torn = tuple(n.node_id for n in nodes if random.random() < 0.5)
+            return [Fault(at_s, "another scheduler leads", f.fail_over(zombie_s, torn))]
         case 7 | 8:
             return [Fault(at_s, "an engine dies", f.crash_one(random))]
         case 9:
@@ -216,6 +217,7 @@ def _all_well(sim: Simulation) -> None:
             node.fault(device_id, None)
         if plan.node_id in sim.control.cordoned:
             sim.control.cordon(plan.node_id, False)
+    sim.control.release()
     for name, stored in list(sim.control.models.items()):
         if name in sim.control.pinned:
             sim.control.pin(name, False)

@@ -1,0 +1,145 @@
+"""Scenarios small enough to compute by hand: the simulator has to agree."""
+
+from __future__ import annotations
+
+import pytest
+
+from runtime.footprints import Footprint, Key, Times
+from runtime.sim import profile as p
+from scheduler.sim import faults as f
+from scheduler.simulator import Fault
+from tests.sim.sim_kit import GB, Arrival, Host, NodePlan, run, sized
+
+GPU = p.GPUS["H100"]
+STARTED = p.FORK_S + p.INIT_S + p.CUDA_S + p.KV_S + p.COMPILE_S + p.GRAPHS_S + 0.05  # HEALTH_S
+HEARD = 0.02  # messages: first wait told, start sent, readiness told, table polled
+
+
+def first_token_s(billions: float, prompt: int) -> float:
+    model = p.ModelFacts(weights_bytes=int(2e9 * billions))
+    return p.prefill_s(GPU, model, 1, prompt) + p.step_s(GPU, model, 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("on_disk", "disk_rate", "weights_s"),
+    [
+        ("all", 2 * GB, 16 / 2),  # the disk is slower than the copy to the device
+        ("all", 100 * GB, 16 / 8),  # the copy is: LOAD_BYTES_S
+        ("none", 2 * GB, 16 / 2.5 + 16 / 8),  # pulled; then it is in the page cache
+    ],
+)
+def test_the_first_ttft_is_the_sum_of_the_phases(
+    on_disk: str, disk_rate: float, weights_s: float
+) -> None:
+    node = NodePlan("n0", devices=1, host=Host(disk_rate=disk_rate))
+    report = run([sized("m", 8)], [Arrival(1.0, "m", 1000, 100)], nodes=[node], on_disk=on_disk)
+    assert report.outcomes == {"answered": 1}
+    expected = STARTED + weights_s + first_token_s(8, 1000)
+    assert report.ttft[0] == pytest.approx(expected, abs=HEARD)
+    assert report.climbs == {"cached" if on_disk == "all" else "remote": 1}
+
+
+def test_a_hot_model_answers_after_its_prefill_and_one_step() -> None:
+    calls = [Arrival(1.0, "m", 10, 1), Arrival(60.0, "m", 1000, 100)]
+    report = run([sized("m", 8)], calls)
+    assert report.ttft[1] == pytest.approx(first_token_s(8, 1000), rel=1e-6)
+
+
+def test_prompts_are_read_one_after_the_other() -> None:
+    calls = [Arrival(1.0, "m", 10, 1), *[Arrival(60.0, "m", 4000, 2000)] * 3]
+    report = run([sized("m", 8)], calls)
+    one = p.prefill_s(GPU, p.ModelFacts(16 * 10**9), 1, 4000)
+    steps = [p.step_s(GPU, p.ModelFacts(16 * 10**9), 1, n) for n in (1, 2, 3)]
+    expected = [one * (i + 1) + steps[i] for i in range(3)]
+    assert sorted(report.ttft)[:3] == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_sleeper_wakes_in_the_time_that_its_weights_take_over_pcie() -> None:
+    calls = [Arrival(1.0, "m", 10, 1), Arrival(100.0, "m", 10, 1)]
+    report = run([sized("m", 8, idle_s=20.0)], calls)
+    assert report.climbs == {"asleep-1": 1, "cached": 1}
+    wake_s = p.WAKE_S + 16 / 50 + p.CANARY_S
+    assert report.ttft[1] == pytest.approx(wake_s + first_token_s(8, 10), abs=HEARD)
+
+
+def test_a_measured_start_wins_over_the_profile() -> None:
+    times = {"start-cached": Times(samples=(7.0,)), "start-cached.weights": Times(samples=(2.0,))}
+    ledger = [Footprint(key=Key("m", "", "vllm", "0.32.0", "nvml"), times=times)]
+    report = run([sized("m", 8)], [Arrival(1.0, "m", 10, 1)], ledger=ledger)
+    assert report.ttft[0] == pytest.approx(7.05 + first_token_s(8, 10), abs=HEARD)
+
+
+def test_two_starts_on_one_node_share_its_disk() -> None:
+    node = NodePlan("n0", devices=2, host=Host(disk_rate=1 * GB))
+    models = [sized(name, 8, device_memory_bytes=70 * 2**30) for name in "ab"]
+    report = run(models, [Arrival(1.0, name, 10, 1) for name in "ab"], nodes=[node])
+    expected = STARTED + 32 / 1 + first_token_s(8, 10)
+    assert report.ttft == pytest.approx([expected] * 2, abs=2 * HEARD)
+
+
+def test_gpu_hours_count_what_is_occupied_and_what_is_held() -> None:
+    model = sized("m", 8, idle_s=20.0, sleep="off", device_memory_bytes=40 * 2**30)
+    report = run([model], [Arrival(0.0, "m", 10, 1)], duration_s=300.0)
+    # It starts at 5 s, is ready after STARTED + weights, idles for 20 s and is gone soon after.
+    up_s = STARTED + 16 / 6 + 20
+    assert report.gpu_hours_occupied * 3600 == pytest.approx(up_s, abs=1.5)
+    held_s = (up_s - (p.FORK_S + p.INIT_S)) / 2  # half of the device
+    assert report.gpu_hours_held * 3600 == pytest.approx(held_s, abs=1.5)
+    assert report.gpu_hours_there * 3600 == pytest.approx(report.duration_s)
+
+
+def test_a_request_that_waits_longer_than_hold_s_is_refused_once() -> None:
+    report = run([sized("m", 8, hold_s=3.0)], [Arrival(1.0, "m", 10, 1)])
+    assert report.outcomes == {"hold_timeout": 1}
+    assert report.within_objective == 0
+
+
+def test_a_model_that_fits_no_device_is_refused_with_a_reason() -> None:
+    report = run([sized("m", 8, device_memory_bytes=90 * 2**30)], [Arrival(1.0, "m", 10, 1)] * 2)
+    assert set(report.outcomes) <= {"model_unavailable", "hold_timeout"}
+    assert report.outcomes["model_unavailable"] >= 1
+
+
+def test_a_caller_that_hangs_up_ends_its_request() -> None:
+    report = run([sized("m", 8)], [Arrival(1.0, "m", 10, 1, 2.0)])
+    assert report.outcomes == {"hung_up": 1}
+
+
+def test_requests_of_a_lost_node_break_off_and_waiting_ones_go_elsewhere() -> None:
+    nodes = [NodePlan("n0", devices=1), NodePlan("n1", devices=1)]
+    calls = [Arrival(1.0, "m", 10, 1), Arrival(59.0, "m", 10, 5000), Arrival(61.0, "m", 10, 1)]
+    holder = [Fault(60.0, "lose", lambda sim: _lose_the_busy(sim))]
+    report = run([sized("m", 8)], calls, nodes=nodes, faults=holder, duration_s=200.0)
+    assert report.outcomes == {"answered": 2, "broken_off": 1}
+    assert sum(report.climbs.values()) == 2
+
+
+def _lose_the_busy(sim) -> None:  # type: ignore[no-untyped-def]
+    busy = next(name for name, node in sim.nodes.items() if node.replicas())
+    sim.lose_node(busy)
+
+
+def test_an_engine_that_dies_is_started_again_by_its_agent() -> None:
+    """While it starts (a pause of 0.5 s first) and again when it serves (at once)."""
+    calls = [Arrival(1.0, "m", 10, 1), Arrival(60.0, "m", 10, 1)]
+    crash = [Fault(at, "crash", _crash_all) for at in (3.0, 50.0)]
+    report = run([sized("m", 8)], calls, faults=crash)
+    assert report.outcomes == {"answered": 2}
+    started_s = STARTED + 16 / 6
+    assert report.ttft[0] == pytest.approx(2 + 0.5 + started_s, abs=0.2)
+    assert report.ttft[1] == pytest.approx(started_s + 0.3 - 10, abs=0.2)
+
+
+def _crash_all(sim) -> None:  # type: ignore[no-untyped-def]
+    for node in sim.nodes.values():
+        for replica_id in node.replicas():
+            node.crash(replica_id)
+
+
+def test_a_new_leader_adopts_what_runs_and_nothing_is_lost() -> None:
+    calls = [Arrival(1.0 + 2 * i, "m", 100, 50) for i in range(50)]
+    faults = [Fault(40.0, "fail over", f.fail_over(5.0)), Fault(70.0, "again", f.fail_over(0.0))]
+    report = run([sized("m", 8)], calls, faults=faults)
+    assert report.outcomes == {"answered": 50}
+    assert report.climbs == {"cached": 1}
+    assert report.actions["adopt"] == 2
