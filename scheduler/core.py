@@ -159,8 +159,10 @@ class Core(Warm):
         if report.in_flight:
             replica.used_at = now
         elif report.idle_for_s is not None:
-            # The engine's own word is exact, also where an in-flight count was seen late.
-            replica.used_at = max(now - report.idle_for_s, replica.ready_at or 0.0)
+            # The engine's own word is exact, but it is asked once a second: a short call may have
+            # come and gone since, and a router has told of it.
+            said = now - report.idle_for_s
+            replica.used_at = max(said, replica.ready_at or 0.0, replica.routed_at)
         if replica.climb is not None:
             self._finish_climb(replica, report, now)
         if old is not None and _STEADY.get(replica.stage) == report.phase and _alike(old, report):
@@ -239,7 +241,7 @@ class Core(Warm):
         for replica_id, count in report.in_flight.items():
             replica = self.state.replicas.get(replica_id)
             if replica is not None and count:
-                replica.used_at = now
+                replica.used_at = replica.routed_at = now
 
     # ------------------------------------------------------------------------------- operators
 

@@ -83,6 +83,7 @@ class Replica:
     report: ReplicaReport | None = None
     ready_at: float | None = None
     used_at: float = 0.0  # when it last had a request, as far as anyone told
+    routed_at: float = 0.0  # when a router last said that it has requests of its
     retry_at: float = 0.0  # when to repeat the last command, if nothing shows its effect
     confirmed: tuple[int, int] | None = None  # (boot_id, seq) whose heartbeats show the command
     unrouted_version: int = 0

@@ -178,7 +178,9 @@ def queue(core: Core) -> v.Queue:
 
 def cold_starts(core: Core, now: float, limit: int, name: str | None) -> v.ColdStarts:
     """The latest post-mortems, newest first; with `name` those of one model."""
-    newest = (c for c in reversed(core.state.cold_starts) if name in (None, c.model))
+    # A record is written once its phases are known: the climb that ended last may be older.
+    ordered = sorted(core.state.cold_starts, key=lambda c: (-c.at, -c.number))
+    newest = (c for c in ordered if name in (None, c.model))
     return v.ColdStarts(
         cold_starts=tuple(
             v.ColdStartView(

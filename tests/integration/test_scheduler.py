@@ -364,7 +364,9 @@ async def test_the_openapi_document_is_valid_and_describes_every_route(
         }
         assert described == {(r.method, r.path) for r in ADMIN}
         for method, path in described:  # each is served, and guarded as the document says
-            answer, body = await client(method, path.format(name="x", id="x"), token="wrong")
+            answer, body = await client(
+                method, path.format(name="x", id="x", device="x"), token="wrong"
+            )
             open_to_all = document["paths"][path][method.lower()].get("security") == []
             assert answer == (200 if open_to_all else 401), (method, path)
             if not open_to_all:
@@ -387,11 +389,14 @@ async def test_refusals_are_what_the_openapi_document_says(
             (422, "PUT", "/admin/models/{name}", {"name": "other", "source": "/m"}),
             (404, "POST", "/admin/models/{name}/load", {"replicas": 1}),
             (404, "POST", "/admin/nodes/{id}/cordon", None),
+            (404, "POST", "/admin/nodes/{id}/devices/{device}/quarantine", {"reason": "x"}),
+            (404, "POST", "/admin/plan", {"load": "x"}),
+            (422, "POST", "/admin/plan", {"load": 3}),
             (400, "GET", "/admin/decisions?limit=x", None),
             (422, "POST", "/admin/cache/pull", {"source": 3}),
         ]
         for expected, method, path, body in calls:
-            status, answer = await client(method, path.format(name="x", id="x"), body)
+            status, answer = await client(method, path.format(name="x", id="x", device="x"), body)
             assert status == expected, (method, path, answer)
             operation = document["paths"][path.partition("?")[0]][method.lower()]
             assert str(status) in operation["responses"], (method, path)

@@ -46,6 +46,26 @@ def test_a_third_model_takes_the_place_of_the_coldest() -> None:
     assert evicted[0].cause == "1 request waiting"
 
 
+def test_a_short_call_that_only_its_router_saw_counts_as_a_use() -> None:
+    world = World(one_gpu())
+    world.put(spec("a", 10), spec("b", 10), spec("c", 10))
+    for name in ("a", "b"):
+        world.want(name)
+        world.run(5)
+        (replica,) = world.core.state.models[name].ready()
+        world.nodes["n1"].replicas[replica.replica_id].used_at = world.now
+    world.run(5)
+    # between two looks of its agent a is called once more: the router says so at once
+    (replica,) = world.core.state.models["a"].ready()
+    world.flying[replica.replica_id] = 1
+    world.report()
+    world.flying.clear()
+    world.run(1)
+    world.want("c")
+    world.run(6)
+    assert world.hot() == {"a", "c"}
+
+
 def test_a_replica_with_work_in_flight_is_never_evicted() -> None:
     world = World(one_gpu())
     world.put(spec("a", 20), spec("b", 20))
