@@ -12,19 +12,20 @@ from pathlib import Path
 
 from aiohttp import web
 
-from runtime.config import Config
+from runtime.config import Config, RouterConfig
 from runtime.registry import Registry, RegistryError, Service
 from runtime.router.api import Api
+from runtime.router.front import KEEP_ALIVE_S, Front
 from runtime.router.gate import Gate
 from runtime.router.link import Link
 from runtime.router.metrics import Metrics
 from runtime.router.proxy import Proxy
-from runtime.router.upstream import Upstream
+from runtime.router.upstream import Limits, Upstream
 
 log = logging.getLogger("stoker.router")
 
 TTL_S = 15.0
-_KEEP_ALIVE_S = 75.0  # as nginx; longer than the pauses between a client's calls
+_BACKLOG = 4096
 
 
 async def run_router(
@@ -43,24 +44,31 @@ async def run_router(
         stop = asyncio.Event()
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    gate, upstream = Gate(), Upstream(config.router.connect_timeout_s)
+    settings = config.router
+    gate, upstream = Gate(), Upstream(_limits(settings))
     gate.on_routes = lambda table: upstream.keep_only(
         {endpoint.base_url for route in table.models for endpoint in route.endpoints}
     )
-    metrics = Metrics(gate)
-    api = Api(
-        Proxy(gate, upstream, metrics, config.router.heartbeat_s), config.router.max_body_bytes
-    )
+    proxy = Proxy(gate, upstream, Metrics(gate), settings.heartbeat_s)
+    api = Api(proxy, settings.max_body_bytes, settings.read_timeout_s)
     runner = web.AppRunner(
         api.app(),
         handler_cancellation=True,
         access_log=None,
-        keepalive_timeout=_KEEP_ALIVE_S,
-        shutdown_timeout=config.router.drain_s,
+        keepalive_timeout=KEEP_ALIVE_S,
+        shutdown_timeout=settings.drain_s,
     )
     await runner.setup()
+    assert runner.server is not None
+    front = Front(
+        proxy,
+        runner.server,
+        read_s=settings.read_timeout_s,
+        max_connections=settings.max_connections,
+        max_body_bytes=settings.max_body_bytes,
+    )
     try:
-        listener = _listen(config.router.host, config.router.port)
+        listener = _listen(settings.host, settings.port)
         port = listener.getsockname()[1]
         router_id = f"{socket.gethostname()}:{port}"
         link = Link(
@@ -75,27 +83,40 @@ async def run_router(
         service = Service(
             service_id=f"stoker-router-{router_id}",
             name="stoker-router",
-            address=config.router.advertise_host or config.router.host,
+            address=settings.advertise_host or settings.host,
             port=port,
         )
         async with _background(link.run()), _background(_announce(registry, service)):
-            await web.SockSite(runner, listener).start()
+            server = await asyncio.get_running_loop().create_server(
+                front, sock=listener, backlog=_BACKLOG
+            )
             if on_ready is not None:
-                on_ready(f"http://{_url_host(config.router.host)}:{port}")
+                on_ready(f"http://{_url_host(settings.host)}:{port}")
             await stop.wait()
             api.draining = True
-            log.info("draining for up to %g s", config.router.drain_s)
-            await runner.cleanup()
+            log.info("draining for up to %g s", settings.drain_s)
+            server.close()
+            await asyncio.gather(front.drain(settings.drain_s), runner.cleanup())
         await _withdraw(registry, service)
     finally:
+        await front.drain(0.0)
         await runner.cleanup()
         gate.close()
         upstream.close()
 
 
+def _limits(settings: RouterConfig) -> Limits:
+    return Limits(
+        connect_s=settings.connect_timeout_s,
+        first_byte_s=settings.first_byte_timeout_s,
+        idle_s=settings.idle_timeout_s,
+        total_s=settings.total_timeout_s,
+    )
+
+
 def _listen(host: str, port: int) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    return socket.create_server((host, port), family=family, backlog=4096)
+    return socket.create_server((host, port), family=family, backlog=_BACKLOG)
 
 
 def _url_host(host: str) -> str:

@@ -52,9 +52,9 @@ async def exchange(raw: bytes, cuts: list[int], end: bool) -> tuple[Reply, bytes
     """Feed `raw` in pieces to one request's connection; its body or the reason it has none, and
     whether the connection went back to the pool."""
     idle: deque[_Connection] = deque()
-    connection, transport = _Connection(idle), Transport()
+    connection, transport = _Connection(idle, set()), Transport()
     connection.connection_made(transport)
-    reply = connection.send(b"POST / HTTP/1.1\r\n\r\n", b"")
+    reply = connection.send(b"POST / HTTP/1.1\r\n\r\n", b"", 0.0)
     edges = sorted({0, len(raw), *(cut % (len(raw) + 1) for cut in cuts)})
     for start, stop in itertools.pairwise(edges):
         if not transport.closed:
@@ -141,9 +141,9 @@ def test_a_connection_with_more_behind_its_answer_is_not_reused(
 
 def test_an_unread_answer_stops_the_socket_and_reading_resumes_it() -> None:
     async def check() -> None:
-        connection, transport = _Connection(deque()), Transport()
+        connection, transport = _Connection(deque(), set()), Transport()
         connection.connection_made(transport)
-        reply = connection.send(b"", b"")
+        reply = connection.send(b"", b"", 0.0)
         connection.data_received(b"HTTP/1.1 200 OK\r\nContent-Length: 9999999\r\n\r\n")
         connection.data_received(b"x" * BUFFER_BYTES)
         assert not transport.paused
