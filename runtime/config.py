@@ -49,6 +49,9 @@ class RouterConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     total_timeout_s: Seconds = 3600.0  # for a whole answer
     read_timeout_s: Seconds = 60.0  # for a request to arrive
     max_connections: Annotated[int, Meta(gt=0)] = 10_000  # of one worker
+    max_in_flight: Annotated[
+        int, Meta(gt=0, description="requests sent to one replica at a time; more wait here")
+    ] = 1024
     workers: Annotated[
         int, Meta(ge=1, le=256, description="processes that share the port (SO_REUSEPORT)")
     ] = 1

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import bisect
 import operator
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -82,9 +83,13 @@ _by_arrival = operator.attrgetter("seq")
 
 
 class Admission:
-    """One router's queues and counts. Every call carries `now`, in seconds of one steady clock."""
+    """One router's queues and counts. Every call carries `now`, in seconds of one steady clock.
 
-    def __init__(self) -> None:
+    `max_in_flight`: more are not sent to one replica at a time, they wait; None: no limit.
+    """
+
+    def __init__(self, max_in_flight: int | None = None) -> None:
+        self._max_in_flight = max_in_flight or sys.maxsize
         self.table: RouteTable | None = None
         self._route: dict[str, ModelRoute] = {}  # by name and by alias
         self._models: dict[str, _Model] = {}
@@ -152,11 +157,15 @@ class Admission:
         changed = self._breaker.answered(request.replica_id, now, status >= 500)
         return self._release(now) if changed else []
 
-    def finished(self, request_id: str, now: float) -> None:
+    def finished(self, request_id: str, now: float) -> list[Forward | Refused]:
         """The request is over, answered or not, or its caller has gone: waiting or in flight, it
-        leaves. An id that already ended is fine."""
-        if request_id in self._requests:
-            self._leave(self._requests[request_id], now)
+        leaves. An id that already ended is fine. What may go on in its place is returned."""
+        request = self._requests.get(request_id)
+        if request is None:
+            return []
+        self._leave(request, now)
+        state = self._models.get(request.model)
+        return self._release_model(request.model, state, now) if state and state.waiting else []
 
     def failed(self, request_id: str, now: float, reason: str, delivered: bool) -> Decision:
         """Its replica failed before the answer's first byte; says what happens to it next.
@@ -266,6 +275,8 @@ class Admission:
             if shunned is not None and shunned(replica_id, now):
                 continue
             load = self._replica_in_flight.get(replica_id, 0)
+            if load >= self._max_in_flight:
+                continue
             if best < 0 or load < best_load:
                 best, best_load = index, load
         if best < 0:
@@ -338,16 +349,20 @@ class Admission:
         """End or send everything that waits for a model which changed."""
         out: list[Forward | Refused] = []
         for name, state in list(self._models.items()):
-            if not state.waiting:
-                continue
-            route = self._route.get(name)
-            if route is None or route.refusal is not None:
-                for request in list(state.waiting):
-                    self._leave(request, now)
-                    out.append(_refusal(request.request_id, route) if route else _removed(request))
-                continue
-            while state.waiting and (endpoint := self._choose(route, state, now)):
-                out.append(self._forward(state.waiting.pop(0), state, endpoint, now))
+            if state.waiting:
+                out += self._release_model(name, state, now)
+        return out
+
+    def _release_model(self, name: str, state: _Model, now: float) -> list[Forward | Refused]:
+        out: list[Forward | Refused] = []
+        route = self._route.get(name)
+        if route is None or route.refusal is not None:
+            for request in list(state.waiting):
+                self._leave(request, now)
+                out.append(_refusal(request.request_id, route) if route else _removed(request))
+            return out
+        while state.waiting and (endpoint := self._choose(route, state, now)):
+            out.append(self._forward(state.waiting.pop(0), state, endpoint, now))
         return out
 
     def _unknown(self, request_id: str, model: str) -> Refused:

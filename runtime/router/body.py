@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import msgspec
 from aiohttp import BodyPartReader, MultipartReader, StreamReader
 from aiohttp.base_protocol import BaseProtocol
+from aiohttp.http_exceptions import HttpProcessingError
 from msgspec import UNSET, Struct
 
 from runtime.router.errors import ApiError
@@ -60,7 +61,7 @@ async def read_form(body: bytes, headers: Mapping[str, str]) -> tuple[str, bool]
         while len(found) < len(_FORM_FIELDS) and (part := await form.next()) is not None:
             if isinstance(part, BodyPartReader) and part.name in _FORM_FIELDS:
                 found[part.name] = (await part.text(encoding="utf-8")).strip()
-    except (ValueError, AssertionError, RuntimeError, LookupError) as error:
+    except (ValueError, AssertionError, RuntimeError, LookupError, HttpProcessingError) as error:
         message = f"the multipart body cannot be read: {error}"
         raise ApiError(400, "invalid_body", message) from None
     return _model(found.get("model", UNSET)), found.get("stream", "").lower() in ("true", "1")

@@ -45,7 +45,7 @@ async def run_router(
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, stop.set)
     settings = config.router
-    gate, upstream = Gate(), Upstream(_limits(settings))
+    gate, upstream = Gate(settings.max_in_flight), Upstream(_limits(settings))
     gate.on_routes = lambda table: upstream.keep_only(
         {endpoint.base_url for route in table.models for endpoint in route.endpoints}
     )

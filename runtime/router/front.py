@@ -266,8 +266,9 @@ class _Connection(asyncio.Protocol):
         self._whole = True
 
     def _headers_are_plain(self) -> bool:
-        length = -1
+        length, size = -1, 0
         for name, value in self._fields:
+            size += len(value)
             if len(name) not in _LENGTHS or (lower := name.lower()) not in _LOOKED_AT:
                 continue
             if lower == _LENGTH:
@@ -281,7 +282,7 @@ class _Connection(asyncio.Protocol):
                 self._id = _usable_id(value)
             elif lower != _CONNECTION or value.lower() != b"keep-alive":
                 return False
-        return 0 < length <= self._front.max_body_bytes
+        return 0 < length <= self._front.max_body_bytes and size <= PLAIN_HEAD_BYTES
 
     # -- one request
 

@@ -20,9 +20,9 @@ class Gate:
     each table before it is put in force.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, max_in_flight: int | None = None) -> None:
         self.loop = asyncio.get_running_loop()
-        self._admission = Admission()
+        self._admission = Admission(max_in_flight)
         self._turns: dict[str, asyncio.Future[Forward | Refused]] = {}
         self._ids = itertools.count()
         self._timer: asyncio.TimerHandle | None = None
@@ -75,7 +75,10 @@ class Gate:
         """The request is over, however it went. Idempotent."""
         if self._turns:
             self._turns.pop(request_id, None)
-        self._admission.finished(request_id, self.loop.time())
+        released = self._admission.finished(request_id, self.loop.time())
+        if released:
+            self._hand_out(released)
+            self._arm()
 
     def check_invariants(self) -> None:
         """Raises AssertionError if the counts are wrong."""
