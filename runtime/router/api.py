@@ -25,6 +25,7 @@ from runtime.router.errors import ApiError
 from runtime.router.front import RequestIds
 from runtime.router.paths import ROOT_PATHS, STREAMS, v1_target
 from runtime.router.proxy import Call, Proxy
+from runtime.router.siblings import OWN, Siblings
 from runtime.wire import ModelRoute, RouteTable
 
 log = logging.getLogger("stoker.router")
@@ -37,9 +38,19 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 class Api:
-    """Handlers over one Proxy. Set `draining` to make /readyz say no."""
+    """Handlers over one Proxy. Set `draining` to make /readyz say no.
 
-    def __init__(self, proxy: Proxy, max_body_bytes: int, read_timeout_s: float) -> None:
+    `siblings`: the other workers on the same port, whose figures /metrics includes.
+    """
+
+    def __init__(
+        self,
+        proxy: Proxy,
+        max_body_bytes: int,
+        read_timeout_s: float,
+        siblings: Siblings | None = None,
+    ) -> None:
+        self._siblings = siblings
         self._proxy = proxy
         self._max_body_bytes = max_body_bytes
         self._read_timeout_s = read_timeout_s
@@ -175,6 +186,8 @@ class Api:
     async def _metrics(self, request: web.Request) -> web.Response:
         content_type = "text/plain; version=0.0.4; charset=utf-8"
         body = self._proxy.metrics.render()
+        if self._siblings is not None and request.query != OWN:
+            body = await self._siblings.metrics(body)
         return web.Response(body=body, headers={"Content-Type": content_type})
 
     @web.middleware

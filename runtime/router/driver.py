@@ -20,7 +20,9 @@ from runtime.router.gate import Gate
 from runtime.router.link import Link
 from runtime.router.metrics import Metrics
 from runtime.router.proxy import Proxy
+from runtime.router.siblings import Siblings
 from runtime.router.upstream import Limits, Upstream
+from runtime.router.workers import worker_index
 
 log = logging.getLogger("stoker.router")
 
@@ -50,7 +52,10 @@ async def run_router(
         {endpoint.base_url for route in table.models for endpoint in route.endpoints}
     )
     proxy = Proxy(gate, upstream, Metrics(gate), settings.heartbeat_s)
-    api = Api(proxy, settings.max_body_bytes, settings.read_timeout_s)
+    worker, siblings = worker_index(), None
+    if worker is not None:
+        siblings = Siblings(Path(config.state_dir), worker, settings.workers)
+    api = Api(proxy, settings.max_body_bytes, settings.read_timeout_s, siblings)
     runner = web.AppRunner(
         api.app(),
         handler_cancellation=True,
@@ -68,9 +73,9 @@ async def run_router(
         max_body_bytes=settings.max_body_bytes,
     )
     try:
-        listener = _listen(settings.host, settings.port)
+        listener = _listen(settings.host, settings.port, shared=worker is not None)
         port = listener.getsockname()[1]
-        router_id = f"{socket.gethostname()}:{port}"
+        router_id = f"{socket.gethostname()}:{port}" + (f":{worker}" if worker else "")
         link = Link(
             gate,
             registry,
@@ -86,6 +91,10 @@ async def run_router(
             address=settings.advertise_host or settings.host,
             port=port,
         )
+        if siblings is not None:
+            siblings.socket.parent.mkdir(parents=True, exist_ok=True)
+            siblings.socket.unlink(missing_ok=True)
+            await web.UnixSite(runner, str(siblings.socket)).start()
         async with _background(link.run()), _background(_announce(registry, service)):
             server = await asyncio.get_running_loop().create_server(
                 front, sock=listener, backlog=_BACKLOG
@@ -114,9 +123,9 @@ def _limits(settings: RouterConfig) -> Limits:
     )
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def _listen(host: str, port: int, shared: bool) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    return socket.create_server((host, port), family=family, backlog=_BACKLOG)
+    return socket.create_server((host, port), family=family, backlog=_BACKLOG, reuse_port=shared)
 
 
 def _url_host(host: str) -> str:
