@@ -23,6 +23,7 @@ PURE = (
     "runtime/footprints.py",
     "agent/core.py", "agent/messages.py", "agent/replica.py", "agent/transitions.py",
     "agent/canary.py", "agent/phases.py", "agent/cache_policy.py", "runtime/router/admission.py",
+    "runtime/router/breaker.py", "runtime/router/sketch.py",
 )  # fmt: skip
 IMPURE_MODULES = {
     "asyncio", "aiohttp", "time", "random", "uuid", "logging", "datetime", "os", "secrets",
