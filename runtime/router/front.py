@@ -46,13 +46,9 @@ _REASONS = {status.value: status.phrase.encode() for status in HTTPStatus}
 _BODYLESS = (204, 304)
 # Headers that make a request no plain one.
 _ODD = {b"transfer-encoding", b"content-encoding", b"expect", b"upgrade", b"te", b"trailer"}
-_CONNECTION, _LENGTH, _TYPE, _ID = (
-    b"connection",
-    b"content-length",
-    b"content-type",
-    b"x-request-id",
-)
-_LOOKED_AT = _ODD | {_CONNECTION, _LENGTH, _TYPE, _ID}
+_CONNECTION, _LENGTH, _TYPE = b"connection", b"content-length", b"content-type"
+_ID, _HOST = b"x-request-id", b"host"
+_LOOKED_AT = _ODD | {_CONNECTION, _LENGTH, _TYPE, _ID, _HOST}
 _LENGTHS = {len(name) for name in _LOOKED_AT}
 
 
@@ -266,7 +262,7 @@ class _Connection(asyncio.Protocol):
         self._whole = True
 
     def _headers_are_plain(self) -> bool:
-        length, size = -1, 0
+        length, size, hosts = -1, 0, 0
         for name, value in self._fields:
             size += len(value)
             if len(name) not in _LENGTHS or (lower := name.lower()) not in _LOOKED_AT:
@@ -278,11 +274,13 @@ class _Connection(asyncio.Protocol):
             elif lower == _TYPE:
                 if value[:10].lower() == b"multipart/":
                     return False
+            elif lower == _HOST:
+                hosts += 1
             elif lower == _ID:
                 self._id = _usable_id(value)
             elif lower != _CONNECTION or value.lower() != b"keep-alive":
                 return False
-        return 0 < length <= self._front.max_body_bytes and size <= PLAIN_HEAD_BYTES
+        return hosts == 1 and size <= PLAIN_HEAD_BYTES and 0 < length <= self._front.max_body_bytes
 
     # -- one request
 

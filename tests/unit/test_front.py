@@ -164,7 +164,8 @@ def test_every_request_is_served_here_or_handed_over_whole(
 
 ODD = [
     plain(extra=b"Transfer-Encoding: chunked\r\n"),
-    b"POST %b HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\nT: t\r\n\r\n" % CHAT,
+    b"POST %b HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\nT: t\r\n\r\n"
+    % CHAT,
     plain(extra=b"Expect: 100-continue\r\n"),
     plain(extra=b"Connection: close\r\n"),
     plain(extra=b"Connection: keep-alive, X-Hop\r\n"),
@@ -174,6 +175,8 @@ ODD = [
     plain(extra=b"Upgrade: h2c\r\nConnection: upgrade\r\n"),
     plain(extra=b"X: " + b"x" * 20_000 + b"\r\n"),
     plain(extra=b"X: y\r\n" * 120),
+    plain(extra=b"Host: other\r\n"),
+    plain().replace(b"Host: h\r\n", b""),
     plain(path=CHAT + b"?a=b"),
     plain(path=b"/metrics"),
     plain().replace(b"POST", b"PUT"),
@@ -183,9 +186,9 @@ ODD = [
     plain().replace(b'{"', b'["'),
     plain().replace(b"Content-Length: ", b"Content-Length: +"),
     plain().replace(b"Content-Length: ", b"Content-Length : "),
-    b"POST %b HTTP/1.1\r\nContent-Length: %d\r\n\r\n" % (CHAT, PLAIN_BODY_BYTES + 1),
-    b"POST %b HTTP/1.1\r\nContent-Length: 0\r\n\r\n" % CHAT,
-    b"POST %b HTTP/1.1\r\n X: folded\r\n\r\n" % CHAT,
+    b"POST %b HTTP/1.1\r\nHost: h\r\nContent-Length: %d\r\n\r\n" % (CHAT, PLAIN_BODY_BYTES + 1),
+    b"POST %b HTTP/1.1\r\nHost: h\r\nContent-Length: 0\r\n\r\n" % CHAT,
+    b"POST %b HTTP/1.1\r\nHost: h\r\n X: folded\r\n\r\n" % CHAT,
     b"GET / HTTP/1.1\r\nHost: h\r\n\r\n",
     b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
     b"\x16\x03\x01\x02\x00\x01",
