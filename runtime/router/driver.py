@@ -26,6 +26,10 @@ from runtime.router.workers import worker_index
 
 log = logging.getLogger("stoker.router")
 
+# aiohttp tells of every malformed request with a stack trace; our own failures `Api` tells of.
+_http_log = logging.getLogger("stoker.router.http")
+_http_log.setLevel(logging.CRITICAL)
+
 TTL_S = 15.0
 _BACKLOG = 4096
 
@@ -60,6 +64,7 @@ async def run_router(
         api.app(),
         handler_cancellation=True,
         access_log=None,
+        logger=_http_log,
         keepalive_timeout=KEEP_ALIVE_S,
         shutdown_timeout=settings.drain_s,
     )

@@ -164,7 +164,7 @@ def test_every_request_is_served_here_or_handed_over_whole(
 
 ODD = [
     plain(extra=b"Transfer-Encoding: chunked\r\n"),
-    b"POST %b HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\nT: t\r\n\r\n"
+    b"POST %b HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked\r\n\r\n1\r\nx\r\n0\r\nT: t\r\n\r\n"
     % CHAT,
     plain(extra=b"Expect: 100-continue\r\n"),
     plain(extra=b"Connection: close\r\n"),
