@@ -13,6 +13,7 @@ import asyncio
 import logging
 import re
 from collections.abc import Awaitable, Callable
+from importlib.metadata import version as installed_version
 from typing import Any
 
 import msgspec
@@ -23,6 +24,7 @@ from runtime.router.admission import unknown_model
 from runtime.router.client import AiohttpClient
 from runtime.router.errors import ApiError
 from runtime.router.front import RequestIds
+from runtime.router.openapi import document, page
 from runtime.router.paths import ROOT_PATHS, STREAMS, v1_target
 from runtime.router.proxy import Call, Proxy
 from runtime.router.siblings import OWN, Siblings
@@ -55,6 +57,7 @@ class Api:
         self._max_body_bytes = max_body_bytes
         self._read_timeout_s = read_timeout_s
         self._request_id = RequestIds()
+        self._document = document(installed_version("stoker-serve"))
         self.draining = False
 
     def app(self) -> web.Application:
@@ -73,6 +76,8 @@ class Api:
                 web.get("/healthz", self._healthz),
                 web.get("/readyz", self._readyz),
                 web.get("/metrics", self._metrics),
+                web.get("/openapi.json", self._openapi),
+                web.get("/docs", self._docs),
             ]
         )
         return app
@@ -182,6 +187,12 @@ class Api:
         if self._proxy.gate.table is None:
             return web.Response(status=503, text="no route table yet\n")
         return web.Response(text="ready\n")
+
+    async def _openapi(self, request: web.Request) -> web.Response:
+        return _json(self._document)
+
+    async def _docs(self, request: web.Request) -> web.Response:
+        return web.Response(body=page(self._document), content_type="text/html", charset="utf-8")
 
     async def _metrics(self, request: web.Request) -> web.Response:
         content_type = "text/plain; version=0.0.4; charset=utf-8"
