@@ -42,7 +42,7 @@ _ERROR_BYTES = 64 * 1024
 _NAMES = 1024  # header names remembered; there are a few dozen
 
 
-@dataclass(slots=True, frozen=True)
+@dataclass(slots=True)  # frozen would cost a microsecond
 class Call:
     """One inference call: `path` is the engine's raw request target, `model` the caller's word,
     `headers` the caller's."""
@@ -198,34 +198,41 @@ class _Exchange:
             reply.close()
 
 
-class _Dropped:
-    """Which header names are not passed on, by their bytes as written: a look-up, no lower()."""
+class _Dropped(dict[bytes, bool]):
+    """Whether a header of that name, as it is written, is not passed on: one look-up."""
 
     def __init__(self, names: set[bytes]) -> None:
+        super().__init__()
         self._names = names
-        self._known: dict[bytes, bool] = {}
 
-    def __call__(self, name: bytes) -> bool:
-        known = self._known.get(name)
-        if known is None:
-            known = name.lower() in self._names
-            if len(self._known) < _NAMES:
-                self._known[name] = known
-        return known
+    def __missing__(self, name: bytes) -> bool:
+        dropped = name.lower() in self._names
+        if len(self) < _NAMES:
+            self[name] = dropped
+        return dropped
 
 
 _not_sent = _Dropped(_NOT_SENT)
 _not_returned = _Dropped(_NOT_RETURNED)
 
 
+def _passed(raw: Iterable[tuple[bytes, bytes]], dropped: _Dropped) -> Headers:
+    """The headers that are not of this hop only."""
+    options = b""
+    kept = []
+    for header in raw:
+        if not dropped[header[0]]:
+            kept.append(header)
+        elif header[0].lower() == b"connection" and header[1].lower() != b"keep-alive":
+            options += header[1].lower() + b","
+    if options:
+        named = {option.strip() for option in options.split(b",")}
+        kept = [header for header in kept if header[0].lower() not in named]
+    return kept
+
+
 def _sent_headers(call: Call, key: str) -> list[bytes]:
-    raw = call.headers
-    options = _connection_options(raw)
-    lines = [
-        b"%b: %b" % (n, v)
-        for n, v in raw
-        if not _not_sent(n) and not (options and n.lower() in options)
-    ]
+    lines = [b"%b: %b" % header for header in _passed(call.headers, _not_sent)]
     lines.append(b"Authorization: Bearer %b\r\nX-Request-ID: %b" % (
         key.encode(), call.request_id.encode()
     ))  # fmt: skip
@@ -233,21 +240,9 @@ def _sent_headers(call: Call, key: str) -> list[bytes]:
 
 
 def _returned_headers(raw: Headers, request_id: str) -> Headers:
-    options = _connection_options(raw)
-    headers = [
-        (n, v) for n, v in raw if not _not_returned(n) and not (options and n.lower() in options)
-    ]
+    headers = _passed(raw, _not_returned)
     headers.append((b"X-Request-ID", request_id.encode()))
     return headers
-
-
-def _connection_options(raw: Iterable[tuple[bytes, bytes]]) -> set[bytes]:
-    """The header names that a Connection header declares to be for this hop only."""
-    found: set[bytes] = set()
-    for name, value in raw:
-        if len(name) == 10 and name.lower() == b"connection" and value.lower() != b"keep-alive":
-            found |= {option.strip().lower() for option in value.split(b",")}
-    return found
 
 
 async def _error_of(reply: Reply, data: bytes) -> dict[str, object]:

@@ -161,11 +161,21 @@ class Reply:
             self._wake()
 
     async def head(self) -> None:
-        """Until status and headers are there. Raises UpstreamError."""
-        while not self.status:
-            if self._error is not None:
-                raise self._error
-            await self._wait()
+        """Until status and headers are there. Raises UpstreamError.
+
+        A wait that ends without them closes the connection.
+        """
+        try:
+            while not self.status:
+                if self._error is not None:
+                    raise self._error
+                self._waiter = self._connection.loop.create_future()
+                await self._waiter
+        except BaseException:
+            self.close()
+            raise
+        finally:
+            self._waiter = None
 
     def _take(self) -> bytes:
         data = self._chunks[0] if len(self._chunks) == 1 else b"".join(self._chunks)
@@ -333,7 +343,10 @@ class _Connection(asyncio.Protocol):
 
 
 def _is_framed(headers: Headers) -> bool:
-    return any(name.lower() in (b"content-length", b"transfer-encoding") for name, _ in headers)
+    for name, _ in headers:
+        if len(name) in (14, 17) and name.lower() in (b"content-length", b"transfer-encoding"):
+            return True
+    return False
 
 
 def _closed(reply: Reply) -> UpstreamError:
@@ -369,7 +382,7 @@ class Upstream:
         while (connection := self._pooled(idle)) is not None:
             reply = connection.send(request, body, self._loop.time())
             try:
-                await _head_or_close(reply)
+                await reply.head()
             except UpstreamTimeout:
                 raise
             except UpstreamError:
@@ -381,7 +394,7 @@ class Upstream:
         except UpstreamError as error:
             raise UpstreamError(error.reason, delivered) from None
         reply = connection.send(request, body, self._loop.time())
-        await _head_or_close(reply)
+        await reply.head()
         return reply
 
     def close(self) -> None:
@@ -459,11 +472,3 @@ def _too_late(reply: Reply, now: float, limits: Limits) -> UpstreamTimeout | Non
         return UpstreamTimeout(reason, "idle_timeout")
     reason = f"no byte of an answer came in {limit_s:g}s (router.first_byte_timeout_s)"
     return UpstreamTimeout(reason, "first_byte_timeout")
-
-
-async def _head_or_close(reply: Reply) -> None:
-    try:
-        await reply.head()
-    except BaseException:
-        reply.close()
-        raise
