@@ -42,7 +42,7 @@ async def test_schemathesis_finds_nothing(tmp_path: Path) -> None:
         program = Path(sys.executable).with_name("schemathesis")
         argv = (
             program, "run", stack.url + "/openapi.json", "--checks", CHECKS, "--no-color",
-            "--max-examples", "8", "--phases", "examples,coverage,fuzzing", "--workers", "2",
+            "--max-examples", "5", "--phases", "examples,coverage,fuzzing", "--workers", "2",
             "--generation-deterministic", "--request-timeout", "10",
         )  # fmt: skip
         process = await asyncio.create_subprocess_exec(
