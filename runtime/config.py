@@ -47,7 +47,7 @@ class RouterConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     first_byte_timeout_s: Seconds = 600.0  # a whole answer, if it is not streamed: then 504
     idle_timeout_s: Seconds = 300.0  # between two pieces of a stream; then it is broken off
     total_timeout_s: Seconds = 3600.0  # for a whole answer
-    read_timeout_s: Seconds = 60.0  # for a request to arrive
+    read_timeout_s: Seconds = 60.0  # for a request to arrive, or a caller to read anything
     max_connections: Annotated[int, Meta(gt=0)] = 10_000  # of one worker
     max_in_flight: Annotated[
         int, Meta(gt=0, description="requests sent to one replica at a time; more wait here")

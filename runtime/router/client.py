@@ -1,6 +1,6 @@
 """Who gets an answer: what the proxy says to a client, and how aiohttp's server says it.
 
-`front.py` has the other implementation, for the plain calls that are nearly all of them.
+`plain.py` has the other implementation, for the plain calls that are nearly all of them.
 """
 
 from __future__ import annotations

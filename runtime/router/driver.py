@@ -15,10 +15,11 @@ from aiohttp import web
 from runtime.config import Config, RouterConfig
 from runtime.registry import Registry, RegistryError, Service
 from runtime.router.api import Api
-from runtime.router.front import KEEP_ALIVE_S, Front
+from runtime.router.front import Front
 from runtime.router.gate import Gate
 from runtime.router.link import Link
 from runtime.router.metrics import Metrics
+from runtime.router.plain import KEEP_ALIVE_S
 from runtime.router.proxy import Proxy
 from runtime.router.siblings import Siblings
 from runtime.router.upstream import Limits, Upstream

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from runtime.router.errors import ApiError
-from runtime.router.front import BEHIND_BYTES, PLAIN_BODY_BYTES, Front
+from runtime.router.front import Front
+from runtime.router.plain import BEHIND_BYTES, PLAIN_BODY_BYTES
 from runtime.router.proxy import Call
 
 CHAT = b"/v1/chat/completions"
@@ -33,6 +34,9 @@ class Transport(asyncio.Transport):
         return self.closed
 
     def close(self) -> None:
+        self.closed = True
+
+    def abort(self) -> None:
         self.closed = True
 
     def set_protocol(self, protocol: object) -> None:
@@ -319,6 +323,26 @@ async def test_idle_and_slow_connections_are_closed_and_busy_ones_are_not() -> N
     bench.feed(plain()[:10])
     bench.connection.close_if_late(now + 4, 5.0)
     assert not bench.transport.closed
+    bench.connection.close_if_late(now + 6, 5.0)
+    assert bench.transport.closed
+
+
+async def test_a_caller_who_does_not_read_holds_up_the_call_and_then_loses_it() -> None:
+    bench = Bench()
+    bench.connection.pause_writing()
+    bench.feed(plain())
+    await bench.settle()
+    assert len(bench.proxy.calls) == 1
+    bench.feed(plain())
+    await bench.settle()
+    assert len(bench.proxy.calls) == 1, "the next call began before the last answer was taken"
+    now = bench.front.loop.time()
+    bench.connection.close_if_late(now + 4, 5.0)
+    assert not bench.transport.closed
+    bench.connection.resume_writing()
+    await bench.settle()
+    assert len(bench.proxy.calls) == 2
+    bench.connection.pause_writing()
     bench.connection.close_if_late(now + 6, 5.0)
     assert bench.transport.closed
 
