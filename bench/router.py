@@ -89,8 +89,8 @@ def measure(target: Target, phase: Phase, seconds: float) -> Figures:
 Results = dict[tuple[str, str], Figures]  # (target, phase) -> medians
 
 
-def run(targets: list[Target], rounds: int, seconds: float) -> Results:
-    """Every phase against every target, `rounds` times over."""
+def run(targets: list[Target], rounds: int, seconds: float, slow: tuple[str, ...]) -> Results:
+    """Every phase against every target, `rounds` times over; then the 1,000 streams, of `slow`."""
     samples: dict[tuple[str, str], list[Figures]] = {}
     for target in targets:
         measure(target, UNARY, 0.3)  # warm up
@@ -102,7 +102,7 @@ def run(targets: list[Target], rounds: int, seconds: float) -> Results:
                 figures = measure(target, phase, seconds * phase.share)
                 samples.setdefault((target.name, phase.name), []).append(figures)
     for target in targets:
-        if target.name in ("direct", "ours", "nginx"):
+        if target.name in slow:
             samples[target.name, SLOW.name] = [measure(target, SLOW, 1.0)]
     return {
         key: Figures(*(statistics.median(column) for column in zip(*taken, strict=True)))
@@ -177,14 +177,15 @@ def start_all(stack: contextlib.ExitStack, folder: Path, quick: bool) -> list[Ta
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="one short round, about a minute")
+    parser.add_argument("--quick", action="store_true", help="one short round, under a minute")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args()
-    rounds, seconds, overload_s = (1, 1.0, 10.0) if options.quick else (5, 4.0, 60.0)
+    rounds, seconds, overload_s = (1, 0.8, 10.0) if options.quick else (5, 4.0, 60.0)
+    slow = ("direct", "ours") if options.quick else ("direct", "nginx", "vllm-router", "ours")
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="stoker-bench-")))
         targets = start_all(stack, folder, options.quick)
-        results = run(targets, rounds, seconds)
+        results = run(targets, rounds, seconds, slow)
     report = rows(results, [target.name for target in targets if target.name != "ours"])
     report += overload.rows(overload_s)
     print(f"load average {os.getloadavg()[0]:.1f}, {os.cpu_count()} cores", file=sys.stderr)
