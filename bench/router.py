@@ -1,6 +1,6 @@
 """What the router costs: against no proxy, nginx, vllm-router, LiteLLM and a naive aiohttp proxy.
 
-    python bench/router.py [--quick] [--json]
+    python bench/router.py [--quick] [--rounds N] [--json]
 
 Every server is a process of its own, one worker each; phases alternate between the servers, and
 each figure is the median of its rounds. CPU is user + system of the proxy's whole process tree:
@@ -179,8 +179,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="one short round, under a minute")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--rounds", type=int, help="instead of 5")
     options = parser.parse_args()
     rounds, seconds, overload_s = (1, 0.8, 10.0) if options.quick else (5, 4.0, 60.0)
+    rounds = options.rounds or rounds
     slow = ("direct", "ours") if options.quick else ("direct", "nginx", "vllm-router", "ours")
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="stoker-bench-")))
