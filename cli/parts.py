@@ -76,8 +76,13 @@ def router(where: Where, config: str | None, as_json: bool, until_eof: bool) -> 
 
     async def run(settings: Config, registry: Registry, ready: Callable[[str], None]) -> None:
         from runtime.router.driver import run_router
+        from runtime.router.workers import own_argv, run_workers, worker_index
 
-        await run_router(settings, registry, stop=_stop_on_signals(), on_ready=ready)
+        if settings.router.workers > 1 and worker_index() is None:
+            argv = own_argv(config or where.config)
+            await run_workers(settings, argv, stop=_stop_on_signals(), on_ready=ready)
+        else:
+            await run_router(settings, registry, stop=_stop_on_signals(), on_ready=ready)
 
     _run(where, config, "router", run, as_json, until_eof)
 

@@ -43,7 +43,18 @@ class RouterConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     advertise_host: str | None = None  # what others reach it by; default: host
     max_body_bytes: Annotated[int, Meta(gt=0)] = 32 * 2**20
     heartbeat_s: Seconds = 5.0  # between SSE comments while a streaming call is held
-    connect_timeout_s: Seconds = 5.0
+    connect_timeout_s: Seconds = 5.0  # to an engine; then another replica is tried
+    first_byte_timeout_s: Seconds = 600.0  # a whole answer, if it is not streamed: then 504
+    idle_timeout_s: Seconds = 300.0  # between two pieces of a stream; then it is broken off
+    total_timeout_s: Seconds = 3600.0  # for a whole answer
+    read_timeout_s: Seconds = 60.0  # for a request to arrive, or a caller to read anything
+    max_connections: Annotated[int, Meta(gt=0)] = 10_000  # of one worker
+    max_in_flight: Annotated[
+        int, Meta(gt=0, description="requests sent to one replica at a time; more wait here")
+    ] = 1024
+    workers: Annotated[
+        int, Meta(ge=1, le=256, description="processes that share the port (SO_REUSEPORT)")
+    ] = 1
     drain_s: Seconds = 30.0
 
 

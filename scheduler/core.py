@@ -26,6 +26,7 @@ from scheduler.warm import Warm
 
 ROUTER_TIMEOUT_S = 5.0  # a router silent for this long has no demand and acks nothing
 FORGET_NODE_S = 600.0  # a lost node's replicas are forgotten after this
+LATE_S = 1.0  # routers report once a second
 MIN_RECOVERY_S = 1.5  # agents heartbeat each second: none that lives is missed
 _AWAITED = {
     "start": Stage.SENT,
@@ -160,9 +161,9 @@ class Core(Warm):
             replica.used_at = now
         elif report.idle_for_s is not None:
             # The engine's own word is exact, but it is asked once a second: a short call may have
-            # come and gone since, and a router has told of it.
+            # come and gone since. A router told of it, and its count may be a second old.
             said = now - report.idle_for_s
-            replica.used_at = max(said, replica.ready_at or 0.0, replica.routed_at)
+            replica.used_at = max(said, replica.ready_at or 0.0, replica.routed_at - LATE_S)
         if replica.climb is not None:
             self._finish_climb(replica, report, now)
         if old is not None and _STEADY.get(replica.stage) == report.phase and _alike(old, report):

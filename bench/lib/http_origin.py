@@ -1,19 +1,29 @@
 """The engine of the router's benchmark: the least HTTP server that can answer, so that what is
-measured is the proxy in front of it. `python http_origin.py` prints its port.
+measured is the proxy in front of it. `python http_origin.py [SLOTS SERVICE_S]` prints its port.
 
-A request whose body has `"stream":true` gets 64 chunked events of about 180 bytes, back to back, or
-5 ms apart if it has `"paced":true` too; any other gets a JSON answer of about 400 bytes.
+A request whose body has `"stream":true` gets 64 chunked events of about 180 bytes, back to back;
+5 ms apart if it has `"paced":true` too; 50 of them 100 ms apart if it has `"slow":true`. Any other
+gets a JSON answer of about 400 bytes. With SLOTS, at most so many are answered at a time, each
+after SERVICE_S seconds; the others wait, as in an engine's own queue.
 """
 
 from __future__ import annotations
 
 import asyncio
+import sys
+from collections import deque
 
 import uvloop
 
 CHUNKS = 64
 PACE_S = 0.005
-_BODY = b'{"id":"chatcmpl-1","object":"chat.completion","choices":[{"text":"%b"}]}' % (b"x" * 320)
+SLOW_CHUNKS = 50
+SLOW_S = 0.1
+_BODY = (
+    b'{"id":"chatcmpl-1","object":"chat.completion","created":1,"model":"bench","choices":[{"index":'
+    b'0,"message":{"role":"assistant","content":"%b"},"finish_reason":"stop"}],"usage":'
+    b'{"prompt_tokens":9,"completion_tokens":9,"total_tokens":18}}' % (b"x" * 180)
+)
 _UNARY = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%b" % (
     len(_BODY),
     _BODY,
@@ -25,11 +35,39 @@ _END = b"0\r\n\r\n"
 _STREAM = _HEAD + CHUNKS * _CHUNK + _END
 
 
-class Origin(asyncio.Protocol):
-    """One connection; requests come one after the other, each with a Content-Length."""
+class Slots:
+    """What limits an engine's capacity."""
 
-    def __init__(self) -> None:
+    def __init__(self, slots: int, service_s: float) -> None:
+        self._free = slots
+        self._service_s = service_s
+        self._waiting: deque[asyncio.Transport] = deque()
+        self._loop = asyncio.get_running_loop()
+
+    def answer(self, transport: asyncio.Transport) -> None:
+        if self._free:
+            self._free -= 1
+            self._loop.call_later(self._service_s, self._done, transport)
+        else:
+            self._waiting.append(transport)
+
+    def _done(self, transport: asyncio.Transport) -> None:
+        if not transport.is_closing():
+            transport.write(_UNARY)
+        self._free += 1
+        while self._waiting:
+            following = self._waiting.popleft()
+            if not following.is_closing():
+                self.answer(following)
+                break
+
+
+class Origin(asyncio.Protocol):
+    """One connection; requests come one after the other, each with a Content-Length or no body."""
+
+    def __init__(self, slots: Slots | None) -> None:
         self._buffer = b""
+        self._slots = slots
         self._loop = asyncio.get_running_loop()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -39,29 +77,41 @@ class Origin(asyncio.Protocol):
         self._buffer += data
         while (end := self._buffer.find(b"\r\n\r\n")) >= 0:
             head = self._buffer[:end].lower()
-            length = int(head.split(b"content-length:", 1)[1].split(b"\r\n", 1)[0])
-            stop = end + 4 + length
+            _, _, length = head.partition(b"content-length:")
+            stop = end + 4 + int(length.split(b"\r\n", 1)[0] or 0)
             if len(self._buffer) < stop:
                 return
             body, self._buffer = self._buffer[end + 4 : stop], self._buffer[stop:]
-            if b'"paced":true' in body:
-                self._transport.write(_HEAD)
-                self._pace(CHUNKS)
-            elif b'"stream":true' in body:
-                self._transport.write(_STREAM)
+            self._answer(body)
+
+    def _answer(self, body: bytes) -> None:
+        if b'"stream":true' not in body:
+            if self._slots is not None and body:
+                self._slots.answer(self._transport)
             else:
                 self._transport.write(_UNARY)
+        elif b'"paced":true' in body:
+            self._transport.write(_HEAD)
+            self._pace(CHUNKS, PACE_S)
+        elif b'"slow":true' in body:
+            self._transport.write(_HEAD)
+            self._pace(SLOW_CHUNKS, SLOW_S)
+        else:
+            self._transport.write(_STREAM)
 
-    def _pace(self, left: int) -> None:
+    def _pace(self, left: int, pace_s: float) -> None:
         if self._transport.is_closing():
             return
         self._transport.write(_CHUNK if left else _END)
         if left:
-            self._loop.call_later(PACE_S, self._pace, left - 1)
+            self._loop.call_later(pace_s, self._pace, left - 1, pace_s)
 
 
 async def main() -> None:
-    server = await asyncio.get_running_loop().create_server(Origin, "127.0.0.1", 0, backlog=1024)
+    slots = Slots(int(sys.argv[1]), float(sys.argv[2])) if len(sys.argv) > 2 else None
+    server = await asyncio.get_running_loop().create_server(
+        lambda: Origin(slots), "127.0.0.1", 0, backlog=4096
+    )
     print(server.sockets[0].getsockname()[1], flush=True)
     await server.serve_forever()
 

@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 
 
 class Row(NamedTuple):
-    """One figure. `target` bounds `ratio` (ours / baseline), such as "<= 2"; None: only shown."""
+    """One figure. `target` bounds `ratio` (ours / baseline), such as "<= 2", or our own figure,
+    such as "ours <= 0.4"; None: only shown."""
 
     metric: str
     ours: float
@@ -23,8 +24,9 @@ class Row(NamedTuple):
     def met(self) -> bool | None:
         if self.target is None:
             return None
-        sign, bound = self.target.split()
-        return self.ratio <= float(bound) if sign == "<=" else self.ratio >= float(bound)
+        *own, sign, bound = self.target.split()
+        value = self.ours if own else self.ratio
+        return value <= float(bound) if sign == "<=" else value >= float(bound)
 
     def shown(self) -> dict[str, Any]:
         ratio = None if self.ratio == float("inf") else round(self.ratio, 3)

@@ -5,7 +5,7 @@ Rules this file keeps (`check_invariants` checks them):
 - every request that `arrive` lets in ends exactly once: by `finished` or by a Refused;
 - waiting requests leave in the order they arrived; one whose replica failed goes back to the place
   its arrival gave it, so it is ahead of all that came later, and `hold_s` counts from its arrival;
-- a replica that failed is left alone until SUSPECT_S have passed or a table no longer lists it;
+- a replica that failed is left alone as `breaker.py` says, or until a table no longer lists it;
 - only a request that may have reached a replica counts against MAX_ATTEMPTS: one that kills
   engines must not kill them all, one that found a dead host just waits for a live one.
 """
@@ -14,15 +14,18 @@ from __future__ import annotations
 
 import bisect
 import operator
+import sys
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from runtime.router.breaker import REST_S, Breaker, RetryBudget
+from runtime.router.sketch import Sketch
 from runtime.schema import close_names
 from runtime.wire import Endpoint, ModelDemand, ModelRoute, RouteTable
 
-SUSPECT_S = 2.0
+SUSPECT_S = REST_S  # how long a replica is left alone after its first failure
 MAX_ATTEMPTS = 3
 RETRY_AFTER_S = 5.0  # where neither the scheduler nor an estimate says better
 
@@ -63,6 +66,8 @@ class _Request:
     attempts: int = 0
     retried: bool = False  # its one immediate retry at another live replica is spent
     replica_id: str | None = None  # None: it waits
+    sent_at: float = 0.0
+    held: bool = False
 
 
 @dataclass(slots=True)
@@ -71,21 +76,28 @@ class _Model:
     in_flight: int = 0
     active_at: float = 0.0
     turn: int = 0  # where the next choice among equally loaded replicas starts
+    ttft: Sketch = field(default_factory=Sketch)  # of requests that were not held
 
 
 _by_arrival = operator.attrgetter("seq")
 
 
 class Admission:
-    """One router's queues and counts. Every call carries `now`, in seconds of one steady clock."""
+    """One router's queues and counts. Every call carries `now`, in seconds of one steady clock.
 
-    def __init__(self) -> None:
+    `max_in_flight`: more are not sent to one replica at a time, they wait; None: no limit.
+    """
+
+    def __init__(self, max_in_flight: int | None = None) -> None:
+        self._max_in_flight = max_in_flight or sys.maxsize
         self.table: RouteTable | None = None
         self._route: dict[str, ModelRoute] = {}  # by name and by alias
         self._models: dict[str, _Model] = {}
         self._requests: dict[str, _Request] = {}
         self._replica_in_flight: Counter[str] = Counter()
-        self._suspect_until: dict[str, float] = {}
+        self._arrived: Counter[str] = Counter()  # by model; outlives its route: it only grows
+        self._breaker = Breaker()
+        self._budget = RetryBudget()
         self._seq = 0
 
     # -------------------------------------------------------------------------------- events
@@ -96,7 +108,7 @@ class Admission:
         self._route = {alias: route for route in table.models for alias in route.aliases}
         self._route |= {route.name: route for route in table.models}
         listed = {e.replica_id for route in table.models for e in route.endpoints}
-        self._suspect_until = {r: t for r, t in self._suspect_until.items() if r in listed}
+        self._breaker.keep_only(listed)
         released = self._release(now)
         for name in [n for n in self._models if n not in self._route]:
             self._forget_if_unused(name)
@@ -109,26 +121,51 @@ class Admission:
         route = self._route.get(model)
         if route is None:
             return self._unknown(request_id, model)
+        name = route.name
+        self._arrived[name] += 1
+        self._budget.request(now)
         if route.refusal is not None:
             return _refusal(request_id, route)
-        state = self._models.setdefault(route.name, _Model())
+        state = self._models.get(name)
+        if state is None:
+            state = self._models[name] = _Model()
         endpoint = self._choose(route, state, now)
         if endpoint is None and len(state.waiting) >= route.max_queue:
             return _queue_full(request_id, route)
         self._seq += 1
-        request = _Request(request_id, self._seq, route.name, now)
+        request = _Request(request_id, self._seq, name, now)
         self._requests[request_id] = request
         state.active_at = now
         if endpoint is None:
+            request.held = True
             state.waiting.append(request)
             return Held(request_id)
-        return self._forward(request, state, endpoint)
+        return self._forward(request, state, endpoint, now)
 
-    def finished(self, request_id: str, now: float) -> None:
+    def answered(self, request_id: str, now: float, status: int) -> list[Forward | Refused]:
+        """The first byte of its answer came, with this HTTP status; who may go on thereby.
+
+        Optional: without it no replica is known to fail with 5xx, and `ttft_p95_s` is None.
+        """
+        request = self._requests[request_id]
+        if request.replica_id is None:
+            raise ValueError(f"request {request_id!r} is not in flight")
+        if not request.held and status < 400:
+            self._models[request.model].ttft.add(now - request.arrived_at, now)
+        if status < 500 and not self._breaker:
+            return []
+        changed = self._breaker.answered(request.replica_id, now, status >= 500)
+        return self._release(now) if changed else []
+
+    def finished(self, request_id: str, now: float) -> list[Forward | Refused]:
         """The request is over, answered or not, or its caller has gone: waiting or in flight, it
-        leaves. An id that already ended is fine."""
-        if request_id in self._requests:
-            self._leave(self._requests[request_id], now)
+        leaves. An id that already ended is fine. What may go on in its place is returned."""
+        request = self._requests.get(request_id)
+        if request is None:
+            return []
+        self._leave(request, now)
+        state = self._models.get(request.model)
+        return self._release_model(request.model, state, now) if state and state.waiting else []
 
     def failed(self, request_id: str, now: float, reason: str, delivered: bool) -> Decision:
         """Its replica failed before the answer's first byte; says what happens to it next.
@@ -138,7 +175,7 @@ class Admission:
         request = self._requests[request_id]
         if request.replica_id is None:
             raise ValueError(f"request {request_id!r} is not in flight")
-        self._suspect_until[request.replica_id] = now + SUSPECT_S
+        self._breaker.failed(request.replica_id, request.sent_at, now)
         self._unassign(request)
         request.attempts += delivered
         return self._again(request, now, reason, delivered)
@@ -152,7 +189,7 @@ class Admission:
                 request = state.waiting[0]
                 self._leave(request, now)
                 expired.append(_held_too_long(request, route))
-        self._suspect_until = {r: t for r, t in self._suspect_until.items() if t > now}
+        self._breaker.tick(now)
         return expired + self._release(now)
 
     # -------------------------------------------------------------------------------- questions
@@ -170,7 +207,7 @@ class Admission:
         ]
         if not deadlines:
             return None
-        return min(deadlines + list(self._suspect_until.values()))
+        return min(deadlines + self._breaker.rests_end())
 
     def waiting(self, model: str) -> int:
         """How many requests wait for the model of that (exact) name."""
@@ -187,6 +224,8 @@ class Admission:
                 in_flight=state.in_flight,
                 oldest_wait_s=now - state.waiting[0].arrived_at if state.waiting else 0.0,
                 idle_for_s=now - state.active_at,
+                arrived=self._arrived[name],
+                ttft_p95_s=state.ttft.quantile(0.95, now),
             )
             for name, state in self._models.items()
         )
@@ -215,14 +254,29 @@ class Admission:
 
     def _choose(self, route: ModelRoute, state: _Model, now: float) -> Endpoint | None:
         """The trusted replica with the fewest requests; ties go round."""
+        if not self._breaker:
+            return self._least_loaded(route, state, now, None)
+        breaker = self._breaker
+        endpoint = self._least_loaded(route, state, now, breaker.avoided)
+        return endpoint or self._least_loaded(route, state, now, breaker.rests)
+
+    def _least_loaded(
+        self,
+        route: ModelRoute,
+        state: _Model,
+        now: float,
+        shunned: Callable[[str, float], bool] | None,
+    ) -> Endpoint | None:
         endpoints = route.endpoints
         best, best_load, count = -1, 0, len(endpoints)
         for step in range(count):
             index = (state.turn + step) % count
             replica_id = endpoints[index].replica_id
-            if self._suspect_until.get(replica_id, now) > now:
+            if shunned is not None and shunned(replica_id, now):
                 continue
             load = self._replica_in_flight.get(replica_id, 0)
+            if load >= self._max_in_flight:
+                continue
             if best < 0 or load < best_load:
                 best, best_load = index, load
         if best < 0:
@@ -230,8 +284,11 @@ class Admission:
         state.turn = best + 1
         return endpoints[best]
 
-    def _forward(self, request: _Request, state: _Model, endpoint: Endpoint) -> Forward:
+    def _forward(self, request: _Request, state: _Model, endpoint: Endpoint, now: float) -> Forward:
         request.replica_id = endpoint.replica_id
+        request.sent_at = now
+        if self._breaker:
+            self._breaker.chosen(endpoint.replica_id, now)
         state.in_flight += 1
         self._replica_in_flight[endpoint.replica_id] += 1
         return Forward(request.request_id, endpoint)
@@ -279,25 +336,33 @@ class Admission:
             self._leave(request, now)
             return _gave_up(request, reason)
         if endpoint is None:
+            request.held = True
             bisect.insort(state.waiting, request, key=_by_arrival)
             return Held(request.request_id)
+        if delivered and not self._budget.take(now):
+            self._leave(request, now)
+            return _no_budget(request, reason)
         request.retried |= delivered
-        return self._forward(request, state, endpoint)
+        return self._forward(request, state, endpoint, now)
 
     def _release(self, now: float) -> list[Forward | Refused]:
         """End or send everything that waits for a model which changed."""
         out: list[Forward | Refused] = []
         for name, state in list(self._models.items()):
-            if not state.waiting:
-                continue
-            route = self._route.get(name)
-            if route is None or route.refusal is not None:
-                for request in list(state.waiting):
-                    self._leave(request, now)
-                    out.append(_refusal(request.request_id, route) if route else _removed(request))
-                continue
-            while state.waiting and (endpoint := self._choose(route, state, now)):
-                out.append(self._forward(state.waiting.pop(0), state, endpoint))
+            if state.waiting:
+                out += self._release_model(name, state, now)
+        return out
+
+    def _release_model(self, name: str, state: _Model, now: float) -> list[Forward | Refused]:
+        out: list[Forward | Refused] = []
+        route = self._route.get(name)
+        if route is None or route.refusal is not None:
+            for request in list(state.waiting):
+                self._leave(request, now)
+                out.append(_refusal(request.request_id, route) if route else _removed(request))
+            return out
+        while state.waiting and (endpoint := self._choose(route, state, now)):
+            out.append(self._forward(state.waiting.pop(0), state, endpoint, now))
         return out
 
     def _unknown(self, request_id: str, model: str) -> Refused:
@@ -345,6 +410,14 @@ def _held_too_long(request: _Request, route: ModelRoute) -> Refused:
 def _removed(request: _Request) -> Refused:
     message = f"model {request.model!r} was removed while the request waited"
     return Refused(request.request_id, 404, "model_not_found", message, None, "model")
+
+
+def _no_budget(request: _Request, reason: str) -> Refused:
+    message = (
+        f"model {request.model!r}: {reason}; not tried again, too many requests already were in "
+        "the last seconds"
+    )
+    return Refused(request.request_id, 503, "retry_budget_spent", message, 1.0)
 
 
 def _gave_up(request: _Request, reason: str) -> Refused:

@@ -9,10 +9,11 @@ Rules this file keeps:
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import re
-import uuid
 from collections.abc import Awaitable, Callable
+from importlib.metadata import version as installed_version
 from typing import Any
 
 import msgspec
@@ -20,36 +21,52 @@ from aiohttp import web
 
 from runtime.router import body as bodies
 from runtime.router.admission import unknown_model
+from runtime.router.client import AiohttpClient
 from runtime.router.errors import ApiError
+from runtime.router.front import RequestIds
+from runtime.router.openapi import document, page
+from runtime.router.paths import ROOT_PATHS, STREAMS, v1_target
 from runtime.router.proxy import Call, Proxy
+from runtime.router.siblings import OWN, Siblings
 from runtime.wire import ModelRoute, RouteTable
 
 log = logging.getLogger("stoker.router")
 
-_SEGMENTS = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*(/[A-Za-z0-9_-][A-Za-z0-9._-]*)*")
 _REQUEST_ID = web.RequestKey("request_id", str)
 _GOOD_REQUEST_ID = re.compile(r"[!-~]{1,128}")
-_CONTROL = {"load_lora_adapter", "unload_lora_adapter"}
-_STREAMS = {"/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages"}
 _CREATED = 1735689600  # OpenAI's clients want a time; a model here has none worth telling
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 class Api:
-    """Handlers over one Proxy. Set `draining` to make /readyz say no."""
+    """Handlers over one Proxy. Set `draining` to make /readyz say no.
 
-    def __init__(self, proxy: Proxy, max_body_bytes: int) -> None:
+    `siblings`: the other workers on the same port, whose figures /metrics includes.
+    """
+
+    def __init__(
+        self,
+        proxy: Proxy,
+        max_body_bytes: int,
+        read_timeout_s: float,
+        siblings: Siblings | None = None,
+    ) -> None:
+        self._siblings = siblings
         self._proxy = proxy
         self._max_body_bytes = max_body_bytes
+        self._read_timeout_s = read_timeout_s
+        self._request_id = RequestIds()
+        self._document = document(installed_version("stoker-serve"))
         self.draining = False
 
     def app(self) -> web.Application:
         """The aiohttp application."""
-        app = web.Application(client_max_size=self._max_body_bytes, middlewares=[_shaped])
+        app = web.Application(client_max_size=self._max_body_bytes, middlewares=[self._shaped])
         app.add_routes(
             [
                 web.post("/v1/{tail:.+}", self._openai),
+                *(web.post(path, self._root) for path in ROOT_PATHS),
                 web.get("/v1/models", self._models),
                 web.get("/v1/models/{model:.+}", self._model),
                 web.post("/invoke/{model:.+}", self._invoke),
@@ -59,6 +76,8 @@ class Api:
                 web.get("/healthz", self._healthz),
                 web.get("/readyz", self._readyz),
                 web.get("/metrics", self._metrics),
+                web.get("/openapi.json", self._openapi),
+                web.get("/docs", self._docs),
             ]
         )
         return app
@@ -66,15 +85,18 @@ class Api:
     # -------------------------------------------------------------------------------- inference
 
     async def _openai(self, request: web.Request) -> web.StreamResponse:
-        path = _engine_path(request)
-        if request.content_type.startswith("multipart/"):
-            message = (
-                f"the model field of a {request.content_type} body is not read; "
-                "name the model in the path instead: /models/{model}/v1/…"
-            )
-            raise ApiError(400, "unsupported_body", message, param="model")
+        return await self._by_body(request, _engine_path(request))
+
+    async def _root(self, request: web.Request) -> web.StreamResponse:
+        return await self._by_body(request, request.path)
+
+    async def _by_body(self, request: web.Request, path: str) -> web.StreamResponse:
+        """A call whose body names the model."""
         body = await self._body(request)
-        model, stream = bodies.read_head(body)
+        if request.content_type.startswith("multipart/"):
+            model, stream = await bodies.read_form(body, request.headers)
+        else:
+            model, stream = bodies.read_head(body)
         return await self._serve(request, model, path, body, stream)
 
     async def _own_openai(self, request: web.Request) -> web.StreamResponse:
@@ -96,16 +118,23 @@ class Api:
     async def _serve(
         self, request: web.Request, model: str, path: str, body: bytes, stream: bool
     ) -> web.StreamResponse:
-        streams = stream and path.partition("?")[0] in _STREAMS
-        return await self._proxy.serve(
-            Call(request, request[_REQUEST_ID], model, path, body, streams)
-        )
+        streams = stream and path.partition("?")[0] in STREAMS
+        client = AiohttpClient(request)
+        call = Call(request[_REQUEST_ID], model, path, request.raw_headers, body, streams)
+        await self._proxy.serve(call, client)
+        if client.response is None:
+            raise ConnectionResetError("the client hung up before its answer began")
+        return client.response
 
     async def _body(self, request: web.Request) -> bytes:
         if request.content_length is not None and request.content_length > self._max_body_bytes:
             raise self._too_large(request.content_length)
         try:
-            return await request.read()
+            async with asyncio.timeout(self._read_timeout_s):
+                return await request.read()
+        except TimeoutError:
+            message = f"the body did not arrive in {self._read_timeout_s:g}s"
+            raise ApiError(408, "body_timeout", message) from None
         except web.HTTPRequestEntityTooLarge:
             raise self._too_large(None) from None
         except web.RequestPayloadError as error:
@@ -159,31 +188,38 @@ class Api:
             return web.Response(status=503, text="no route table yet\n")
         return web.Response(text="ready\n")
 
+    async def _openapi(self, request: web.Request) -> web.Response:
+        return _json(self._document)
+
+    async def _docs(self, request: web.Request) -> web.Response:
+        return web.Response(body=page(self._document), content_type="text/html", charset="utf-8")
+
     async def _metrics(self, request: web.Request) -> web.Response:
         content_type = "text/plain; version=0.0.4; charset=utf-8"
         body = self._proxy.metrics.render()
+        if self._siblings is not None and request.query != OWN:
+            body = await self._siblings.metrics(body)
         return web.Response(body=body, headers={"Content-Type": content_type})
 
-
-@web.middleware
-async def _shaped(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Request ids in and out, and every failure as an OpenAI error."""
-    wish = request.headers.get("X-Request-ID", "")
-    request_id = wish if _GOOD_REQUEST_ID.fullmatch(wish) else uuid.uuid4().hex
-    request[_REQUEST_ID] = request_id
-    try:
-        response = await handler(request)
-    except ApiError as error:
-        response = _error_response(error)
-    except web.HTTPException as error:
-        response = _error_response(_of_http(request, error))
-    except Exception:
-        log.exception("request %s failed inside the router", request_id)
-        message = "the router failed; its log has more under this request id"
-        response = _error_response(ApiError(500, "internal_error", message))
-    if not response.prepared:
-        response.headers["X-Request-ID"] = request_id
-    return response
+    @web.middleware
+    async def _shaped(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        """Request ids in and out, and every failure as an OpenAI error."""
+        wish = request.headers.get("X-Request-ID", "")
+        request_id = wish if _GOOD_REQUEST_ID.fullmatch(wish) else self._request_id()
+        request[_REQUEST_ID] = request_id
+        try:
+            response = await handler(request)
+        except ApiError as error:
+            response = _error_response(error)
+        except web.HTTPException as error:
+            response = _error_response(_of_http(request, error))
+        except Exception:
+            log.exception("request %s failed inside the router", request_id)
+            message = "the router failed; its log has more under this request id"
+            response = _error_response(ApiError(500, "internal_error", message))
+        if not response.prepared:
+            response.headers["X-Request-ID"] = request_id
+        return response
 
 
 def _of_http(request: web.Request, error: web.HTTPException) -> ApiError:
@@ -206,10 +242,10 @@ def _error_response(error: ApiError) -> web.Response:
 
 def _engine_path(request: web.Request) -> str:
     """The request target for the engine, below /v1. Raises ApiError (404)."""
-    tail, query = request.match_info["tail"], request.rel_url.raw_query_string
-    if not _SEGMENTS.fullmatch(tail) or tail.lower() in _CONTROL or not query.isascii():
+    target = v1_target(request.match_info["tail"], request.rel_url.raw_query_string)
+    if target is None:
         raise ApiError(404, "not_found", f"there is no POST {request.path} here")
-    return f"/v1/{tail}?{query}" if query else f"/v1/{tail}"
+    return target
 
 
 def _stream_wish(request: web.Request) -> bool | None:

@@ -6,13 +6,19 @@ they were written, digits and escapes included.
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import msgspec
+from aiohttp import BodyPartReader, MultipartReader, StreamReader
+from aiohttp.base_protocol import BaseProtocol
+from aiohttp.http_exceptions import HttpProcessingError
 from msgspec import UNSET, Struct
 
 from runtime.router.errors import ApiError
 
+_FORM_FIELDS = ("model", "stream")
 _SENT = ("prompt", "messages", "input")
 _TARGETS = {
     "prompt": "/v1/completions",
@@ -45,6 +51,29 @@ def read_head(body: bytes) -> tuple[str, bool]:
     except msgspec.DecodeError as error:
         raise _not_json(error) from None
     return _model(head.model), _stream(head.stream)
+
+
+async def read_form(body: bytes, headers: Mapping[str, str]) -> tuple[str, bool]:
+    """`model` and `stream` of a multipart form. Raises ApiError (400) naming the field."""
+    found: dict[str, str] = {}
+    try:
+        form = MultipartReader(headers, _stream_of(body))
+        while len(found) < len(_FORM_FIELDS) and (part := await form.next()) is not None:
+            if isinstance(part, BodyPartReader) and part.name in _FORM_FIELDS:
+                found[part.name] = (await part.text(encoding="utf-8")).strip()
+    except (ValueError, AssertionError, RuntimeError, LookupError, HttpProcessingError) as error:
+        message = f"the multipart body cannot be read: {error}"
+        raise ApiError(400, "invalid_body", message) from None
+    return _model(found.get("model", UNSET)), found.get("stream", "").lower() in ("true", "1")
+
+
+def _stream_of(body: bytes) -> StreamReader:
+    """The library reads forms from a stream only."""
+    loop = asyncio.get_running_loop()
+    stream = StreamReader(BaseProtocol(loop), limit=2**16, loop=loop)
+    stream.feed_data(body)
+    stream.feed_eof()
+    return stream
 
 
 def with_model(body: bytes, model: str) -> tuple[bytes, bool]:

@@ -12,19 +12,27 @@ from pathlib import Path
 
 from aiohttp import web
 
-from runtime.config import Config
+from runtime.config import Config, RouterConfig
 from runtime.registry import Registry, RegistryError, Service
 from runtime.router.api import Api
+from runtime.router.front import Front
 from runtime.router.gate import Gate
 from runtime.router.link import Link
 from runtime.router.metrics import Metrics
+from runtime.router.plain import KEEP_ALIVE_S
 from runtime.router.proxy import Proxy
-from runtime.router.upstream import Upstream
+from runtime.router.siblings import Siblings
+from runtime.router.upstream import Limits, Upstream
+from runtime.router.workers import worker_index
 
 log = logging.getLogger("stoker.router")
 
+# aiohttp tells of every malformed request with a stack trace; our own failures `Api` tells of.
+_http_log = logging.getLogger("stoker.router.http")
+_http_log.setLevel(logging.CRITICAL)
+
 TTL_S = 15.0
-_KEEP_ALIVE_S = 75.0  # as nginx; longer than the pauses between a client's calls
+_BACKLOG = 4096
 
 
 async def run_router(
@@ -43,26 +51,37 @@ async def run_router(
         stop = asyncio.Event()
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    gate, upstream = Gate(), Upstream(config.router.connect_timeout_s)
+    settings = config.router
+    gate, upstream = Gate(settings.max_in_flight), Upstream(_limits(settings))
     gate.on_routes = lambda table: upstream.keep_only(
         {endpoint.base_url for route in table.models for endpoint in route.endpoints}
     )
-    metrics = Metrics(gate)
-    api = Api(
-        Proxy(gate, upstream, metrics, config.router.heartbeat_s), config.router.max_body_bytes
-    )
+    proxy = Proxy(gate, upstream, Metrics(gate), settings.heartbeat_s)
+    worker, siblings = worker_index(), None
+    if worker is not None:
+        siblings = Siblings(Path(config.state_dir), worker, settings.workers)
+    api = Api(proxy, settings.max_body_bytes, settings.read_timeout_s, siblings)
     runner = web.AppRunner(
         api.app(),
         handler_cancellation=True,
         access_log=None,
-        keepalive_timeout=_KEEP_ALIVE_S,
-        shutdown_timeout=config.router.drain_s,
+        logger=_http_log,
+        keepalive_timeout=KEEP_ALIVE_S,
+        shutdown_timeout=settings.drain_s,
     )
     await runner.setup()
+    assert runner.server is not None
+    front = Front(
+        proxy,
+        runner.server,
+        read_s=settings.read_timeout_s,
+        max_connections=settings.max_connections,
+        max_body_bytes=settings.max_body_bytes,
+    )
     try:
-        listener = _listen(config.router.host, config.router.port)
+        listener = _listen(settings.host, settings.port, shared=worker is not None)
         port = listener.getsockname()[1]
-        router_id = f"{socket.gethostname()}:{port}"
+        router_id = f"{socket.gethostname()}:{port}" + (f":{worker}" if worker else "")
         link = Link(
             gate,
             registry,
@@ -75,27 +94,44 @@ async def run_router(
         service = Service(
             service_id=f"stoker-router-{router_id}",
             name="stoker-router",
-            address=config.router.advertise_host or config.router.host,
+            address=settings.advertise_host or settings.host,
             port=port,
         )
+        if siblings is not None:
+            siblings.socket.parent.mkdir(parents=True, exist_ok=True)
+            siblings.socket.unlink(missing_ok=True)
+            await web.UnixSite(runner, str(siblings.socket)).start()
         async with _background(link.run()), _background(_announce(registry, service)):
-            await web.SockSite(runner, listener).start()
+            server = await asyncio.get_running_loop().create_server(
+                front, sock=listener, backlog=_BACKLOG
+            )
             if on_ready is not None:
-                on_ready(f"http://{_url_host(config.router.host)}:{port}")
+                on_ready(f"http://{_url_host(settings.host)}:{port}")
             await stop.wait()
             api.draining = True
-            log.info("draining for up to %g s", config.router.drain_s)
-            await runner.cleanup()
+            log.info("draining for up to %g s", settings.drain_s)
+            server.close()
+            await asyncio.gather(front.drain(settings.drain_s), runner.cleanup())
         await _withdraw(registry, service)
     finally:
+        await front.drain(0.0)
         await runner.cleanup()
         gate.close()
         upstream.close()
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def _limits(settings: RouterConfig) -> Limits:
+    return Limits(
+        connect_s=settings.connect_timeout_s,
+        first_byte_s=settings.first_byte_timeout_s,
+        idle_s=settings.idle_timeout_s,
+        total_s=settings.total_timeout_s,
+    )
+
+
+def _listen(host: str, port: int, shared: bool) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    return socket.create_server((host, port), family=family, backlog=4096)
+    return socket.create_server((host, port), family=family, backlog=_BACKLOG, reuse_port=shared)
 
 
 def _url_host(host: str) -> str:

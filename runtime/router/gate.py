@@ -20,9 +20,9 @@ class Gate:
     each table before it is put in force.
     """
 
-    def __init__(self) -> None:
-        self._loop = asyncio.get_running_loop()
-        self._admission = Admission()
+    def __init__(self, max_in_flight: int | None = None) -> None:
+        self.loop = asyncio.get_running_loop()
+        self._admission = Admission(max_in_flight)
         self._turns: dict[str, asyncio.Future[Forward | Refused]] = {}
         self._ids = itertools.count()
         self._timer: asyncio.TimerHandle | None = None
@@ -40,25 +40,32 @@ class Gate:
 
     def demand(self) -> tuple[tuple[ModelDemand, ...], dict[str, int]]:
         """Whole demand by model, and requests in flight by replica id."""
-        return self._admission.demand(self._loop.time()), self._admission.in_flight()
+        return self._admission.demand(self.loop.time()), self._admission.in_flight()
 
     def routes(self, table: RouteTable) -> None:
         """Put `table` in force and send those on who waited for it."""
         self.on_routes(table)
-        self._hand_out(self._admission.routes(table, self._loop.time()))
+        self._hand_out(self._admission.routes(table, self.loop.time()))
         self._arm()
 
     def arrive(self, model: str) -> Decision:
         """Let a request in. The decision's `request_id` is what the other methods take."""
         request_id = str(next(self._ids))
-        decision = self._admission.arrive(request_id, model, self._loop.time())
+        decision = self._admission.arrive(request_id, model, self.loop.time())
         return self._noting_wait(decision, model)
 
     def failed(self, request_id: str, model: str, reason: str, delivered: bool) -> Decision:
         """Its replica failed before the first byte of an answer."""
-        now = self._loop.time()
+        now = self.loop.time()
         decision = self._admission.failed(request_id, now, reason, delivered)
         return self._noting_wait(decision, model)
+
+    def answered(self, request_id: str, status: int) -> None:
+        """The first byte of its answer came."""
+        released = self._admission.answered(request_id, self.loop.time(), status)
+        if released:
+            self._hand_out(released)
+            self._arm()
 
     def turn(self, request_id: str) -> asyncio.Future[Forward | Refused]:
         """Done when the request that was just held may go on or is refused."""
@@ -66,8 +73,12 @@ class Gate:
 
     def leave(self, request_id: str) -> None:
         """The request is over, however it went. Idempotent."""
-        self._turns.pop(request_id, None)
-        self._admission.finished(request_id, self._loop.time())
+        if self._turns:
+            self._turns.pop(request_id, None)
+        released = self._admission.finished(request_id, self.loop.time())
+        if released:
+            self._hand_out(released)
+            self._arm()
 
     def check_invariants(self) -> None:
         """Raises AssertionError if the counts are wrong."""
@@ -80,7 +91,7 @@ class Gate:
 
     def _noting_wait(self, decision: Decision, model: str) -> Decision:
         if isinstance(decision, Held):
-            self._turns[decision.request_id] = self._loop.create_future()
+            self._turns[decision.request_id] = self.loop.create_future()
             self._arm()
             route = self._admission.find(model)
             if route is not None and self._admission.waiting(route.name) == 1:
@@ -102,9 +113,9 @@ class Gate:
             self._timer.cancel()
             self._timer = None
         if due_at is not None:
-            self._timer = self._loop.call_at(due_at, self._tick)
+            self._timer = self.loop.call_at(due_at, self._tick)
 
     def _tick(self) -> None:
         self._timer = None
-        self._hand_out(self._admission.tick(self._loop.time()))
+        self._hand_out(self._admission.tick(self.loop.time()))
         self._arm()

@@ -14,20 +14,17 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import socket
-import struct
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 import msgspec
-from aiohttp import HttpVersion11, web
-from multidict import CIMultiDict
 
 from runtime.router.admission import Decision, Forward, Held, Refused
+from runtime.router.client import Client
 from runtime.router.errors import ApiError, sse_error
 from runtime.router.gate import Gate
 from runtime.router.metrics import Metrics
-from runtime.router.upstream import Headers, Reply, Upstream, UpstreamError
+from runtime.router.upstream import Headers, Reply, Upstream, UpstreamError, UpstreamTimeout
 
 log = logging.getLogger("stoker.router")
 
@@ -37,20 +34,23 @@ _HOP_BY_HOP = {
 }  # fmt: skip
 # The body was read whole and inflated; the router speaks to the engine in its own name.
 _NOT_SENT = _HOP_BY_HOP | {
-    b"host", b"authorization", b"content-length", b"content-encoding", b"expect", b"x-request-id",
+    b"host", b"authorization", b"x-api-key", b"content-length", b"content-encoding", b"expect",
+    b"x-request-id",
 }  # fmt: skip
 _NOT_RETURNED = _HOP_BY_HOP | {b"x-request-id"}
 _ERROR_BYTES = 64 * 1024
+_NAMES = 1024  # header names remembered; there are a few dozen
 
 
-@dataclass(slots=True, frozen=True)
+@dataclass(slots=True)  # frozen would cost a microsecond
 class Call:
-    """One inference call: `path` is the engine's raw request target, `model` the caller's word."""
+    """One inference call: `path` is the engine's raw request target, `model` the caller's word,
+    `headers` the caller's."""
 
-    request: web.Request
     request_id: str
     model: str
     path: str
+    headers: Iterable[tuple[bytes, bytes]]
     body: bytes
     streams: bool  # the answer will be server-sent events
 
@@ -66,22 +66,20 @@ class Proxy:
         self.metrics = metrics
         self.heartbeat_s = heartbeat_s
 
-    async def serve(self, call: Call) -> web.StreamResponse:
-        """The answer, already sent where it has a body from an engine. Raises ApiError."""
+    async def serve(self, call: Call, client: Client) -> None:
+        """Answer `client`. Raises ApiError while it has been told nothing."""
         decision = self.gate.arrive(call.model)
-        exchange = _Exchange(self, call)
+        exchange = _Exchange(self, call, client)
         status = 499  # unless it gets further than a hang-up
         try:
-            response = await exchange.run(decision)
+            await exchange.run(decision)
             status = exchange.status
-            return response
         except ApiError as error:
             status = error.status
             raise
         except ConnectionError:  # the client hung up while we wrote
-            if exchange.begun is None:
+            if not client.begun:
                 raise
-            return exchange.begun
         finally:
             self.gate.leave(decision.request_id)
             self.metrics.ended(call.model, status)
@@ -90,15 +88,17 @@ class Proxy:
 class _Exchange:
     """The state of one call."""
 
-    def __init__(self, proxy: Proxy, call: Call) -> None:
+    __slots__ = ("_began_at", "_call", "_client", "_loop", "_proxy", "status")
+
+    def __init__(self, proxy: Proxy, call: Call, client: Client) -> None:
         self._proxy = proxy
         self._call = call
-        self._loop = asyncio.get_running_loop()
+        self._client = client
+        self._loop = proxy.gate.loop
         self._began_at = self._loop.time()
-        self.begun: web.StreamResponse | None = None  # set once the client has our headers
         self.status = 499
 
-    async def run(self, decision: Decision) -> web.StreamResponse:
+    async def run(self, decision: Decision) -> None:
         while True:
             if isinstance(decision, Held):
                 decision = await self._held(decision)
@@ -106,14 +106,22 @@ class _Exchange:
                 return await self._refuse(decision)
             try:
                 return await self._forward(decision)
+            except UpstreamTimeout as error:  # it works on it: another replica would do no better
+                self._warn(decision, error)
+                message = f"model {self._call.model!r}: {error.reason}"
+                late = Refused(decision.request_id, 504, error.limit, message)
+                return await self._refuse(late)
             except UpstreamError as error:
-                log.warning(
-                    "request %s: replica %s of %s failed: %s",
-                    self._call.request_id, decision.endpoint.replica_id, self._call.model, error,
-                )  # fmt: skip
+                self._warn(decision, error)
                 decision = self._proxy.gate.failed(
                     decision.request_id, self._call.model, error.reason, error.delivered
                 )
+
+    def _warn(self, forward: Forward, error: UpstreamError) -> None:
+        log.warning(
+            "request %s: replica %s of %s failed: %s",
+            self._call.request_id, forward.endpoint.replica_id, self._call.model, error,
+        )  # fmt: skip
 
     # -------------------------------------------------------------------------------- waiting
 
@@ -143,33 +151,31 @@ class _Exchange:
             text += f", about {route.eta_s:.0f}s left"
         return f": {' '.join(text.split())}\n\n".encode()
 
-    async def _send_early(self, data: bytes) -> web.StreamResponse:
-        if self.begun is None:
-            headers = {
-                "Content-Type": "text/event-stream; charset=utf-8",
-                "Cache-Control": "no-cache",
-                "X-Request-ID": self._call.request_id,
-            }
-            self.begun = web.StreamResponse(headers=headers)
-            await self.begun.prepare(self._call.request)
-        await self.begun.write(data)
-        return self.begun
+    async def _send_early(self, data: bytes) -> None:
+        if not self._client.begun:
+            headers = [
+                (b"Content-Type", b"text/event-stream; charset=utf-8"),
+                (b"Cache-Control", b"no-cache"),
+                (b"X-Request-ID", self._call.request_id.encode()),
+            ]
+            await self._client.begin(200, headers)
+        await self._client.write(data)
 
-    async def _refuse(self, refused: Refused) -> web.StreamResponse:
+    async def _refuse(self, refused: Refused) -> None:
         error = ApiError(
             refused.status, refused.code, refused.message,
             param=refused.param, retry_after_s=refused.retry_after_s,
         )  # fmt: skip
-        if self.begun is None:
+        if not self._client.begun:
             raise error
         self.status = refused.status
-        return await self._send_early(sse_error(error.payload()))
+        await self._send_early(sse_error(error.payload()))
 
     # -------------------------------------------------------------------------------- forwarding
 
-    async def _forward(self, forward: Forward) -> web.StreamResponse:
+    async def _forward(self, forward: Forward) -> None:
         """Send to the replica and relay. Raises UpstreamError while it can be tried elsewhere."""
-        call, endpoint = self._call, forward.endpoint
+        call, endpoint, client = self._call, forward.endpoint, self._client
         headers = _sent_headers(call, endpoint.key)
         reply = await self._proxy.upstream.post(endpoint.base_url, call.path, headers, call.body)
         try:
@@ -177,70 +183,66 @@ class _Exchange:
                 raise UpstreamError("the replica refused this router's key", delivered=True)
             first = await reply.read()
             self._proxy.metrics.first_byte(call.model, self._loop.time() - self._began_at)
+            self._proxy.gate.answered(forward.request_id, reply.status)
             self.status = reply.status
-            if self.begun is not None and reply.status != 200:
+            if not client.begun:
+                await client.begin(reply.status, _returned_headers(reply.headers, call.request_id))
+            elif reply.status != 200:
                 return await self._send_early(sse_error(await _error_of(reply, first)))
-            return await self._relay(reply, first)
+            try:
+                await client.relay(reply, first)
+            except UpstreamError as error:
+                log.warning("request %s: broken off: %s", call.request_id, error)
+                client.break_off()
         finally:
             reply.close()
 
-    async def _relay(self, reply: Reply, data: bytes) -> web.StreamResponse:
-        response = self.begun
-        if response is None:
-            headers = _returned_headers(reply.headers, self._call.request_id)
-            self.begun = response = web.StreamResponse(status=reply.status, headers=headers)
-            await response.prepare(self._call.request)
-        try:
-            while data:
-                await response.write(data)
-                data = await reply.read()
-        except UpstreamError as error:
-            log.warning("request %s: broken off: %s", self._call.request_id, error)
-            self._break_off(response)
-        return response
 
-    def _break_off(self, response: web.StreamResponse) -> None:
-        """End the client's connection so that its answer cannot be taken for a whole one."""
-        transport = self._call.request.transport
-        if transport is None:
-            return
-        if response.content_length is not None or self._call.request.version >= HttpVersion11:
-            transport.close()  # what is buffered still goes out; the framing shows the gap
-        else:
-            linger_not = struct.pack("ii", 1, 0)  # a reset: here a mere end would look like success
-            sock = transport.get_extra_info("socket")
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger_not)
-            transport.abort()
+class _Dropped(dict[bytes, bool]):
+    """Whether a header of that name, as it is written, is not passed on: one look-up."""
+
+    def __init__(self, names: set[bytes]) -> None:
+        super().__init__()
+        self._names = names
+
+    def __missing__(self, name: bytes) -> bool:
+        dropped = name.lower() in self._names
+        if len(self) < _NAMES:
+            self[name] = dropped
+        return dropped
+
+
+_not_sent = _Dropped(_NOT_SENT)
+_not_returned = _Dropped(_NOT_RETURNED)
+
+
+def _passed(raw: Iterable[tuple[bytes, bytes]], dropped: _Dropped) -> Headers:
+    """The headers that are not of this hop only."""
+    options = b""
+    kept = []
+    for header in raw:
+        if not dropped[header[0]]:
+            kept.append(header)
+        elif header[0].lower() == b"connection" and header[1].lower() != b"keep-alive":
+            options += header[1].lower() + b","
+    if options:
+        named = {option.strip() for option in options.split(b",")}
+        kept = [header for header in kept if header[0].lower() not in named]
+    return kept
 
 
 def _sent_headers(call: Call, key: str) -> list[bytes]:
-    raw = call.request.raw_headers
-    dropped = _NOT_SENT | _connection_options(raw)
-    lines = [b"%b: %b" % (n, v) for n, v in raw if n.lower() not in dropped]
-    lines.append(b"Authorization: Bearer " + key.encode())
-    lines.append(b"X-Request-ID: " + call.request_id.encode())
+    lines = [b"%b: %b" % header for header in _passed(call.headers, _not_sent)]
+    lines.append(b"Authorization: Bearer %b\r\nX-Request-ID: %b" % (
+        key.encode(), call.request_id.encode()
+    ))  # fmt: skip
     return lines
 
 
-def _returned_headers(raw: Headers, request_id: str) -> CIMultiDict[str]:
-    dropped = _NOT_RETURNED | _connection_options(raw)
-    headers: CIMultiDict[str] = CIMultiDict(
-        (n.decode("latin-1"), v.decode("utf-8", "replace"))
-        for n, v in raw
-        if n.lower() not in dropped
-    )
-    headers["X-Request-ID"] = request_id
+def _returned_headers(raw: Headers, request_id: str) -> Headers:
+    headers = _passed(raw, _not_returned)
+    headers.append((b"X-Request-ID", request_id.encode()))
     return headers
-
-
-def _connection_options(raw: Iterable[tuple[bytes, bytes]]) -> set[bytes]:
-    """The header names that a Connection header declares to be for this hop only."""
-    return {
-        option.strip().lower()
-        for name, value in raw
-        if name.lower() == b"connection"
-        for option in value.split(b",")
-    }
 
 
 async def _error_of(reply: Reply, data: bytes) -> dict[str, object]:

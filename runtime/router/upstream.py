@@ -8,7 +8,8 @@ Rules this file keeps:
 - a connection goes back to the pool only after a whole answer with nothing behind it;
 - an answer that ends before its framing says so is an error, never an end;
 - a pooled connection that the engine closed under us is replaced silently: it says nothing of
-  the engine's health. A failure on a fresh one is the caller's to judge.
+  the engine's health. A failure on a fresh one is the caller's to judge;
+- time limits cost a request nothing: one sweep a second or less looks at all answers under way.
 """
 
 from __future__ import annotations
@@ -17,14 +18,14 @@ import asyncio
 import socket
 from collections import deque
 from collections.abc import Iterable
-from typing import cast
+from typing import NamedTuple, Protocol, cast
 from urllib.parse import urlsplit
 
 import httptools
 
 BUFFER_BYTES = 256 * 1024
 HEAD_BYTES = 64 * 1024
-IDLE_S = 4.0  # below the 5 s after which uvicorn drops an idle connection
+IDLE_S = 3.5  # with the sweep's second below the 5 s after which uvicorn drops an idle connection
 
 Headers = list[tuple[bytes, bytes]]
 
@@ -38,23 +39,51 @@ class UpstreamError(Exception):
         self.delivered = delivered
 
 
+class UpstreamTimeout(UpstreamError):
+    """The engine was too slow; `limit` is the setting of [router] that says so."""
+
+    def __init__(self, reason: str, limit: str) -> None:
+        super().__init__(reason, delivered=True)
+        self.limit = limit
+
+
+class Limits(NamedTuple):
+    """How long an engine may take, in seconds."""
+
+    connect_s: float = 5.0
+    first_byte_s: float = 600.0  # from the request to the first byte of a body
+    idle_s: float = 300.0  # between two pieces of a body
+    total_s: float = 3600.0
+
+
+class Sink(Protocol):
+    """Who takes a body as it comes (`Reply.pipe`)."""
+
+    def feed(self, data: bytes) -> None:
+        """One piece. Never blocks: `Reply.pause` is how to slow the engine."""
+
+
 class Reply:
-    """One answer: `status` and `headers` now, the body by `read` until b""."""
+    """One answer: `status` and `headers` now, the body by `read` until b"", or by `pipe`."""
 
     __slots__ = (
-        "_chunks", "_connection", "_error", "_size", "_waiter", "complete", "headers", "status",
-        "until_eof",
+        "_chunks", "_connection", "_error", "_sink", "_size", "_waiter", "begun", "complete",
+        "headers", "moved", "moved_at", "sent_at", "status", "until_eof",
     )  # fmt: skip
 
-    def __init__(self, connection: _Connection) -> None:
+    def __init__(self, connection: _Connection, now: float) -> None:
         self.status = 0
         self.headers: Headers = []
         self.until_eof = False
         self.complete = False
+        self.sent_at = self.moved_at = now
+        self.moved = False  # body bytes came since the last sweep
+        self.begun = False  # a sweep has seen body bytes
         self._connection = connection
         self._chunks: list[bytes] = []
         self._size = 0
         self._error: UpstreamError | None = None
+        self._sink: Sink | None = None
         self._waiter: asyncio.Future[None] | None = None
 
     async def read(self) -> bytes:
@@ -65,12 +94,37 @@ class Reply:
             if self._error is not None:
                 raise self._error
             await self._wait()
-        data = self._chunks[0] if len(self._chunks) == 1 else b"".join(self._chunks)
-        self._chunks.clear()
-        self._size = 0
+        data = self._take()
         if not self.complete:
             self._connection.resume_reading()
         return data
+
+    async def pipe(self, sink: Sink) -> None:
+        """Hand every piece to `sink` when it comes, without waking a task, until the end.
+
+        Raises UpstreamError. `pause` and `resume` are the sink's brakes.
+        """
+        self._sink = sink
+        self.flush()
+        while not self.complete:
+            if self._error is not None:
+                raise self._error
+            await self._wait()
+
+    def pause(self) -> None:
+        """Stop reading from the engine."""
+        if not self.complete:
+            self._connection.pause_reading()
+
+    def resume(self) -> None:
+        """Read on."""
+        if not self.complete:
+            self._connection.resume_reading()
+
+    @property
+    def held_up(self) -> bool:
+        """Nobody takes what the engine sends."""
+        return not self.complete and self._connection.paused
 
     def close(self) -> None:
         """Done with it. An unfinished answer closes the connection, so that the engine aborts."""
@@ -82,28 +136,55 @@ class Reply:
     def feed(self, data: bytes) -> None:
         self._chunks.append(data)
         self._size += len(data)
+
+    def flush(self) -> None:
+        """All of one read from the socket has been fed."""
+        if not self._chunks:
+            return
+        self.moved = True
+        if self._sink is not None:
+            self._sink.feed(self._take())
+            return
         if self._size > BUFFER_BYTES:
             self._connection.pause_reading()
         self._wake()
 
     def end(self) -> None:
+        self.flush()
         self.complete = True
         self._wake()
 
     def fail(self, error: UpstreamError) -> None:
         if not self.complete:
+            self.flush()
             self._error = error
             self._wake()
 
     async def head(self) -> None:
-        """Until status and headers are there. Raises UpstreamError."""
-        while not self.status:
-            if self._error is not None:
-                raise self._error
-            await self._wait()
+        """Until status and headers are there. Raises UpstreamError.
+
+        A wait that ends without them closes the connection.
+        """
+        try:
+            while not self.status:
+                if self._error is not None:
+                    raise self._error
+                self._waiter = self._connection.loop.create_future()
+                await self._waiter
+        except BaseException:
+            self.close()
+            raise
+        finally:
+            self._waiter = None
+
+    def _take(self) -> bytes:
+        data = self._chunks[0] if len(self._chunks) == 1 else b"".join(self._chunks)
+        self._chunks.clear()
+        self._size = 0
+        return data
 
     async def _wait(self) -> None:
-        self._waiter = asyncio.get_running_loop().create_future()
+        self._waiter = self._connection.loop.create_future()
         try:
             await self._waiter
         finally:
@@ -117,13 +198,14 @@ class Reply:
 class _Connection(asyncio.Protocol):
     """One socket: at most one answer at a time."""
 
-    def __init__(self, idle: deque[_Connection]) -> None:
+    def __init__(self, idle: deque[_Connection], active: set[Reply]) -> None:
         self._idle = idle
-        self._loop = asyncio.get_running_loop()
+        self._active = active
+        self.loop = asyncio.get_running_loop()
         self._parser: httptools.HttpResponseParser | None = None
         self._transport: asyncio.Transport | None = None
         self._reply: Reply | None = None
-        self._paused = False
+        self.paused = False
         self._headers: Headers = []
         self._head_bytes = 0
         self.idle_since = 0.0
@@ -134,11 +216,12 @@ class _Connection(asyncio.Protocol):
     def usable(self) -> bool:
         return self._transport is not None and not self._transport.is_closing()
 
-    def send(self, request: bytes, body: bytes) -> Reply:
+    def send(self, request: bytes, body: bytes, now: float) -> Reply:
         """Write one request; its answer fills the returned Reply."""
         assert self._transport is not None
         assert self._reply is None
-        self._reply = Reply(self)
+        self._reply = Reply(self, now)
+        self._active.add(self._reply)
         self._headers = []
         self._head_bytes = 0
         if len(body) < 65536:
@@ -153,15 +236,15 @@ class _Connection(asyncio.Protocol):
             self._transport.abort()
 
     def pause_reading(self) -> None:
-        if not self._paused and self.usable:
+        if not self.paused and self.usable:
             assert self._transport is not None
-            self._paused = True
+            self.paused = True
             self._transport.pause_reading()
 
     def resume_reading(self) -> None:
-        if self._paused and self.usable:
+        if self.paused and self.usable:
             assert self._transport is not None
-            self._paused = False
+            self.paused = False
             self._transport.resume_reading()
 
     # -- called by the event loop
@@ -185,10 +268,19 @@ class _Connection(asyncio.Protocol):
         except (httptools.HttpParserError, httptools.HttpParserUpgrade):
             self._broken("the replica's answer was not valid HTTP")
             return
-        if self._reply is not None and not self._reply.status:
-            self._head_bytes += len(data)
-            if self._head_bytes > HEAD_BYTES:
-                self._broken("the replica's answer had too large headers")
+        self._parsed(len(data))
+
+    def _parsed(self, size: int) -> None:
+        """One read of `size` bytes has been through the parser."""
+        reply = self._reply
+        if reply is None:
+            return
+        if reply.status:
+            reply.flush()
+            return
+        self._head_bytes += size
+        if self._head_bytes > HEAD_BYTES:
+            self._broken("the replica's answer had too large headers")
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._transport = None
@@ -198,6 +290,7 @@ class _Connection(asyncio.Protocol):
         reply, self._reply = self._reply, None
         if reply is None:
             return
+        self._active.discard(reply)
         if reply.until_eof and exc is None:
             reply.end()
         else:
@@ -220,7 +313,7 @@ class _Connection(asyncio.Protocol):
             self._reply.headers = headers
             self._reply.until_eof = status not in (204, 304) and not _is_framed(headers)
             self._reply.status = status
-            self._reply._wake()
+            self._reply._wake()  # it runs once this read is parsed: most answers are whole then
 
     def on_body(self, data: bytes) -> None:
         if self._reply is not None:
@@ -233,10 +326,11 @@ class _Connection(asyncio.Protocol):
         assert self._transport is not None
         assert self._parser is not None
         self._reply = None
+        self._active.discard(reply)
         self.resume_reading()
         sent = not self._transport.get_write_buffer_size()
         if sent and self.usable and self._parser.should_keep_alive():
-            self.idle_since = self._loop.time()
+            self.idle_since = self.loop.time()
             self._idle.append(self)
         else:
             self._transport.close()
@@ -249,7 +343,10 @@ class _Connection(asyncio.Protocol):
 
 
 def _is_framed(headers: Headers) -> bool:
-    return any(name.lower() in (b"content-length", b"transfer-encoding") for name, _ in headers)
+    for name, _ in headers:
+        if len(name) in (14, 17) and name.lower() in (b"content-length", b"transfer-encoding"):
+            return True
+    return False
 
 
 def _closed(reply: Reply) -> UpstreamError:
@@ -260,9 +357,13 @@ def _closed(reply: Reply) -> UpstreamError:
 class Upstream:
     """Connections to every engine, kept alive between requests."""
 
-    def __init__(self, connect_timeout_s: float) -> None:
-        self._connect_timeout_s = connect_timeout_s
+    def __init__(self, limits: Limits) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._limits = limits
         self._pools: dict[str, tuple[str, int, bytes, deque[_Connection]]] = {}
+        self._active: set[Reply] = set()
+        self._every_s = min(1.0, *(limit / 4 for limit in limits[1:]))
+        self._timer = self._loop.call_later(self._every_s, self._sweep)
 
     async def post(self, base_url: str, path: str, headers: Iterable[bytes], body: bytes) -> Reply:
         """Send one POST and wait for the answer's head, as long as it takes.
@@ -279,9 +380,11 @@ class Upstream:
         )  # fmt: skip
         delivered = False
         while (connection := self._pooled(idle)) is not None:
-            reply = connection.send(request, body)
+            reply = connection.send(request, body, self._loop.time())
             try:
-                await _head_or_close(reply)
+                await reply.head()
+            except UpstreamTimeout:
+                raise
             except UpstreamError:
                 delivered = True  # the socket was stale, or this request has just killed the engine
                 continue
@@ -290,12 +393,13 @@ class Upstream:
             connection = await self._connect(host, port, idle)
         except UpstreamError as error:
             raise UpstreamError(error.reason, delivered) from None
-        reply = connection.send(request, body)
-        await _head_or_close(reply)
+        reply = connection.send(request, body, self._loop.time())
+        await reply.head()
         return reply
 
     def close(self) -> None:
         """Close every idle connection; those in use close with their answer."""
+        self._timer.cancel()
         for *_, idle in self._pools.values():
             for connection in list(idle):
                 connection.abort()
@@ -319,31 +423,52 @@ class Upstream:
 
     def _pooled(self, idle: deque[_Connection]) -> _Connection | None:
         """The connection used last, which is the likeliest to be alive."""
-        now = asyncio.get_running_loop().time()
-        while idle and now - idle[0].idle_since > IDLE_S:
-            idle.popleft().abort()
         while idle:
             connection = idle.pop()
             if connection.usable:
                 return connection
         return None
 
+    def _sweep(self) -> None:
+        """End what took too long, and close what has been idle too long to be trusted."""
+        now = self._loop.time()
+        self._timer = self._loop.call_later(self._every_s, self._sweep)
+        for *_, idle in self._pools.values():
+            while idle and now - idle[0].idle_since > IDLE_S:
+                idle.popleft().abort()
+        for reply in list(self._active):
+            late = _too_late(reply, now, self._limits)
+            if late is not None:
+                reply.fail(late)
+                reply.close()
+
     async def _connect(self, host: str, port: int, idle: deque[_Connection]) -> _Connection:
-        loop = asyncio.get_running_loop()
+        limit_s = self._limits.connect_s
         try:
-            async with asyncio.timeout(self._connect_timeout_s):
-                _, connection = await loop.create_connection(lambda: _Connection(idle), host, port)
+            async with asyncio.timeout(limit_s):
+                _, connection = await self._loop.create_connection(
+                    lambda: _Connection(idle, self._active), host, port
+                )
         except TimeoutError:
-            reason = f"the replica did not accept a connection in {self._connect_timeout_s:g}s"
+            reason = f"the replica did not accept a connection in {limit_s:g}s (connect_timeout_s)"
             raise UpstreamError(reason, delivered=False) from None
         except OSError:
             raise UpstreamError("the replica refused the connection", delivered=False) from None
         return connection
 
 
-async def _head_or_close(reply: Reply) -> None:
-    try:
-        await reply.head()
-    except BaseException:
-        reply.close()
-        raise
+def _too_late(reply: Reply, now: float, limits: Limits) -> UpstreamTimeout | None:
+    """Why the answer has to end now, if it has. An engine held up by a slow client is not late."""
+    if reply.moved or reply.held_up:
+        reply.moved, reply.moved_at, reply.begun = False, now, True
+    if now - reply.sent_at > limits.total_s:
+        reason = f"the answer was not whole within {limits.total_s:g}s (router.total_timeout_s)"
+        return UpstreamTimeout(reason, "total_timeout")
+    limit_s = limits.idle_s if reply.begun else limits.first_byte_s
+    if now - reply.moved_at <= limit_s:
+        return None
+    if reply.begun:
+        reason = f"nothing more of the answer came in {limit_s:g}s (router.idle_timeout_s)"
+        return UpstreamTimeout(reason, "idle_timeout")
+    reason = f"no byte of an answer came in {limit_s:g}s (router.first_byte_timeout_s)"
+    return UpstreamTimeout(reason, "first_byte_timeout")

@@ -19,6 +19,7 @@ import router_kit as kit
 import uvloop
 from router_kit import KEY, Engine, Stack, eventually, never, sse, unary
 
+from runtime.engine import guard
 from runtime.router import table_file
 from runtime.wire import RouteTable
 
@@ -30,9 +31,12 @@ def event_loop_policy() -> asyncio.AbstractEventLoopPolicy:
     return uvloop.EventLoopPolicy()  # what the router runs on
 
 
-@pytest.fixture
-async def stack(tmp_path: Path) -> AsyncIterator[Stack]:
+@pytest.fixture(params=["plain", "handed over"])
+async def stack(tmp_path: Path, request: pytest.FixtureRequest) -> AsyncIterator[Stack]:
+    """A router whose calls the front answers, or aiohttp's server: both must behave the same."""
     async with kit.stack(tmp_path) as made:
+        if request.param == "handed over":
+            made.make_calls_odd()
         yield made
 
 
@@ -599,24 +603,65 @@ async def test_one_base_url_per_model(stack: Stack) -> None:
         assert received.body == raw.replace(b"gpt-4", name.encode())
 
 
-async def test_other_paths_pass_and_multipart_needs_a_model_in_the_path(stack: Stack) -> None:
+PATHS = (
+    "/v1/responses", "/v1/messages", "/v1/messages/count_tokens", "/v1/embeddings", "/v1/score",
+    "/v1/rerank", "/v1/audio/speech", "/score", "/rerank", "/v2/rerank", "/v2/embed", "/pooling",
+    "/classify", "/tokenize", "/detokenize",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("path", PATHS)
+async def test_every_inference_path_passes_unknown_fields_and_all(stack: Stack, path: str) -> None:
     engine = await stack.engine(unary())
     await stack.serve("m", engine)
-    async with stack.post("/v1/rerank", {"model": "m"}) as response:
-        assert response.status == 200
-    form = aiohttp.FormData({"model": "m"})
-    form.add_field("file", b"\x00\xff", filename="a.wav")
-    async with stack.session.post(stack.url + "/v1/audio/transcriptions", data=form) as response:
+    body = b'{"x-new": {"n": 1.0e2}, "model": "m"}'
+    async with stack.post(path, body, headers={"x-api-key": "the-client's"}) as response:
+        assert (response.status, await response.read()) == (200, b'{"ok":true}')
+    (received,) = engine.received
+    assert (received.target, received.body) == (path, body)
+    assert received.header("x-api-key") is None
+    assert guard.refuse(path, b"Bearer k", guard.Keys(b"k", b"control")) is None
+
+
+def form_of(model: str | None) -> aiohttp.FormData:
+    form = aiohttp.FormData()
+    form.add_field("file", bytes(range(256)) * 100 + b"\r\n--", filename="a.wav")
+    if model is not None:
+        form.add_field("model", model)
+    form.add_field("language", "en")
+    return form
+
+
+async def test_a_forms_model_is_found_behind_its_file(stack: Stack) -> None:
+    engine = await stack.engine(unary())
+    await stack.serve("m", engine, aliases=("org/m",))
+    url = stack.url + "/v1/audio/transcriptions"
+    for name in ("m", "org/m"):
+        async with stack.session.post(url, data=form_of(name)) as response:
+            assert response.status == 200
+        received = engine.received[-1]
+        assert received.header("Content-Type").startswith("multipart/form-data; boundary=")
+        assert bytes(range(256)) * 100 + b"\r\n--" in received.body
+        assert name.encode() in received.body
+    async with stack.session.post(url, data=form_of(None)) as response:
         assert response.status == 400
         assert (await error_of(response))["param"] == "model"
-    form = aiohttp.FormData({"model": "m"})
-    form.add_field("file", b"\x00\xff", filename="a.wav")
     async with stack.session.post(
-        stack.url + "/models/m/v1/audio/transcriptions", data=form
+        stack.url + "/models/m/v1/audio/transcriptions", data=form_of(None)
     ) as response:
         assert response.status == 200
-    assert [r.target for r in engine.received] == ["/v1/rerank", "/v1/audio/transcriptions"]
-    assert b"\x00\xff" in engine.received[1].body
+    assert [r.target for r in engine.received] == ["/v1/audio/transcriptions"] * 3
+
+
+@pytest.mark.parametrize("body", [b"", b"--b\r\n", b"--b\r\nnonsense\r\n\r\nx\r\n--b--\r\n", b"x"])
+async def test_a_damaged_form_is_400(stack: Stack, body: bytes) -> None:
+    await stack.serve("m", await stack.engine(unary()))
+    async with stack.session.post(
+        stack.url + "/v1/audio/transcriptions", data=body,
+        headers={"Content-Type": "multipart/form-data; boundary=b"},
+    ) as response:  # fmt: skip
+        assert response.status == 400
+        await error_of(response)
 
 
 # ------------------------------------------------------------------------------------- the link

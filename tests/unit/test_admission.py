@@ -192,6 +192,20 @@ def test_refused_connections_are_no_attempts() -> None:
         assert replica(released) == "a"
 
 
+def test_more_than_max_in_flight_wait_and_follow_in_order() -> None:
+    admission = Admission(max_in_flight=2)
+    admission.routes(table(route("m", "a", "b", max_queue=2)), 0.0)
+    assert [replica(admission.arrive(str(i), "m", 0.0)) for i in range(4)] == list("abab")
+    assert isinstance(admission.arrive("4", "m", 1.0), Held)
+    assert isinstance(admission.arrive("5", "m", 1.0), Held)
+    assert admission.arrive("6", "m", 1.0).status == 429
+    (next_one,) = admission.finished("1", 2.0)
+    assert (next_one.request_id, replica(next_one)) == ("4", "b")
+    assert admission.finished("5", 2.0) == []
+    assert admission.finished("0", 2.0) == []
+    admission.check_invariants()
+
+
 def test_an_id_in_use_is_refused_loudly() -> None:
     admission = routed(route("m", "a"))
     admission.arrive("1", "m", 0.0)
@@ -207,7 +221,7 @@ class Machine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.admission = Admission()
+        self.admission = Admission(max_in_flight=3)
         self.now = 0.0
         self.count = 0
         self.held: dict[str, float] = {}
@@ -274,9 +288,16 @@ class Machine(RuleBasedStateMachine):
         here = sorted([*self.flying, *self.held])
         if here:
             request_id = data.draw(st.sampled_from(here))
-            self.admission.finished(request_id, self.now)
+            released = self.admission.finished(request_id, self.now)
             self.end(request_id)
-            self.admission.finished(request_id, self.now)  # harmless
+            self.note(released)
+            assert self.admission.finished(request_id, self.now) == []  # harmless
+
+    @rule(data=st.data(), status=st.sampled_from((200, 404, 500)))
+    def answered(self, data: st.DataObject, status: int) -> None:
+        if self.flying:
+            request_id = data.draw(st.sampled_from(sorted(self.flying)))
+            self.note(self.admission.answered(request_id, self.now, status))
 
     @rule(step=st.sampled_from((0.0, 0.5, 2.0, 10.0)))
     def tick(self, step: float) -> None:
@@ -301,7 +322,7 @@ class Machine(RuleBasedStateMachine):
         self.note(self.admission.tick(self.now))
         assert not self.held
         for request_id in sorted(self.flying):
-            self.admission.finished(request_id, self.now)
+            assert self.admission.finished(request_id, self.now) == []
             self.end(request_id)
         self.admission.check_invariants()
         assert self.ended == {str(i) for i in range(1, self.count + 1)}

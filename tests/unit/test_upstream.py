@@ -9,7 +9,14 @@ from collections import deque
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from runtime.router.upstream import BUFFER_BYTES, Reply, UpstreamError, _Connection
+from runtime.router.upstream import (
+    BUFFER_BYTES,
+    Limits,
+    Reply,
+    UpstreamError,
+    _Connection,
+    _too_late,
+)
 
 
 class Socket:
@@ -52,9 +59,9 @@ async def exchange(raw: bytes, cuts: list[int], end: bool) -> tuple[Reply, bytes
     """Feed `raw` in pieces to one request's connection; its body or the reason it has none, and
     whether the connection went back to the pool."""
     idle: deque[_Connection] = deque()
-    connection, transport = _Connection(idle), Transport()
+    connection, transport = _Connection(idle, set()), Transport()
     connection.connection_made(transport)
-    reply = connection.send(b"POST / HTTP/1.1\r\n\r\n", b"")
+    reply = connection.send(b"POST / HTTP/1.1\r\n\r\n", b"", 0.0)
     edges = sorted({0, len(raw), *(cut % (len(raw) + 1) for cut in cuts)})
     for start, stop in itertools.pairwise(edges):
         if not transport.closed:
@@ -141,9 +148,9 @@ def test_a_connection_with_more_behind_its_answer_is_not_reused(
 
 def test_an_unread_answer_stops_the_socket_and_reading_resumes_it() -> None:
     async def check() -> None:
-        connection, transport = _Connection(deque()), Transport()
+        connection, transport = _Connection(deque(), set()), Transport()
         connection.connection_made(transport)
-        reply = connection.send(b"", b"")
+        reply = connection.send(b"", b"", 0.0)
         connection.data_received(b"HTTP/1.1 200 OK\r\nContent-Length: 9999999\r\n\r\n")
         connection.data_received(b"x" * BUFFER_BYTES)
         assert not transport.paused
@@ -153,5 +160,73 @@ def test_an_unread_answer_stops_the_socket_and_reading_resumes_it() -> None:
         assert not transport.paused
         reply.close()
         assert transport.closed
+
+    asyncio.run(check())
+
+
+class Sink:
+    """Takes a body as it comes."""
+
+    def __init__(self) -> None:
+        self.got: list[bytes] = []
+
+    def feed(self, data: bytes) -> None:
+        self.got.append(data)
+
+
+@given(pieces=PIECES, cuts=CUTS, piped_from=st.integers(0, 12), cut_short=st.booleans())
+def test_a_piped_body_is_the_same_however_it_comes(
+    pieces: list[bytes], cuts: list[int], piped_from: int, cut_short: bool
+) -> None:
+    """`pipe` may begin at any moment; an answer cut short is an error after all that came."""
+    raw = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+    raw += b"".join(b"%x\r\n%b\r\n" % (len(p), p) for p in pieces) + b"0\r\n\r\n"
+    raw = raw[:-1] if cut_short else raw
+
+    async def check() -> None:
+        connection, transport, sink = _Connection(deque(), set()), Transport(), Sink()
+        connection.connection_made(transport)
+        reply = connection.send(b"", b"", 0.0)
+        edges = sorted({0, len(raw), *(cut % (len(raw) + 1) for cut in cuts)})
+        pipe: asyncio.Future[None] | None = None
+        for index, (start, stop) in enumerate(itertools.pairwise(edges)):
+            if index >= piped_from and pipe is None:
+                pipe = asyncio.ensure_future(reply.pipe(sink))
+                await asyncio.sleep(0)
+            connection.data_received(raw[start:stop])
+        connection.connection_lost(None)
+        try:
+            async with asyncio.timeout(5):
+                await (pipe or reply.pipe(sink))
+        except UpstreamError:
+            assert cut_short
+        else:
+            assert not cut_short
+        assert b"".join(sink.got) == b"".join(pieces)
+
+    asyncio.run(check())
+
+
+def test_each_time_limit_says_which_it_is() -> None:
+    async def check() -> None:
+        limits = Limits(first_byte_s=1.0, idle_s=2.0, total_s=10.0)
+        connection, transport = _Connection(deque(), set()), Transport()
+        connection.connection_made(transport)
+        reply = connection.send(b"", b"", 100.0)
+        assert _too_late(reply, 100.9, limits) is None
+        late = _too_late(reply, 101.1, limits)
+        assert late is not None
+        assert late.limit == "first_byte_timeout"
+        connection.data_received(b"HTTP/1.1 200 OK\r\nContent-Length: 9999999\r\n\r\nx")
+        assert _too_late(reply, 101.1, limits) is None
+        assert _too_late(reply, 103.0, limits) is None
+        late = _too_late(reply, 103.2, limits)
+        assert late is not None
+        assert late.limit == "idle_timeout"
+        reply.pause()  # a client that does not read is not the engine's fault
+        assert _too_late(reply, 109.9, limits) is None
+        late = _too_late(reply, 110.1, limits)
+        assert late is not None
+        assert late.limit == "total_timeout"
 
     asyncio.run(check())

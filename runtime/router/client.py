@@ -1,0 +1,79 @@
+"""Who gets an answer: what the proxy says to a client, and how aiohttp's server says it.
+
+`plain.py` has the other implementation, for the plain calls that are nearly all of them.
+"""
+
+from __future__ import annotations
+
+import socket
+import struct
+from typing import Protocol
+
+from aiohttp import HttpVersion11, web
+from multidict import CIMultiDict
+
+from runtime.router.upstream import Headers, Reply
+
+
+class Client(Protocol):
+    """One caller, for one answer. Writing raises ConnectionError once it has hung up."""
+
+    @property
+    def begun(self) -> bool:
+        """The headers have gone out."""
+
+    async def begin(self, status: int, headers: Headers) -> None:
+        """Send status and headers (those of this hop are the client's own affair)."""
+
+    async def write(self, data: bytes) -> None:
+        """Send a piece of the body; waits while the caller does not read."""
+
+    async def relay(self, reply: Reply, first: bytes) -> None:
+        """Send `first` and the rest of `reply`. Raises UpstreamError where it breaks off."""
+
+    def break_off(self) -> None:
+        """End the connection so that the answer cannot be taken for a whole one."""
+
+
+class AiohttpClient:
+    """A caller whom aiohttp's server serves."""
+
+    def __init__(self, request: web.Request) -> None:
+        self._request = request
+        self.response: web.StreamResponse | None = None
+
+    @property
+    def begun(self) -> bool:
+        return self.response is not None
+
+    async def begin(self, status: int, headers: Headers) -> None:
+        shown: CIMultiDict[str] = CIMultiDict(
+            (n.decode("latin-1"), v.decode("utf-8", "replace")) for n, v in headers
+        )
+        self.response = web.StreamResponse(status=status, headers=shown)
+        await self.response.prepare(self._request)
+
+    async def write(self, data: bytes) -> None:
+        assert self.response is not None
+        await self.response.write(data)
+
+    async def relay(self, reply: Reply, first: bytes) -> None:
+        data = first
+        while data:
+            await self.write(data)
+            data = await reply.read()
+
+    def break_off(self) -> None:
+        transport = self._request.transport
+        if transport is None or self.response is None:
+            return
+        if self.response.content_length is not None or self._request.version >= HttpVersion11:
+            transport.close()  # what is buffered still goes out; the framing shows the gap
+        else:
+            reset(transport.get_extra_info("socket"))  # a mere end would look like success
+            transport.abort()
+
+
+def reset(sock: socket.socket) -> None:
+    """Make the end of this connection a reset."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))

@@ -1,0 +1,118 @@
+"""All client connections of one router: counted, limited, swept and drained.
+
+A connection begins as a `PlainConnection` and may be handed over to aiohttp's server (`plain.py`).
+
+Rule this file keeps: no timer per connection: one sweep a second looks at all of them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import secrets
+
+from aiohttp import web
+
+from runtime.router.errors import ApiError
+from runtime.router.plain import PLAIN_BODY_BYTES, PlainConnection, error_answer
+from runtime.router.proxy import Proxy
+
+SWEEP_S = 1.0
+
+
+def _full() -> bytes:
+    message = "this router has as many connections as it may (router.max_connections)"
+    error = ApiError(503, "too_many_connections", message, retry_after_s=1.0)
+    return error_answer(error, "-").replace(b"\r\n", b"\r\nConnection: close\r\n", 1)
+
+
+_FULL = _full()
+
+
+class RequestIds:
+    """32 hexadecimal digits, unique among all routers: 64 random bits a process and a count."""
+
+    def __init__(self) -> None:
+        self._prefix = secrets.token_hex(8)
+        self._count = itertools.count(secrets.randbits(48))
+
+    def __call__(self) -> str:
+        return f"{self._prefix}{next(self._count):016x}"
+
+
+class Front:
+    """What all connections share; `server` is aiohttp's.
+
+    `read_s`: how long a request may take to arrive, and a caller to read any of its answer. A
+    connection beyond `max_connections` (known to a second where it was handed over) gets a 503 and
+    is closed.
+    """
+
+    def __init__(
+        self,
+        proxy: Proxy,
+        server: web.Server,
+        *,
+        read_s: float,
+        max_connections: int,
+        max_body_bytes: int,
+    ) -> None:
+        self.loop = asyncio.get_running_loop()
+        self.proxy = proxy
+        self.server = server
+        self.max_body_bytes = min(PLAIN_BODY_BYTES, max_body_bytes)
+        self.request_id = RequestIds()
+        self.connections: set[PlainConnection] = set()
+        self.draining = False
+        self._read_s = read_s
+        self._max_connections = max_connections
+        self._handed_over = 0  # connections of aiohttp's server, as the last sweep saw it
+        self._idle = asyncio.Event()
+        self._timer = self.loop.call_later(SWEEP_S, self._sweep)
+
+    def __call__(self) -> asyncio.Protocol:
+        """A protocol for a new connection."""
+        return PlainConnection(self)
+
+    def opened(self, connection: PlainConnection) -> None:
+        """Count it; one too many is turned away."""
+        self.connections.add(connection)
+        count = len(self.connections) + self._handed_over
+        self.proxy.metrics.connections = count
+        if count > self._max_connections:
+            connection.turn_away(_FULL)
+
+    def hand_over(self, connection: PlainConnection) -> web.RequestHandler:
+        """Who serves it from now on."""
+        self.forget(connection)
+        self._handed_over += 1
+        return self.server()
+
+    def forget(self, connection: PlainConnection) -> None:
+        """It is served elsewhere, or closed."""
+        self.connections.discard(connection)
+        if not self.connections:
+            self._idle.set()
+
+    async def drain(self, timeout_s: float) -> None:
+        """End idle connections now, the others with their answer, or after `timeout_s`."""
+        self.draining = True
+        self._timer.cancel()
+        for connection in list(self.connections):
+            connection.close_if_idle()
+        self._idle.clear()
+        if self.connections:
+            try:
+                async with asyncio.timeout(timeout_s):
+                    await self._idle.wait()
+            except TimeoutError:
+                for connection in list(self.connections):
+                    connection.abort()
+
+    def _sweep(self) -> None:
+        now = self.loop.time()
+        self._timer = self.loop.call_later(SWEEP_S, self._sweep)
+        self._handed_over = len(self.server.connections)
+        self.proxy.metrics.connections = len(self.connections) + self._handed_over
+        for connection in list(self.connections):
+            connection.close_if_late(now, self._read_s)

@@ -1,0 +1,80 @@
+"""One /metrics for all workers of a port: a scrape reaches any one of them, and it asks the others.
+
+Rule this file keeps: a figure is the sum over the workers that answer; one that is just being
+started again is left out, and its counters begin anew, as after any restart.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from pathlib import Path
+
+import aiohttp
+from prometheus_client import CollectorRegistry, Metric, generate_latest
+from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.registry import Collector
+
+log = logging.getLogger("stoker.router")
+
+TIMEOUT_S = 2.0
+OWN = {"worker": "own"}  # the query that asks for one worker's own figures
+
+
+class Siblings:
+    """The Unix sockets `router-N.sock` in one folder, of which `index` is ours."""
+
+    def __init__(self, folder: Path, index: int, count: int) -> None:
+        self.socket = folder / f"router-{index}.sock"
+        self._others = [folder / f"router-{n}.sock" for n in range(1, count + 1) if n != index]
+
+    async def metrics(self, own: bytes) -> bytes:
+        """Our own exposition and everybody else's, summed."""
+        texts = await asyncio.gather(*map(_fetch, self._others))
+        return summed([own.decode(), *filter(None, texts)])
+
+
+async def _fetch(path: Path) -> str | None:
+    timeout = aiohttp.ClientTimeout(total=TIMEOUT_S)
+    try:
+        async with (
+            aiohttp.ClientSession(
+                connector=aiohttp.UnixConnector(str(path)), timeout=timeout
+            ) as session,
+            session.get("http://worker/metrics", params=OWN) as response,
+        ):
+            return await response.text()
+    except (aiohttp.ClientError, TimeoutError, OSError) as error:
+        log.warning("metrics without those of the worker at %s: %s", path, error)
+        return None
+
+
+class _Ready(Collector):
+    def __init__(self, families: list[Metric]) -> None:
+        self._families = families
+
+    def collect(self) -> list[Metric]:
+        return self._families
+
+
+def summed(texts: list[str]) -> bytes:
+    """Expositions added up, sample by sample.
+
+    Example: `a_total{m="x"} 1.0` in one text and `a_total{m="x"} 2.0` in another give 3.0.
+    """
+    families: dict[str, Metric] = {}
+    values: dict[str, dict[tuple[str, tuple[tuple[str, str], ...]], float]] = {}
+    for text in texts:
+        for family in text_string_to_metric_families(text):
+            families.setdefault(family.name, family)
+            sums = values.setdefault(family.name, {})
+            for sample in family.samples:
+                key = (sample.name, tuple(sample.labels.items()))
+                sums[key] = sums.get(key, 0.0) + sample.value
+    for name, family in families.items():
+        family.samples = []
+        for (sample_name, labels), value in values[name].items():
+            family.add_sample(sample_name, dict(labels), value)
+    registry = CollectorRegistry()
+    registry.register(_Ready(list(families.values())))
+    return generate_latest(registry)
