@@ -25,6 +25,7 @@ STATUS_PATH = "/stoker/status"
 CLOSE_PATH = "/stoker/close"
 OPEN_PATH = "/stoker/open"
 CLOSED = "the engine is asleep, or about to sleep"
+CLOSED_HEADER = b"x-stoker-closed"  # tells a router that the request was not let in
 
 _OPEN = frozenset({"/health"})
 # What vLLM 0.32 serves outside /v1/ that answers a client; all else there steers the engine.
@@ -191,7 +192,7 @@ class Guard:
         elif not counts(path) or holds_control(authorization, self._keys):
             await self._app(scope, receive, send)
         elif self._activity.closed:
-            await _reply(send, 503, Refusal(503, CLOSED).body())
+            await _reply(send, 503, Refusal(503, CLOSED).body(), (CLOSED_HEADER, b"1"))
         else:
             self._activity.begin()
             try:
@@ -216,8 +217,9 @@ def _authorization(scope: Scope) -> bytes | None:
     return None
 
 
-async def _reply(send: Send, status: int, body: bytes) -> None:
+async def _reply(send: Send, status: int, body: bytes, *more: tuple[bytes, bytes]) -> None:
     headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
+    headers.extend(more)
     if status == 401:
         headers.append((b"www-authenticate", b"Bearer"))
     await send({"type": "http.response.start", "status": status, "headers": headers})

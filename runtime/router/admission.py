@@ -77,6 +77,7 @@ class _Model:
     active_at: float = 0.0
     turn: int = 0  # where the next choice among equally loaded replicas starts
     ttft: Sketch = field(default_factory=Sketch)  # of requests that were not held
+    first_token_s: float | None = None  # of the last that was held, from when it was sent on
 
 
 _by_arrival = operator.attrgetter("seq")
@@ -150,8 +151,11 @@ class Admission:
         request = self._requests[request_id]
         if request.replica_id is None:
             raise ValueError(f"request {request_id!r} is not in flight")
-        if not request.held and status < 400:
-            self._models[request.model].ttft.add(now - request.arrived_at, now)
+        state = self._models[request.model]
+        if status < 400 and request.held:
+            state.first_token_s = now - request.sent_at
+        elif status < 400:
+            state.ttft.add(now - request.arrived_at, now)
         if status < 500 and not self._breaker:
             return []
         changed = self._breaker.answered(request.replica_id, now, status >= 500)
@@ -225,6 +229,7 @@ class Admission:
                 oldest_wait_s=now - state.waiting[0].arrived_at if state.waiting else 0.0,
                 idle_for_s=now - state.active_at,
                 arrived=self._arrived[name],
+                first_token_s=state.first_token_s,
                 ttft_p95_s=state.ttft.quantile(0.95, now),
             )
             for name, state in self._models.items()

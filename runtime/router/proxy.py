@@ -19,6 +19,7 @@ from dataclasses import dataclass
 
 import msgspec
 
+from runtime.engine.guard import CLOSED, CLOSED_HEADER
 from runtime.router.admission import Decision, Forward, Held, Refused
 from runtime.router.client import Client
 from runtime.router.errors import ApiError, sse_error
@@ -181,6 +182,8 @@ class _Exchange:
         try:
             if reply.status == 401:  # our key, not the caller's: the table is behind the replica
                 raise UpstreamError("the replica refused this router's key", delivered=True)
+            if reply.status == 503 and _is_closed(reply.headers):
+                raise UpstreamError(CLOSED, delivered=False)  # held until it wakes, or elsewhere
             first = await reply.read()
             self._proxy.metrics.first_byte(call.model, self._loop.time() - self._began_at)
             self._proxy.gate.answered(forward.request_id, reply.status)
@@ -196,6 +199,11 @@ class _Exchange:
                 client.break_off()
         finally:
             reply.close()
+
+
+def _is_closed(headers: Headers) -> bool:
+    """Whether the engine did not let the request in, as it is asleep or about to sleep."""
+    return any(name.lower() == CLOSED_HEADER for name, _ in headers)
 
 
 class _Dropped(dict[bytes, bool]):

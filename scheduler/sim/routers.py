@@ -150,7 +150,7 @@ class Router:
         if answer == "refused":
             self.failed(request, "the replica refused the connection", delivered=False)
         elif answer == "closed":
-            self.leave(request, "door_closed")
+            self.failed(request, "its door is closed", delivered=False)
 
     def _hang_up(self, request: Request) -> None:
         if request.ended is None:

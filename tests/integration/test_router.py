@@ -397,6 +397,31 @@ async def test_a_replica_that_refuses_our_key_is_not_the_callers_fault(stack: St
     assert wrong.received
 
 
+async def test_a_request_that_meets_an_engine_going_to_sleep_is_held_not_refused(
+    stack: Stack,
+) -> None:
+    asleep = await stack.engine(
+        unary(b'{"error":{}}', "503 Service Unavailable", "x-stoker-closed: 1\r\n")
+    )
+    awake = await stack.engine(unary())
+    await stack.serve("m", asleep)
+    call = asyncio.ensure_future(_status(stack, "m"))
+    await kit.eventually(lambda: asleep.received, "the closed engine was asked")
+    await kit.eventually(stack.scheduler.waiting, "the request is held")
+    assert not call.done()
+    await stack.serve("m", awake)
+    assert await asyncio.wait_for(call, 20) == 200
+    # a 503 of the engine's own making is the caller's to see
+    busy = await stack.engine(unary(b'{"error":{}}', "503 Service Unavailable"))
+    await stack.serve("n", busy)
+    assert await _status(stack, "n") == 503
+
+
+async def _status(stack: Stack, model: str) -> int:
+    async with stack.post(CHAT, {"model": model}) as response:
+        return int(response.status)
+
+
 @pytest.mark.parametrize("framing", ["chunked", "length", "http/1.0"])
 async def test_an_answer_broken_off_is_seen_to_be_broken(stack: Stack, framing: str) -> None:
     cut = asyncio.Event()
