@@ -33,6 +33,9 @@ test: setup ## Every check and every test; says at the end what was skipped, and
 	@scripts/install_consul.sh || printf '\n%s\n%s\n\n' \
 	  '*** THERE IS NO CONSUL: the tests marked "consul" will be SKIPPED. ***' \
 	  '*** The line above says why it could not be installed.            ***'
+	@scripts/install_packages.sh debootstrap iproute2 || printf '\n%s\n%s\n\n' \
+	  '*** THERE IS NO DEBOOTSTRAP: the tests of the Ansible playbook will be SKIPPED. ***' \
+	  '*** The line above says why it could not be installed.                        ***'
 	$(MAKE) --no-print-directory lint
 	$(BIN)/python -m pytest $(TESTS) -ra $(PYTEST_FLAGS)
 
