@@ -99,17 +99,23 @@ class Model:
         """Bytes that one replica books on each of its devices.
 
         A declared size is a budget that vLLM fills with KV cache, so a measurement may only raise
-        it; an estimated size gives way to the measured one, larger or smaller. Worked example,
-        MARGIN 5 %: estimated 20 GiB, measured 10 GiB: 10.5 GiB; declared 20 GiB, measured 10 GiB:
-        20 GiB; declared 8 GiB, measured 10 GiB: 10.5 GiB.
+        it; an estimated size gives way to the measured one, larger or smaller, on GPUs. A CPU
+        engine's memory is touched as it is used, so what is measured there may only raise it too.
+        Worked example, MARGIN 5 %: estimated 20 GiB, measured 10 GiB: 10.5 GiB; declared 20 GiB,
+        measured 10 GiB: 20 GiB; declared 8 GiB, measured 10 GiB: 10.5 GiB. The margin alone asks
+        for no more than the budget: estimated and measured 78 GiB on a device of 80: 78 GiB.
         """
         budget = self.spec.booked_bytes()
-        measured = self.footprint.device_bytes if self.footprint else None
-        if not measured or self.spec.engine == "stub":
+        known = self.footprint
+        if known is None or not known.device_bytes or self.spec.engine == "stub":
             return budget
-        learned = int(measured * (1 + MARGIN))
-        declared = self.stored.spec.device_memory_bytes is not None
-        return max(budget, learned) if declared else learned
+        learned = int(known.device_bytes * (1 + MARGIN))
+        if known.device_bytes <= budget:
+            learned = min(learned, budget)
+        estimated = self.stored.spec.device_memory_bytes is None
+        if estimated and known.key.device_kind == "nvml":
+            return learned
+        return max(budget, learned)
 
 
 @dataclass(slots=True)

@@ -75,13 +75,15 @@ def first_token(base_url: str, model: str, key: str = "") -> float:
     headers = {"Content-Type": "application/json", "Authorization": f"Bearer {key}"}
     url, data = f"{base_url}/v1/completions", json.dumps(body).encode()
     request = urllib.request.Request(url, data, headers)
+    seen = b""
     with urllib.request.urlopen(request, timeout=DEADLINE_S) as answer:
         for line in answer:
             if b'"choices"' in line:
                 at = boot_s()
                 answer.read()
                 return at
-    raise SystemExit(f"no token came from {url}")
+            seen += line
+    raise SystemExit(f"no token came from {url}: {seen[-500:].decode(errors='replace')}")
 
 
 def used(pid: int) -> tuple[float, int]:

@@ -93,7 +93,10 @@ class Stub:
         if not guard.counts(request.path):
             return await handler(request)
         if why := self._why_not(ours):
-            return error_response(503, why, "ServiceUnavailableError")
+            response = error_response(503, why, "ServiceUnavailableError")
+            if self._activity.closed and not ours:
+                response.headers[guard.CLOSED_HEADER.decode()] = "1"
+            return response
         if ours:
             return await handler(request)
         self._crash_if_due()

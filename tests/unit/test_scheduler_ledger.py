@@ -5,6 +5,9 @@ from __future__ import annotations
 import pytest
 
 from runtime.footprints import Footprint, Key, Times
+from runtime.wire import MemoryEstimate, ModelSpec
+from scheduler import messages as m
+from scheduler.state import Model
 from tests.unit.scheduler_world import GIB, FakeNode, World, spec
 
 
@@ -90,3 +93,30 @@ def test_a_key_is_a_path_of_the_registry() -> None:
     key = Key("a", "0123", "vllm", "0.32.0", "nvml")
     assert key.path() == "a/0123-vllm-0.32.0-nvml"
     assert Footprint(key=key).median_s("start-cached") is None
+
+
+@pytest.mark.parametrize(
+    ("declared", "kind", "measured", "booked"),
+    [
+        (False, "nvml", 10, 10.5),
+        (False, "nvml", 19.5, 20),  # the margin alone asks for no more
+        (False, "nvml", 24, 25.2),
+        (False, "cpu", 1, 20),  # its KV cache is not touched yet
+        (True, "nvml", 10, 20),
+        (True, "nvml", 24, 25.2),
+    ],
+)
+def test_what_is_booked_once_it_was_measured(
+    declared: bool, kind: str, measured: float, booked: float
+) -> None:
+    size = int(20 * GIB)
+    one = ModelSpec(name="a", source="/m", device_memory_bytes=size if declared else None)
+    estimate = MemoryEstimate(
+        weights_bytes=0, kv_bytes=0, overhead_bytes=0, total_bytes=size, explanation=""
+    )
+    stored = m.StoredModel(spec=one, estimate=estimate)
+    model = Model(stored, stored.effective(), "k")
+    assert model.booked_bytes() == size
+    key = Key("a", "k", "vllm", "0.32.0", kind)
+    model.footprint = Footprint(key=key, device_bytes=int(measured * GIB))
+    assert model.booked_bytes() == pytest.approx(booked * GIB, rel=1e-6)
