@@ -4,14 +4,16 @@ Sizes: MIX below (parameters, share, tensor parallel), dealt out exactly and shu
 so no size goes with popularity. What a size books is scheduler/sim/catalog.py's rule. Weights are in
 the shared store; a node's disk has none of them at the start and keeps what it pulled, by LRU.
 
-servegen   ServeGen's clients (421 that call at all in 14 days; the issue counts 422 files), each a
-           model, on 32 GPUs (4 nodes of 8): its rate in each 600 s and its distribution of gaps, from
-           12:00 of the third day, all rates times one factor. Lengths: Azure's conversation trace.
+servegen   ServeGen's clients that call at all in its 14 days, each a model, on 32 GPUs (4 nodes of 8).
+           In any hour only about 150 of them call; so each begins in a window of its own, drawn from
+           those with calls, and goes on from there: its rate in each 600 s and its distribution of
+           gaps, all rates times one factor that makes 1.2 requests a second of them. Lengths: Azure's
+           conversation trace.
 functions  Azure's functions sample: 199 calls of 31 functions in 20 min (not 198 functions; the
            file's name counts its rows). 198 models on 16 GPUs (2 nodes): model i has the pattern of
-           function i mod 31, the repeats turned by a random phase; after 20 min it begins again, so
-           the second round repeats the first, which flatters forecasts (the ablation without one is
-           in the table). Lengths as above.
+           function i mod 31, the repeats turned by a random phase, seven calls in ten dropped; after
+           20 min it begins again, so the second round resembles the first, which flatters forecasts
+           (an ablation has none). Lengths as above.
 bursts     Azure's code trace (57 min, its own lengths), each burst to one of 20 models by a power
            law with exponent 1, on 4 GPUs (1 node), at its own rate.
 powerlaw   generated: 1,000 models on 64 GPUs (8 nodes), popularity by a power law with exponent 1,
@@ -23,6 +25,7 @@ Each run has a part that warms up and is not measured: disks fill, histories beg
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -31,7 +34,7 @@ from runtime.sim.profile import GIB
 from scheduler.messages import StoredModel
 from scheduler.sim import trace_files, traces
 from scheduler.sim.catalog import sized
-from scheduler.sim.traces import Workload
+from scheduler.sim.traces import Rate, Workload
 
 # Billions of parameters, share of models, devices a replica spans: an assumption, most are 7-8B.
 MIX = ((1.5, 0.15, 1), (3.0, 0.15, 1), (8.0, 0.46, 1), (14.0, 0.15, 1), (32.0, 0.07, 1),
@@ -56,20 +59,17 @@ class Case:
 def case(name: str, folder: Path, seed: int, quick: bool) -> Case:
     """A workload by name. Raises OSError where its trace is not in `folder`."""
     random = Random(f"{name} {seed}")
-    warm_s, measured_s = (300.0, 300.0) if quick else (1200.0, 2100.0)
+    warm_s, measured_s = (300.0, 300.0) if quick else (1200.0, 1800.0)
     duration_s = warm_s + measured_s
     match name:
         case "servegen":
-            workload = trace_files.load(
-                folder / SERVEGEN, "servegen", random, duration_s=duration_s,
-                models=100 if quick else None, rate_scale=0.03, from_s=2.5 * 86400,
-                lengths=folder / CONV,
-            )  # fmt: skip
+            workload = _servegen(folder, random, duration_s, quick)
             gpus = 8 if quick else 32
         case "functions":
             workload = trace_files.load(
                 folder / FUNCTIONS, "azure-functions", random, duration_s=duration_s,
                 models=98 if quick else 198, lengths=folder / CONV,
+                rate_scale=0.3,
             )  # fmt: skip
             gpus = 8 if quick else 16
         case "bursts":
@@ -79,13 +79,39 @@ def case(name: str, folder: Path, seed: int, quick: bool) -> Case:
             gpus = 4
         case "powerlaw":
             workload = traces.generate(
-                120 if quick else 1000, 1.0 if quick else 8.0, random, duration_s=duration_s,
+                120 if quick else 1000, 1.0 if quick else 5.0, random, duration_s=duration_s,
                 cv=2.0, diurnal=0.8, day_s=3600.0,
             )  # fmt: skip
             gpus = 8 if quick else 64
         case _:
             raise ValueError(f"there is no workload {name!r}; use {', '.join(NAMES)}")
     return Case(name, gpus, workload, warm_s, _dealt(len(workload.models), random))
+
+
+def _servegen(folder: Path, random: Random, duration_s: float, quick: bool) -> Workload:
+    with trace_files.opened(folder / SERVEGEN) as file:
+        rates = traces.servegen(file, 0.0, 14 * 86400.0)
+    with trace_files.opened(folder / CONV) as file:
+        tokens = traces.tokens_of(traces.azure_llm(file))
+    of: dict[str, dict[float, Rate]] = {}
+    for rate in rates:
+        of.setdefault(rate.client, {})[rate.start_s] = rate
+    clients = sorted(of)
+    if quick:
+        clients = random.sample(clients, 100)
+    windows = math.ceil(duration_s / traces.WINDOW_S)
+    turned = []
+    for client in clients:
+        begins = random.choice(sorted(of[client]))
+        for i in range(windows):
+            found = of[client].get(begins + i * traces.WINDOW_S)
+            if found is not None:
+                turned.append(found._replace(start_s=i * traces.WINDOW_S))
+    total = sum(rate.rate for rate in turned) / windows
+    wanted = 0.6 if quick else 1.2
+    return traces.from_servegen(
+        turned, random, duration_s=duration_s, rate_scale=wanted / total, tokens=tokens
+    )
 
 
 NAMES = ("servegen", "functions", "bursts", "powerlaw")
