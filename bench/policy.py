@@ -47,7 +47,7 @@ LEAD_S = 5.0
 STARTS = ("staged", "cached", "remote")
 DISK = ("cached", "remote")
 BASELINES = ("lru", "knative", "locality")  # that share the cluster: the best of them counts
-COMMON: dict[str, Any] = {"hold_s": HOLD_S, "max_replicas": 2, "target_concurrency": 32}
+COMMON: dict[str, Any] = {"hold_s": HOLD_S, "target_concurrency": 32}
 NO_SLEEP: dict[str, Any] = {"sleep": "off", "forecast": "off"}
 KPA = Autoscale(up=ScaleRules(), down=ScaleRules())
 
@@ -128,7 +128,8 @@ class Figures:
 
 
 def scenario(one: w.Case, contender: Contender, gpus: int, seed: int) -> Scenario:
-    stored = w.models(one, **(COMMON | contender.spec))
+    spec = COMMON | {"max_replicas": one.max_replicas} | contender.spec
+    stored = w.models(one, **spec)
     nodes = [
         NodePlan(f"n{i:02d}", devices=min(w.NODE_GPUS, gpus - i * w.NODE_GPUS))
         for i in range(-(-gpus // w.NODE_GPUS))

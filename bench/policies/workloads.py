@@ -54,6 +54,7 @@ class Case:
     workload: Workload
     warm_s: float
     sizes: tuple[tuple[float, int], ...]  # by model: billions, tensor parallel
+    max_replicas: int = 1  # where no model is called so often that it needs two
 
 
 def case(name: str, folder: Path, seed: int, quick: bool) -> Case:
@@ -85,7 +86,8 @@ def case(name: str, folder: Path, seed: int, quick: bool) -> Case:
             gpus = 8 if quick else 64
         case _:
             raise ValueError(f"there is no workload {name!r}; use {', '.join(NAMES)}")
-    return Case(name, gpus, workload, warm_s, _dealt(len(workload.models), random))
+    sizes = _dealt(len(workload.models), random)
+    return Case(name, gpus, workload, warm_s, sizes, 2 if name == "bursts" else 1)
 
 
 def _servegen(folder: Path, random: Random, duration_s: float, quick: bool) -> Workload:
