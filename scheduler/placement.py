@@ -27,6 +27,7 @@ Rules this file keeps:
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
@@ -379,17 +380,18 @@ def _with_moves(state: ClusterState, fit: Fit, now: float) -> Fit:
 
 def _holders(state: ClusterState, model: Model, now: float, min_dwell_s: float) -> str:
     """Who holds the devices and why they stay, in words."""
-    why: dict[str, str] = {}
+    there: dict[str, Replica] = {}
     for node in state.schedulable_nodes():
         if not runs_engine(node, model.spec) or not has_labels(node, model.spec):
             continue
         for r in node.replicas.values():
-            if r.model != model.name and r.model not in why:
-                why[r.model] = _why_stays(state, r, now, min_dwell_s)
-    if not why:
+            if r.model != model.name:
+                there.setdefault(r.model, r)
+    if not there:
         return "the node's memory is in use"
-    shown = [f"{name} {why[name]}" for name in sorted(why)]
-    return ", ".join(shown[:3]) + (f" and {len(shown) - 3} more" if len(shown) > 3 else "")
+    first = heapq.nsmallest(3, there)
+    shown = [f"{name} {_why_stays(state, there[name], now, min_dwell_s)}" for name in first]
+    return ", ".join(shown) + (f" and {len(there) - 3} more" if len(there) > 3 else "")
 
 
 def _why_stays(state: ClusterState, replica: Replica, now: float, min_dwell_s: float) -> str:

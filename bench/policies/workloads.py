@@ -80,7 +80,7 @@ def case(name: str, folder: Path, seed: int, quick: bool) -> Case:
             gpus = 4
         case "powerlaw":
             workload = traces.generate(
-                120 if quick else 1000, 1.0 if quick else 5.0, random, duration_s=duration_s,
+                120 if quick else 1000, 0.4 if quick else 5.0, random, duration_s=duration_s,
                 cv=2.0, diurnal=0.8, day_s=3600.0,
             )  # fmt: skip
             gpus = 8 if quick else 64
