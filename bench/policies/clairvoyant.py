@@ -26,6 +26,7 @@ from scheduler.sim.traces import Arrival
 from scheduler.state import Model, Node, Replica, Stage
 
 SLACK_S = 2.0  # how much sooner than needed: climbs vary, ticks come each half second
+AHEAD_S = 15.0  # when it begins to look for room, beside 1.5 starts
 KEPT_S = 30.0  # a model that was warmed for a call is kept for so long after it
 
 
@@ -58,7 +59,8 @@ class Clairvoyant(Baseline):
         due = []
         for model in self.state.models.values():
             at = self.next_call(model.name, now)
-            if at - now < 120.0 and not model.coming() and model.blocked_until <= now:
+            ahead_s = 1.5 * climb_s(model, 0, "cached") + AHEAD_S
+            if at - now < ahead_s and not model.coming() and model.blocked_until <= now:
                 due.append((at, model.name))
         for at, name in sorted(due):
             model = self.state.models[name]

@@ -61,6 +61,8 @@ def case(name: str, folder: Path, seed: int, quick: bool) -> Case:
     """A workload by name. Raises OSError where its trace is not in `folder`."""
     random = Random(f"{name} {seed}")
     warm_s, measured_s = (300.0, 300.0) if quick else (1200.0, 1800.0)
+    if name == "powerlaw" and not quick:
+        warm_s, measured_s = 600.0, 1200.0
     duration_s = warm_s + measured_s
     match name:
         case "servegen":
@@ -80,7 +82,7 @@ def case(name: str, folder: Path, seed: int, quick: bool) -> Case:
             gpus = 4
         case "powerlaw":
             workload = traces.generate(
-                120 if quick else 1000, 0.4 if quick else 5.0, random, duration_s=duration_s,
+                120 if quick else 1000, 0.4 if quick else 3.0, random, duration_s=duration_s,
                 cv=2.0, diurnal=0.8, day_s=3600.0,
             )  # fmt: skip
             gpus = 8 if quick else 64
