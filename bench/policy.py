@@ -1,16 +1,16 @@
-"""Scheduling policies against each other in the simulator: ours, five baselines, four ablations.
+"""Scheduling policies against each other in the simulator: ours, five baselines, ablations.
 
     python bench/policy.py [--quick] [--json] [--workload NAME ...] [--policy NAME ...] [--seed N]
                            [--traces DIR] [--gpus-for-99]
 
 Every policy leads the same simulated cluster: production agents, router admission, network, H100
-nodes of 8 with 1 TiB of memory and 7 TB of disk, timings by runtime/sim/profile.py; only what decides
-differs (bench/policies/). bench/policies/workloads.py says what the workloads are. Figures are of
-requests that arrive after the warm-up; one that is never answered counts as a TTFT of HOLD_S.
+nodes of 8 with 1 TiB of memory and 7 TB of disk, timings by runtime/sim/profile.py; only what
+decides differs (bench/policies/). bench/policies/workloads.py says what the workloads are. Figures
+are of requests that arrive after the warm-up; one that is never answered counts as HOLD_S.
 
 A cold start is a replica that becomes hot, by the rung it came from: asleep-1, asleep-2 (a wake);
-staged (page cache), cached (disk), remote (a start). GPU-hours *occupied*: devices on which a replica
-starts, wakes, serves, drains or goes to sleep; *held*: bytes really held, in devices.
+staged (page cache), cached (disk), remote (a start). GPU-hours *occupied*: devices on which a
+replica starts, wakes, serves, drains or goes to sleep; *held*: bytes really held, in devices.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -34,13 +35,16 @@ from bench.policies.clairvoyant import Clairvoyant
 from bench.policies.simple import Dedicated, Knative, Locality, Lru
 from cli.simulation import make_node
 from runtime.wire import Autoscale, ScaleRules
+from scheduler import eviction
 from scheduler.core import Core
+from scheduler.ladder import Descent
 from scheduler.moves import Settings
 from scheduler.sim.catalog import facts
 from scheduler.sim.policy import PolicyFactory
 from scheduler.sim.report import OBJECTIVE_S, Report, percentile
 from scheduler.sim.truth import OCCUPIES
 from scheduler.simulator import NodePlan, Scenario, Simulation
+from scheduler.state import ClusterState
 
 HOLD_S = 300.0
 LEAD_S = 5.0
@@ -58,6 +62,7 @@ class Contender:
 
     make: Callable[[w.Case], PolicyFactory]
     spec: dict[str, Any]
+    by_lru: bool = False  # an ablation: eviction.rank replaced
 
 
 def _core(one: w.Case) -> PolicyFactory:
@@ -75,8 +80,12 @@ class NoStaging(Core):
         """Nobody is told to."""
 
 
-class ByLru(Lru):
-    """Ours, with the least recently used in place of cost: its sleep rungs, LRU's placement."""
+def rank_by_lru(
+    state: ClusterState, descent: Descent, now: float, need: int
+) -> tuple[bool, int, int, float]:
+    """In place of scheduler.eviction.rank: the least recently used first, whatever it costs."""
+    priority = state.models[descent.replica.model].spec.priority
+    return descent.busy, priority, 0, -(now - descent.replica.used_at)
 
 
 POLICIES: dict[str, Contender] = {
@@ -98,6 +107,7 @@ ABLATIONS: dict[str, Contender] = {
     "ours, no forecast": Contender(_core, {"forecast": "off"}),
     "ours, no sleep": Contender(_core, {"sleep": "off"}),
     "ours, no staging": Contender(lambda one: lambda: NoStaging(Settings()), {}),
+    "ours, LRU for cost": Contender(_core, {}, by_lru=True),
 }
 
 
@@ -148,9 +158,12 @@ def run(
     if gpus is None:
         gpus = w.packed(one) if name == "dedicated" else one.gpus
     began = time.perf_counter()
-    report = Simulation(
-        scenario(one, contender, gpus, seed), make_node, contender.make(one)
-    ).run()
+    simulation = Simulation(scenario(one, contender, gpus, seed), make_node, contender.make(one))
+    if contender.by_lru:
+        with patch.object(eviction, "rank", rank_by_lru):
+            report = simulation.run()
+    else:
+        report = simulation.run()
     return figures(one, name, gpus, report, time.perf_counter() - began), report
 
 
@@ -196,7 +209,7 @@ def _occupied_s(r: Report, begins: float, ends: float) -> float:
 
 
 def gpus_for_99(one: w.Case, most: int, seed: int) -> Figures | None:
-    """Ours on the smallest cluster, in steps of a quarter, that answers 99 % within the objective."""
+    """Ours on the smallest cluster that answers 99 % within the objective, by quarters."""
     gpus = one.gpus
     while gpus < most:
         found, _ = run(one, "ours", POLICIES["ours"], seed, gpus)
@@ -270,7 +283,9 @@ def main() -> None:
     parser.add_argument("--traces", type=Path, default=Path("../shared/traces"))
     parser.add_argument("--workload", nargs="+", choices=w.NAMES, default=list(w.NAMES))
     parser.add_argument("--policy", nargs="+", choices=[*POLICIES, *ABLATIONS])
-    parser.add_argument("--gpus-for-99", action="store_true", help="enlarge ours until 99 %% is met")
+    parser.add_argument(
+        "--gpus-for-99", action="store_true", help="enlarge ours until 99 %% is met"
+    )
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--quick", action="store_true", help="small clusters, 10 minutes")
     parser.add_argument("--json", action="store_true")

@@ -100,8 +100,8 @@ class Model:
         A declared size is a budget that vLLM fills with KV cache, so a measurement may only raise
         it; an estimated size gives way to the measured one, larger or smaller. Worked example,
         MARGIN 5 %: estimated 20 GiB, measured 10 GiB: 10.5 GiB; declared 20 GiB, measured 10 GiB:
-        20 GiB; declared 8 GiB, measured 10 GiB: 10.5 GiB. The margin alone asks for no more than the
-        budget: estimated and measured 78 GiB on a device of 80: 78 GiB, as when it ran there.
+        20 GiB; declared 8 GiB, measured 10 GiB: 10.5 GiB. The margin alone asks for no more than
+        the budget: estimated and measured 78 GiB on a device of 80: 78 GiB, as when it ran there.
         """
         budget = self.spec.booked_bytes()
         measured = self.footprint.device_bytes if self.footprint else None

@@ -131,9 +131,7 @@ class Clairvoyant(Baseline):
                     return Descent(replica, level, replica.bytes - residue, host_bytes, 0.0)
         return Descent(replica, 0, replica.committed, 0, 0.0)
 
-    def _descend(
-        self, way: Descent, reason: str, cause: str, now: float, action: str
-    ) -> None:
+    def _descend(self, way: Descent, reason: str, cause: str, now: float, action: str) -> None:
         """As the core; then the sleepers that are called latest go, until the host has room for one
         more of the same size: the next one that goes down may sleep."""
         super()._descend(way, reason, cause, now, action)

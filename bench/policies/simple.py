@@ -35,9 +35,9 @@ class Dedicated(Baseline):
 
 
 class Lru(Baseline):
-    """As Ollama (OLLAMA_KEEP_ALIVE 5 min) and llama-swap (ttl): a model stays for a fixed time after
-    its last request (its spec's idle_s); without room the one idle longest is unloaded. One replica
-    a model. Where: free room first, then where the last victim is the oldest."""
+    """As Ollama (OLLAMA_KEEP_ALIVE 5 min) and llama-swap (ttl): a model stays for a fixed time
+    after its last request (its spec's idle_s); without room the one idle longest is unloaded. One
+    replica a model. Where: free room first, then where the last victim is the oldest."""
 
     def _choose(self, model: Model, now: float) -> Fit | None:
         best: tuple[float, Fit] | None = None
@@ -88,9 +88,9 @@ class _Kpa:
 
 
 class Knative(Baseline):
-    """Knative's pod autoscaler over first fit: mean concurrency within the stable window (60 s) over
-    70 % of target_concurrency, the panic window (6 s) where that is twice what is ready; a pod that
-    finds no room stays pending (Kubernetes evicts nobody of the same priority); to zero when a
+    """Knative's pod autoscaler over first fit: mean concurrency within the stable window (60 s)
+    over 70 % of target_concurrency, the panic window (6 s) where that is twice what is ready; a pod
+    that finds no room stays pending (Kubernetes evicts nobody of the same priority); to zero when a
     stable window was empty (its spec's idle_s is that)."""
 
     def __init__(self, *args: object) -> None:
@@ -125,9 +125,7 @@ class Knative(Baseline):
     def _wish(self, model: Model, now: float) -> int:
         kpa = self._kpa.setdefault(model.name, _Kpa())
         demand = self.state.demand(model.name)
-        load = (demand.waiting + demand.in_flight) / (
-            UTILIZATION * model.spec.target_concurrency
-        )
+        load = (demand.waiting + demand.in_flight) / (UTILIZATION * model.spec.target_concurrency)
         ready = max(1, len(model.ready()))
         stable = math.ceil(kpa.stable.push(now, load, STABLE_S) - 1e-9)
         panic = math.ceil(kpa.panic.push(now, load, PANIC_S) - 1e-9)

@@ -1,24 +1,24 @@
 """The four workloads of bench/policy.py, the same for every policy.
 
 Sizes: MIX below (parameters, share, tensor parallel), dealt out exactly and shuffled by the seed,
-so no size goes with popularity. What a size books is scheduler/sim/catalog.py's rule. Weights are in
-the shared store; a node's disk has none of them at the start and keeps what it pulled, by LRU.
+so no size goes with popularity. What a size books is scheduler/sim/catalog.py's rule. Weights are
+in the shared store; a node's disk has none at the start and keeps what it pulled, by LRU.
 
-servegen   ServeGen's clients that call at all in its 14 days, each a model, on 32 GPUs (4 nodes of 8).
-           In any hour only about 150 of them call; so each begins in a window of its own, drawn from
-           those with calls, and goes on from there: its rate in each 600 s and its distribution of
-           gaps, all rates times one factor that makes 1.2 requests a second of them. Lengths: Azure's
-           conversation trace.
+servegen   ServeGen's clients that call at all in its 14 days (421), each a model, on 32 GPUs (4
+           nodes). In any hour only about 150 of them call; so each begins in a window of its own,
+           drawn from those with calls, and goes on from there: its rate in each 600 s and its
+           distribution of gaps, all rates times one factor that makes 1.2 requests a second of
+           them. Lengths: Azure's conversation trace.
 functions  Azure's functions sample: 199 calls of 31 functions in 20 min (not 198 functions; the
            file's name counts its rows). 198 models on 16 GPUs (2 nodes): model i has the pattern of
-           function i mod 31, the repeats turned by a random phase, seven calls in ten dropped; after
-           20 min it begins again, so the second round resembles the first, which flatters forecasts
-           (an ablation has none). Lengths as above.
+           function i mod 31, the repeats turned by a random phase, seven calls in ten dropped;
+           after 20 min it begins again, so the second round resembles the first, which flatters
+           forecasts (an ablation has none). Lengths as above.
 bursts     Azure's code trace (57 min, its own lengths), each burst to one of 20 models by a power
            law with exponent 1, on 4 GPUs (1 node), at its own rate.
-powerlaw   generated: 1,000 models on 64 GPUs (8 nodes), popularity by a power law with exponent 1,
-           gaps Gamma with a coefficient of variation of 2, a day of one hour whose trough loses 80 %;
-           lengths lognormal.
+powerlaw   generated: 1,000 models on 64 GPUs (8 nodes), 3 requests a second by a power law with
+           exponent 1, gaps Gamma with a coefficient of variation of 2, a day of one hour whose
+           trough loses 80 %; lengths lognormal.
 
 Each run has a part that warms up and is not measured: disks fill, histories begin.
 """
@@ -169,8 +169,7 @@ def working_set(one: Case, keep_s: float) -> float:
     time: what it is offered. Worked example: one model of 40 GiB, called once in 600 s, kept for 60
     s, on one GPU of 80 GiB: 60 x 40 / (600 x 80) = 0.05."""
     size = {
-        s.spec.name: s.effective().booked_bytes() * s.spec.tensor_parallel_size
-        for s in models(one)
+        s.spec.name: s.effective().booked_bytes() * s.spec.tensor_parallel_size for s in models(one)
     }
     until: dict[str, float] = {}
     total = 0.0
