@@ -62,7 +62,7 @@ def case(name: str, folder: Path, seed: int, quick: bool) -> Case:
     random = Random(f"{name} {seed}")
     warm_s, measured_s = (300.0, 300.0) if quick else (1200.0, 1800.0)
     if name == "powerlaw" and not quick:
-        warm_s, measured_s = 600.0, 1200.0
+        warm_s, measured_s = 300.0, 600.0
     duration_s = warm_s + measured_s
     match name:
         case "servegen":
