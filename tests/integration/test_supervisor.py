@@ -188,8 +188,7 @@ async def test_a_tree_that_grows_while_it_is_killed_is_killed(world):
     supervisor, _, _ = world
     code = """
         import os, time
-        end = time.monotonic() + 60  # also if this test itself is killed
-        while time.monotonic() < end:  # each generation dies soon, but not before it has a child
+        while True:  # each generation dies soon, but not before it has a child
             if os.fork():
                 time.sleep(0.02)
                 os._exit(0)
