@@ -1,0 +1,1 @@
+"""Baselines for bench/policy.py, written against scheduler/sim/policy.py's contract."""

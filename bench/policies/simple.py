@@ -1,0 +1,140 @@
+"""Dedicated replicas, LRU keep-alive, Knative's KPA, ServerlessLLM's locality. Pure."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+from bench.policies.base import Baseline
+from scheduler.autoscale import floor
+from scheduler.ladder import climb_s
+from scheduler.placement import Fit
+from scheduler.planning import _cause
+from scheduler.state import Model, Replica, Stage
+from scheduler.windows import Mean
+
+EVICT_S = 1.0  # what a stop adds to a start: TERM and reaping
+
+
+def _used_at(replica: Replica) -> float:
+    return replica.used_at
+
+
+class Dedicated(Baseline):
+    """One replica of every model, always (its specs say min_replicas: 1); first fit.
+
+    bench/policy.py gives it as many devices as that takes.
+    """
+
+    def _choose(self, model: Model, now: float) -> Fit | None:
+        for node in self._able(model):
+            devices = self._free(node, model)
+            if devices:
+                return Fit(node.node_id, devices)
+        return None
+
+
+class Lru(Baseline):
+    """As Ollama (OLLAMA_KEEP_ALIVE 5 min) and llama-swap (ttl): a model stays for a fixed time
+    after its last request (its spec's idle_s); without room the one idle longest is unloaded. One
+    replica a model. Where: free room first, then where the last victim is the oldest."""
+
+    def _choose(self, model: Model, now: float) -> Fit | None:
+        best: tuple[float, Fit] | None = None
+        for node in self._able(model):
+            devices = self._free(node, model)
+            if devices:
+                return Fit(node.node_id, devices, rung=node.start_rung(model.spec.source))
+            cleared = self._cleared(node, model, now, _used_at)
+            if cleared is not None and (best is None or cleared[2] < best[0]):
+                best = cleared[2], Fit(node.node_id, cleared[0], cleared[1])
+        return best[1] if best else None
+
+
+class Locality(Baseline):
+    """As ServerlessLLM (Fu et al., OSDI 2024): the server with the least estimated time until the
+    model is loaded, from DRAM, SSD or remote, its loading queue included; keep-alive, LRU idle
+    eviction, no sleep rung. Live migration of running requests is left out."""
+
+    def _choose(self, model: Model, now: float) -> Fit | None:
+        fits = []
+        for node in self._able(model):
+            rung = node.start_rung(model.spec.source)
+            load_s = climb_s(model, 0, rung)
+            devices = self._free(node, model)
+            if devices:
+                wait_s = load_s + self._turn_s(node, devices, now)
+                fits.append((wait_s, 0.0, Fit(node.node_id, devices, rung=rung, wait_s=wait_s)))
+            cleared = self._cleared(node, model, now, _used_at)
+            if cleared is not None and cleared[1]:
+                wait_s = load_s + self._turn_s(node, cleared[0], now) + EVICT_S
+                fit = Fit(node.node_id, cleared[0], cleared[1], rung=rung, wait_s=wait_s)
+                fits.append((wait_s, cleared[2], fit))
+        best = min(fits, key=lambda f: (round(f[0], 1), f[1]), default=None)
+        return best[2] if best else None
+
+
+STABLE_S, PANIC_S, PANIC_AT = 60.0, 6.0, 2.0  # Knative's defaults
+UTILIZATION = 0.7  # container-concurrency-target-percentage
+DOWN_RATE, UP_RATE = 2.0, 1000.0  # max-scale-down-rate, max-scale-up-rate
+
+
+@dataclass
+class _Kpa:
+    stable: Mean = field(default_factory=Mean)
+    panic: Mean = field(default_factory=Mean)
+    panic_until: float = -math.inf
+    most: int = 0  # while in panic nothing goes down
+
+
+class Knative(Baseline):
+    """Knative's pod autoscaler over first fit: mean concurrency within the stable window (60 s)
+    over 70 % of target_concurrency, the panic window (6 s) where that is twice what is ready; a pod
+    that finds no room stays pending (Kubernetes evicts nobody of the same priority); to zero when a
+    stable window was empty (its spec's idle_s is that)."""
+
+    def __init__(self, *args: object) -> None:
+        super().__init__(*args)  # type: ignore[arg-type]
+        self._kpa: dict[str, _Kpa] = {}
+
+    def _choose(self, model: Model, now: float) -> Fit | None:
+        for node in self._able(model):
+            devices = self._free(node, model)
+            if devices:
+                return Fit(node.node_id, devices, rung=node.start_rung(model.spec.source))
+        return None
+
+    def _scale(self, model: Model, now: float) -> None:
+        demand = self.state.demand(model.name)
+        coming = model.coming()
+        wanted = max(self._wish(model, now), floor(model, now)[0])
+        if not coming and demand.waiting:
+            wanted = max(1, wanted)  # the activator asks for the first one at once
+        model.wanted, model.wanted_why = wanted, "KPA"
+        self._hungry.discard(model.name)
+        planned = [r for r in coming if r.stage is Stage.PLANNED]
+        for replica in planned[: max(0, len(coming) - max(wanted, 1 if demand.waiting else 0))]:
+            self._unplan(replica, now)
+        if 0 < wanted < len(coming):
+            self._fewer(model, wanted, "KPA", now)
+        elif wanted > len(coming) and model.blocked_until <= now:
+            for _ in range(wanted - len(coming)):
+                if not self._add_replica(model, _cause(model, demand.waiting, now), now):
+                    break
+
+    def _wish(self, model: Model, now: float) -> int:
+        kpa = self._kpa.setdefault(model.name, _Kpa())
+        demand = self.state.demand(model.name)
+        load = (demand.waiting + demand.in_flight) / (UTILIZATION * model.spec.target_concurrency)
+        ready = max(1, len(model.ready()))
+        stable = math.ceil(kpa.stable.push(now, load, STABLE_S) - 1e-9)
+        panic = math.ceil(kpa.panic.push(now, load, PANIC_S) - 1e-9)
+        stable = max(stable, math.floor(ready / DOWN_RATE)) if model.ready() else stable
+        if panic >= PANIC_AT * ready:
+            kpa.panic_until = now + STABLE_S
+        if now < kpa.panic_until:
+            kpa.most = max(kpa.most, stable, panic)
+            stable = kpa.most
+        else:
+            kpa.most = 0
+        return min(stable, int(ready * UP_RATE), model.spec.max_replicas)
