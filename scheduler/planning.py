@@ -98,9 +98,12 @@ class Planning(Nodes):
             self._hungry.add(name)  # waking it, once it sleeps, is quicker than a start
             model.waiting_for = "its replica is going to sleep, and will be woken"
             return
-        for _ in range(wanted - len(coming)):
+        for index in range(len(coming), wanted):
             cause = _cause(model, demand.waiting, now)
-            if not self._add_replica(model, cause, now):
+            # Until one serves, nobody knows what the burst at a cold model really needs: more than
+            # one is started only into free room, or each burst would move others down twice.
+            evict = index == 0 or index < model.spec.min_replicas or bool(model.ready())
+            if not self._add_replica(model, cause, now, evict):
                 break
 
     def _fewer(self, model: Model, wanted: int, reason: str, now: float) -> None:

@@ -19,7 +19,7 @@ def model(weights: int, total: int, measured: int | None = None) -> Model:
     stored = m.StoredModel(spec=ModelSpec(name="a", source="hf:a/a"), estimate=estimate)
     effective = stored.effective()
     made = Model(stored, effective, effective.launch_key())
-    key = Key("a", made.launch_key, "vllm", "1", "H100")
+    key = Key("a", made.launch_key, "vllm", "1", "nvml")
     made.footprint = Footprint(key=key, device_bytes=measured)
     return made
 
