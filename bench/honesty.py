@@ -48,6 +48,7 @@ GAP_S = 4.0  # mean, between calls
 SIM_GPU = "L40S"  # 48 GiB: two of three models of SIM_BYTES fit
 SIM_BYTES = 20 * GIB
 HOT_CALLS = 5
+LEAD_S = 5.0
 QUIET_S = 6.0  # a replica may be evicted after its dwell time
 
 
@@ -95,14 +96,20 @@ def one_call(stoker: Stoker, model: str) -> float:
     return first_token(stoker.router, model) - began
 
 
-def calibrate(stoker: Stoker) -> float:
-    """Each model cold and hot, and cold again; the median time to first token of a hot call."""
-    hot = []
+def calibrate(stoker: Stoker, began: float) -> tuple[float, list[tuple[float, str]]]:
+    """Each model cold and hot, and cold again.
+
+    (the median time to first token of a hot call, when which model was called).
+    """
+    hot, done = [], []
     for name in (*NAMES, *NAMES):
-        one_call(stoker, name)
-        hot += [one_call(stoker, name) for _ in range(HOT_CALLS)]
+        for turn in range(1 + HOT_CALLS):
+            done.append((time.monotonic() - began, name))
+            ttft = one_call(stoker, name)
+            if turn:
+                hot.append(ttft)
         time.sleep(QUIET_S)
-    return statistics.median(hot)
+    return statistics.median(hot), done
 
 
 def ledger(stoker: Stoker) -> list[Footprint]:
@@ -138,9 +145,10 @@ def play(stoker: Stoker, plan: list[tuple[float, str]]) -> list[float]:
 
 
 def simulated(
-    known: list[Footprint], hot_s: float, plan: list[tuple[float, str]], rungs: tuple[int, ...]
-) -> list[float]:
-    """The same calls in virtual time."""
+    known: list[Footprint], hot_s: float, before: list[tuple[float, str]],
+    plan: list[tuple[float, str]], rungs: tuple[int, ...],
+) -> list[float]:  # fmt: skip
+    """The same calls in virtual time: those of the calibration too, which leave models warm."""
     gpu = profile.gpu(SIM_GPU)
     # so many bytes are read for a token that a hot call's first one takes as long as it did live
     active = max(1.0, (hot_s - profile.STEP_S) * gpu.memory_rate * profile.DECODE_SHARE)
@@ -156,11 +164,12 @@ def simulated(
     report = simulate(
         Scenario(
             nodes=[NodePlan("n1", devices=1, gpu=SIM_GPU, rungs=rungs)], models=models,
-            arrivals=[Arrival(at_s, model, 1, 4) for at_s, model in plan], facts=facts,
-            ledger=known, duration_s=plan[-1][0] + 60.0,
+            arrivals=[Arrival(at_s, model, 1, 4) for at_s, model in (*before, *plan)],
+            facts=facts, ledger=known, duration_s=plan[-1][0] + 60.0, lead_s=LEAD_S,
         )
     )  # fmt: skip
-    return list(report.ttft)
+    begins = plan[0][0] + LEAD_S - 1e-6
+    return [t for t, at_s in zip(report.ttft, report.arrived, strict=True) if at_s >= begins]
 
 
 def p95(values: list[float]) -> float:
@@ -182,15 +191,17 @@ def measure(engine: str, count: int, folder: Path) -> list[Row]:
     specs, device, rungs = stub_specs() if engine == "stub" else vllm_specs(folder / "models")
     plan = calls(count)
     folder.mkdir(exist_ok=True)
-    with stoker_up(folder, device) as stoker:
+    with stoker_up(folder, device, launcher=engine == "vllm") as stoker:
         for spec in specs:
             add(stoker, spec)
-        hot_s = calibrate(stoker)
+        began = time.monotonic()
+        hot_s, before = calibrate(stoker, began)
         wait(lambda: len(ledger(stoker)) >= len(NAMES), "the ledger")
         known = ledger(stoker)
+        offset_s = time.monotonic() - began
         live = play(stoker, plan)
-    label = f"{engine}, {count} calls"
-    return rows(label, live, simulated(known, hot_s, plan, rungs))
+    later = [(offset_s + at_s, model) for at_s, model in plan]
+    return rows(f"{engine}, {count} calls", live, simulated(known, hot_s, before, later, rungs))
 
 
 def main() -> None:

@@ -296,8 +296,8 @@ class Stoker:
 
 
 @contextlib.contextmanager
-def stoker_up(folder: Path, devices: str = "cpu") -> Iterator[Stoker]:
-    """Stoker on this host, its launcher ready."""
+def stoker_up(folder: Path, devices: str = "cpu", launcher: bool = True) -> Iterator[Stoker]:
+    """Stoker on this host, its launcher ready (simulated devices have none)."""
     argv = [sys.executable, "-m", "cli.main", "up", "--port", "0", "--json", "--devices", devices]
     argv += ["--state-dir", str(folder / "state")]
     with (folder / "up.log").open("w") as log:
@@ -308,7 +308,8 @@ def stoker_up(folder: Path, devices: str = "cpu") -> Iterator[Stoker]:
         if not line:
             raise SystemExit((folder / "up.log").read_text())
         stoker = Stoker(process, json.loads(line))
-        wait(stoker.launcher_ready, "the launcher", 0.2)
+        if launcher:
+            wait(stoker.launcher_ready, "the launcher", 0.2)
         yield stoker
     finally:
         process.send_signal(signal.SIGINT)
