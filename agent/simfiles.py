@@ -38,6 +38,7 @@ class Files:
         self._host_held = host_held
         self._needed = needed
         self._reading: dict[str, Transfer] = {}
+        self._pulls: dict[str, tuple[Transfer, list[Callable[[], object]]]] = {}
         self._told: tuple[CachedModel, ...] | None = None  # None: something changed
 
     def rung(self, source: str) -> str:
@@ -72,21 +73,26 @@ class Files:
             over -= self.disk.pop(name)
             self.resident.pop(name, None)
 
-    def fetch(
-        self, source: str, size: int, done: Callable[[], object]
-    ) -> tuple[Pipe, Transfer] | None:
-        """Pull it from the store if it is not on the disk, then call `done`; None: no need."""
+    def fetch(self, source: str, size: int, done: Callable[[], object]) -> None:
+        """Pull it from the store if it is not on the disk, then call `done`.
 
-        def fetched() -> None:
-            self.add(source, size)
-            self.touch(source, size)  # what was just written is in the page cache
-            done()
-
+        One pull a model, whoever waits for it; it goes on if they do not any more (agent/cache.py).
+        """
         if source in self.disk:
             self.add(source, size)
             done()
-            return None
-        return self.store_pipe, self.store_pipe.send(size, fetched)
+        elif source in self._pulls:
+            self._pulls[source][1].append(done)
+        else:
+            pull = self.store_pipe.send(size, lambda: self._pulled(source, size))
+            self._pulls[source] = (pull, [done])
+
+    def _pulled(self, source: str, size: int) -> None:
+        _, waiting = self._pulls.pop(source)
+        self.add(source, size)
+        self.touch(source, size)  # what was just written is in the page cache
+        for done in waiting:
+            done()
 
     def read(
         self, source: str, size: int, done: Callable[[], object]
@@ -147,6 +153,9 @@ class Files:
         """The page cache is empty."""
         for transfer in self._reading.values():
             self.disk_pipe.cancel(transfer)
+        for pull, _ in self._pulls.values():
+            self.store_pipe.cancel(pull)
+        self._pulls = {}
         self._reading, self.resident, self.staged = {}, {}, {}
         self._told = None
 

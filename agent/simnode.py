@@ -368,7 +368,7 @@ class SimNode:
                     phases["pull"] = self._loop.now - began
                 self._fork(replica_id, engine, phases)
 
-        self._moving(replica_id, self.files.fetch(source, size, on_disk))
+        self.files.fetch(source, size, on_disk)
 
     def _fork(self, replica_id: str, engine: Engine, phases: dict[str, float]) -> None:
         spec = engine.command.spec
@@ -495,10 +495,12 @@ class SimNode:
             self._loop.after(wait_s, self._woken, replica_id, engine, core, phases)
 
         size = self.timings.of(spec).weights_bytes
-        fetched = self.files.fetch(  # the disk may have forgotten it meanwhile
-            spec.source, size, lambda: self._weights(replica_id, engine, spec, "cached", loaded)
-        )
-        self._moving(replica_id, fetched)
+
+        def on_disk() -> None:
+            if engine.alive:
+                self._weights(replica_id, engine, spec, "cached", loaded)
+
+        self.files.fetch(spec.source, size, on_disk)  # the disk may have forgotten it meanwhile
 
     def _woken(
         self, replica_id: str, engine: Engine, core: AgentCore, phases: dict[str, float]

@@ -25,6 +25,7 @@ from scheduler.placement import Fit, Never, NotNow, place
 from scheduler.state import BUSY, Climb, Model, Node, Replica, Stage
 from scheduler.table import model_route
 
+EXTRA_S = 1.0  # expected waiting of others that one more replica beside others is worth
 HUNGRY_AT_ONCE = 16  # models without room that are looked at in one go, the most urgent first
 VERSIONS_PER_TERM = 10**9
 
@@ -98,12 +99,10 @@ class Planning(Nodes):
             self._hungry.add(name)  # waking it, once it sleeps, is quicker than a start
             model.waiting_for = "its replica is going to sleep, and will be woken"
             return
+        needed = max(1, autoscale.floor(model, now)[0])
         for index in range(len(coming), wanted):
             cause = _cause(model, demand.waiting, now)
-            # Until one serves, nobody knows what the burst at a cold model really needs: more than
-            # one is started only into free room, or each burst would move others down twice.
-            evict = index == 0 or index < model.spec.min_replicas or bool(model.ready())
-            if not self._add_replica(model, cause, now, evict):
+            if not self._add_replica(model, cause, now, extra=index >= needed):
                 break
 
     def _fewer(self, model: Model, wanted: int, reason: str, now: float) -> None:
@@ -119,10 +118,19 @@ class Planning(Nodes):
                 action = "sleep" if way.level else "stop"
                 self._descend(way, f"fewer are enough: {reason}", "autoscale", now, action)
 
-    def _add_replica(self, model: Model, cause: str, now: float, evict: bool = True) -> bool:
-        """Plan one more replica; False where there is no room now, or never."""
+    def _add_replica(
+        self, model: Model, cause: str, now: float, evict: bool = True, extra: bool = False
+    ) -> bool:
+        """Plan one more replica; False where there is no room now, or never.
+
+        `extra`: others serve or will, so it is not worth much waiting of the models it moves down.
+        """
         name = model.spec.name
         answer = place(self.state, model, now, self.settings.min_dwell_s, evict)
+        if extra and isinstance(answer, Fit):
+            cost_s = sum(way.cost for way in answer.victims)
+            if cost_s > EXTRA_S or any(way.busy for way in answer.victims):
+                answer = NotNow(f"another replica would cost others {cost_s:.0f} s of waiting")
         if isinstance(answer, Never):
             if self._nodes_known():
                 self._refuse(model, answer.reason, cause, now)
