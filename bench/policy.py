@@ -34,7 +34,7 @@ from bench.policies import workloads as w
 from bench.policies.clairvoyant import Clairvoyant
 from bench.policies.simple import Dedicated, Knative, Locality, Lru
 from cli.simulation import make_node
-from runtime.wire import Autoscale, Prewarm, ScaleRules
+from runtime.wire import Autoscale, ScaleRules
 from scheduler import eviction
 from scheduler.core import Core
 from scheduler.ladder import Descent
@@ -66,6 +66,10 @@ class Contender:
 
 
 def _core(one: w.Case) -> PolicyFactory:
+    return lambda: Core(Settings(stand_by=True))
+
+
+def _no_stand_by(one: w.Case) -> PolicyFactory:
     return lambda: Core(Settings())
 
 
@@ -106,8 +110,8 @@ POLICIES: dict[str, Contender] = {
 ABLATIONS: dict[str, Contender] = {
     "ours, no forecast": Contender(_core, {"forecast": "off"}),
     "ours, no sleep": Contender(_core, {"sleep": "off"}),
-    "ours, no staging": Contender(lambda one: lambda: NoStaging(Settings()), {}),
-    "ours, all stand by": Contender(_core, {"prewarm": Prewarm(min_warm="asleep")}),
+    "ours, no staging": Contender(lambda one: lambda: NoStaging(Settings(stand_by=True)), {}),
+    "ours, no stand-by": Contender(_no_stand_by, {}),
     "ours, LRU for cost": Contender(_core, {}, by_lru=True),
 }
 

@@ -68,6 +68,12 @@ class SchedulerConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     recovery_grace_s: Seconds = 10.0  # after a restart: how long to wait for known nodes
     drain_grace_s: Seconds = 60.0  # how long in-flight requests may take when a replica stops
     min_dwell_s: Annotated[float, Meta(ge=0)] = 5.0  # a ready replica is not evicted sooner
+    stand_by: Annotated[
+        bool,
+        Meta(
+            description="start each new model once, into free room, and let it sleep or be staged"
+        ),
+    ] = False
 
 
 class AgentConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

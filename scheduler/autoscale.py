@@ -14,7 +14,7 @@ a moment ago.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from scheduler.scaling import Desired, Sample, desired_replicas
 from scheduler.state import ClusterState, Demand, Model, Node, Replica, Stage
@@ -48,10 +48,14 @@ def floor(model: Model, now: float) -> tuple[int, str]:
     return max(reasons, key=lambda reason: reason[0])
 
 
-def idle_replicas(state: ClusterState, model: Model, now: float) -> list[Replica]:
-    """Ready replicas nobody used for `idle_s`, longest idle first, sparing the wanted ones."""
+def idle_replicas(
+    state: ClusterState, model: Model, now: float, idle_s: Callable[[Model, Replica], float]
+) -> list[Replica]:
+    """Ready replicas nobody used for their `idle_s`, longest idle first, sparing the wanted."""
     demand = state.demand(model.spec.name)
-    least, _ = floor(model, now)
+    least, why = floor(model, now)
+    if why == "forecast":  # whether that still holds is asked of each that is idle
+        least = 0
     spare = len(model.coming()) - max(least, min(1, _need(demand)))
     if demand.waiting:
         return []
@@ -62,7 +66,7 @@ def idle_replicas(state: ClusterState, model: Model, now: float) -> list[Replica
         for r in model.replicas.values()
         if r.stage is Stage.READY
         and not state.in_flight(r)
-        and now - max(r.used_at, r.ready_at or now) >= model.spec.idle_s
+        and now - max(r.used_at, r.ready_at or now) >= idle_s(model, r)
     ]
     return sorted(idle, key=lambda r: r.used_at)[: max(0, spare)]
 

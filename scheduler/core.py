@@ -347,15 +347,17 @@ class Core(Warm):
                 self._empty(node, now)
         self._review_holds(now)
         self._forecast(now)
+        self._stand_by(now)
         self._write_down(now)
         self._recheck_unfit()
 
     def _rest(self, model: Model, now: float) -> float:
         """Idle timers: one rung down at a time. When the next could be due."""
-        idle_s, asleep_s = model.spec.idle_s, model.spec.asleep_s
+        asleep_s = model.spec.asleep_s
         idle, next_at = False, float("inf")
         for replica in list(model.replicas.values()):
             if replica.stage is Stage.READY:
+                idle_s = self._idle_s(model, replica)
                 due_at = max(replica.used_at, replica.ready_at or now) + idle_s
                 idle = idle or due_at <= now
                 next_at = min(next_at, due_at)
@@ -367,7 +369,8 @@ class Core(Warm):
                     self._leave(replica, reason, "idle timer", now)
                     self._keep_staged(replica, now)
         if idle:
-            for replica in idle_replicas(self.state, model, now):
+            for replica in idle_replicas(self.state, model, now, self._idle_s):
+                idle_s = self._idle_s(model, replica)
                 if not self._worth_keeping(model, replica, now):
                     self._step_down(model, replica, f"idle for {idle_s:g} s", now)
         return next_at

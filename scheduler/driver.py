@@ -78,6 +78,7 @@ class Driver:
                 recovery_grace_s=settings.recovery_grace_s,
                 drain_grace_s=settings.drain_grace_s,
                 min_dwell_s=settings.min_dwell_s,
+                stand_by=settings.stand_by,
             )
         )
         self.leads = False

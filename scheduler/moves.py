@@ -33,6 +33,7 @@ class Settings:
     recovery_grace_s: float = 10.0
     drain_grace_s: float = 60.0
     min_dwell_s: float = 5.0
+    stand_by: bool = False  # start each new model once, into free room, and put it to sleep
 
 
 class Moves:

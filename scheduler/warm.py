@@ -4,6 +4,8 @@ Rules this file keeps:
 - a prewarm takes free room only, on devices where nothing else starts, and while nobody waits for
   room anywhere: it never harms a model that is called;
 - a model whose spec says `forecast: off`, or without history, is left to its idle timer;
+- with `stand_by`, a model that was never started is, once, when nothing else is to be done: its
+  footprint is measured, its files are fetched, and its first caller finds it asleep or staged;
 - each prewarm is counted: a hit if a call came before it went down again, else wasted.
 """
 
@@ -23,12 +25,17 @@ from scheduler.warming import KeepWarm, LetGo, advise, hold_price
 
 ROOM_PRICE = 0.005  # holding a whole device for 600 s must save 3 s of waiting: power, and others
 ASK_AGAIN_S = 60.0  # without an opinion, or without room
+FORECAST, STAND_BY = "forecast: a call is expected", "stand-by"  # causes
+STAND_BY_S = 5.0  # between two models that are started to stand by
+STAND_BY_HOT_S = 5.0
 SKETCH_S = 300.0  # how often a model's history is written down
 SKETCHES_AT_ONCE = 20
 
 
 class Warm(Planning):
     """From history to prewarms."""
+
+    _stand_by_at = 0.0
 
     def _arrived(self, last: Router | None, report: DemandReport, now: float) -> None:
         """Count the calls that a router reports."""
@@ -101,7 +108,17 @@ class Warm(Planning):
             case _:
                 model.forecast_at = now + ASK_AGAIN_S
 
-    def _prewarm(self, model: Model, now: float) -> bool:
+    def _stand_by(self, now: float) -> None:
+        """Start one model that never ran, where that is in nobody's way."""
+        if not self.settings.stand_by or self._hungry or now < self._stand_by_at:
+            return
+        self._stand_by_at = now + STAND_BY_S
+        for model in self.state.models.values():
+            fresh = model.footprint is None and not model.replicas and not model.failures
+            if fresh and model.unfit is None and self._prewarm(model, now, STAND_BY):
+                return
+
+    def _prewarm(self, model: Model, now: float, cause: str = FORECAST) -> bool:
         """Plan a replica into free room; whether there was some."""
         answer = place(self.state, model, now, self.settings.min_dwell_s, may_evict=False)
         if not isinstance(answer, Fit):
@@ -109,13 +126,23 @@ class Warm(Planning):
         node = self.state.nodes[answer.node_id]
         if any(node.books.climbing(d) for d in answer.device_ids):
             return False
-        self._plan(model, answer, "forecast: a call is expected", now)
+        self._plan(model, answer, cause, now)
+        model.warm_until = max(model.warm_until, now + model.spec.hold_s)
         for replica in model.coming():
-            self.state.prewarms.begin(replica.replica_id, now, replica.bytes)
+            if cause == FORECAST:
+                self.state.prewarms.begin(replica.replica_id, now, replica.bytes)
         return True
+
+    def _idle_s(self, model: Model, replica: Replica) -> float:
+        """How long it may be hot unused: one that only stands by is to sleep at once."""
+        unused = replica.cause == STAND_BY and model.active_at is None
+        return min(STAND_BY_HOT_S, model.spec.idle_s) if unused else model.spec.idle_s
 
     def _worth_keeping(self, model: Model, replica: Replica, now: float) -> bool:
         """Whether an idle replica pays to be kept hot beyond its idle timer."""
+        if replica.cause == STAND_BY and model.active_at is None:
+            model.warm_until = 0.0
+            return False
         if now < model.warm_until:
             return True
         if model.arrivals is None or model.spec.forecast == "off" or self._hungry:

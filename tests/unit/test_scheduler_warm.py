@@ -158,3 +158,41 @@ def test_calls_are_counted_once_also_by_a_new_leader_and_a_new_router() -> None:
     assert counted(world, 2, 503) == 4
     assert counted(world, 2, 503) == 4  # the same report again
     assert counted(world, 1, 2, boot_id=2) == 6
+
+
+def stand_by(node: FakeNode) -> World:
+    return World(node, stand_by=True)
+
+
+def test_a_new_model_is_started_once_and_sleeps() -> None:
+    world = stand_by(FakeNode("n1", {"g0": 24 * GIB}, rungs=(1,), host_budget=64 * GIB))
+    world.put(spec("a", 8), spec("b", 8), spec("c", 8))
+    world.run(60)
+    assert {r.name: r.warmth for r in world.table.models} == dict.fromkeys("abc", "asleep")
+    started = [d for d in world.decided if d.action == "start"]
+    assert {d.cause for d in started} == {"stand-by"}
+    assert len(started) == 3
+    world.want("a")
+    world.run(2)
+    assert world.hot() == {"a"}  # the first caller waited for a wake only
+
+
+def test_standing_by_takes_nobodys_place_and_is_not_done_twice() -> None:
+    world = stand_by(FakeNode("n1", {"g0": 24 * GIB}))  # its engines can't sleep
+    world.put(spec("a", 20, idle_s=1000))
+    world.want("a")
+    world.run(5)
+    world.put(spec("b", 20, idle_s=1000))
+    world.run(60)
+    assert world.hot() == {"a"}  # b found no free room
+    world.apply(m.UnloadAsked(now=world.now, model="a"))
+    world.run(60)
+    assert world.hot() == set()  # b was started, and stopped soon: nobody called it
+    assert [d.model for d in world.decided if d.cause == "stand-by"].count("b") == 1
+
+
+def test_without_stand_by_nothing_starts_by_itself() -> None:
+    world = World(FakeNode("n1", {"g0": 24 * GIB}, rungs=(1,), host_budget=64 * GIB))
+    world.put(spec("a", 8))
+    world.run(60)
+    assert not world.core.state.replicas
