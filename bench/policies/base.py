@@ -31,7 +31,9 @@ class Baseline(Core):
         """Where one more replica goes; None: nowhere now."""
         raise NotImplementedError
 
-    def _add_replica(self, model: Model, cause: str, now: float, evict: bool = True) -> bool:
+    def _add_replica(
+        self, model: Model, cause: str, now: float, evict: bool = True, extra: bool = False
+    ) -> bool:
         answer: Answer = self._choose(model, now) or NotNow("its policy found no room")
         if isinstance(answer, NotNow) and (never := why_never(self.state, model)) is not None:
             answer = Never(never)
