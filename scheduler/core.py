@@ -339,8 +339,7 @@ class Core(Warm):
                 model.rest_at = self._rest(model, now)
             if model.problem and model.blocked_until <= now and self._refused(model.name):
                 self._dirty.add(model.name)
-            # windows and policies move with time
-            if model.floor == "staged" or (model.spec.max_replicas > 1 and model.replicas):
+            if model.floor == "staged" or model.scale_at <= now:
                 self._dirty.add(model.name)
         for node in state.nodes.values():
             if node.live and node.emptying:

@@ -11,6 +11,7 @@ Rules this file keeps:
 from __future__ import annotations
 
 import heapq
+import math
 from bisect import bisect_left, insort
 
 from runtime.wire import ModelRoute, RouteTable
@@ -22,6 +23,7 @@ from scheduler.ladder import resting_place
 from scheduler.moves import Settings
 from scheduler.nodes import Nodes
 from scheduler.placement import Fit, Never, NotNow, place
+from scheduler.scaling import Desired
 from scheduler.state import BUSY, Climb, Model, Node, Replica, Stage
 from scheduler.table import model_route
 
@@ -78,6 +80,7 @@ class Planning(Nodes):
         desired = autoscale.decide(self.state, model, demand, now)
         wanted, model.wanted, model.wanted_why = desired.replicas, desired.replicas, desired.reason
         coming = model.coming()
+        model.scale_at = now + _look_again_s(model, desired, len(coming))
         # Replicas of an older spec do not count once their successors come.
         coming = [r for r in coming if r.launch_key == model.launch_key] or coming
         self._hungry.discard(name)
@@ -312,6 +315,15 @@ class Planning(Nodes):
     def _judge(self, model: Model) -> None:
         """Whether it could ever run, as far as the nodes are known."""
         model.unfit = why_never(self.state, model) if self._nodes_known() else None
+
+
+def _look_again_s(model: Model, desired: Desired, coming: int) -> float:
+    """Until windows and policies, or metrics that no event tells of, may say something else."""
+    if not coming or (model.spec.max_replicas == 1 and not model.spec.autoscale.metrics):
+        return math.inf
+    if model.spec.autoscale.metrics or (desired.limited_by or "").startswith(("up", "panic")):
+        return 1.0
+    return 5.0 if coming > 1 else math.inf  # on the way down nobody waits
 
 
 def _cause(model: Model, waiting: int, now: float) -> str:

@@ -8,6 +8,7 @@ Rules this file keeps:
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -55,6 +56,7 @@ class Model:
     wanted: int = 0  # replicas, as last decided, and why
     wanted_why: str = ""
     scaling: ScaleHistory = field(default_factory=ScaleHistory)
+    scale_at: float = math.inf  # when to look at its scale again though nothing happened to it
     arrivals: Arrivals | None = None  # None: never called, or its spec wants no forecast
     odds: tuple[float, float] = (-1e9, 0.0)  # (at, chance of a call), worked out not long ago
     forecast_at: float = 0.0  # when to ask the forecast again
