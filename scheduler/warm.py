@@ -126,6 +126,9 @@ class Warm(Planning):
         node = self.state.nodes[answer.node_id]
         if any(node.books.climbing(d) for d in answer.device_ids):
             return False
+        estimate = model.stored.estimate
+        if cause == STAND_BY and estimate and estimate.weights_bytes > node.host_free():
+            return False  # it could not stay asleep there without another's going down
         self._plan(model, answer, cause, now)
         model.warm_until = max(model.warm_until, now + model.spec.hold_s)
         for replica in model.coming():
