@@ -51,11 +51,12 @@ def evictable(
     if replica.stage is not Stage.READY:
         return False
     age_s = now - (replica.ready_at or now)
-    if age_s < min_dwell_s or _needed(model, replica, now):
+    outranked = rank_of is not None and rank_of > model.spec.priority
+    if age_s < min_dwell_s or _needed(model, replica):
         return False
-    if not busy(state, replica):
-        return True
-    return rank_of is not None and rank_of > model.spec.priority and age_s >= TURN_S
+    if _loaded_for_later(model, replica, now) and not outranked:
+        return False
+    return not busy(state, replica) or (outranked and age_s >= TURN_S)
 
 
 def busy(state: ClusterState, replica: Replica) -> bool:
@@ -63,11 +64,14 @@ def busy(state: ClusterState, replica: Replica) -> bool:
     return bool(state.in_flight(replica) or state.demand(replica.model).waiting)
 
 
-def _needed(model: Model, replica: Replica, now: float) -> bool:
+def _needed(model: Model, replica: Replica) -> bool:
     others = sum(1 for r in model.ready() if r is not replica)
-    if others < model.spec.min_replicas:
-        return True
-    # loaded on request and not used yet
+    return others < model.spec.min_replicas
+
+
+def _loaded_for_later(model: Model, replica: Replica, now: float) -> bool:
+    """An operator asked for it, and it was not used yet: only long waiting outranks that."""
+    others = sum(1 for r in model.ready() if r is not replica)
     return (
         now < model.asked_until
         and others < model.asked_replicas

@@ -286,6 +286,20 @@ def test_a_model_that_waits_long_gets_its_turn_from_one_that_is_always_busy() ->
     assert world.hot() == {"b"}
 
 
+def test_a_model_loaded_for_later_makes_way_for_one_that_has_waited_long() -> None:
+    """Seen in make sim, seed 2692: a request waited for 140 s for a replica nobody used."""
+    world = World(FakeNode("n1", {"g0": 24 * GIB}))
+    world.put(spec("a", 20), spec("b", 20))
+    world.apply(m.LoadAsked(now=world.now, model="a"))
+    world.run(5)
+    world.want("b", wait_s=10)
+    world.run(5)
+    assert world.hot() == {"a"}
+    world.want("b", wait_s=31)
+    world.run(8)
+    assert world.hot() == {"b"}
+
+
 def test_a_higher_class_takes_the_place_of_a_lower_one_that_is_busy() -> None:
     world = World(FakeNode("n1", {"g0": 24 * GIB}))
     world.put(spec("a", 20), spec("b", 20, priority=1))
