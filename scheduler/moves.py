@@ -142,12 +142,14 @@ class Moves:
             replica.climb.ready_at, replica.climb.woken_from = now, woken_from
             self._finish_climb(replica, report, now)
 
-    def _finish_climb(self, replica: Replica, report: ReplicaReport, now: float) -> None:
+    def _finish_climb(
+        self, replica: Replica, report: ReplicaReport, now: float, at_once: bool = False
+    ) -> None:
         """Learn from a climb that is over: once its agent told its phases, a moment later."""
         climb = replica.climb
         if climb is None or climb.ready_at is None:
             return
-        if not report.phases and now - climb.ready_at < PHASES_S:
+        if not report.phases and now - climb.ready_at < PHASES_S and not at_once:
             return
         model = self.state.models.get(replica.model)
         if model is not None:
@@ -257,6 +259,8 @@ class Moves:
             return
         if replica.stage is not Stage.READY or not to_sleep:
             to_sleep = False
+        if replica.report is not None:  # its next climb must not take this one's place
+            self._finish_climb(replica, replica.report, now, at_once=True)
         self._decide(action, replica, reason, now, cause=cause)
         self.state.prewarms.gone(replica.replica_id, now)
         replica.reason, replica.cause = reason, cause

@@ -158,6 +158,8 @@ class Planning(Nodes):
     def _plan(self, model: Model, fit: Fit, cause: str, now: float) -> None:
         name = model.spec.name
         for way in fit.victims:
+            # What was loaded for later and made way is not loaded again at this one's cost.
+            self.state.models[way.replica.model].asked_until = 0.0
             action = "move" if way.elsewhere else "evict"
             self._descend(way, f"makes room for {name}", cause, now, action)
         evicted = ", ".join(sorted({way.replica.model for way in fit.victims}))
