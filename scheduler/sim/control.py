@@ -76,6 +76,7 @@ class Control:
         self.leader: Leader | None = None
         self.models: dict[str, m.StoredModel] = {}
         self.pinned: set[str] = set()
+        self.loaded: set[str] = set()  # by an operator
         self.cordoned: set[str] = set()
         self.footprints: dict[Key, Footprint] = {}
         self.quarantined: dict[tuple[str, str], str] = {}
@@ -177,6 +178,7 @@ class Control:
         self.tell(m.ModelRemoved(now=self._loop.now, name=name))
 
     def load(self, name: str, replicas: int) -> None:
+        self.loaded.add(name)
         self.tell(m.LoadAsked(now=self._loop.now, model=name, replicas=replicas))
 
     def unload(self, name: str) -> None:

@@ -24,7 +24,7 @@ from scheduler.simulator import Fault, NodeFactory, NodePlan, Scenario, Simulati
 
 TROUBLE_S = 120.0
 CALM_S = 40.0  # nothing happens: what trouble left behind may settle
-LAST_CALL_S = 150.0  # a last call must have ended after this; the next one comes then or sooner
+LAST_CALL_S = 290.0  # less than hold_s; a large model is pulled from a shared store meanwhile
 EXPLAINED = ("answered", "model_unavailable")
 
 
@@ -216,6 +216,8 @@ def _all_well(sim: Simulation) -> None:
         if plan.node_id in sim.control.cordoned:
             sim.control.cordon(plan.node_id, False)
     sim.control.release()
+    for name in sorted(sim.control.loaded & sim.control.models.keys()):
+        sim.control.unload(name)  # what an operator wished for ends too, as pins do
     for name, stored in list(sim.control.models.items()):
         if name in sim.control.pinned:
             sim.control.pin(name, False)
