@@ -59,6 +59,7 @@ class Store:
         self._blobs: dict[str, int] = {}
         self._loose: set[str] = set()  # blobs of no listed model, not hashed by this process
         self._lock = threading.Lock()
+        self._writing = threading.Lock()  # of records
         for name in ("blobs", "models", "snapshots", "tmp"):
             (folder / name).mkdir(parents=True, exist_ok=True)
         self._locked = _lock(folder)
@@ -220,16 +221,18 @@ class Store:
                 raise
 
     def _write(self, model_id: str) -> None:
-        stored = self.models.get(model_id)
-        if stored is None:
-            return
-        new = self.folder / "tmp" / f"{model_id}.json"
-        new.write_bytes(msgspec.json.encode(stored))
-        _sync(new)
-        os.utime(new, (self._used_at.get(model_id, 0.0),) * 2)
-        os.replace(new, self._record(model_id))
-        if model_id not in self.models:  # `forget` came in between, and had no record to remove
-            self._record(model_id).unlink(missing_ok=True)
+        """One at a time: a commit in its thread and a change of names may want the same record."""
+        with self._writing:
+            stored = self.models.get(model_id)
+            if stored is None:
+                return
+            new = self.folder / "tmp" / f"{model_id}.json"
+            new.write_bytes(msgspec.json.encode(stored))
+            _sync(new)
+            os.utime(new, (self._used_at.get(model_id, 0.0),) * 2)
+            os.replace(new, self._record(model_id))
+            if model_id not in self.models:  # `forget` came in between, with no record to remove
+                self._record(model_id).unlink(missing_ok=True)
 
     def touch(self, model_id: str) -> None:
         """It was wanted just now."""

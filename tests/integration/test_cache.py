@@ -19,7 +19,7 @@ from cache_kit import (
     write_model,
 )
 
-from agent import cache_fetch
+from agent import cache_fetch, cache_store
 from agent.cache_errors import CacheError
 from agent.cache_sources import FolderSource
 
@@ -101,6 +101,31 @@ async def test_a_changed_shared_model_is_pulled_anew_when_asked_to(nodes, shared
     assert (new / "a").read_bytes() == b"new!"
     assert (old / "a").read_bytes() == b"old"  # a replica may still load it
     await committed(node)
+
+
+async def test_two_writers_of_one_record_take_turns(nodes, shared, monkeypatch) -> None:
+    """A commit in its thread, and a name that now means another revision."""
+    write_model(shared / "m", a=b"x")
+    node = await nodes.start(shared_dir=str(shared))
+    await node.cache.ensure("m")
+    await committed(node)
+    store = node.cache.store
+    (model_id,) = store.models
+    first_in, second_done = threading.Event(), threading.Event()
+    sync = cache_store._sync
+
+    def slow_sync(path: Path) -> None:
+        if not first_in.is_set():
+            first_in.set()
+            second_done.wait(0.5)  # long enough for the other, if nothing held it up
+        sync(path)
+
+    monkeypatch.setattr(cache_store, "_sync", slow_sync)
+    first = asyncio.create_task(asyncio.to_thread(store._write, model_id))
+    await asyncio.to_thread(first_in.wait, 10)
+    await asyncio.to_thread(store._write, model_id)
+    second_done.set()
+    await first  # it raised FileNotFoundError: the other had renamed its file away
 
 
 # ------------------------------------------------------------------------------ one pull
