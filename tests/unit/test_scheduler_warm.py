@@ -57,6 +57,18 @@ def test_what_is_called_often_stays_warm_beyond_its_idle_timer() -> None:
     assert not world.core.state.prewarms.started
 
 
+def test_a_forecast_does_not_undo_an_operators_unload() -> None:
+    """Seen in test_must_hold: a busy model was unloaded, and started again in the same second."""
+    world = World(FakeNode("n1", {"g0": 24 * GIB}))
+    world.put(spec("a", idle_s=20))
+    every_period(world, "a", 12, period_s=5.0)
+    world.apply(m.UnloadAsked(now=world.now, model="a"))
+    world.run(120)
+    assert not world.core.state.replicas
+    assert call(world, "a") is False
+    assert world.core.state.models["a"].forecast_at < float("inf")
+
+
 def test_without_a_forecast_it_is_cold_every_time() -> None:
     world = World(FakeNode("n1", {"g0": 24 * GIB}, start_s=10.0))
     world.put(spec("a", idle_s=20, forecast="off"))
