@@ -61,11 +61,18 @@ def test_a_forecast_does_not_undo_an_operators_unload() -> None:
     """Seen in test_must_hold: a busy model was unloaded, and started again in the same second."""
     world = World(FakeNode("n1", {"g0": 24 * GIB}))
     world.put(spec("a", idle_s=20))
-    every_period(world, "a", 12, period_s=5.0)
-    world.apply(m.UnloadAsked(now=world.now, model="a"))
-    world.run(120)
-    assert not world.core.state.replicas
     assert call(world, "a") is False
+    for seq in range(1, 40):
+        world.now += 3.0
+        part = ModelDemand(model="a", arrived=5 * seq, idle_for_s=0.0)
+        report = DemandReport(
+            router_id="busy", boot_id=1, seq=seq, routes_version=10**12, models=(part,)
+        )
+        world.apply(m.DemandSeen(now=world.now, report=report))
+    world.apply(m.UnloadAsked(now=world.now, model="a"))
+    world.run(30)
+    assert not world.core.state.replicas
+    assert call(world, "a") is False  # a call does start it, and the forecast has a say again
     assert world.core.state.models["a"].forecast_at < float("inf")
 
 
