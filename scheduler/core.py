@@ -290,8 +290,7 @@ class Core(Warm):
         model = self.state.models.get(event.model)
         if model is not None:
             model.asked_replicas, model.asked_until = 0, 0.0
-            # Until it is called again, no forecast undoes what the operator did.
-            model.warm_until, model.forecast_at = 0.0, float("inf")
+            self._dismiss(model)
         for replica in list(self.state.replicas.values()):
             if replica.model == event.model and event.replica_id in (None, replica.replica_id):
                 self._leave(replica, "unloaded on request", "operator", now)

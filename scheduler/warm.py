@@ -6,11 +6,13 @@ Rules this file keeps:
 - a model whose spec says `forecast: off`, or without history, is left to its idle timer;
 - with `stand_by`, a model that was never started is, once, when nothing else is to be done: its
   footprint is measured, its files are fetched, and its first caller finds it asleep or staged;
+- what an operator unloaded stays down until a call waits for it, whatever the forecast says;
 - each prewarm is counted: a hit if a call came before it went down again, else wasted.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 from runtime.wire import DemandReport, ModelDemand
@@ -24,6 +26,7 @@ from scheduler.state import Model, Replica, Router, Stage
 from scheduler.warming import KeepWarm, LetGo, advise, hold_price
 
 ROOM_PRICE = 0.005  # holding a whole device for 600 s must save 3 s of waiting: power, and others
+DISMISSED = math.inf  # `forecast_at` of a model that an operator unloaded
 ASK_AGAIN_S = 60.0  # without an opinion, or without room
 FORECAST, STAND_BY = "forecast: a call is expected", "stand-by"  # causes
 STAND_BY_S = 5.0  # between two models that are started to stand by
@@ -44,13 +47,15 @@ class Warm(Planning):
             if model is not None:
                 count = _new_calls(last, report, part)
                 if count > 0:
-                    self._called(model, count, now)
+                    self._called(model, count, part.waiting > 0, now)
 
-    def _called(self, model: Model, count: int, now: float) -> None:
+    def _called(self, model: Model, count: int, waits: bool, now: float) -> None:
         for replica in model.replicas.values():
             self.state.prewarms.called(replica.replica_id, now)
         model.warm_until = 0.0
-        model.forecast_at = 0.0
+        # Calls that a dismissed model's last replica answered are reported after the unload.
+        if model.forecast_at != DISMISSED or waits or model.coming():
+            model.forecast_at = 0.0
         if model.spec.forecast == "off":
             model.arrivals = None
             return
@@ -82,6 +87,10 @@ class Warm(Planning):
                     return
 
     # ------------------------------------------------------------------------- ahead of a call
+
+    def _dismiss(self, model: Model) -> None:
+        """An operator unloaded it: the forecast has no say until a call has to wait for it."""
+        model.warm_until, model.forecast_at = 0.0, DISMISSED
 
     def _forecast(self, now: float) -> None:
         """Look at each model whose time has come."""

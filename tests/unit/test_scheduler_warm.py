@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 
+import pytest
+
 from runtime.wire import Autoscale, DemandReport, ModelDemand, ScalePolicy, ScaleRules
 from scheduler import messages as m
 from tests.unit.scheduler_world import GIB, FakeNode, World, spec
@@ -57,21 +59,32 @@ def test_what_is_called_often_stays_warm_beyond_its_idle_timer() -> None:
     assert not world.core.state.prewarms.started
 
 
-def test_a_forecast_does_not_undo_an_operators_unload() -> None:
+@pytest.mark.parametrize("late", [False, True], ids=["all told", "last calls told late"])
+def test_a_forecast_does_not_undo_an_operators_unload(late: bool) -> None:
     """Seen in test_must_hold: a busy model was unloaded, and started again in the same second."""
-    world = World(FakeNode("n1", {"g0": 24 * GIB}))
+    world = World(FakeNode("n1", {"g0": 24 * GIB}, start_s=10.0))
     world.put(spec("a", idle_s=20))
-    assert call(world, "a") is False
-    for seq in range(1, 40):
-        world.now += 3.0
+    call(world, "a")
+    told = itertools.count(1)
+
+    def busy_router() -> None:
+        seq = next(told)
         part = ModelDemand(model="a", arrived=5 * seq, idle_for_s=0.0)
         report = DemandReport(
             router_id="busy", boot_id=1, seq=seq, routes_version=10**12, models=(part,)
         )
         world.apply(m.DemandSeen(now=world.now, report=report))
+
+    for _ in range(40):
+        world.run(1.0)
+        busy_router()
+    decided = len(world.decided)
     world.apply(m.UnloadAsked(now=world.now, model="a"))
-    world.run(30)
-    assert not world.core.state.replicas
+    if late:
+        world.run(0.5)
+        busy_router()
+    world.run(120)
+    assert [d.action for d in world.decided[decided:]] == ["stop"]
     assert call(world, "a") is False  # a call does start it, and the forecast has a say again
     assert world.core.state.models["a"].forecast_at < float("inf")
 
