@@ -23,7 +23,6 @@ from msgspec import Struct
 from runtime.wire import DeviceKind
 
 DEFAULT = "auto"
-ALTERNATIVES = ("fastsafetensors", "runai_streamer", "sharded_state")
 WORTH_S = 5.0
 _MEASURED_FIRST = 2  # loads with the default, before another one is tried
 _KEPT = 5  # the last measurements of each

@@ -16,7 +16,6 @@ class Prewarms:
     started: int = 0
     hits: int = 0
     misses: int = 0
-    held_byte_s: float = 0.0  # of hits: from the prewarm until the call
     wasted_byte_s: float = 0.0  # of misses: from the prewarm until it went down
     open: dict[str, tuple[float, int]] = field(default_factory=dict)  # replica: since, bytes
 
@@ -25,20 +24,12 @@ class Prewarms:
             self.open[replica_id] = (now, max(0, held_bytes))
             self.started += 1
 
-    def called(self, replica_id: str, now: float) -> None:
-        since, held_bytes = self.open.pop(replica_id, (None, 0))
-        if since is not None:
+    def called(self, replica_id: str) -> None:
+        if self.open.pop(replica_id, None) is not None:
             self.hits += 1
-            self.held_byte_s += max(0.0, now - since) * held_bytes
 
     def gone(self, replica_id: str, now: float) -> None:
         since, held_bytes = self.open.pop(replica_id, (None, 0))
         if since is not None:
             self.misses += 1
             self.wasted_byte_s += max(0.0, now - since) * held_bytes
-
-    @property
-    def hit_rate(self) -> float | None:
-        """Hits of those settled; None before any is."""
-        settled = self.hits + self.misses
-        return self.hits / settled if settled else None

@@ -51,7 +51,7 @@ class Warm(Planning):
 
     def _called(self, model: Model, count: int, waits: bool, now: float) -> None:
         for replica in model.replicas.values():
-            self.state.prewarms.called(replica.replica_id, now)
+            self.state.prewarms.called(replica.replica_id)
         model.warm_until = 0.0
         # Calls that a dismissed model's last replica answered are reported after the unload.
         if model.forecast_at != DISMISSED or waits or model.coming():

@@ -82,7 +82,6 @@ class Control:
         self.quarantined: dict[tuple[str, str], str] = {}
         self.sketches: dict[str, Sketch] = {}
         self.term = 0
-        self.handled_events = 0
         self._loop = loop
         self._network = network
         self._agents = agents
@@ -119,7 +118,6 @@ class Control:
         leader = leader or self.leader
         if leader is None or not leader.leads:
             return
-        self.handled_events += 1
         commands = leader.policy.handle(event)
         for command in commands:
             match command:

@@ -127,18 +127,16 @@ def test_the_likelier_the_call_the_more_a_hold_gains(
 
 def test_hits_and_waste() -> None:
     tally = Prewarms()
-    assert tally.hit_rate is None
     tally.begin("a", 10, 100)
     tally.begin("b", 10, 50)
     tally.begin("a", 12, 100)  # told twice
-    tally.called("a", 15)
-    tally.called("a", 16)
+    tally.called("a")
+    tally.called("a")
     tally.gone("a", 99)
-    tally.called("never", 1)
+    tally.called("never")
     tally.gone("b", 30)
     assert (tally.started, tally.hits, tally.misses) == (2, 1, 1)
-    assert (tally.held_byte_s, tally.wasted_byte_s) == (500, 1000)
-    assert tally.hit_rate == 0.5
+    assert tally.wasted_byte_s == 1000
     assert tally.open == {}
 
 
@@ -154,7 +152,9 @@ def test_every_prewarm_is_settled_once(told: Any) -> None:
         now += gap_s
         if what == "begin":
             tally.begin(replica_id, now, 7)
+        elif what == "called":
+            tally.called(replica_id)
         else:
-            getattr(tally, what)(replica_id, now)
+            tally.gone(replica_id, now)
         assert tally.started == tally.hits + tally.misses + len(tally.open)
-        assert min(tally.held_byte_s, tally.wasted_byte_s) >= 0
+        assert tally.wasted_byte_s >= 0
