@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import re
 
-# What vLLM serves outside /v1 for clients; the model is in the body of each.
+# What vLLM serves outside /v1 for clients, the model in the body of each. An engine's own guard
+# (runtime/engine/guard.py) has to list them too.
 ROOT_PATHS = (
     "/tokenize",
     "/detokenize",

@@ -7,6 +7,7 @@ import pytest
 
 from runtime.engine import guard
 from runtime.engine.guard import Guard, Keys, refuse
+from runtime.router.paths import PLAIN_PATHS, ROOT_PATHS
 
 KEYS = Keys(b"route-secret", b"control-secret")
 ROUTE, CONTROL = b"Bearer route-secret", b"Bearer control-secret"
@@ -60,6 +61,12 @@ def test_inference_routes_take_either_key(path):
     assert refuse(path, ROUTE, KEYS) is None
     assert refuse(path, CONTROL, KEYS) is None
     assert refuse(path, None, KEYS).status == 401
+
+
+@pytest.mark.parametrize("path", sorted({*ROOT_PATHS, *PLAIN_PATHS.values()}))
+def test_what_the_router_offers_its_key_opens(path):
+    """Two lists on purpose, each side decides; but a path on the router's alone is a 403."""
+    assert refuse(path, ROUTE, KEYS) is None
 
 
 @pytest.mark.parametrize("path", STEERING)
