@@ -116,13 +116,17 @@ def device_fault(node_id: str, index: int, reason: str | None) -> Act:
 
 
 def preempt(node_id: str, grace_s: float) -> Act:
-    """It is told to go within `grace_s`, and goes then."""
+    """It is told to go within `grace_s`, and goes then, unless that was called off by then."""
 
     def act(sim: Simulation) -> None:
         node = sim.nodes[node_id]
         if node.up:
-            node.preempted_at = sim.loop.now + grace_s
-            sim.loop.after(grace_s, sim.lose_node, node_id)
+            goes_at = node.preempted_at = sim.loop.now + grace_s
+            sim.loop.after(grace_s, go, sim, goes_at)
+
+    def go(sim: Simulation, goes_at: float) -> None:
+        if sim.nodes[node_id].preempted_at == goes_at:
+            sim.lose_node(node_id)
 
     return act
 

@@ -145,7 +145,7 @@ def _trouble(random: Random, at_s: float, nodes: list[NodePlan], names: list[str
     node = random.choice(nodes)
     model = random.choice(names)
     later = at_s + random.choice((1.0, 5.0, 20.0, 60.0))
-    match random.randrange(14):
+    match random.randrange(15):
         case 0:
             back = f.return_node(node.node_id)
             return [
@@ -195,6 +195,12 @@ def _trouble(random: Random, at_s: float, nodes: list[NodePlan], names: list[str
             return [
                 Fault(at_s, f"{node.node_id} is cordoned", act),
                 Fault(later, f"{node.node_id} is uncordoned", f.cordon(node.node_id, False)),
+            ]
+        case 13:
+            act = f.preempt(node.node_id, random.choice((5.0, 30.0)))
+            return [
+                Fault(at_s, f"{node.node_id} is told that it will be taken away", act),
+                Fault(later + 30.0, f"{node.node_id} is back", f.return_node(node.node_id)),
             ]
         case _:
             act = random.choice((f.unload(model), f.load(model), f.pin(model, True)))

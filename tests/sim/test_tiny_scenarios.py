@@ -114,9 +114,22 @@ def test_requests_of_a_lost_node_break_off_and_waiting_ones_go_elsewhere() -> No
     assert sum(report.climbs.values()) == 2
 
 
+def test_a_preempted_node_is_left_before_it_goes_and_breaks_nothing_off() -> None:
+    nodes = [NodePlan(name, devices=1, preemptible=True) for name in ("n0", "n1")]
+    calls = [Arrival(1.0 + i, "m", 100, 50) for i in range(110)]
+    faults = [Fault(50.0, "told to go", lambda sim: f.preempt(_busy(sim), 40.0)(sim))]
+    report = run([sized("m", 8)], calls, nodes=nodes, faults=faults)
+    assert report.outcomes == {"answered": 110}
+    assert report.climbs == {"cached": 2}  # the second beside the first, which serves until then
+    assert max(report.ttft[i] for i in range(40, 110)) < 1.0
+
+
+def _busy(sim) -> str:  # type: ignore[no-untyped-def]
+    return next(name for name, node in sim.nodes.items() if node.replicas())
+
+
 def _lose_the_busy(sim) -> None:  # type: ignore[no-untyped-def]
-    busy = next(name for name, node in sim.nodes.items() if node.replicas())
-    sim.lose_node(busy)
+    sim.lose_node(_busy(sim))
 
 
 def test_an_engine_that_dies_is_started_again_by_its_agent() -> None:
