@@ -22,12 +22,13 @@ from aiohttp import web
 
 from agent.cache import open_cache
 from agent.devices import open_devices
-from agent.link import SchedulerLink, deregister, keep_registered
+from agent.link import SchedulerLink
 from agent.messages import ShutdownRequested, TermSeen, Tick
 from agent.node import Node, advertised_host, url
 from agent.records import Records
 from agent.server import make_app
 from runtime.config import Config
+from runtime.registration import keep_registered, withdraw
 from runtime.registry import Registry, Service
 from runtime.wire import HeartbeatReply
 
@@ -153,7 +154,7 @@ class _Agent:
             await asyncio.gather(*tasks, finding, ending, return_exceptions=True)
         if not self._detach.is_set():
             await link.send()  # the last word: nothing runs here any more
-            await deregister(self._registry, service)
+            await withdraw(self._registry, service)
 
     async def _until_over(self, node: Node) -> None:
         await _first(self._drain, self._detach)

@@ -1,4 +1,4 @@
-"""How a node is found, and how it tells the scheduler what it is: registration and heartbeats.
+"""How a node tells the scheduler what it is: heartbeats to whoever leads.
 
 Rules this file keeps:
 - neither a registry nor a scheduler that is down stops anything: the last known leader is tried
@@ -15,46 +15,15 @@ from collections.abc import Callable
 
 import aiohttp
 from msgspec import Struct
-from tenacity import AsyncRetrying, retry_if_exception_type, wait_exponential
 
 from runtime import wire
-from runtime.registry import Registry, RegistryError, Service
+from runtime.registry import Registry, RegistryError
 from runtime.wire import Heartbeat, HeartbeatReply
 
 log = logging.getLogger("stoker.agent")
 
-SERVICE_TTL_S = 10.0
-_KEEP_ALIVE_S = 3.0
 _POST_TIMEOUT = aiohttp.ClientTimeout(total=5.0)
 _LOOKUP_TIMEOUT_S = 5.0
-_FAREWELL_S = 2.0
-
-
-async def keep_registered(registry: Registry, service: Service) -> None:
-    """Register and prolong for ever; a registry that is down is tried again."""
-    while True:
-        retrying = AsyncRetrying(
-            retry=retry_if_exception_type(RegistryError),
-            wait=wait_exponential(multiplier=0.5, max=_KEEP_ALIVE_S),
-            before_sleep=lambda state: _say_unregistered(state.attempt_number, service),
-        )
-        await retrying(registry.register, service, SERVICE_TTL_S)
-        with contextlib.suppress(RegistryError):  # then it is registered anew
-            known = True
-            while known:
-                await asyncio.sleep(_KEEP_ALIVE_S)
-                known = await registry.keep_alive(service.service_id)
-
-
-def _say_unregistered(attempt: int, service: Service) -> None:
-    if attempt == 1:
-        log.warning("the registry does not answer; registering %s goes on", service.service_id)
-
-
-async def deregister(registry: Registry, service: Service) -> None:
-    """Leave the registry, if it answers."""
-    with contextlib.suppress(RegistryError, TimeoutError):
-        await asyncio.wait_for(registry.deregister(service.service_id), _FAREWELL_S)
 
 
 class Leader(Struct, frozen=True):

@@ -21,6 +21,7 @@ from aiohttp import web
 from runtime.config import Config
 from runtime.footprints import Footprint, Key
 from runtime.prewarm import Ask, floor_at
+from runtime.registration import keep_registered, withdraw
 from runtime.registry import Entry, Lock, Registry, RegistryError, Service
 from runtime.wire import AgentCommand, CommandReply, RouteTable, StageModels, decode
 from scheduler import messages as m
@@ -33,7 +34,6 @@ log = logging.getLogger("scheduler")
 
 LEADER_TTL_S = 6.0  # Consul's shortest is 10 s: the registry rounds up
 TICK_S = 0.5
-SERVICE_TTL_S = 10.0
 COMMAND_TIMEOUT_S = 5.0
 SAVE_S = 5.0
 PREWARM_LEAD = 1.5  # a scheduled climb begins this many expected climbs before its time
@@ -436,19 +436,6 @@ class Driver:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def keep_registered(self, service: Service) -> None:
-        """Stay findable; a registry that is down is tried again for ever."""
-        retry = tenacity.AsyncRetrying(
-            retry=tenacity.retry_if_exception_type(RegistryError),
-            wait=tenacity.wait_exponential(multiplier=0.2, max=5),
-        )
-        await retry(self.registry.register, service, SERVICE_TTL_S)
-        while True:
-            await asyncio.sleep(SERVICE_TTL_S / 3)
-            with contextlib.suppress(RegistryError):
-                if not await self.registry.keep_alive(service.service_id):
-                    await self.registry.register(service, SERVICE_TTL_S)
-
     async def close(self) -> None:
         for task in self._tasks:
             task.cancel()
@@ -481,13 +468,12 @@ async def run_scheduler(
             address=host, port=port,
         )  # fmt: skip
         driver.spawn(driver.lead_or_stand_by())
-        driver.spawn(driver.keep_registered(service))
+        driver.spawn(keep_registered(registry, service))
         driver.spawn(driver.keep_footprints())
         if on_ready is not None:
             on_ready(driver.url)
         await stop.wait()
-        with contextlib.suppress(RegistryError):
-            await registry.deregister(service.service_id)
+        await withdraw(registry, service)
     finally:
         await driver.close()
         await runner.cleanup()

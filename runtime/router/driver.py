@@ -13,7 +13,8 @@ from pathlib import Path
 from aiohttp import web
 
 from runtime.config import Config, RouterConfig
-from runtime.registry import Registry, RegistryError, Service
+from runtime.registration import keep_registered, withdraw
+from runtime.registry import Registry, Service
 from runtime.router.api import Api
 from runtime.router.front import Front
 from runtime.router.gate import Gate
@@ -101,7 +102,7 @@ async def run_router(
             siblings.socket.parent.mkdir(parents=True, exist_ok=True)
             siblings.socket.unlink(missing_ok=True)
             await web.UnixSite(runner, str(siblings.socket)).start()
-        async with _background(link.run()), _background(_announce(registry, service)):
+        async with _background(link.run()), _background(keep_registered(registry, service, TTL_S)):
             server = await asyncio.get_running_loop().create_server(
                 front, sock=listener, backlog=_BACKLOG
             )
@@ -112,7 +113,7 @@ async def run_router(
             log.info("draining for up to %g s", settings.drain_s)
             server.close()
             await asyncio.gather(front.drain(settings.drain_s), runner.cleanup())
-        await _withdraw(registry, service)
+        await withdraw(registry, service)
     finally:
         await front.drain(0.0)
         await runner.cleanup()
@@ -147,27 +148,3 @@ async def _background(work: Coroutine[None, None, None]) -> AsyncIterator[None]:
         task.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await task
-
-
-async def _announce(registry: Registry, service: Service) -> None:
-    """Keep the router findable. Nothing depends on it, so a registry that is down is waited for."""
-    known = lost = False
-    while True:
-        try:
-            if known:
-                known = await registry.keep_alive(service.service_id)
-            if not known:
-                await registry.register(service, TTL_S)
-                known = True
-            lost = False
-        except RegistryError as error:
-            if not lost:
-                log.warning("cannot register this router, others may not find it: %s", error)
-            lost = True
-        await asyncio.sleep(TTL_S / 3)
-
-
-async def _withdraw(registry: Registry, service: Service) -> None:
-    with contextlib.suppress(RegistryError, TimeoutError):
-        async with asyncio.timeout(2.0):
-            await registry.deregister(service.service_id)

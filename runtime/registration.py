@@ -1,0 +1,51 @@
+"""Keeps one part of Stoker findable in the registry while it runs.
+
+Rules this file keeps:
+- nothing waits for a registry that is down: registering is tried again for ever, and said once;
+- a service whose session was lost (`keep_alive` says so, or fails) is registered anew;
+- leaving takes FAREWELL_S at most: a registry that is down holds up no shutdown.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+
+from tenacity import AsyncRetrying, retry_if_exception_type, wait_exponential
+
+from runtime.registry import Registry, RegistryError, Service
+
+log = logging.getLogger("stoker.registration")
+
+SERVICE_TTL_S = 10.0
+FAREWELL_S = 2.0
+
+
+async def keep_registered(
+    registry: Registry, service: Service, ttl_s: float = SERVICE_TTL_S
+) -> None:
+    """Register and prolong, three times in `ttl_s`, until it is cancelled."""
+    while True:
+        retrying = AsyncRetrying(
+            retry=retry_if_exception_type(RegistryError),
+            wait=wait_exponential(multiplier=0.5, max=ttl_s / 3),
+            before_sleep=lambda state: _say_unregistered(state.attempt_number, service),
+        )
+        await retrying(registry.register, service, ttl_s)
+        with contextlib.suppress(RegistryError):  # then it is registered anew
+            known = True
+            while known:
+                await asyncio.sleep(ttl_s / 3)
+                known = await registry.keep_alive(service.service_id)
+
+
+def _say_unregistered(attempt: int, service: Service) -> None:
+    if attempt == 1:
+        log.warning("the registry does not answer; registering %s goes on", service.service_id)
+
+
+async def withdraw(registry: Registry, service: Service) -> None:
+    """Leave the registry, if it answers."""
+    with contextlib.suppress(RegistryError, TimeoutError):
+        await asyncio.wait_for(registry.deregister(service.service_id), FAREWELL_S)

@@ -1,0 +1,98 @@
+"""Staying findable: over a registry that is down, forgets, or hangs at the end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+
+import pytest
+
+from runtime import registration
+from runtime.registration import keep_registered, withdraw
+from runtime.registry import RegistryError, Service
+
+SERVICE = Service(service_id="s", name="stoker-router", address="127.0.0.1", port=1)
+TTL_S = 0.03
+
+
+class Flaky:
+    """A registry that is down or forgets when told to."""
+
+    def __init__(self) -> None:
+        self.down = self.hangs = False
+        self.known = False
+        self.asked = 0
+
+    async def register(self, service: Service, ttl_s: float) -> None:
+        self._answer()
+        assert (service, ttl_s) == (SERVICE, TTL_S)
+        self.known = True
+
+    async def keep_alive(self, service_id: str) -> bool:
+        self._answer()
+        return self.known
+
+    async def deregister(self, service_id: str) -> None:
+        if self.hangs:
+            await asyncio.sleep(60)
+        self._answer()
+        self.known = False
+
+    def _answer(self) -> None:
+        self.asked += 1
+        if self.down:
+            raise RegistryError("it is down")
+
+
+@contextlib.asynccontextmanager
+async def kept(registry: Flaky):
+    task = asyncio.create_task(keep_registered(registry, SERVICE, TTL_S))  # type: ignore[arg-type]  # of its methods, these
+    try:
+        yield
+    finally:
+        assert not task.done(), "it never ends by itself"
+        task.cancel()
+
+
+async def until(condition) -> None:
+    async with asyncio.timeout(10):
+        while not condition():
+            await asyncio.sleep(0.005)
+
+
+async def test_a_registry_that_is_down_at_first_is_tried_until_it_answers(caplog) -> None:
+    registry = Flaky()
+    registry.down = True
+    with caplog.at_level(logging.WARNING):
+        async with kept(registry):
+            await until(lambda: registry.asked >= 3)
+            registry.down = False
+            await until(lambda: registry.known)
+    assert len([r for r in caplog.records if "registering s goes on" in r.message]) == 1
+
+
+@pytest.mark.parametrize("down", [False, True], ids=["forgets", "forgets while it is down"])
+async def test_what_is_forgotten_is_registered_anew(down: bool) -> None:
+    registry = Flaky()
+    async with kept(registry):
+        await until(lambda: registry.known)
+        registry.known, registry.down = False, down
+        asked = registry.asked
+        await until(lambda: registry.asked > asked)
+        registry.down = False
+        await until(lambda: registry.known)
+
+
+async def test_leaving_a_registry_that_is_down_or_hangs_holds_nothing_up(monkeypatch) -> None:
+    monkeypatch.setattr(registration, "FAREWELL_S", 0.05)
+    registry = Flaky()
+    registry.down = True
+    await withdraw(registry, SERVICE)  # type: ignore[arg-type]
+    registry.hangs = True
+    async with asyncio.timeout(5):
+        await withdraw(registry, SERVICE)  # type: ignore[arg-type]
+    registry.down = registry.hangs = False
+    registry.known = True
+    await withdraw(registry, SERVICE)  # type: ignore[arg-type]
+    assert not registry.known
