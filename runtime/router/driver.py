@@ -62,36 +62,12 @@ async def run_router(
     if worker is not None:
         siblings = Siblings(Path(config.state_dir), worker, settings.workers)
     api = Api(proxy, settings.max_body_bytes, settings.read_timeout_s, siblings)
-    runner = web.AppRunner(
-        api.app(),
-        handler_cancellation=True,
-        access_log=None,
-        logger=_http_log,
-        keepalive_timeout=KEEP_ALIVE_S,
-        shutdown_timeout=settings.drain_s,
-    )
-    await runner.setup()
-    assert runner.server is not None
-    front = Front(
-        proxy,
-        runner.server,
-        read_s=settings.read_timeout_s,
-        max_connections=settings.max_connections,
-        max_body_bytes=settings.max_body_bytes,
-    )
+    runner, front = await _servers(settings, api, proxy)
     try:
         listener = _listen(settings.host, settings.port, shared=worker is not None)
         port = listener.getsockname()[1]
         router_id = f"{socket.gethostname()}:{port}" + (f":{worker}" if worker else "")
-        link = Link(
-            gate,
-            registry,
-            prefix=config.registry.prefix,
-            token=config.cluster_token,
-            router_id=router_id,
-            file=Path(config.state_dir) / "routes.json",
-        )
-        link.restore()
+        link = _link(config, gate, registry, router_id)
         service = Service(
             service_id=f"stoker-router-{router_id}",
             name="stoker-router",
@@ -119,6 +95,42 @@ async def run_router(
         await runner.cleanup()
         gate.close()
         upstream.close()
+
+
+async def _servers(settings: RouterConfig, api: Api, proxy: Proxy) -> tuple[web.AppRunner, Front]:
+    """aiohttp's server, and the one in front of it that answers plain calls itself."""
+    runner = web.AppRunner(
+        api.app(),
+        handler_cancellation=True,
+        access_log=None,
+        logger=_http_log,
+        keepalive_timeout=KEEP_ALIVE_S,
+        shutdown_timeout=settings.drain_s,
+    )
+    await runner.setup()
+    assert runner.server is not None
+    front = Front(
+        proxy,
+        runner.server,
+        read_s=settings.read_timeout_s,
+        max_connections=settings.max_connections,
+        max_body_bytes=settings.max_body_bytes,
+    )
+    return runner, front
+
+
+def _link(config: Config, gate: Gate, registry: Registry, router_id: str) -> Link:
+    """The link to the scheduler, with the route table that the last router here had."""
+    link = Link(
+        gate,
+        registry,
+        prefix=config.registry.prefix,
+        token=config.cluster_token,
+        router_id=router_id,
+        file=Path(config.state_dir) / "routes.json",
+    )
+    link.restore()
+    return link
 
 
 def _limits(settings: RouterConfig) -> Limits:
