@@ -21,12 +21,13 @@ from aiohttp import web
 
 from runtime.router import body as bodies
 from runtime.router.admission import unknown_model
+from runtime.router.call import Call
 from runtime.router.client import AiohttpClient
 from runtime.router.errors import ApiError
 from runtime.router.front import RequestIds
 from runtime.router.openapi import document, page
 from runtime.router.paths import ROOT_PATHS, STREAMS, v1_target
-from runtime.router.proxy import Call, Proxy
+from runtime.router.proxy import Proxy
 from runtime.router.siblings import OWN, Siblings
 from runtime.wire import ModelRoute, RouteTable
 
@@ -94,33 +95,34 @@ class Api:
         """A call whose body names the model."""
         body = await self._body(request)
         if request.content_type.startswith("multipart/"):
-            model, stream = await bodies.read_form(body, request.headers)
+            head = await bodies.read_form(body, request.headers)
         else:
-            model, stream = bodies.read_head(body)
-        return await self._serve(request, model, path, body, stream)
+            head = bodies.read_head(body)
+        return await self._serve(request, path, body, head)
 
     async def _own_openai(self, request: web.Request) -> web.StreamResponse:
         model, path = request.match_info["model"], _engine_path(request)
         self._route(model)
         body = await self._body(request)
-        stream = False
+        head = bodies.Head(model=model, stream=False)
         if not request.content_type.startswith("multipart/"):
-            body, stream = bodies.with_model(body, model)
-        return await self._serve(request, model, path, body, stream)
+            body, head = bodies.with_model(body, model)
+        return await self._serve(request, path, body, head)
 
     async def _invoke(self, request: web.Request) -> web.StreamResponse:
         model = request.match_info["model"]
         self._route(model)
         stream = _stream_wish(request)
         call = bodies.invocation(await self._body(request), model, stream)
-        return await self._serve(request, model, call.path, call.body, call.streaming)
+        return await self._serve(request, call.path, call.body, call.head)
 
     async def _serve(
-        self, request: web.Request, model: str, path: str, body: bytes, stream: bool
+        self, request: web.Request, path: str, body: bytes, head: bodies.Head
     ) -> web.StreamResponse:
-        streams = stream and path.partition("?")[0] in STREAMS
+        streams = head.stream and path.partition("?")[0] in STREAMS
         client = AiohttpClient(request)
-        call = Call(request[_REQUEST_ID], model, path, request.raw_headers, body, streams)
+        request_id, headers = request[_REQUEST_ID], request.raw_headers
+        call = Call(request_id, head.model, path, headers, body, streams, head)
         await self._proxy.serve(call, client)
         if client.response is None:
             raise ConnectionResetError("the client hung up before its answer began")

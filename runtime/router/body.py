@@ -27,9 +27,19 @@ _TARGETS = {
 }
 
 
-class _Head(Struct):
+class Head(Struct):
+    """What the router reads of a JSON body; after `read_head` the first two are checked.
+
+    The others are hints, whatever they hold: the engine judges them. All other fields are skipped.
+    """
+
     model: Any = UNSET
     stream: Any = None
+    user: Any = None
+    max_tokens: Any = None
+    max_completion_tokens: Any = None
+    temperature: Any = None
+    seed: Any = None
 
 
 class Invocation(NamedTuple):
@@ -37,24 +47,29 @@ class Invocation(NamedTuple):
 
     path: str
     body: bytes
-    streaming: bool
+    head: Head
 
 
-_read_head = msgspec.json.Decoder(_Head).decode
+_read_head = msgspec.json.Decoder(Head).decode
 _read_fields = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 
 
-def read_head(body: bytes) -> tuple[str, bool]:
-    """`model` and `stream` of a JSON body. Raises ApiError (400) naming the field."""
+def read_head(body: bytes) -> Head:
+    """The head of a JSON body. Raises ApiError (400) naming `model` or `stream`."""
+    head = _head(body)
+    head.model, head.stream = _model(head.model), _stream(head.stream)
+    return head
+
+
+def _head(body: bytes) -> Head:
     try:
-        head = _read_head(body)
+        return _read_head(body)
     except msgspec.DecodeError as error:
         raise _not_json(error) from None
-    return _model(head.model), _stream(head.stream)
 
 
-async def read_form(body: bytes, headers: Mapping[str, str]) -> tuple[str, bool]:
-    """`model` and `stream` of a multipart form. Raises ApiError (400) naming the field."""
+async def read_form(body: bytes, headers: Mapping[str, str]) -> Head:
+    """The head of a multipart form. Raises ApiError (400) naming the field."""
     found: dict[str, str] = {}
     try:
         form = MultipartReader(headers, _stream_of(body))
@@ -64,7 +79,8 @@ async def read_form(body: bytes, headers: Mapping[str, str]) -> tuple[str, bool]
     except (ValueError, AssertionError, RuntimeError, LookupError, HttpProcessingError) as error:
         message = f"the multipart body cannot be read: {error}"
         raise ApiError(400, "invalid_body", message) from None
-    return _model(found.get("model", UNSET)), found.get("stream", "").lower() in ("true", "1")
+    stream = found.get("stream", "").lower() in ("true", "1")
+    return Head(model=_model(found.get("model", UNSET)), stream=stream)
 
 
 def _stream_of(body: bytes) -> StreamReader:
@@ -76,12 +92,12 @@ def _stream_of(body: bytes) -> StreamReader:
     return stream
 
 
-def with_model(body: bytes, model: str) -> tuple[bytes, bool]:
-    """The body with its `model` replaced, and whether it asks for a stream."""
+def with_model(body: bytes, model: str) -> tuple[bytes, Head]:
+    """The body with its `model` replaced, and its head. Raises as `read_head` does."""
     fields = _fields(body)
-    stream = _stream(msgspec.json.decode(fields["stream"]) if "stream" in fields else None)
     fields["model"] = _raw(model)
-    return msgspec.json.encode(fields), stream
+    changed = msgspec.json.encode(fields)
+    return changed, read_head(changed)
 
 
 def invocation(body: bytes, model: str, stream: bool | None) -> Invocation:
@@ -97,11 +113,12 @@ def invocation(body: bytes, model: str, stream: bool | None) -> Invocation:
         raise ApiError(400, "invalid_body", message, param=sent[1] if sent else "prompt")
     if stream is not None:
         fields["stream"] = _raw(stream)
-    streaming = _stream(msgspec.json.decode(fields["stream"]) if "stream" in fields else None)
-    if streaming and sent[0] == "input":
-        raise ApiError(400, "invalid_body", "embeddings (input) cannot be streamed", param="stream")
     fields["model"] = _raw(model)
-    return Invocation(_TARGETS[sent[0]], msgspec.json.encode(fields), streaming)
+    changed = msgspec.json.encode(fields)
+    head = read_head(changed)
+    if head.stream and sent[0] == "input":
+        raise ApiError(400, "invalid_body", "embeddings (input) cannot be streamed", param="stream")
+    return Invocation(_TARGETS[sent[0]], changed, head)
 
 
 def _fields(body: bytes) -> dict[str, msgspec.Raw]:

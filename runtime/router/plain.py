@@ -25,9 +25,9 @@ from typing import TYPE_CHECKING, cast
 import httptools
 
 from runtime.router.body import read_head
+from runtime.router.call import Call
 from runtime.router.errors import ApiError
 from runtime.router.paths import PLAIN_PATHS, STREAMS
-from runtime.router.proxy import Call
 from runtime.router.upstream import Headers, Reply
 
 if TYPE_CHECKING:
@@ -199,17 +199,17 @@ class PlainConnection(asyncio.Protocol):
     def _serve(self) -> None:
         body = self._body[0] if len(self._body) == 1 else b"".join(self._body)
         try:
-            model, stream = read_head(body)
+            head = read_head(body)
         except ApiError:
             self._hand_over()
             return
-        if self._front.proxy.gate.find(model) is None:
+        if self._front.proxy.gate.find(head.model) is None:
             self._hand_over()
             return
         path = cast(str, self._path)
         call = Call(
-            self._id or self._front.request_id(), model, path, self._fields, body,
-            stream and path in STREAMS,
+            self._id or self._front.request_id(), head.model, path, self._fields, body,
+            head.stream and path in STREAMS, head,
         )  # fmt: skip
         self._raw = []
         self._raw_bytes = 0

@@ -15,12 +15,12 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 import msgspec
 
 from runtime.engine.guard import CLOSED, CLOSED_HEADER
 from runtime.router.admission import Decision, Forward, Held, Refused
+from runtime.router.call import Call
 from runtime.router.client import Client
 from runtime.router.errors import ApiError, sse_error
 from runtime.router.gate import Gate
@@ -41,19 +41,6 @@ _NOT_SENT = _HOP_BY_HOP | {
 _NOT_RETURNED = _HOP_BY_HOP | {b"x-request-id"}
 _ERROR_BYTES = 64 * 1024
 _NAMES = 1024  # header names remembered; there are a few dozen
-
-
-@dataclass(slots=True)  # frozen would cost a microsecond
-class Call:
-    """One inference call: `path` is the engine's raw request target, `model` the caller's word,
-    `headers` the caller's."""
-
-    request_id: str
-    model: str
-    path: str
-    headers: Iterable[tuple[bytes, bytes]]
-    body: bytes
-    streams: bool  # the answer will be server-sent events
 
 
 class Proxy:

@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from runtime.router.call import Call
 from runtime.router.errors import ApiError
 from runtime.router.front import Front
 from runtime.router.plain import BEHIND_BYTES, PLAIN_BODY_BYTES
-from runtime.router.proxy import Call
 
 CHAT = b"/v1/chat/completions"
 
