@@ -30,6 +30,19 @@ MAX_ATTEMPTS = 3
 RETRY_AFTER_S = 5.0  # where neither the scheduler nor an estimate says better
 
 
+class Wish(NamedTuple):
+    """Whose request it is and what it would like."""
+
+    tenant: str = ""
+    priority: int = 0  # higher goes first
+    tokens: int = 1  # about how many it makes the engine read and write
+    affinity: int | None = None  # requests of one value share a prompt's beginning: 64 bits
+    wait_s: float | None = None  # its caller waits no longer than this for a replica
+
+
+PLAIN = Wish()
+
+
 class Forward(NamedTuple):
     """Send the request to this replica now."""
 
@@ -63,6 +76,7 @@ class _Request:
     seq: int
     model: str
     arrived_at: float
+    wish: Wish
     attempts: int = 0
     retried: bool = False  # its one immediate retry at another live replica is spent
     replica_id: str | None = None  # None: it waits
@@ -115,7 +129,7 @@ class Admission:
             self._forget_if_unused(name)
         return released
 
-    def arrive(self, request_id: str, model: str, now: float) -> Decision:
+    def arrive(self, request_id: str, model: str, now: float, wish: Wish = PLAIN) -> Decision:
         """A new request for `model` (a name or an alias); `request_id` must not be in use."""
         if request_id in self._requests:
             raise ValueError(f"request id {request_id!r} is already in use")
@@ -134,7 +148,7 @@ class Admission:
         if endpoint is None and len(state.waiting) >= route.max_queue:
             return _queue_full(request_id, route)
         self._seq += 1
-        request = _Request(request_id, self._seq, name, now)
+        request = _Request(request_id, self._seq, name, now, wish)
         self._requests[request_id] = request
         state.active_at = now
         if endpoint is None:

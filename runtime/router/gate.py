@@ -9,7 +9,7 @@ import asyncio
 import itertools
 from collections.abc import Callable
 
-from runtime.router.admission import Admission, Decision, Forward, Held, Refused
+from runtime.router.admission import PLAIN, Admission, Decision, Forward, Held, Refused, Wish
 from runtime.wire import ModelDemand, ModelRoute, RouteTable
 
 
@@ -48,10 +48,10 @@ class Gate:
         self._hand_out(self._admission.routes(table, self.loop.time()))
         self._arm()
 
-    def arrive(self, model: str) -> Decision:
+    def arrive(self, model: str, wish: Wish = PLAIN) -> Decision:
         """Let a request in. The decision's `request_id` is what the other methods take."""
         request_id = str(next(self._ids))
-        decision = self._admission.arrive(request_id, model, self.loop.time())
+        decision = self._admission.arrive(request_id, model, self.loop.time(), wish)
         return self._noting_wait(decision, model)
 
     def failed(self, request_id: str, model: str, reason: str, delivered: bool) -> Decision:

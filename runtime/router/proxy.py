@@ -19,7 +19,7 @@ from collections.abc import Iterable
 import msgspec
 
 from runtime.engine.guard import CLOSED, CLOSED_HEADER
-from runtime.router.admission import Decision, Forward, Held, Refused
+from runtime.router.admission import Decision, Forward, Held, Refused, Wish
 from runtime.router.call import Call
 from runtime.router.client import Client
 from runtime.router.errors import ApiError, sse_error
@@ -56,7 +56,8 @@ class Proxy:
 
     async def serve(self, call: Call, client: Client) -> None:
         """Answer `client`. Raises ApiError while it has been told nothing."""
-        decision = self.gate.arrive(call.model)
+        caller = call.caller
+        decision = self.gate.arrive(call.model, Wish(caller.tenant, caller.priority))
         exchange = _Exchange(self, call, client)
         status = 499  # unless it gets further than a hang-up
         try:
