@@ -11,7 +11,7 @@ import socket
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta, Struct
@@ -56,6 +56,15 @@ class RouterConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         int, Meta(ge=1, le=256, description="processes that share the port (SO_REUSEPORT)")
     ] = 1
     drain_s: Seconds = 30.0
+    anonymous: Annotated[
+        Literal["auto", "on", "off"],
+        Meta(description="callers without a key: auto lets them in on a loopback address only"),
+    ] = "auto"
+
+    def lets_anonymous_in(self) -> bool:
+        """Whether callers without a key are served."""
+        loopback = self.host == "localhost" or self.host.startswith("127.") or self.host == "::1"
+        return self.anonymous == "on" or (self.anonymous == "auto" and loopback)
 
 
 class SchedulerConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

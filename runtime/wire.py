@@ -501,6 +501,7 @@ class Endpoint(Struct, frozen=True, kw_only=True):
     replica_id: str
     base_url: str
     key: str
+    devices: int = 1  # that it runs on
 
 
 class ModelRoute(Struct, frozen=True, kw_only=True):

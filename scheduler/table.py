@@ -14,7 +14,12 @@ def model_route(model: Model, now: float) -> ModelRoute:
         r for r in model.replicas.values() if r.stage is Stage.UNKNOWN and r.ready_at
     ]
     endpoints = tuple(
-        Endpoint(replica_id=r.replica_id, base_url=r.report.base_url, key=r.report.key or "")
+        Endpoint(
+            replica_id=r.replica_id,
+            base_url=r.report.base_url,
+            key=r.report.key or "",
+            devices=len(r.device_ids),
+        )
         for r in sorted(serving, key=lambda r: r.replica_id)
         if r.report is not None and r.report.base_url is not None
     )

@@ -38,6 +38,7 @@ class Wish(NamedTuple):
     tokens: int = 1  # about how many it makes the engine read and write
     affinity: int | None = None  # requests of one value share a prompt's beginning: 64 bits
     wait_s: float | None = None  # its caller waits no longer than this for a replica
+    weight: float = 1.0  # the tenant's share of a busy model, against the others'
 
 
 PLAIN = Wish()

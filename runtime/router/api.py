@@ -12,7 +12,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
-from collections.abc import Awaitable, Callable
+import time
+from collections.abc import Awaitable, Callable, Iterable
 from importlib.metadata import version as installed_version
 from typing import Any
 
@@ -21,10 +22,11 @@ from aiohttp import web
 
 from runtime.router import body as bodies
 from runtime.router.admission import unknown_model
-from runtime.router.call import Call
+from runtime.router.call import Call, Caller
 from runtime.router.client import AiohttpClient
 from runtime.router.errors import ApiError
 from runtime.router.front import RequestIds
+from runtime.router.keys import given_token, sees
 from runtime.router.openapi import document, page
 from runtime.router.paths import ROOT_PATHS, STREAMS, v1_target
 from runtime.router.proxy import Proxy
@@ -36,6 +38,9 @@ log = logging.getLogger("stoker.router")
 _REQUEST_ID = web.RequestKey("request_id", str)
 _GOOD_REQUEST_ID = re.compile(r"[!-~]{1,128}")
 _CREATED = 1735689600  # OpenAI's clients want a time; a model here has none worth telling
+
+CALLER = web.RequestKey("caller", Caller)
+_OPEN = {"/healthz", "/readyz", "/metrics", "/openapi.json", "/docs"}
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -122,7 +127,7 @@ class Api:
         streams = head.stream and path.partition("?")[0] in STREAMS
         client = AiohttpClient(request)
         request_id, headers = request[_REQUEST_ID], request.raw_headers
-        call = Call(request_id, head.model, path, headers, body, streams, head)
+        call = Call(request_id, head.model, path, headers, body, streams, head, request[CALLER])
         await self._proxy.serve(call, client)
         if client.response is None:
             raise ConnectionResetError("the client hung up before its answer began")
@@ -150,19 +155,32 @@ class Api:
     # -------------------------------------------------------------------------------- models
 
     async def _models(self, request: web.Request) -> web.Response:
-        return _listing(self._table().models)
+        return _listing(r for r in self._table().models if _sees(request, r))
 
     async def _model(self, request: web.Request) -> web.Response:
-        return _json(_shown(self._route(request.match_info["model"])))
+        return _json(_shown(self._visible(request, request.match_info["model"])))
 
     async def _own_models(self, request: web.Request) -> web.Response:
-        return _listing((self._route(request.match_info["model"]),))
+        return _listing((self._visible(request, request.match_info["model"]),))
 
     async def _own_model(self, request: web.Request) -> web.Response:
-        own = self._route(request.match_info["model"])
+        own = self._visible(request, request.match_info["model"])
         if self._route(request.match_info["name"]).name != own.name:
             raise ApiError(404, "model_not_found", f"only model {own.name!r} is served here")
         return _json(_shown(own))
+
+    def _visible(self, request: web.Request, model: str) -> ModelRoute:
+        """A model that the caller's key reaches. Raises ApiError (403, 404)."""
+        route = self._route(model)
+        if not _sees(request, route):
+            raise ApiError(403, "not_allowed", f"this API key may not use model {model!r}")
+        return route
+
+    def _identify(self, request: web.Request) -> Caller:
+        token = ""
+        for name in ("Authorization", "X-Api-Key"):
+            token = token or given_token(request.headers.get(name, "").encode())
+        return self._proxy.keys.identify(token, time.time())
 
     def _table(self) -> RouteTable:
         table = self._proxy.gate.table
@@ -210,6 +228,8 @@ class Api:
         request_id = wish if _GOOD_REQUEST_ID.fullmatch(wish) else self._request_id()
         request[_REQUEST_ID] = request_id
         try:
+            if request.path not in _OPEN:
+                request[CALLER] = self._identify(request)
             response = await handler(request)
         except ApiError as error:
             response = _error_response(error)
@@ -271,7 +291,11 @@ def _shown(route: ModelRoute) -> dict[str, Any]:
     }
 
 
-def _listing(routes: tuple[ModelRoute, ...]) -> web.Response:
+def _sees(request: web.Request, route: ModelRoute) -> bool:
+    return sees(request[CALLER], (route.name, *route.aliases))
+
+
+def _listing(routes: Iterable[ModelRoute]) -> web.Response:
     return _json({"object": "list", "data": [_shown(route) for route in routes]})
 
 

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from http import HTTPStatus
 from typing import TYPE_CHECKING, cast
 
@@ -27,6 +28,7 @@ import httptools
 from runtime.router.body import read_head
 from runtime.router.call import Call
 from runtime.router.errors import ApiError
+from runtime.router.keys import given_token
 from runtime.router.paths import PLAIN_PATHS, STREAMS
 from runtime.router.upstream import Headers, Reply
 
@@ -46,8 +48,8 @@ _BODYLESS = (204, 304)
 # Headers that make a request no plain one.
 _ODD = {b"transfer-encoding", b"content-encoding", b"expect", b"upgrade", b"te", b"trailer"}
 _CONNECTION, _LENGTH, _TYPE = b"connection", b"content-length", b"content-type"
-_ID, _HOST = b"x-request-id", b"host"
-_LOOKED_AT = _ODD | {_CONNECTION, _LENGTH, _TYPE, _ID, _HOST}
+_ID, _HOST, _AUTHORIZATION, _API_KEY = b"x-request-id", b"host", b"authorization", b"x-api-key"
+_LOOKED_AT = _ODD | {_CONNECTION, _LENGTH, _TYPE, _ID, _HOST, _AUTHORIZATION, _API_KEY}
 _LENGTHS = {len(name) for name in _LOOKED_AT}
 
 
@@ -57,7 +59,7 @@ class PlainConnection(asyncio.Protocol):
     __slots__ = (
         "_behind", "_body", "_chunked", "_fields", "_front", "_head", "_id", "_more", "_parser",
         "_path", "_plain", "_raw", "_raw_bytes", "_reply", "_since", "_stopped", "_stopped_at",
-        "_stuffed", "_task", "_transport", "_url", "_whole", "_writable", "begun",
+        "_stuffed", "_task", "_token", "_transport", "_url", "_whole", "_writable", "begun",
     )  # fmt: skip
 
     def __init__(self, front: Front) -> None:
@@ -82,6 +84,7 @@ class PlainConnection(asyncio.Protocol):
         self._fields: Headers = []
         self._body: list[bytes] = []
         self._id: str | None = None
+        self._token = ""
         self._plain = True
         self._whole = self._more = False
         self._head = b""  # of the answer, until its first piece goes out
@@ -190,6 +193,8 @@ class PlainConnection(asyncio.Protocol):
                 hosts += 1
             elif lower == _ID:
                 self._id = _usable_id(value)
+            elif lower in (_AUTHORIZATION, _API_KEY):
+                self._token = self._token or given_token(value)
             elif lower != _CONNECTION or value.lower() != b"keep-alive":
                 return False
         return hosts == 1 and size <= PLAIN_HEAD_BYTES and 0 < length <= self._front.max_body_bytes
@@ -200,6 +205,7 @@ class PlainConnection(asyncio.Protocol):
         body = self._body[0] if len(self._body) == 1 else b"".join(self._body)
         try:
             head = read_head(body)
+            caller = self._front.proxy.keys.identify(self._token, time.time())
         except ApiError:
             self._hand_over()
             return
@@ -209,7 +215,7 @@ class PlainConnection(asyncio.Protocol):
         path = cast(str, self._path)
         call = Call(
             self._id or self._front.request_id(), head.model, path, self._fields, body,
-            head.stream and path in STREAMS, head,
+            head.stream and path in STREAMS, head, caller,
         )  # fmt: skip
         self._raw = []
         self._raw_bytes = 0

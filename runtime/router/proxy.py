@@ -20,10 +20,12 @@ import msgspec
 
 from runtime.engine.guard import CLOSED, CLOSED_HEADER
 from runtime.router.admission import Decision, Forward, Held, Refused, Wish
-from runtime.router.call import Call
+from runtime.router.call import ANONYMOUS, Call
 from runtime.router.client import Client
 from runtime.router.errors import ApiError, sse_error
 from runtime.router.gate import Gate
+from runtime.router.keys import Keys, may, rate_headers
+from runtime.router.limits import GpuShare
 from runtime.router.metrics import Metrics
 from runtime.router.upstream import Headers, Reply, Upstream, UpstreamError, UpstreamTimeout
 
@@ -47,9 +49,11 @@ class Proxy:
     """Takes calls through the gate to a replica."""
 
     def __init__(
-        self, gate: Gate, upstream: Upstream, metrics: Metrics, heartbeat_s: float
+        self, gate: Gate, upstream: Upstream, metrics: Metrics, keys: Keys, heartbeat_s: float
     ) -> None:
         self.gate = gate
+        self.keys = keys
+        self.shares = GpuShare()
         self.upstream = upstream
         self.metrics = metrics
         self.heartbeat_s = heartbeat_s
@@ -57,10 +61,14 @@ class Proxy:
     async def serve(self, call: Call, client: Client) -> None:
         """Answer `client`. Raises ApiError while it has been told nothing."""
         caller = call.caller
-        decision = self.gate.arrive(call.model, Wish(caller.tenant, caller.priority))
+        tokens, decision = 0, None
         exchange = _Exchange(self, call, client)
         status = 499  # unless it gets further than a hang-up
         try:
+            if caller is not ANONYMOUS:
+                tokens = self._let_in(call)
+            wish = Wish(caller.tenant, caller.priority, tokens or 1, weight=caller.weight)
+            decision = self.gate.arrive(call.model, wish)
             await exchange.run(decision)
             status = exchange.status
         except ApiError as error:
@@ -70,14 +78,28 @@ class Proxy:
             if not client.begun:
                 raise
         finally:
-            self.gate.leave(decision.request_id)
+            if decision is not None:
+                self.gate.leave(decision.request_id)
+            if tokens:
+                self.keys.end(caller, tokens, tokens, exchange.gpu_s)
             self.metrics.ended(call.model, status)
+
+    def _let_in(self, call: Call) -> int:
+        """The tokens that a caller with a key was charged. Raises ApiError (403, 429)."""
+        path = call.path.partition("?")[0]
+        route = self.gate.find(call.model)
+        if not may(call.caller, (route.name,) if route else (), call.model, path):
+            message = f"this API key may not call {path} of model {call.model!r}"
+            raise ApiError(403, "not_allowed", message)
+        tokens = 1
+        self.keys.begin(call.caller, tokens, self.gate.loop.time())
+        return tokens
 
 
 class _Exchange:
     """The state of one call."""
 
-    __slots__ = ("_began_at", "_call", "_client", "_loop", "_proxy", "status")
+    __slots__ = ("_began_at", "_call", "_client", "_loop", "_proxy", "gpu_s", "status")
 
     def __init__(self, proxy: Proxy, call: Call, client: Client) -> None:
         self._proxy = proxy
@@ -86,6 +108,7 @@ class _Exchange:
         self._loop = proxy.gate.loop
         self._began_at = self._loop.time()
         self.status = 499
+        self.gpu_s = 0.0
 
     async def run(self, decision: Decision) -> None:
         while True:
@@ -94,7 +117,7 @@ class _Exchange:
             if isinstance(decision, Refused):
                 return await self._refuse(decision)
             try:
-                return await self._forward(decision)
+                return await self._timed(decision)
             except UpstreamTimeout as error:  # it works on it: another replica would do no better
                 self._warn(decision, error)
                 message = f"model {self._call.model!r}: {error.reason}"
@@ -162,6 +185,18 @@ class _Exchange:
 
     # -------------------------------------------------------------------------------- forwarding
 
+    async def _timed(self, forward: Forward) -> None:
+        """Forward, and note the share of the replica's time where somebody pays for it."""
+        if not self._proxy.keys.any:
+            return await self._forward(forward)
+        shares, replica_id = self._proxy.shares, forward.endpoint.replica_id
+        reading = shares.begin(replica_id, self._loop.time())
+        try:
+            await self._forward(forward)
+        finally:
+            now = self._loop.time()
+            self.gpu_s += shares.end(replica_id, reading, forward.endpoint.devices, now)
+
     async def _forward(self, forward: Forward) -> None:
         """Send to the replica and relay. Raises UpstreamError while it can be tried elsewhere."""
         call, endpoint, client = self._call, forward.endpoint, self._client
@@ -177,7 +212,10 @@ class _Exchange:
             self._proxy.gate.answered(forward.request_id, reply.status)
             self.status = reply.status
             if not client.begun:
-                await client.begin(reply.status, _returned_headers(reply.headers, call.request_id))
+                headers_back = _returned_headers(reply.headers, call.request_id)
+                if call.caller is not ANONYMOUS:
+                    headers_back += rate_headers(call.caller, self._loop.time())
+                await client.begin(reply.status, headers_back)
             elif reply.status != 200:
                 return await self._send_early(sse_error(await _error_of(reply, first)))
             try:

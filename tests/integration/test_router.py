@@ -803,7 +803,7 @@ async def test_the_table_is_kept_readable_by_its_owner_only(stack: Stack, tmp_pa
     file = tmp_path / "routes.json"
     await eventually(file.exists, "not written")
     assert file.stat().st_mode & 0o777 == 0o600
-    assert table_file.load(file) == stack.scheduler.table
+    assert table_file.load(file, RouteTable) == stack.scheduler.table
 
 
 async def test_a_restarted_router_serves_with_everything_else_down(tmp_path: Path) -> None:
