@@ -61,6 +61,10 @@ class RouterConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         Meta(description="callers without a key: auto lets them in on a loopback address only"),
     ] = "auto"
 
+    metrics_token: Annotated[
+        str, Meta(description="opens /metrics where callers need keys; the cluster token does too")
+    ] = ""
+
     def lets_anonymous_in(self) -> bool:
         """Whether callers without a key are served."""
         loopback = self.host == "localhost" or self.host.startswith("127.") or self.host == "::1"

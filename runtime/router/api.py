@@ -10,6 +10,7 @@ Rules this file keeps:
 from __future__ import annotations
 
 import asyncio
+import hmac
 import logging
 import re
 import time
@@ -48,7 +49,8 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 class Api:
     """Handlers over one Proxy. Set `draining` to make /readyz say no.
 
-    `siblings`: the other workers on the same port, whose figures /metrics includes.
+    `siblings`: the other workers on the same port, whose figures /metrics includes; `scrapers`:
+    the tokens that open /metrics where there are no anonymous callers.
     """
 
     def __init__(
@@ -57,8 +59,10 @@ class Api:
         max_body_bytes: int,
         read_timeout_s: float,
         siblings: Siblings | None = None,
+        scrapers: tuple[str, ...] = (),
     ) -> None:
         self._siblings = siblings
+        self._scrapers = scrapers
         self._proxy = proxy
         self._max_body_bytes = max_body_bytes
         self._read_timeout_s = read_timeout_s
@@ -215,11 +219,22 @@ class Api:
         return web.Response(body=page(self._document), content_type="text/html", charset="utf-8")
 
     async def _metrics(self, request: web.Request) -> web.Response:
+        self._check_metrics_token(request)
         content_type = "text/plain; version=0.0.4; charset=utf-8"
         body = self._proxy.metrics.render()
         if self._siblings is not None and request.query != OWN:
             body = await self._siblings.metrics(body)
         return web.Response(body=body, headers={"Content-Type": content_type})
+
+    def _check_metrics_token(self, request: web.Request) -> None:
+        """Where callers need keys, so do scrapers; a sibling, on its Unix socket, does not."""
+        peer = request.transport.get_extra_info("peername") if request.transport else None
+        if self._proxy.keys.anonymous or not isinstance(peer, tuple):
+            return
+        token = given_token(request.headers.get("Authorization", "").encode())
+        if not any(t and hmac.compare_digest(token.encode(), t.encode()) for t in self._scrapers):
+            message = "send router.metrics_token, or the cluster token, as a bearer token"
+            raise ApiError(401, "invalid_api_key", message)
 
     @web.middleware
     async def _shaped(self, request: web.Request, handler: Handler) -> web.StreamResponse:

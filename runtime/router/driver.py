@@ -63,7 +63,8 @@ async def run_router(
     worker, siblings = worker_index(), None
     if worker is not None:
         siblings = Siblings(Path(config.state_dir), worker, settings.workers)
-    api = Api(proxy, settings.max_body_bytes, settings.read_timeout_s, siblings)
+    scrapers = (settings.metrics_token, config.cluster_token)
+    api = Api(proxy, settings.max_body_bytes, settings.read_timeout_s, siblings, scrapers)
     runner, front = await _servers(settings, api, proxy)
     try:
         listener = _listen(settings.host, settings.port, shared=worker is not None)
