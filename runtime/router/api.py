@@ -122,7 +122,10 @@ class Api:
         streams = head.stream and path.partition("?")[0] in STREAMS
         client = AiohttpClient(request)
         request_id, headers = request[_REQUEST_ID], request.raw_headers
-        call = Call(request_id, head.model, path, headers, body, streams, head)
+        call = Call(
+            request_id, head.model, path, headers, body, streams, head,
+            address=request.remote or "", asked=request.path,
+        )  # fmt: skip
         await self._proxy.serve(call, client)
         if client.response is None:
             raise ConnectionResetError("the client hung up before its answer began")

@@ -25,7 +25,9 @@ from runtime.router.client import Client
 from runtime.router.errors import ApiError, sse_error
 from runtime.router.gate import Gate
 from runtime.router.metrics import Metrics
+from runtime.router.outcome import HUNG_UP, Observer, Outcome
 from runtime.router.upstream import Headers, Reply, Upstream, UpstreamError, UpstreamTimeout
+from runtime.router.usage import Meter
 
 log = logging.getLogger("stoker.router")
 
@@ -53,31 +55,43 @@ class Proxy:
         self.upstream = upstream
         self.metrics = metrics
         self.heartbeat_s = heartbeat_s
+        self.observers: list[Observer] = []  # told of each call's end; they do not raise
 
     async def serve(self, call: Call, client: Client) -> None:
         """Answer `client`. Raises ApiError while it has been told nothing."""
         caller = call.caller
         decision = self.gate.arrive(call.model, Wish(caller.tenant, caller.priority))
         exchange = _Exchange(self, call, client)
-        status = 499  # unless it gets further than a hang-up
+        outcome, status = exchange.outcome, HUNG_UP  # unless it gets further
         try:
             await exchange.run(decision)
             status = exchange.status
         except ApiError as error:
             status = error.status
+            outcome.error = error.code
             raise
         except ConnectionError:  # the client hung up while we wrote
             if not client.begun:
                 raise
+        except Exception:
+            status, outcome.error = 500, "internal_error"
+            raise
         finally:
             self.gate.leave(decision.request_id)
-            self.metrics.ended(call.model, status)
+            outcome.status = status
+            self._tell(outcome)
+
+    def _tell(self, outcome: Outcome) -> None:
+        outcome.end(self.gate.loop.time())
+        self.metrics.ended(outcome)
+        for observer in self.observers:
+            observer(outcome)
 
 
 class _Exchange:
     """The state of one call."""
 
-    __slots__ = ("_began_at", "_call", "_client", "_loop", "_proxy", "status")
+    __slots__ = ("_began_at", "_call", "_client", "_loop", "_proxy", "outcome", "status")
 
     def __init__(self, proxy: Proxy, call: Call, client: Client) -> None:
         self._proxy = proxy
@@ -85,7 +99,8 @@ class _Exchange:
         self._client = client
         self._loop = proxy.gate.loop
         self._began_at = self._loop.time()
-        self.status = 499
+        self.outcome = Outcome(call, proxy.gate.find(call.model), self._began_at)
+        self.status = HUNG_UP
 
     async def run(self, decision: Decision) -> None:
         while True:
@@ -121,7 +136,7 @@ class _Exchange:
             decision = await turn
         else:
             decision = await self._beat_until(turn)
-        self._proxy.metrics.held(self._call.model, self._loop.time() - since)
+        self.outcome.held_s += self._loop.time() - since
         return decision
 
     async def _beat_until(self, turn: asyncio.Future[Forward | Refused]) -> Forward | Refused:
@@ -158,6 +173,7 @@ class _Exchange:
         if not self._client.begun:
             raise error
         self.status = refused.status
+        self.outcome.error = refused.code
         await self._send_early(sse_error(error.payload()))
 
     # -------------------------------------------------------------------------------- forwarding
@@ -165,6 +181,8 @@ class _Exchange:
     async def _forward(self, forward: Forward) -> None:
         """Send to the replica and relay. Raises UpstreamError while it can be tried elsewhere."""
         call, endpoint, client = self._call, forward.endpoint, self._client
+        outcome = self.outcome
+        outcome.replica_id = endpoint.replica_id
         headers = _sent_headers(call, endpoint.key)
         reply = await self._proxy.upstream.post(endpoint.base_url, call.path, headers, call.body)
         try:
@@ -172,8 +190,9 @@ class _Exchange:
                 raise UpstreamError("the replica refused this router's key", delivered=True)
             if reply.status == 503 and _is_closed(reply.headers):
                 raise UpstreamError(CLOSED, delivered=False)  # held until it wakes, or elsewhere
+            reply.meter = outcome.meter = Meter()
             first = await reply.read()
-            self._proxy.metrics.first_byte(call.model, self._loop.time() - self._began_at)
+            outcome.ttft_s = self._loop.time() - self._began_at
             self._proxy.gate.answered(forward.request_id, reply.status)
             self.status = reply.status
             if not client.begun:
@@ -184,6 +203,7 @@ class _Exchange:
                 await client.relay(reply, first)
             except UpstreamError as error:
                 log.warning("request %s: broken off: %s", call.request_id, error)
+                outcome.error = "broken_off"
                 client.break_off()
         finally:
             reply.close()

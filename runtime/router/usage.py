@@ -125,7 +125,7 @@ class Meter:
         prompt, completion, at = _last(end, stream=True)
         if prompt is not None and end.count(_MARK, at) <= _BEHIND:
             return Usage(prompt, completion, True, self._events)
-        completion = max(0, self._events - _PREAMBLE.get(path, 0))
+        completion = max(0, self._events - _PREAMBLE.get(path.partition("?")[0], 0))
         return Usage(prompt, completion, False, self._events)
 
     def _forget(self) -> None:
