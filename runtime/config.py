@@ -56,6 +56,16 @@ class RouterConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         int, Meta(ge=1, le=256, description="processes that share the port (SO_REUSEPORT)")
     ] = 1
     drain_s: Seconds = 30.0
+    access_log: Annotated[
+        str, Meta(description="a file for one JSON line a call; '-': standard output; '': none")
+    ] = ""
+    otlp_endpoint: Annotated[
+        str,
+        Meta(description="where traces go (OTLP/HTTP), e.g. http://collector:4318; '': none"),
+    ] = ""
+    trace_sample: Annotated[
+        float, Meta(ge=0, le=1, description="share of the calls without a traceparent to trace")
+    ] = 1.0
 
 
 class SchedulerConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

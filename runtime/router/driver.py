@@ -20,6 +20,7 @@ from runtime.router.front import Front
 from runtime.router.gate import Gate
 from runtime.router.link import Link
 from runtime.router.metrics import Metrics
+from runtime.router.observed import observed
 from runtime.router.plain import KEEP_ALIVE_S
 from runtime.router.proxy import Proxy
 from runtime.router.siblings import Siblings
@@ -58,12 +59,14 @@ async def run_router(
         {endpoint.base_url for route in table.models for endpoint in route.endpoints}
     )
     proxy = Proxy(gate, upstream, Metrics(gate), settings.heartbeat_s)
+    observing = contextlib.ExitStack()
     worker, siblings = worker_index(), None
     if worker is not None:
         siblings = Siblings(Path(config.state_dir), worker, settings.workers)
     api = Api(proxy, settings.max_body_bytes, settings.read_timeout_s, siblings)
     runner, front = await _servers(settings, api, proxy)
     try:
+        observing.enter_context(observed(proxy, settings))
         listener = _listen(settings.host, settings.port, shared=worker is not None)
         port = listener.getsockname()[1]
         router_id = f"{socket.gethostname()}:{port}" + (f":{worker}" if worker else "")
@@ -95,6 +98,7 @@ async def run_router(
         await runner.cleanup()
         gate.close()
         upstream.close()
+        observing.close()
 
 
 async def _servers(settings: RouterConfig, api: Api, proxy: Proxy) -> tuple[web.AppRunner, Front]:

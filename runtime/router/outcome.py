@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from runtime.router.call import Call
 from runtime.router.usage import NOTHING, Meter, Usage
 from runtime.wire import ModelRoute
+
+if TYPE_CHECKING:  # it needs packages that need not be there
+    from runtime.router.tracing import Trace
 
 HUNG_UP = 499  # the caller did not wait for its answer
 
@@ -37,7 +41,7 @@ class Outcome:
         self.error = ""
         self.meter: Meter | None = None  # of the answer of the replica tried last
         self.usage: Usage = NOTHING
-        self.trace: None = None
+        self.trace: Trace | None = None
 
     def end(self, now: float) -> None:
         """No more will come."""

@@ -15,10 +15,12 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import msgspec
 
 from runtime.engine.guard import CLOSED, CLOSED_HEADER
+from runtime.router.access_log import AccessLog
 from runtime.router.admission import Decision, Forward, Held, Refused, Wish
 from runtime.router.call import Call
 from runtime.router.client import Client
@@ -28,6 +30,9 @@ from runtime.router.metrics import Metrics
 from runtime.router.outcome import HUNG_UP, Observer, Outcome
 from runtime.router.upstream import Headers, Reply, Upstream, UpstreamError, UpstreamTimeout
 from runtime.router.usage import Meter
+
+if TYPE_CHECKING:  # it needs packages that need not be there
+    from runtime.router.tracing import Tracer
 
 log = logging.getLogger("stoker.router")
 
@@ -56,6 +61,8 @@ class Proxy:
         self.metrics = metrics
         self.heartbeat_s = heartbeat_s
         self.observers: list[Observer] = []  # told of each call's end; they do not raise
+        self.access_log: AccessLog | None = None  # one of them, for who answers without us
+        self.tracer: Tracer | None = None
 
     async def serve(self, call: Call, client: Client) -> None:
         """Answer `client`. Raises ApiError while it has been told nothing."""
@@ -86,6 +93,8 @@ class Proxy:
         self.metrics.ended(outcome)
         for observer in self.observers:
             observer(outcome)
+        if outcome.trace is not None:
+            outcome.trace.end()
 
 
 class _Exchange:
@@ -100,6 +109,8 @@ class _Exchange:
         self._loop = proxy.gate.loop
         self._began_at = self._loop.time()
         self.outcome = Outcome(call, proxy.gate.find(call.model), self._began_at)
+        if proxy.tracer is not None:
+            self.outcome.trace = proxy.tracer.begin(self.outcome)
         self.status = HUNG_UP
 
     async def run(self, decision: Decision) -> None:
@@ -126,18 +137,23 @@ class _Exchange:
             "request %s: replica %s of %s failed: %s",
             self._call.request_id, forward.endpoint.replica_id, self._call.model, error,
         )  # fmt: skip
+        if self.outcome.trace is not None:
+            self.outcome.trace.failed(error.reason)
 
     # -------------------------------------------------------------------------------- waiting
 
     async def _held(self, held: Held) -> Forward | Refused:
-        since = self._loop.time()
+        since, trace = self._loop.time(), self.outcome.trace
+        if trace is not None:
+            route = self._proxy.gate.find(self._call.model)
+            trace.hold(route.waiting_for if route else None)
         turn = self._proxy.gate.turn(held.request_id)
-        if not self._call.streams:
-            decision = await turn
-        else:
-            decision = await self._beat_until(turn)
-        self.outcome.held_s += self._loop.time() - since
-        return decision
+        try:
+            return await (self._beat_until(turn) if self._call.streams else turn)
+        finally:
+            self.outcome.held_s += self._loop.time() - since
+            if trace is not None:
+                trace.let_go()
 
     async def _beat_until(self, turn: asyncio.Future[Forward | Refused]) -> Forward | Refused:
         """Comments to the waiting client, the first at once."""
@@ -184,6 +200,8 @@ class _Exchange:
         outcome = self.outcome
         outcome.replica_id = endpoint.replica_id
         headers = _sent_headers(call, endpoint.key)
+        if outcome.trace is not None:
+            headers = outcome.trace.sent(headers, endpoint)
         reply = await self._proxy.upstream.post(endpoint.base_url, call.path, headers, call.body)
         try:
             if reply.status == 401:  # our key, not the caller's: the table is behind the replica
