@@ -64,6 +64,16 @@ class RouterConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     metrics_token: Annotated[
         str, Meta(description="opens /metrics where callers need keys; the cluster token does too")
     ] = ""
+    access_log: Annotated[
+        str, Meta(description="a file for one JSON line a call; '-': standard output; '': none")
+    ] = ""
+    otlp_endpoint: Annotated[
+        str,
+        Meta(description="where traces go (OTLP/HTTP), e.g. http://collector:4318; '': none"),
+    ] = ""
+    trace_sample: Annotated[
+        float, Meta(ge=0, le=1, description="share of the calls without a traceparent to trace")
+    ] = 1.0
 
     def lets_anonymous_in(self) -> bool:
         """Whether callers without a key are served."""

@@ -15,6 +15,7 @@ import logging
 import re
 import time
 from collections.abc import Awaitable, Callable, Iterable
+from datetime import UTC, datetime
 from importlib.metadata import version as installed_version
 from typing import Any
 
@@ -22,6 +23,7 @@ import msgspec
 from aiohttp import web
 
 from runtime.router import body as bodies
+from runtime.router.access_log import Line
 from runtime.router.admission import unknown_model
 from runtime.router.call import Call, Caller
 from runtime.router.client import AiohttpClient
@@ -37,6 +39,8 @@ from runtime.wire import ModelRoute, RouteTable
 log = logging.getLogger("stoker.router")
 
 _REQUEST_ID = web.RequestKey("request_id", str)
+_SERVED = web.RequestKey("served", bool)  # by the proxy, which tells of it
+_UNLOGGED = {"/healthz", "/readyz", "/metrics"}
 _GOOD_REQUEST_ID = re.compile(r"[!-~]{1,128}")
 _CREATED = 1735689600  # OpenAI's clients want a time; a model here has none worth telling
 
@@ -131,7 +135,11 @@ class Api:
         streams = head.stream and path.partition("?")[0] in STREAMS
         client = AiohttpClient(request)
         request_id, headers = request[_REQUEST_ID], request.raw_headers
-        call = Call(request_id, head.model, path, headers, body, streams, head, request[CALLER])
+        call = Call(
+            request_id, head.model, path, headers, body, streams, head, request[CALLER],
+            address=request.remote or "", asked=request.path,
+        )  # fmt: skip
+        request[_SERVED] = True
         await self._proxy.serve(call, client)
         if client.response is None:
             raise ConnectionResetError("the client hung up before its answer began")
@@ -242,20 +250,31 @@ class Api:
         wish = request.headers.get("X-Request-ID", "")
         request_id = wish if _GOOD_REQUEST_ID.fullmatch(wish) else self._request_id()
         request[_REQUEST_ID] = request_id
+        code = None
         try:
             if request.path not in _OPEN:
                 request[CALLER] = self._identify(request)
             response = await handler(request)
         except ApiError as error:
-            response = _error_response(error)
+            code, response = error.code, _error_response(error)
         except web.HTTPException as error:
-            response = _error_response(_of_http(request, error))
+            shown = _of_http(request, error)
+            code, response = shown.code, _error_response(shown)
         except Exception:
             log.exception("request %s failed inside the router", request_id)
             message = "the router failed; its log has more under this request id"
-            response = _error_response(ApiError(500, "internal_error", message))
+            code = "internal_error"
+            response = _error_response(ApiError(500, code, message))
         if not response.prepared:
             response.headers["X-Request-ID"] = request_id
+        access_log = self._proxy.access_log
+        if access_log is not None and _SERVED not in request and request.path not in _UNLOGGED:
+            access_log.add(
+                Line(
+                    datetime.now(UTC), request_id, request.remote or "", request.method,
+                    request.path, response.status, code,
+                )
+            )  # fmt: skip
         return response
 
 

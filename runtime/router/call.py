@@ -43,3 +43,6 @@ class Call:
     streams: bool  # the answer will be server-sent events
     head: Head
     caller: Caller = ANONYMOUS
+    version: str = ""  # of the model that serves it
+    address: str = ""  # whom the answer goes to
+    asked: str = ""  # the path the caller wrote, where it is not `path`

@@ -57,14 +57,16 @@ class PlainConnection(asyncio.Protocol):
     """One caller's socket, and the `Client` of the request that is being answered."""
 
     __slots__ = (
-        "_behind", "_body", "_chunked", "_fields", "_front", "_head", "_id", "_more", "_parser",
-        "_path", "_plain", "_raw", "_raw_bytes", "_reply", "_since", "_stopped", "_stopped_at",
-        "_stuffed", "_task", "_token", "_transport", "_url", "_whole", "_writable", "begun",
+        "_address", "_behind", "_body", "_chunked", "_fields", "_front", "_head", "_id", "_more",
+        "_parser", "_path", "_plain", "_raw", "_raw_bytes", "_reply", "_since", "_stopped",
+        "_stopped_at", "_stuffed", "_task", "_token", "_transport", "_url", "_whole", "_writable",
+        "begun",
     )  # fmt: skip
 
     def __init__(self, front: Front) -> None:
         self._front = front
         self._transport: asyncio.Transport | None = None
+        self._address = ""
         self._parser: httptools.HttpRequestParser | None = None
         self._task: asyncio.Task[None] | None = None
         self._reply: Reply | None = None
@@ -94,6 +96,7 @@ class PlainConnection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)  # uvloop's has another base class
+        self._address = address_of(transport)
         self._parser = httptools.HttpRequestParser(self)
         self._front.opened(self)
 
@@ -215,7 +218,7 @@ class PlainConnection(asyncio.Protocol):
         path = cast(str, self._path)
         call = Call(
             self._id or self._front.request_id(), head.model, path, self._fields, body,
-            head.stream and path in STREAMS, head, caller,
+            head.stream and path in STREAMS, head, caller, address=self._address,
         )  # fmt: skip
         self._raw = []
         self._raw_bytes = 0
@@ -352,6 +355,12 @@ class PlainConnection(asyncio.Protocol):
         """At once, with what it has not read yet."""
         if self._transport is not None:
             self._transport.abort()
+
+
+def address_of(transport: asyncio.BaseTransport) -> str:
+    """Who is at the other end; "": a Unix socket."""
+    peer = transport.get_extra_info("peername")
+    return peer[0] if isinstance(peer, tuple) else ""
 
 
 def error_answer(error: ApiError, request_id: str) -> bytes:
