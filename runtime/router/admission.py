@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from runtime.router.affinity import Affinity
 from runtime.router.breaker import REST_S, Breaker, RetryBudget
 from runtime.router.sketch import Sketch
 from runtime.schema import close_names
@@ -36,7 +37,7 @@ class Wish(NamedTuple):
     tenant: str = ""
     priority: int = 0  # higher goes first
     tokens: int = 1  # about how many it makes the engine read and write
-    affinity: int | None = None  # requests of one value share a prompt's beginning: 64 bits
+    affinity: tuple[int, ...] = ()  # keys of longer and longer beginnings of its prompt
     wait_s: float | None = None  # its caller waits no longer than this for a replica
 
 
@@ -110,8 +111,10 @@ class Admission:
         self._models: dict[str, _Model] = {}
         self._requests: dict[str, _Request] = {}
         self._replica_in_flight: Counter[str] = Counter()
+        self._replica_tokens: Counter[str] = Counter()  # of those in flight, as they wished
         self._arrived: Counter[str] = Counter()  # by model; outlives its route: it only grows
         self._breaker = Breaker()
+        self._affinity = Affinity()
         self._budget = RetryBudget()
         self._seq = 0
 
@@ -124,6 +127,7 @@ class Admission:
         self._route |= {route.name: route for route in table.models}
         listed = {e.replica_id for route in table.models for e in route.endpoints}
         self._breaker.keep_only(listed)
+        self._affinity.keep_only(listed)
         released = self._release(now)
         for name in [n for n in self._models if n not in self._route]:
             self._forget_if_unused(name)
@@ -144,7 +148,7 @@ class Admission:
         state = self._models.get(name)
         if state is None:
             state = self._models[name] = _Model()
-        endpoint = self._choose(route, state, now)
+        endpoint = self._choose(route, state, now, wish)
         if endpoint is None and len(state.waiting) >= route.max_queue:
             return _queue_full(request_id, route)
         self._seq += 1
@@ -262,6 +266,11 @@ class Admission:
         assert {r.request_id for r in waiting + flying} == set(self._requests)
         assert Counter(r.replica_id for r in flying) == self._replica_in_flight
         assert all(count > 0 for count in self._replica_in_flight.values())
+        tokens: Counter[str | None] = Counter()
+        for request in flying:
+            tokens[request.replica_id] += request.wish.tokens
+        assert tokens == self._replica_tokens
+        assert tokens.keys() == self._replica_tokens.keys()
         for name, state in self._models.items():
             assert state.in_flight == sum(r.model == name for r in flying)
             assert state.waiting == sorted(state.waiting, key=_by_arrival)
@@ -271,13 +280,30 @@ class Admission:
 
     # -------------------------------------------------------------------------------- inside
 
-    def _choose(self, route: ModelRoute, state: _Model, now: float) -> Endpoint | None:
-        """The trusted replica with the fewest requests; ties go round."""
+    def _choose(self, route: ModelRoute, state: _Model, now: float, wish: Wish) -> Endpoint | None:
+        """The trusted replica that has read the prompt's beginning before, as affinity.py says, or
+        else the one with the fewest tokens in flight, then requests; ties go round."""
+        if wish.affinity and len(route.endpoints) > 1:
+            endpoint = self._akin(route, now, wish)
+            if endpoint is not None:
+                return endpoint
         if not self._breaker:
             return self._least_loaded(route, state, now, None)
         breaker = self._breaker
         endpoint = self._least_loaded(route, state, now, breaker.avoided)
         return endpoint or self._least_loaded(route, state, now, breaker.rests)
+
+    def _akin(self, route: ModelRoute, now: float, wish: Wish) -> Endpoint | None:
+        """Where the prompt's beginning was read or has its home; None: the load decides."""
+        avoided = self._breaker.avoided if self._breaker else None
+        loads: dict[str, int] = {}
+        for endpoint in route.endpoints:
+            replica_id = endpoint.replica_id
+            full = self._replica_in_flight.get(replica_id, 0) >= self._max_in_flight
+            if not full and not (avoided and avoided(replica_id, now)):
+                loads[replica_id] = self._replica_tokens.get(replica_id, 0)
+        chosen = self._affinity.pick(wish.affinity, loads, wish.tokens) if loads else None
+        return next((e for e in route.endpoints if e.replica_id == chosen), None)
 
     def _least_loaded(
         self,
@@ -287,7 +313,7 @@ class Admission:
         shunned: Callable[[str, float], bool] | None,
     ) -> Endpoint | None:
         endpoints = route.endpoints
-        best, best_load, count = -1, 0, len(endpoints)
+        best, best_tokens, best_load, count = -1, 0, 0, len(endpoints)
         for step in range(count):
             index = (state.turn + step) % count
             replica_id = endpoints[index].replica_id
@@ -296,8 +322,9 @@ class Admission:
             load = self._replica_in_flight.get(replica_id, 0)
             if load >= self._max_in_flight:
                 continue
-            if best < 0 or load < best_load:
-                best, best_load = index, load
+            tokens = self._replica_tokens.get(replica_id, 0)
+            if best < 0 or tokens < best_tokens or (tokens == best_tokens and load < best_load):
+                best, best_tokens, best_load = index, tokens, load
         if best < 0:
             return None
         state.turn = best + 1
@@ -310,6 +337,9 @@ class Admission:
             self._breaker.chosen(endpoint.replica_id, now)
         state.in_flight += 1
         self._replica_in_flight[endpoint.replica_id] += 1
+        self._replica_tokens[endpoint.replica_id] += request.wish.tokens
+        if request.wish.affinity:
+            self._affinity.sent(request.wish.affinity, endpoint.replica_id)
         return Forward(request.request_id, endpoint)
 
     def _unassign(self, request: _Request) -> None:
@@ -318,8 +348,10 @@ class Admission:
         request.replica_id = None
         self._models[request.model].in_flight -= 1
         self._replica_in_flight[replica_id] -= 1
+        self._replica_tokens[replica_id] -= request.wish.tokens
         if not self._replica_in_flight[replica_id]:
             del self._replica_in_flight[replica_id]
+            del self._replica_tokens[replica_id]
 
     def _leave(self, request: _Request, now: float) -> None:
         state = self._models[request.model]
@@ -349,7 +381,7 @@ class Admission:
         if route.refusal is not None:
             self._leave(request, now)
             return _refusal(request.request_id, route)
-        endpoint = self._choose(route, state, now)
+        endpoint = self._choose(route, state, now, request.wish)
         spent = endpoint is not None and delivered and request.retried
         if spent or request.attempts >= MAX_ATTEMPTS:
             self._leave(request, now)
@@ -380,7 +412,10 @@ class Admission:
                 self._leave(request, now)
                 out.append(_refusal(request.request_id, route) if route else _removed(request))
             return out
-        while state.waiting and (endpoint := self._choose(route, state, now)):
+        while state.waiting:
+            endpoint = self._choose(route, state, now, state.waiting[0].wish)
+            if endpoint is None:
+                break
             out.append(self._forward(state.waiting.pop(0), state, endpoint, now))
         return out
 

@@ -25,6 +25,7 @@ from runtime.router.client import Client
 from runtime.router.errors import ApiError, sse_error
 from runtime.router.gate import Gate
 from runtime.router.metrics import Metrics
+from runtime.router.prompt import keys_of, tokens_of
 from runtime.router.upstream import Headers, Reply, Upstream, UpstreamError, UpstreamTimeout
 
 log = logging.getLogger("stoker.router")
@@ -56,8 +57,7 @@ class Proxy:
 
     async def serve(self, call: Call, client: Client) -> None:
         """Answer `client`. Raises ApiError while it has been told nothing."""
-        caller = call.caller
-        decision = self.gate.arrive(call.model, Wish(caller.tenant, caller.priority))
+        decision = self.gate.arrive(call.model, self._wish(call))
         exchange = _Exchange(self, call, client)
         status = 499  # unless it gets further than a hang-up
         try:
@@ -72,6 +72,15 @@ class Proxy:
         finally:
             self.gate.leave(decision.request_id)
             self.metrics.ended(call.model, status)
+
+    def _wish(self, call: Call) -> Wish:
+        """Keys of the prompt are made only where there is a choice of replicas."""
+        caller, route = call.caller, self.gate.find(call.model)
+        keys: tuple[int, ...] = ()
+        if route is not None and len(route.endpoints) > 1 and route.affinity == "prefix":
+            keys = keys_of(call.path, call.headers, call.body, call.head, route.name, caller.tenant)
+        tokens = tokens_of(len(call.body), call.head)
+        return Wish(caller.tenant, caller.priority, tokens, keys)
 
 
 class _Exchange:
