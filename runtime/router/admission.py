@@ -95,6 +95,15 @@ class _Model:
     first_token_s: float | None = None  # of the last that was held, from when it was sent on
 
 
+@dataclass(slots=True)
+class _Load:
+    """What is in flight at one replica; kept while a table lists it."""
+
+    requests: int = 0
+    tokens: int = 0
+
+
+_NO_LOAD = _Load()
 _by_arrival = operator.attrgetter("seq")
 
 
@@ -110,8 +119,7 @@ class Admission:
         self._route: dict[str, ModelRoute] = {}  # by name and by alias
         self._models: dict[str, _Model] = {}
         self._requests: dict[str, _Request] = {}
-        self._replica_in_flight: Counter[str] = Counter()
-        self._replica_tokens: Counter[str] = Counter()  # of those in flight, as they wished
+        self._loads: dict[str, _Load] = {}  # by replica id
         self._arrived: Counter[str] = Counter()  # by model; outlives its route: it only grows
         self._breaker = Breaker()
         self._affinity = Affinity()
@@ -128,6 +136,7 @@ class Admission:
         listed = {e.replica_id for route in table.models for e in route.endpoints}
         self._breaker.keep_only(listed)
         self._affinity.keep_only(listed)
+        self._loads = {r: load for r, load in self._loads.items() if load.requests or r in listed}
         released = self._release(now)
         for name in [n for n in self._models if n not in self._route]:
             self._forget_if_unused(name)
@@ -255,7 +264,7 @@ class Admission:
 
     def in_flight(self) -> dict[str, int]:
         """Requests in flight by replica id; replicas with none are left out."""
-        return dict(self._replica_in_flight)
+        return {r: load.requests for r, load in self._loads.items() if load.requests}
 
     def check_invariants(self) -> None:
         """Raises AssertionError where the rules above do not hold."""
@@ -264,13 +273,12 @@ class Admission:
         assert len({r.request_id for r in waiting}) == len(waiting)
         assert {r.request_id for r in waiting}.isdisjoint(r.request_id for r in flying)
         assert {r.request_id for r in waiting + flying} == set(self._requests)
-        assert Counter(r.replica_id for r in flying) == self._replica_in_flight
-        assert all(count > 0 for count in self._replica_in_flight.values())
-        tokens: Counter[str | None] = Counter()
+        there = {replica_id: _Load() for replica_id in self._loads}
         for request in flying:
-            tokens[request.replica_id] += request.wish.tokens
-        assert tokens == self._replica_tokens
-        assert tokens.keys() == self._replica_tokens.keys()
+            assert request.replica_id in there, f"{request.replica_id} has lost its count"
+            there[request.replica_id].requests += 1
+            there[request.replica_id].tokens += request.wish.tokens
+        assert there == self._loads
         for name, state in self._models.items():
             assert state.in_flight == sum(r.model == name for r in flying)
             assert state.waiting == sorted(state.waiting, key=_by_arrival)
@@ -299,9 +307,9 @@ class Admission:
         loads: dict[str, int] = {}
         for endpoint in route.endpoints:
             replica_id = endpoint.replica_id
-            full = self._replica_in_flight.get(replica_id, 0) >= self._max_in_flight
-            if not full and not (avoided and avoided(replica_id, now)):
-                loads[replica_id] = self._replica_tokens.get(replica_id, 0)
+            load = self._loads.get(replica_id, _NO_LOAD)
+            if load.requests < self._max_in_flight and not (avoided and avoided(replica_id, now)):
+                loads[replica_id] = load.tokens
         chosen = self._affinity.pick(wish.affinity, loads, wish.tokens) if loads else None
         return next((e for e in route.endpoints if e.replica_id == chosen), None)
 
@@ -312,19 +320,22 @@ class Admission:
         now: float,
         shunned: Callable[[str, float], bool] | None,
     ) -> Endpoint | None:
-        endpoints = route.endpoints
-        best, best_tokens, best_load, count = -1, 0, 0, len(endpoints)
+        endpoints, loads = route.endpoints, self._loads
+        best, least, count = -1, _NO_LOAD, len(endpoints)
         for step in range(count):
             index = (state.turn + step) % count
             replica_id = endpoints[index].replica_id
             if shunned is not None and shunned(replica_id, now):
                 continue
-            load = self._replica_in_flight.get(replica_id, 0)
-            if load >= self._max_in_flight:
+            load = loads.get(replica_id, _NO_LOAD)
+            if load.requests >= self._max_in_flight:
                 continue
-            tokens = self._replica_tokens.get(replica_id, 0)
-            if best < 0 or tokens < best_tokens or (tokens == best_tokens and load < best_load):
-                best, best_tokens, best_load = index, tokens, load
+            if (
+                best < 0
+                or load.tokens < least.tokens
+                or (load.tokens == least.tokens and load.requests < least.requests)
+            ):
+                best, least = index, load
         if best < 0:
             return None
         state.turn = best + 1
@@ -336,8 +347,11 @@ class Admission:
         if self._breaker:
             self._breaker.chosen(endpoint.replica_id, now)
         state.in_flight += 1
-        self._replica_in_flight[endpoint.replica_id] += 1
-        self._replica_tokens[endpoint.replica_id] += request.wish.tokens
+        load = self._loads.get(endpoint.replica_id)
+        if load is None:
+            load = self._loads[endpoint.replica_id] = _Load()
+        load.requests += 1
+        load.tokens += request.wish.tokens
         if request.wish.affinity:
             self._affinity.sent(request.wish.affinity, endpoint.replica_id)
         return Forward(request.request_id, endpoint)
@@ -347,11 +361,9 @@ class Admission:
         assert replica_id is not None
         request.replica_id = None
         self._models[request.model].in_flight -= 1
-        self._replica_in_flight[replica_id] -= 1
-        self._replica_tokens[replica_id] -= request.wish.tokens
-        if not self._replica_in_flight[replica_id]:
-            del self._replica_in_flight[replica_id]
-            del self._replica_tokens[replica_id]
+        load = self._loads[replica_id]
+        load.requests -= 1
+        load.tokens -= request.wish.tokens
 
     def _leave(self, request: _Request, now: float) -> None:
         state = self._models[request.model]
