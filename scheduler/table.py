@@ -29,7 +29,7 @@ def model_route(model: Model, now: float) -> ModelRoute:
         endpoints=endpoints, hold_s=spec.hold_s, max_queue=spec.max_queue,
         refusal=why, retry_after_s=retry_after_s,
         waiting_for=None if endpoints else waiting_for(model),
-        eta_s=None if endpoints else _eta_s(model, now),
+        eta_s=None if endpoints else _eta_s(model, now), affinity=spec.affinity,
     )  # fmt: skip
 
 

@@ -30,6 +30,7 @@ from runtime.router.keys import Keys, may, rate_headers
 from runtime.router.limits import GpuShare
 from runtime.router.metrics import Metrics
 from runtime.router.outcome import HUNG_UP, Observer, Outcome
+from runtime.router.prompt import BYTES_PER_TOKEN, keys_of, tokens_of
 from runtime.router.upstream import Headers, Reply, Upstream, UpstreamError, UpstreamTimeout
 from runtime.router.usage import Meter
 
@@ -71,13 +72,13 @@ class Proxy:
     async def serve(self, call: Call, client: Client) -> None:
         """Answer `client`. Raises ApiError while it has been told nothing."""
         caller = call.caller
-        tokens, decision = 0, None
+        wish, decision, charged = self._wish(call), None, False
         exchange = _Exchange(self, call, client)
         outcome, status = exchange.outcome, HUNG_UP  # unless it gets further
         try:
             if caller is not ANONYMOUS:
-                tokens = self._let_in(call)
-            wish = Wish(caller.tenant, caller.priority, tokens or 1, weight=caller.weight)
+                self._let_in(call, wish.tokens)
+                charged = True
             decision = self.gate.arrive(call.model, wish)
             await exchange.run(decision)
             status = exchange.status
@@ -96,8 +97,8 @@ class Proxy:
                 self.gate.leave(decision.request_id)
             outcome.status = status
             self._tell(outcome)
-            if tokens:
-                self._settle(caller, tokens, exchange)
+            if charged:
+                self._settle(caller, wish.tokens, exchange)
 
     def _settle(self, caller: Caller, expected: int, exchange: _Exchange) -> None:
         """Charge what was taken: what the engine said, or else what was expected."""
@@ -105,7 +106,10 @@ class Proxy:
         if exchange.outcome.ttft_s is not None and exchange.status < 400:
             tokens = expected
             if usage.completion_tokens is not None:
-                tokens = (usage.prompt_tokens or 1) + usage.completion_tokens
+                prompt = usage.prompt_tokens
+                if prompt is None:
+                    prompt = len(exchange.outcome.call.body) // BYTES_PER_TOKEN
+                tokens = prompt + usage.completion_tokens
         self.keys.end(caller, expected, tokens, exchange.gpu_s)
 
     def _tell(self, outcome: Outcome) -> None:
@@ -116,16 +120,23 @@ class Proxy:
         if outcome.trace is not None:
             outcome.trace.end()
 
-    def _let_in(self, call: Call) -> int:
-        """The tokens that a caller with a key was charged. Raises ApiError (403, 429)."""
+    def _let_in(self, call: Call, tokens: int) -> None:
+        """Charge a caller with a key. Raises ApiError (403, 429): then nothing was charged."""
         path = call.path.partition("?")[0]
         route = self.gate.find(call.model)
         if not may(call.caller, (route.name,) if route else (), call.model, path):
             message = f"this API key may not call {path} of model {call.model!r}"
             raise ApiError(403, "not_allowed", message)
-        tokens = 1
         self.keys.begin(call.caller, tokens, self.gate.loop.time())
-        return tokens
+
+    def _wish(self, call: Call) -> Wish:
+        """Keys of the prompt are made only where there is a choice of replicas."""
+        caller, route = call.caller, self.gate.find(call.model)
+        keys: tuple[int, ...] = ()
+        if route is not None and len(route.endpoints) > 1 and route.affinity == "prefix":
+            keys = keys_of(call.path, call.headers, call.body, call.head, route.name, caller.tenant)
+        tokens = tokens_of(len(call.body), call.head)
+        return Wish(caller.tenant, caller.priority, tokens, keys, weight=caller.weight)
 
 
 class _Exchange:
