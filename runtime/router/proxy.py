@@ -21,10 +21,11 @@ import msgspec
 
 from runtime.engine.guard import CLOSED, CLOSED_HEADER
 from runtime.router.access_log import AccessLog
-from runtime.router.admission import Decision, Forward, Held, Refused, Wish
+from runtime.router.admission import Decision, Forward, Held, Refused
 from runtime.router.call import ANONYMOUS, Call, Caller
 from runtime.router.client import Client
 from runtime.router.errors import ApiError, sse_error
+from runtime.router.fairness import Wish
 from runtime.router.gate import Gate
 from runtime.router.keys import Keys, may, rate_headers
 from runtime.router.limits import GpuShare
