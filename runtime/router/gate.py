@@ -39,6 +39,10 @@ class Gate:
         """The route of a name or alias."""
         return self._admission.find(model)
 
+    def waiting(self, model: str) -> int:
+        """How many requests wait for the model of that (exact) name."""
+        return self._admission.waiting(model)
+
     def demand(self) -> tuple[tuple[ModelDemand, ...], dict[str, int]]:
         """Whole demand by model, and requests in flight by replica id."""
         return self._admission.demand(self.loop.time()), self._admission.in_flight()
@@ -96,7 +100,7 @@ class Gate:
             self._turns[decision.request_id] = self.loop.create_future()
             self._arm()
             route = self._admission.find(model)
-            if route is not None and self._admission.waiting(route.name) == 1:
+            if route is not None and self.waiting(route.name) == 1:
                 self.on_first_wait()
         return decision
 
