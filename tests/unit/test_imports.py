@@ -57,6 +57,7 @@ ONE_IMPORTER = {
     "consul": "runtime/consul.py",
     "huggingface_hub": "agent/cache_hub.py",
     "boto3": "agent/cache_s3.py",
+    "opentelemetry": "runtime/router/tracing.py",
 }
 
 
