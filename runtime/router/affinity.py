@@ -1,10 +1,12 @@
 """Which replica has read a prompt's beginning already, as far as this router knows. Pure.
 
-Requests carry keys of longer and longer beginnings of their prompts (prompt.py). Two rules, the
-first that names a replica counts; `None` means: the least loaded.
+Requests carry keys of longer and longer beginnings of their prompts, or one of their session, which
+is below zero (prompt.py). Two rules, the first that applies counts; where its replica has too much
+to do, or none applies, the request goes to the least loaded, as if it had no keys.
 
 1. *Remembered*. The longest beginning that this router has sent before is at least a quarter of the
    prompt: the least loaded of the replicas that got it, if its load is at most (1 + SLACK) x mean.
+   A session is where its last request went, which has all of it.
 2. *Home*. The first beginning that was never sent is what sets this prompt apart from all others,
    whatever they have in common. Its home is the replica of the highest hash (rendezvous hashing,
    Thaler and Ravishankar 1998), if its load is at most the mean. Routers that never speak to each
@@ -78,12 +80,11 @@ class Affinity:
         known = self._readers
         for key in keys:
             readers = known.get(key)
-            if readers is None:
+            if readers is None or key < 0:
                 known[key] = (replica_id,)
-                continue
-            known.move_to_end(key)
-            if replica_id not in readers:
+            elif replica_id not in readers:
                 known[key] = (*readers, replica_id)[-_MOST_READERS:]
+            known.move_to_end(key)
         while len(known) > MEMORY:
             known.popitem(last=False)
 
