@@ -7,7 +7,15 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from runtime.router.admission import MAX_ATTEMPTS, SUSPECT_S, Admission, Forward, Held, Refused
+from runtime.router.admission import (
+    MAX_ATTEMPTS,
+    SUSPECT_S,
+    Admission,
+    Forward,
+    Held,
+    Refused,
+    Wish,
+)
 from runtime.wire import Endpoint, ModelRoute, RouteTable
 
 
@@ -272,10 +280,15 @@ class Machine(RuleBasedStateMachine):
         ]
         self.note(self.admission.routes(table(*models), self.now))
 
-    @rule(model=st.sampled_from((*MODELS, "unknown")))
-    def arrive(self, model: str) -> None:
+    @rule(
+        model=st.sampled_from((*MODELS, "unknown")),
+        tokens=st.integers(1, 100),
+        affinity=st.sampled_from(((), (-1,), (1,), (1, 2), (1, 2, 3))),
+    )
+    def arrive(self, model: str, tokens: int, affinity: tuple[int, ...]) -> None:
         self.count += 1
-        self.apply(self.admission.arrive(str(self.count), model, self.now))
+        wish = Wish(tokens=tokens, affinity=affinity)
+        self.apply(self.admission.arrive(str(self.count), model, self.now, wish))
 
     @rule(data=st.data(), delivered=st.booleans())
     def failed(self, data: st.DataObject, delivered: bool) -> None:
