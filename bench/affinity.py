@@ -26,7 +26,7 @@ import json
 import sys
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
@@ -281,21 +281,15 @@ def _unevenness(values: list[int]) -> float:
 # -------------------------------------------------------------------------------- report
 
 
-def workloads(names: list[str], traces: Path, quick: bool) -> Iterator[tuple[str, list[Request]]]:
-    """Each by its name. Raises SystemExit where a trace is missing."""
-    for name in names:
-        if name == SYSTEM_PROMPT:
-            yield name, system_prompt(2000 if quick else 8000)
-            continue
-        file_name, told_by = TRACES[name]
-        file = traces / file_name
-        if not file.is_file():
-            sys.exit(
-                f"{file} is not there: give the folder of Mooncake's traces with --traces (they"
-                " are in github.com/kvcache-ai/Mooncake, FAST25-release/traces)"
-            )
-        requests = read(file, told_by)
-        yield name, requests[:2000] if quick else requests
+def workload(name: str, traces: Path, quick: bool) -> list[Request] | None:
+    """Its requests; None: its trace is not there."""
+    if name == SYSTEM_PROMPT:
+        return system_prompt(2000 if quick else 8000)
+    file_name, told_by = TRACES[name]
+    if not (traces / file_name).is_file():
+        return None
+    requests = read(traces / file_name, told_by)
+    return requests[:2000] if quick else requests
 
 
 def table(found: dict[str, Figures]) -> str:
@@ -342,7 +336,12 @@ def main() -> None:
     if o.quick:
         o.replicas, o.routers = [8], [1]
     made: list[Row] = []
-    for name, requests in workloads(o.workload, o.traces, o.quick):
+    missing = []
+    for name in o.workload:
+        requests = workload(name, o.traces, o.quick)
+        if requests is None:
+            missing.append(TRACES[name][0])
+            continue
         for replicas in o.replicas:
             for routers in o.routers:
                 what = f"{name}, {replicas} replicas, {routers} router{'s' * (routers > 1)}"
@@ -353,7 +352,11 @@ def main() -> None:
                 made += rows(what, found)
                 if not o.json:
                     print(f"\n{what}\n\n{table(found)}", flush=True)
-    print_report("bench/affinity.py", made, o.json)
+    note = (
+        f"not in {o.traces}: {', '.join(missing)}; give their folder with --traces (they are in"
+        " github.com/kvcache-ai/Mooncake, FAST25-release/traces)"
+    )
+    print_report("bench/affinity.py", made, o.json, note if missing else None)
 
 
 if __name__ == "__main__":
