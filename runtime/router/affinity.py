@@ -32,7 +32,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Set
 from hashlib import blake2b
 
-SLACK = 0.25  # bench/affinity.py: 0.5 finds a tenth more blocks, but the slowest wait longer
+SLACK = 0.25  # bench/affinity.py: 0.5 finds up to a tenth more, but the slowest wait longer
 MEMORY = 65_536  # keys, of all models together
 _MOST_READERS = 64
 _GOLDEN = 0x9E3779B97F4A7C15  # 2 ** 64 / the golden ratio, odd
