@@ -108,9 +108,15 @@ def test_where_all_rest_the_keys_do_not_matter() -> None:
 
 
 def test_a_held_request_goes_by_its_own_keys() -> None:
-    admission = routed("a", "b", max_in_flight=1)
-    places = {send(admission, str(i), tokens=10, affinity=(-i - 1,)): str(i) for i in range(2)}
-    assert isinstance(admission.arrive("2", "m", 0.0, Wish(tokens=10, affinity=(-1,))), Held)
-    mine = next(replica for replica, request_id in places.items() if request_id == "0")
-    (released,) = admission.finished("0", 1.0)
-    assert (released.request_id, released.endpoint.replica_id) == ("2", mine)
+    admission = routed("a", "b")
+    places = {}
+    for key in range(-6, 0):
+        places[key] = send(admission, str(key), tokens=10, affinity=(key,))
+        admission.finished(str(key), 0.0)
+    assert set(places.values()) == {"a", "b"}
+    for version, key in enumerate(places, 1):
+        admission.routes(table(version=2 * version), 1.0)
+        assert isinstance(admission.arrive("h", "m", 1.0, Wish(tokens=10, affinity=(key,))), Held)
+        (released,) = admission.routes(table("a", "b", version=2 * version + 1), 1.0)
+        assert released.endpoint.replica_id == places[key]
+        admission.finished("h", 1.0)
