@@ -281,6 +281,7 @@ class Machine(RuleBasedStateMachine):
             tenant=st.sampled_from("ab"),
             priority=st.sampled_from((100, 0, BACKGROUND)),
             tokens=st.integers(1, 1000),
+            affinity=st.sampled_from(((), (-1,), (1,), (1, 2), (1, 2, 3))),
             wait_s=st.sampled_from((None, 3.0)),
             weight=st.sampled_from((1.0, 3.0)),
         ),
