@@ -36,9 +36,10 @@ from zlib import crc32
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from bench.lib.report import Row, print_report
-from runtime.router.admission import Admission, Forward, Wish
+from runtime.router.admission import Admission, Forward
 from runtime.router.affinity import Affinity
 from runtime.router.body import Head
+from runtime.router.fairness import Wish
 from runtime.router.prompt import keys_of, tokens_of
 from runtime.wire import Endpoint, ModelRoute, RouteTable
 
@@ -261,7 +262,8 @@ def _router(affinity: Affinity, replica_ids: tuple[str, ...]) -> Admission:
     admission = Admission()
     admission._affinity = affinity
     endpoints = tuple(Endpoint(replica_id=r, base_url="http://r", key="k") for r in replica_ids)
-    admission.routes(RouteTable(version=1, models=(ModelRoute(name="m", endpoints=endpoints),)), 0)
+    route = ModelRoute(name="m", endpoints=endpoints, target_concurrency=1_000_000)  # none waits
+    admission.routes(RouteTable(version=1, models=(route,)), 0.0)
     return admission
 
 

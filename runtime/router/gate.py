@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
-from runtime.router.admission import PLAIN, Admission, Decision, Forward, Held, Refused, Wish
+from runtime.router.admission import PLAIN, Admission, Decision, Forward, Held, Refused
+from runtime.router.fairness import Wish
 from runtime.wire import ModelDemand, ModelRoute, RouteTable
 
 
@@ -52,6 +53,7 @@ class Gate:
         """Let a request in. The decision's `request_id` is what the other methods take."""
         request_id = str(next(self._ids))
         decision = self._admission.arrive(request_id, model, self.loop.time(), wish)
+        self._hand_out(self._admission.shed())
         return self._noting_wait(decision, model)
 
     def failed(self, request_id: str, model: str, reason: str, delivered: bool) -> Decision:
@@ -98,7 +100,7 @@ class Gate:
                 self.on_first_wait()
         return decision
 
-    def _hand_out(self, decisions: list[Forward | Refused]) -> None:
+    def _hand_out(self, decisions: Sequence[Forward | Refused]) -> None:
         for decision in decisions:
             turn = self._turns.pop(decision.request_id)
             if not turn.done():  # its handler may have been cancelled and not yet have run

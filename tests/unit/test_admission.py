@@ -7,15 +7,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from runtime.router.admission import (
-    MAX_ATTEMPTS,
-    SUSPECT_S,
-    Admission,
-    Forward,
-    Held,
-    Refused,
-    Wish,
-)
+from runtime.router.admission import MAX_ATTEMPTS, SUSPECT_S, Admission, Forward, Held, Refused
+from runtime.router.fairness import BACKGROUND, Wish
 from runtime.wire import Endpoint, ModelRoute, RouteTable
 
 
@@ -274,6 +267,7 @@ class Machine(RuleBasedStateMachine):
                 *(r for r in chosen if r[0] == model),
                 hold_s=self.hold_s[model],
                 max_queue=max_queue,
+                target_concurrency=max_queue,
                 refusal="no" if model in refusing else None,
             )
             for model, chosen in replicas.items()
@@ -282,13 +276,20 @@ class Machine(RuleBasedStateMachine):
 
     @rule(
         model=st.sampled_from((*MODELS, "unknown")),
-        tokens=st.integers(1, 100),
-        affinity=st.sampled_from(((), (-1,), (1,), (1, 2), (1, 2, 3))),
+        wish=st.builds(
+            Wish,
+            tenant=st.sampled_from("ab"),
+            priority=st.sampled_from((100, 0, BACKGROUND)),
+            tokens=st.integers(1, 1000),
+            wait_s=st.sampled_from((None, 3.0)),
+            affinity=st.sampled_from(((), (-1,), (1,), (1, 2), (1, 2, 3))),
+            weight=st.sampled_from((1.0, 3.0)),
+        ),
     )
-    def arrive(self, model: str, tokens: int, affinity: tuple[int, ...]) -> None:
+    def arrive(self, model: str, wish: Wish) -> None:
         self.count += 1
-        wish = Wish(tokens=tokens, affinity=affinity)
         self.apply(self.admission.arrive(str(self.count), model, self.now, wish))
+        self.note(self.admission.shed())
 
     @rule(data=st.data(), delivered=st.booleans())
     def failed(self, data: st.DataObject, delivered: bool) -> None:

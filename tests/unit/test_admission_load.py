@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from runtime.router.admission import SUSPECT_S, Admission, Forward, Held, Wish
+from runtime.router.admission import SUSPECT_S, Admission, Forward, Held
+from runtime.router.fairness import Wish
 from runtime.wire import Endpoint, ModelRoute, RouteTable
 
 
