@@ -283,7 +283,6 @@ class Machine(RuleBasedStateMachine):
             tokens=st.integers(1, 1000),
             affinity=st.sampled_from(((), (-1,), (1,), (1, 2), (1, 2, 3))),
             wait_s=st.sampled_from((None, 3.0)),
-            affinity=st.sampled_from(((), (-1,), (1,), (1, 2), (1, 2, 3))),
             weight=st.sampled_from((1.0, 3.0)),
         ),
     )
