@@ -25,6 +25,7 @@ from runtime.router.call import Call
 from runtime.router.client import AiohttpClient
 from runtime.router.errors import ApiError
 from runtime.router.front import RequestIds
+from runtime.router.jobs.handlers import Handlers
 from runtime.router.openapi import document, page
 from runtime.router.paths import ROOT_PATHS, STREAMS, v1_target
 from runtime.router.proxy import Proxy
@@ -51,8 +52,10 @@ class Api:
         proxy: Proxy,
         max_body_bytes: int,
         read_timeout_s: float,
+        jobs: Handlers,
         siblings: Siblings | None = None,
     ) -> None:
+        self._jobs = jobs
         self._siblings = siblings
         self._proxy = proxy
         self._max_body_bytes = max_body_bytes
@@ -66,6 +69,7 @@ class Api:
         app = web.Application(client_max_size=self._max_body_bytes, middlewares=[self._shaped])
         app.add_routes(
             [
+                *self._jobs.routes(),
                 web.post("/v1/{tail:.+}", self._openai),
                 *(web.post(path, self._root) for path in ROOT_PATHS),
                 web.get("/v1/models", self._models),
@@ -112,8 +116,11 @@ class Api:
     async def _invoke(self, request: web.Request) -> web.StreamResponse:
         model = request.match_info["model"]
         self._route(model)
-        stream = _stream_wish(request)
+        later = self._jobs.wanted(request)
+        stream = False if later else _stream_wish(request)
         call = bodies.invocation(await self._body(request), model, stream)
+        if later:
+            return await self._jobs.accept(request, call)
         return await self._serve(request, call.path, call.body, call.head)
 
     async def _serve(

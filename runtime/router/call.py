@@ -21,6 +21,7 @@ class Caller:
 
 
 ANONYMOUS = Caller()
+BACKGROUND = -1000  # the priority of what may use only capacity that nobody waits for
 
 
 @dataclass(slots=True)  # frozen would cost a microsecond

@@ -18,6 +18,7 @@ from runtime.registry import Registry, Service
 from runtime.router.api import Api
 from runtime.router.front import Front
 from runtime.router.gate import Gate
+from runtime.router.jobs.service import Jobs
 from runtime.router.link import Link
 from runtime.router.metrics import Metrics
 from runtime.router.plain import KEEP_ALIVE_S
@@ -61,7 +62,8 @@ async def run_router(
     worker, siblings = worker_index(), None
     if worker is not None:
         siblings = Siblings(Path(config.state_dir), worker, settings.workers)
-    api = Api(proxy, settings.max_body_bytes, settings.read_timeout_s, siblings)
+    jobs = Jobs(config, proxy)
+    api = Api(proxy, settings.max_body_bytes, settings.read_timeout_s, jobs.handlers, siblings)
     runner, front = await _servers(settings, api, proxy)
     try:
         listener = _listen(settings.host, settings.port, shared=worker is not None)
@@ -84,7 +86,8 @@ async def run_router(
             )
             if on_ready is not None:
                 on_ready(f"http://{_url_host(settings.host)}:{port}")
-            await stop.wait()
+            async with _background(jobs.run()):
+                await stop.wait()
             api.draining = True
             log.info("draining for up to %g s", settings.drain_s)
             server.close()
@@ -93,6 +96,7 @@ async def run_router(
     finally:
         await front.drain(0.0)
         await runner.cleanup()
+        await jobs.close()
         gate.close()
         upstream.close()
 

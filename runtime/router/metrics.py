@@ -66,6 +66,10 @@ class Metrics(Collector):
         """A body has begun, this long after the request arrived."""
         self._ttft[self._label(model)].add(seconds)
 
+    def include(self, collector: Collector) -> None:
+        """Show another's figures too."""
+        self._registry.register(collector)
+
     def render(self) -> bytes:
         """The text exposition."""
         return generate_latest(self._registry)

@@ -157,9 +157,7 @@ def pending(db: sqlite3.Connection, batch: int, after: int, limit: int) -> list[
     return [LineRow(*row) for row in db.execute(query, (batch, after, limit))]
 
 
-def finish_line(
-    db: sqlite3.Connection, batch: int, line: int, outcome: int, result: bytes
-) -> bool:
+def finish_line(db: sqlite3.Connection, batch: int, line: int, outcome: int, result: bytes) -> bool:
     """A line's result; False where it has one already."""
     done = db.execute(
         "UPDATE lines SET outcome = ?, result = ? WHERE batch = ? AND line = ? AND outcome = 0",
@@ -189,6 +187,8 @@ def end(
 ) -> int:  # fmt: skip
     """It is over as `status`; lines without a result get `why`. Returns how many these were."""
     row = by_seq(db, batch)
+    if "in_progress" not in row.stamps:
+        begin_lines(db, batch)  # a validation that was broken off
     left = db.execute(
         "UPDATE lines SET outcome = ?, result = CAST(json_object('id', ? || '_' || line,"
         " 'custom_id', custom_id, 'response', NULL, 'error', json_object('code', ?,"

@@ -13,9 +13,7 @@ _PAGE = 200  # output lines read at once
 
 OK, ERROR = 1, 2  # outcomes of a line; 0: it has none yet
 
-_COLUMNS = (
-    "seq, id, tenant, filename, purpose, size_bytes, created_at, expires_at, batch, outcome"
-)
+_COLUMNS = "seq, id, tenant, filename, purpose, size_bytes, created_at, expires_at, batch, outcome"
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,11 +143,15 @@ def part(db: sqlite3.Connection, file: int, start: int, size: int) -> bytes:
     return data[begin_at : begin_at + size]
 
 
-def in_use(db: sqlite3.Connection, file: FileRow) -> str | None:
-    """The unfinished batch that reads this file."""
+def delete_unused(db: sqlite3.Connection, file: FileRow) -> str | None:
+    """Delete the file, unless an unfinished batch reads it: the id of that is returned."""
     query = "SELECT id FROM batches WHERE input = ? AND ended_at IS NULL"
     row = db.execute(query, (file.seq,)).fetchone()
-    return row[0] if row else None
+    if row is None:
+        delete(db, file.seq)
+        return None
+    batch: str = row[0]
+    return batch
 
 
 def delete(db: sqlite3.Connection, file: int) -> None:
@@ -171,6 +173,4 @@ def expired(db: sqlite3.Connection, now: float, upload_s: float) -> list[int]:
 
 
 def _one(db: sqlite3.Connection, where: str, value: object) -> FileRow:
-    return FileRow(
-        *db.execute(f"SELECT {_COLUMNS} FROM files WHERE {where}", (value,)).fetchone()
-    )
+    return FileRow(*db.execute(f"SELECT {_COLUMNS} FROM files WHERE {where}", (value,)).fetchone())

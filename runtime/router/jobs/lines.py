@@ -131,6 +131,43 @@ class Check:
         return found
 
 
+class Splitter:
+    """Cuts a file that comes in pieces into its lines; one beyond `max_bytes` is not kept."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self._max_bytes = max_bytes
+        self._rest = b""
+        self._start = 0  # of the line that is under way
+        self._number = 1
+        self._skipping = False
+
+    def feed(self, data: bytes) -> list[tuple[int, int, bytes | None]]:
+        """(number, where it starts, text) of each line that is whole now and not blank; the text is
+        None where it is too long."""
+        found: list[tuple[int, int, bytes | None]] = []
+        *whole, self._rest = (self._rest + data).split(b"\n")
+        for text in whole:
+            self._cut(text, found)
+            self._start += len(text) + 1
+            self._number += 1
+            self._skipping = False
+        if len(self._rest) > self._max_bytes or self._skipping:
+            self._cut(self._rest, found)
+            self._start += len(self._rest)
+            self._rest = b""
+            self._skipping = True
+        return found
+
+    def end(self) -> list[tuple[int, int, bytes | None]]:
+        """As `feed`, for a last line without its end."""
+        return self.feed(b"\n")
+
+    def _cut(self, text: bytes, found: list[tuple[int, int, bytes | None]]) -> None:
+        if self._skipping or not text.strip():
+            return
+        found.append((self._number, self._start, text if len(text) <= self._max_bytes else None))
+
+
 def answered(batch_id: str, line: int, custom_id: str, status: int, body: bytes) -> bytes:
     """An engine's answer as one line of an output or error file."""
     request_id = request_id_of(batch_id, line)

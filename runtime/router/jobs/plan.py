@@ -3,9 +3,9 @@
 Rules this file keeps:
 - at most `limit` pieces are in flight, and of each model as many as its window allows: one more
   after each answer, `first_window` at the beginning, one again after a refusal;
-- a refused piece goes back to the head of its lane; its model rests, longer with each refusal in a
-  row. Only a piece that BREAKS_MAX times ended without an answer is given up on;
-- tenants take turns; within a tenant what came first goes first, past models that rest.
+- a refused or broken piece goes back to the head of its lane; its model rests, longer with each
+  refusal in a row. Only a piece that ended without an answer BREAKS_MAX times is given up on;
+- tenants take turns; within a tenant the oldest owner goes first, past models that rest.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ REST_S = 1.0  # after the first refusal in a row; then twice as long each time
 REST_MAX_S = 60.0
 BREAKS_MAX = 3
 
-Verdict = Literal["answered", "refused", "broken"]
+# broken: sent, and no answer came; given up: so for the last time
+Verdict = Literal["answered", "refused", "broken", "given up"]
 
 
 class Item(NamedTuple):
@@ -73,7 +74,7 @@ class Plan:
             return None
         for tenant in list(self._lanes):
             lanes = self._lanes[tenant]
-            lane = next((lane for lane in lanes if self._may(lane[1], now)), None)
+            lane = min((lane for lane in lanes if self._may(lane[1], now)), default=None)
             if lane is None:
                 continue
             item = lanes[lane].popleft()
@@ -87,24 +88,27 @@ class Plan:
             return item
         return None
 
-    def ended(self, key: Key, verdict: Verdict, now: float, retry_after_s: float = 0.0) -> bool:
-        """How a piece in flight ended; False: it has gone back and will be sent again."""
+    def last_try(self, key: Key) -> bool:
+        """Whether a piece in flight that ends without an answer is to be given up on."""
+        return self._breaks[key] + 1 >= BREAKS_MAX
+
+    def ended(self, key: Key, verdict: Verdict, now: float, retry_after_s: float = 0.0) -> None:
+        """How a piece in flight ended; a refused or broken one waits again."""
         item = self.in_flight.pop(key)
         model = self._model(item.model)
         model.in_flight -= 1
         if verdict == "answered":
             model.window = min(model.window + 1, self._limit)
             model.refusals = 0
+        else:
+            self._rest(model, now, retry_after_s)
+        if verdict == "refused" or verdict == "broken":
+            self._breaks[key] += verdict == "broken"
+            lanes = self._lanes.setdefault(item.tenant, {})
+            lanes.setdefault((item.owner, item.model), deque()).appendleft(item)
+        else:
             self._breaks.pop(key, None)
             self._forget_if_unused(item.model)
-            return True
-        self._rest(model, now, retry_after_s)
-        self._breaks[key] += verdict == "broken"
-        if self._breaks[key] >= BREAKS_MAX:
-            del self._breaks[key]
-            return True
-        self._put_back(item)
-        return False
 
     def drop(self, owner: int) -> list[Key]:
         """Forget what waits of an owner; returns what is in flight of it, which still has to end
@@ -147,14 +151,6 @@ class Plan:
         model.refusals = min(model.refusals + 1, 16)
         model.rests_until = now + max(pause_s, min(retry_after_s, REST_MAX_S))
         model.window = 1
-
-    def _put_back(self, item: Item) -> None:
-        lanes = self._lanes.setdefault(item.tenant, {})
-        lane = (item.owner, item.model)
-        if lane in lanes:
-            lanes[lane].appendleft(item)
-        else:
-            self._lanes[item.tenant] = {lane: deque([item]), **lanes}
 
     def _forget_if_unused(self, name: str) -> None:
         model = self._models[name]

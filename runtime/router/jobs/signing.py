@@ -58,7 +58,9 @@ def url_problem(url: str, private: bool) -> str | None:
         return f"is not a URL: {error}"
     schemes = ("https", "http") if private else ("https",)
     if parts.scheme not in schemes or not host:
-        return f"must begin with {' or '.join(f'{scheme}://' for scheme in schemes)} and have a host"
+        return (
+            f"must begin with {' or '.join(f'{scheme}://' for scheme in schemes)} and have a host"
+        )
     if parts.username is not None or parts.password is not None:
         return "may not hold a user or a password"
     if private:
