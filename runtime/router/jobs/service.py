@@ -34,6 +34,7 @@ log = logging.getLogger("stoker.router.jobs")
 
 POLL_S = 0.5  # between two looks at what other processes wrote, and at the lock
 ROUND_S = 0.02  # the least time between two rounds: ends that come together are one
+PAUSE_S = 5.0  # after one that failed
 SWEEP_S = 60.0
 UPLOAD_S = 3600.0  # an upload that is not whole by then is given up on
 
@@ -106,7 +107,11 @@ class Jobs:
                     swept_at = time.monotonic()
                     await self._sweep()
             except StoreError:
-                await asyncio.sleep(POLL_S)
+                await asyncio.sleep(PAUSE_S)
+                continue
+            except Exception:
+                log.exception("a round of jobs and batches failed")
+                await asyncio.sleep(PAUSE_S)
                 continue
             await asyncio.sleep(ROUND_S)
             await self._until_work(batches.busy or invokes.busy, swept_at + SWEEP_S)
