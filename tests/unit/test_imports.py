@@ -30,6 +30,8 @@ PURE = (
     "agent/canary.py", "agent/phases.py", "agent/cache_policy.py",
     "agent/staging_policy.py", "agent/host_ram.py", "agent/load_format.py",
     "runtime/router/admission.py", "runtime/router/breaker.py", "runtime/router/sketch.py",
+    "runtime/router/jobs/lines.py", "runtime/router/jobs/plan.py", "runtime/router/jobs/shapes.py",
+    "runtime/router/jobs/signing.py",
     "runtime/sim/loop.py", "runtime/sim/pipe.py", "runtime/sim/profile.py",
     "runtime/sim/timings.py", "runtime/sim/witness.py", "agent/simnode.py", "agent/simengine.py",
     "agent/simfiles.py", "scheduler/sim/network.py", "scheduler/sim/control.py",
