@@ -14,7 +14,10 @@ SECRET = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
 def test_the_signature_is_that_of_the_specifications_own_example() -> None:
     """https://github.com/standard-webhooks/standard-webhooks, spec and reference libraries."""
     made = signing.headers(
-        signing.key_of(SECRET), "msg_p5jXN8AQM9LWM0D4loKWxJek", 1614265330.9, b'{"test": 2432232314}'
+        signing.key_of(SECRET),
+        "msg_p5jXN8AQM9LWM0D4loKWxJek",
+        1614265330.9,
+        b'{"test": 2432232314}',
     )
     assert made == {
         "webhook-id": "msg_p5jXN8AQM9LWM0D4loKWxJek",

@@ -30,6 +30,7 @@ from runtime.router.errors import ApiError
 log = logging.getLogger("stoker.router.jobs")
 
 BUSY_S = 5.0  # how long to wait for another process's write
+_SHRUNK_PAGES = 2000  # in one transaction: 8 MB
 FORMAT = 1  # PRAGMA user_version
 
 _SCHEMA = """
@@ -127,8 +128,10 @@ class Store:
             raise StoreFull(self._max_bytes)
 
     async def shrink(self) -> None:
-        """Give the disk back what is not used any more."""
-        await self._run(None, lambda db: db.execute("PRAGMA incremental_vacuum").fetchall())
+        """Give the disk back what is not used any more, a little at a time."""
+        left, before = await self._run(None, _shrink), -1
+        while left and left != before:
+            left, before = await self._run(None, _shrink), left
 
     async def close(self) -> None:
         """Idempotent."""
@@ -171,6 +174,12 @@ def used_bytes(db: sqlite3.Connection) -> int:
     """Bytes of the file that hold something."""
     pages = _figure(db, "page_count") - _figure(db, "freelist_count")
     return pages * _figure(db, "page_size")
+
+
+def _shrink(db: sqlite3.Connection) -> int:
+    """How many unused pages are left. `execute` would take one step of it, a page."""
+    db.executescript(f"PRAGMA incremental_vacuum({_SHRUNK_PAGES})")
+    return _figure(db, "freelist_count")
 
 
 def _figure(db: sqlite3.Connection, name: str) -> int:
