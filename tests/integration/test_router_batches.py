@@ -24,7 +24,7 @@ from router_kit import Engine, Received, Stack, eventually
 
 from runtime.router import table_file
 from runtime.router.call import BACKGROUND, Caller
-from runtime.router.jobs import handlers
+from runtime.router.jobs import handlers, service
 from runtime.router.proxy import Proxy
 from runtime.wire import RouteTable
 
@@ -359,6 +359,49 @@ async def test_an_upload_that_breaks_off_leaves_nothing(stack: Stack, client: As
     await eventually(empty, "a part of it is left")
 
 
+async def test_a_file_that_is_deleted_while_it_is_read_does_not_look_whole(
+    stack: Stack, client: AsyncOpenAI
+) -> None:
+    file = await client.files.create(file=("a", b"x" * 24_000_000), purpose="batch")
+    async with stack.session.get(f"{stack.url}/v1/files/{file.id}/content") as response:
+        assert await response.content.read(1)
+        await client.files.delete(file.id)
+        with pytest.raises(aiohttp.ClientPayloadError):
+            await response.read()
+
+
+async def test_a_batch_that_takes_too_long_expires(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(handlers, "WINDOW_S", 1.0)
+    async with kit.stack(tmp_path) as stack, client_of(stack.url) as client:
+        await stack.serve("m")  # cold, and nobody starts it
+        batch = await ended(client, await submit(client, jsonl(line(1), line(2))))
+        assert batch.status == "expired"
+        assert batch.expired_at is not None
+        errors = await lines_of(client, batch.error_file_id)
+        assert {r["error"]["code"] for r in errors.values()} == {"batch_expired"}
+        assert set(errors) == {"c1", "c2"}
+        await eventually(lambda: stack.scheduler.waiting() == 0, "it still asks for the model")
+
+
+async def test_what_is_kept_long_enough_is_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(service, "SWEEP_S", 0.2)
+    async with kit.stack(tmp_path, results_keep_s=2.0) as stack, client_of(stack.url) as client:
+        await stack.serve("m", await stack.engine(echo))
+        batch = await ended(client, await submit(client, jsonl(line(1))))
+        output = await client.files.retrieve(batch.output_file_id)
+        assert output.expires_at is not None
+        assert output.expires_at - output.created_at in (2, 3)
+        async with asyncio.timeout(kit.DEADLINE_S):
+            while (await client.files.list()).data or (await client.batches.list()).data:
+                await asyncio.sleep(0.05)
+        with pytest.raises(openai.NotFoundError):
+            await client.files.content(output.id)
+
+
 # ------------------------------------------------------------------------------------- processes
 
 
@@ -385,7 +428,7 @@ async def router_process(state_dir: Path) -> AsyncIterator[tuple[asyncio.subproc
 async def test_kill_9_in_the_middle_loses_nothing_and_doubles_nothing(
     tmp_path: Path, successor: str
 ) -> None:
-    """The next process of the host, started after or running beside it, goes on."""
+    """The next process of the host, started after it or running beside it, goes on."""
 
     async def slow(received: Received, writer: asyncio.StreamWriter) -> None:
         await asyncio.sleep(0.02)
@@ -399,7 +442,8 @@ async def test_kill_9_in_the_middle_loses_nothing_and_doubles_nothing(
         first, url = await exits.enter_async_context(router_process(tmp_path))
         if successor == "sibling":
             _, next_url = await exits.enter_async_context(router_process(tmp_path))
-        client = await exits.enter_async_context(client_of(url))
+        taken_in_by = url if successor == "restart" else next_url
+        client = await exits.enter_async_context(client_of(taken_in_by))
         batch = await submit(client, jsonl(*map(line, range(400))))
         await eventually(lambda: len(engine.received) > 100, "nothing under way")
         first.kill()

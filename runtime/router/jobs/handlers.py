@@ -133,14 +133,20 @@ class Handlers:
         response.content_type = "application/octet-stream"
         response.content_length = file.size_bytes
         position: int | None = 0
-        data, position = await self._store.read(file_rows.content, file, 0)
-        await response.prepare(request)
-        while data:
-            await response.write(data)
-            if position is None:
+        left = file.size_bytes
+        while position is not None:
+            try:
+                data, position = await self._store.read(file_rows.content, file, position)
+            except ApiError:
+                if not response.prepared:
+                    raise
                 break
-            data, position = await self._store.read(file_rows.content, file, position)
-        await response.write_eof()
+            if not response.prepared:
+                await response.prepare(request)
+            left -= len(data)
+            await response.write(data)
+        if left and request.transport is not None:  # it was deleted: it must not look whole
+            request.transport.close()
         return response
 
     async def _asked_file(self, request: web.Request) -> FileRow:
