@@ -25,7 +25,7 @@ from runtime.router.call import Call
 from runtime.router.client import AiohttpClient
 from runtime.router.errors import ApiError
 from runtime.router.front import RequestIds
-from runtime.router.jobs.handlers import Handlers
+from runtime.router.jobs.service import Jobs
 from runtime.router.openapi import document, page
 from runtime.router.paths import ROOT_PATHS, STREAMS, v1_target
 from runtime.router.proxy import Proxy
@@ -52,7 +52,7 @@ class Api:
         proxy: Proxy,
         max_body_bytes: int,
         read_timeout_s: float,
-        jobs: Handlers,
+        jobs: Jobs,
         siblings: Siblings | None = None,
     ) -> None:
         self._jobs = jobs
@@ -116,11 +116,11 @@ class Api:
     async def _invoke(self, request: web.Request) -> web.StreamResponse:
         model = request.match_info["model"]
         self._route(model)
-        later = self._jobs.wanted(request)
+        later = self._jobs.handlers.wanted(request)
         stream = False if later else _stream_wish(request)
         call = bodies.invocation(await self._body(request), model, stream)
         if later:
-            return await self._jobs.accept(request, call)
+            return await self._jobs.handlers.accept(request, call)
         return await self._serve(request, call.path, call.body, call.head)
 
     async def _serve(

@@ -63,7 +63,7 @@ async def run_router(
     if worker is not None:
         siblings = Siblings(Path(config.state_dir), worker, settings.workers)
     jobs = Jobs(config, proxy)
-    api = Api(proxy, settings.max_body_bytes, settings.read_timeout_s, jobs.handlers, siblings)
+    api = Api(proxy, settings.max_body_bytes, settings.read_timeout_s, jobs, siblings)
     runner, front = await _servers(settings, api, proxy)
     try:
         listener = _listen(settings.host, settings.port, shared=worker is not None)

@@ -24,7 +24,7 @@ from router_kit import Engine, Received, Stack, eventually
 
 from runtime.router import table_file
 from runtime.router.call import BACKGROUND, Caller
-from runtime.router.jobs import handlers, service
+from runtime.router.jobs import batch_handlers, file_handlers, service
 from runtime.router.proxy import Proxy
 from runtime.wire import RouteTable
 
@@ -275,6 +275,11 @@ async def test_pages_of_files_and_batches(stack: Stack, client: AsyncOpenAI) -> 
     file = await client.files.retrieve(inputs[0])
     assert (file.bytes, file.filename) == (len(jsonl(line(0))), "in.jsonl")
     assert (await client.files.content(inputs[0])).content == jsonl(line(0))
+    url = f"{stack.url}/v1/files/{inputs[0]}"
+    async with stack.session.head(url) as response:
+        assert response.status == 200
+    async with stack.session.head(f"{url}/content") as response:  # it must not send a body
+        assert response.status == 405
     assert (await client.files.delete(inputs[0])).deleted
     with pytest.raises(openai.NotFoundError):
         await client.files.retrieve(inputs[0])
@@ -285,7 +290,8 @@ async def test_pages_of_files_and_batches(stack: Stack, client: AsyncOpenAI) -> 
 async def test_another_tenants_things_are_not_found(
     stack: Stack, client: AsyncOpenAI, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(handlers, "caller_of", lambda r: Caller(r.headers.get("X-Tenant", "a")))
+    for module in (batch_handlers, file_handlers):
+        monkeypatch.setattr(module, "caller_of", lambda r: Caller(r.headers.get("X-Tenant", "a")))
     await stack.serve("m", await stack.engine(echo))
     batch = await ended(client, await submit(client, jsonl(line(1))))
     async with client_of(stack.url, default_headers={"X-Tenant": "b"}) as other:
@@ -373,7 +379,7 @@ async def test_a_file_that_is_deleted_while_it_is_read_does_not_look_whole(
 async def test_a_batch_that_takes_too_long_expires(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(handlers, "WINDOW_S", 1.0)
+    monkeypatch.setattr(batch_handlers, "WINDOW_S", 1.0)
     async with kit.stack(tmp_path) as stack, client_of(stack.url) as client:
         await stack.serve("m")  # cold, and nobody starts it
         batch = await ended(client, await submit(client, jsonl(line(1), line(2))))

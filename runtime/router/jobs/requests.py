@@ -9,8 +9,10 @@ from typing import Any, TypeVar
 import msgspec
 from aiohttp import web
 
+from runtime.config import RouterConfig
 from runtime.router.call import ANONYMOUS, Caller
 from runtime.router.errors import ApiError
+from runtime.router.jobs import signing
 
 CALLER = web.RequestKey("caller", Caller)  # whoever authenticates a request sets it
 MAX_BODY_BYTES = 64 * 1024
@@ -55,6 +57,17 @@ def limit_of(request: web.Request, default: int, most: int) -> int:
 def webhook_problem(name: str, problem: str) -> ApiError:
     """What is wrong with a webhook that was asked for by `name`."""
     return ApiError(400, "invalid_webhook", f"{name} {problem}", param=name)
+
+
+def check_webhook(name: str, url: str | None, settings: RouterConfig) -> None:
+    """Raises ApiError (400) where this router cannot, or may not, call `url`."""
+    if url is None:
+        return
+    if not settings.webhook_secret:
+        raise webhook_problem(name, "cannot be used: this router has no router.webhook_secret")
+    problem = signing.url_problem(url, settings.webhook_private)
+    if problem is not None:
+        raise webhook_problem(name, problem)
 
 
 def not_found(what: str, name: str) -> ApiError:

@@ -17,12 +17,16 @@ import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
+from aiohttp import web
+
 from runtime.config import Config
 from runtime.router.call import Call
 from runtime.router.jobs import batch_rows, file_rows, job_rows, signing
+from runtime.router.jobs.batch_handlers import BatchHandlers
 from runtime.router.jobs.batches import Batches
-from runtime.router.jobs.handlers import Handlers
+from runtime.router.jobs.file_handlers import FileHandlers
 from runtime.router.jobs.invokes import Invokes
+from runtime.router.jobs.job_handlers import JobHandlers
 from runtime.router.jobs.metrics import JobMetrics
 from runtime.router.jobs.store import Store, StoreError
 from runtime.router.jobs.webhooks import Webhooks
@@ -40,8 +44,9 @@ UPLOAD_S = 3600.0  # an upload that is not whole by then is given up on
 
 
 class Jobs:
-    """`run` does the work, `handlers` take it in. Raises SchemaError for a bad webhook_secret.
+    """`run` does the work, `routes` (and `handlers`, for /invoke) take it in.
 
+    Raises SchemaError for a bad webhook_secret.
     `check` raises ApiError where the caller of a line or job may not make its call now; it is
     asked before each attempt.
     """
@@ -57,13 +62,14 @@ class Jobs:
         self._metrics = JobMetrics()
         proxy.metrics.include(self._metrics)
         self.check: Callable[[Call], None] = lambda call: None
-        self.handlers = Handlers(
-            self._store,
-            settings,
-            self._metrics,
-            signs=self._key is not None,
-            wake=self._woken.set,
-        )
+        wake = self._woken.set
+        self.handlers = JobHandlers(self._store, settings, self._metrics, wake)
+        self._files = FileHandlers(self._store, settings)
+        self._batches = BatchHandlers(self._store, settings, wake)
+
+    def routes(self) -> list[web.RouteDef]:
+        """For the application, before its catch-all below /v1."""
+        return [*self._files.routes(), *self._batches.routes(), *self.handlers.routes()]
 
     async def run(self) -> None:
         """Until cancelled. What is under way then is done again by whoever runs next."""
