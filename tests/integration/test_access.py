@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
 import os
@@ -13,10 +14,12 @@ import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
+import openai
 import pytest
 import requests
 import router_kit as kit
 import uvloop
+from openai import AsyncOpenAI
 from router_kit import Stack, eventually, unary
 
 from runtime.access import KEY_PREFIX, KeySpec, Limits, Scope, StoredKey, Tenant, digest
@@ -196,6 +199,62 @@ async def test_a_client_that_waits_too_short_is_told_at_once(stack: Stack) -> No
             await asyncio.sleep(0.02)
     assert (answer[1], answer[2]["Retry-After"]) == ("not_in_time", "40")
     await eventually(lambda: stack.scheduler.waiting() == 1, "it is asked for all the same")
+
+
+async def test_a_batch_goes_by_the_key_that_left_it(tmp_path: Path) -> None:
+    go = asyncio.Event()
+
+    async def slow(received: kit.Received, writer: asyncio.StreamWriter) -> None:
+        await go.wait()
+        await unary(b'{"usage":{"prompt_tokens":1,"completion_tokens":1}}')(received, writer)
+
+    lines = [
+        {"custom_id": f"c{n}", "method": "POST", "url": CHAT, "body": {"model": m, "messages": []}}
+        for n, m in enumerate(["m", "secret", "m", "m"])
+    ]
+    data = b"".join(json.dumps(line).encode() + b"\n" for line in lines)
+
+    async with kit.stack(tmp_path, anonymous="off", batch_concurrency=1) as stack:
+        engine = await stack.engine(slow)
+        await stack.scheduler.publish(kit.model("m", engine), kit.model("secret", engine))
+        await stack.scheduler.in_force()
+        await stack.scheduler.publish_keys(
+            key(scope=Scope(models=("m",))), key(OTHER, tenant="other")
+        )
+        mine = AsyncOpenAI(base_url=stack.url + "/v1", api_key=TOKEN, max_retries=0)
+        others = AsyncOpenAI(base_url=stack.url + "/v1", api_key=OTHER, max_retries=0)
+        async with mine, others:
+            async with asyncio.timeout(20):
+                while True:
+                    with contextlib.suppress(openai.APIStatusError):
+                        file = await mine.files.create(file=("in", data), purpose="batch")
+                        break
+                    await asyncio.sleep(0.02)
+            batch = await mine.batches.create(
+                input_file_id=file.id, endpoint=CHAT, completion_window="24h"
+            )
+            with pytest.raises(openai.NotFoundError):
+                await others.batches.retrieve(batch.id)
+            with pytest.raises(openai.NotFoundError):
+                await others.files.content(file.id)
+            await eventually(lambda: engine.received, "the first line")
+            await stack.scheduler.publish_keys(key(OTHER, tenant="acme"))  # mine is revoked
+            await eventually(lambda: not lets(stack, TOKEN), "the router knows")
+            go.set()
+            async with asyncio.timeout(20):  # another key of the tenant sees it through
+                while (batch := await others.batches.retrieve(batch.id)).status != "completed":
+                    await asyncio.sleep(0.02)
+            results = (await others.files.content(batch.error_file_id)).text.splitlines()
+    codes = {r["custom_id"]: r["error"]["code"] for r in map(json.loads, results)}
+    assert codes == {"c1": "not_allowed", "c2": "invalid_api_key", "c3": "invalid_api_key"} or (
+        codes == {f"c{n}": "invalid_api_key" for n in (1, 2, 3)}
+    )
+    assert len(engine.received) == 1
+
+
+def lets(stack: Stack, token: str) -> bool:
+    """Whether the kept table has the key."""
+    return digest(token) in (stack.state_dir / "keys.json").read_text()
 
 
 async def test_the_metrics_need_a_token_too(stack: Stack) -> None:
