@@ -50,7 +50,8 @@ def test_200_requests_to_a_cold_model_cause_one_start(cluster: Cluster) -> None:
 
 
 def test_an_engine_killed_under_load_loses_no_unstarted_request(cluster: Cluster) -> None:
-    cluster.add_stub("victim", engine_args={"ttft_s": 1.0, "token_s": 0.01})
+    args = {"ttft_s": 1.0, "token_s": 0.01}
+    cluster.add_stub("victim", engine_args=args, target_concurrency=40)
     assert cluster.complete("victim").status_code == 200
     (first,) = cluster.engine_pids().values()
     with ThreadPoolExecutor(40) as pool:
