@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from runtime.router.body import Head
+from runtime.router.versions import Tally
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,3 +37,5 @@ class Call:
     streams: bool  # the answer will be server-sent events
     head: Head
     caller: Caller = ANONYMOUS
+    tally: Tally | None = None  # a route chose `model`: where its fate is counted
+    spare: bool = False  # if `model` can't be had, another is tried, though comments went out

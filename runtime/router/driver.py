@@ -93,6 +93,7 @@ async def run_router(
     finally:
         await front.drain(0.0)
         await runner.cleanup()
+        proxy.routed.close()
         gate.close()
         upstream.close()
 

@@ -10,6 +10,7 @@ import itertools
 from collections.abc import Callable
 
 from runtime.router.admission import PLAIN, Admission, Decision, Forward, Held, Refused, Wish
+from runtime.router.versions import Versions
 from runtime.wire import ModelDemand, ModelRoute, RouteTable
 
 
@@ -23,6 +24,7 @@ class Gate:
     def __init__(self, max_in_flight: int | None = None) -> None:
         self.loop = asyncio.get_running_loop()
         self._admission = Admission(max_in_flight)
+        self.versions = Versions()
         self._turns: dict[str, asyncio.Future[Forward | Refused]] = {}
         self._ids = itertools.count()
         self._timer: asyncio.TimerHandle | None = None
@@ -38,6 +40,10 @@ class Gate:
         """The route of a name or alias."""
         return self._admission.find(model)
 
+    def known(self, name: str) -> bool:
+        """Whether `name` is a model's, an alias or a route's."""
+        return self._admission.find(name) is not None or name in self.versions.ways
+
     def demand(self) -> tuple[tuple[ModelDemand, ...], dict[str, int]]:
         """Whole demand by model, and requests in flight by replica id."""
         return self._admission.demand(self.loop.time()), self._admission.in_flight()
@@ -45,6 +51,7 @@ class Gate:
     def routes(self, table: RouteTable) -> None:
         """Put `table` in force and send those on who waited for it."""
         self.on_routes(table)
+        self.versions.take(table.rules)
         self._hand_out(self._admission.routes(table, self.loop.time()))
         self._arm()
 

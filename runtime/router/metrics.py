@@ -93,7 +93,26 @@ class Metrics(Collector):
         ttft = _histogram(
             "stoker_router_ttft_seconds", "Arrival to the first byte of a body", self._ttft
         )
-        return ended, waiting, in_flight, connections, hold, ttft
+        return ended, waiting, in_flight, connections, hold, ttft, *self._by_route()
+
+    def _by_route(self) -> Iterable[Metric]:
+        labels = ["route", "model"]
+        requests = CounterMetricFamily(
+            "stoker_router_route_requests", "Requests ended, by route and model", labels=labels
+        )
+        errors = CounterMetricFamily(
+            "stoker_router_route_errors", "Of these, 5xx or broken off", labels=labels
+        )
+        for part in self._gate.versions.counts():
+            requests.add_metric([part.route, part.model], part.requests)
+            errors.add_metric([part.route, part.model], part.errors)
+        dropped = CounterMetricFamily(
+            "stoker_router_mirrors_dropped", "Copies not made, too many were under way",
+            labels=["route"],
+        )  # fmt: skip
+        for route, count in self._gate.versions.mirrors_dropped.items():
+            dropped.add_metric([route], count)
+        return requests, errors, dropped
 
     def _label(self, model: str) -> str:
         route = self._gate.find(model)

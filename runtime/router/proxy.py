@@ -25,6 +25,7 @@ from runtime.router.client import Client
 from runtime.router.errors import ApiError, sse_error
 from runtime.router.gate import Gate
 from runtime.router.metrics import Metrics
+from runtime.router.routed import Routed
 from runtime.router.upstream import Headers, Reply, Upstream, UpstreamError, UpstreamTimeout
 
 log = logging.getLogger("stoker.router")
@@ -53,9 +54,13 @@ class Proxy:
         self.upstream = upstream
         self.metrics = metrics
         self.heartbeat_s = heartbeat_s
+        self.routed = Routed(self)
 
     async def serve(self, call: Call, client: Client) -> None:
         """Answer `client`. Raises ApiError while it has been told nothing."""
+        ways = self.gate.versions.ways
+        if call.model in ways and call.tally is None:
+            return await self.routed.serve(ways[call.model], call, client)
         caller = call.caller
         decision = self.gate.arrive(call.model, Wish(caller.tenant, caller.priority))
         exchange = _Exchange(self, call, client)
@@ -72,6 +77,8 @@ class Proxy:
         finally:
             self.gate.leave(decision.request_id)
             self.metrics.ended(call.model, status)
+            if call.tally is not None:
+                call.tally.ended(status)
 
 
 class _Exchange:
@@ -147,6 +154,8 @@ class _Exchange:
                 (b"Cache-Control", b"no-cache"),
                 (b"X-Request-ID", self._call.request_id.encode()),
             ]
+            if self._call.tally is not None and not self._call.spare:
+                headers.append((b"X-Stoker-Model", self._call.model.encode()))
             await self._client.begin(200, headers)
         await self._client.write(data)
 
@@ -155,7 +164,7 @@ class _Exchange:
             refused.status, refused.code, refused.message,
             param=refused.param, retry_after_s=refused.retry_after_s,
         )  # fmt: skip
-        if not self._client.begun:
+        if not self._client.begun or self._call.spare:
             raise error
         self.status = refused.status
         await self._send_early(sse_error(error.payload()))
@@ -165,7 +174,7 @@ class _Exchange:
     async def _forward(self, forward: Forward) -> None:
         """Send to the replica and relay. Raises UpstreamError while it can be tried elsewhere."""
         call, endpoint, client = self._call, forward.endpoint, self._client
-        headers = _sent_headers(call, endpoint.key)
+        headers, sent_at = _sent_headers(call, endpoint.key), self._loop.time()
         reply = await self._proxy.upstream.post(endpoint.base_url, call.path, headers, call.body)
         try:
             if reply.status == 401:  # our key, not the caller's: the table is behind the replica
@@ -174,16 +183,20 @@ class _Exchange:
                 raise UpstreamError(CLOSED, delivered=False)  # held until it wakes, or elsewhere
             first = await reply.read()
             self._proxy.metrics.first_byte(call.model, self._loop.time() - self._began_at)
+            if call.tally is not None:
+                call.tally.first_byte(self._loop.time() - sent_at)
             self._proxy.gate.answered(forward.request_id, reply.status)
             self.status = reply.status
             if not client.begun:
-                await client.begin(reply.status, _returned_headers(reply.headers, call.request_id))
+                await client.begin(reply.status, _returned_headers(reply.headers, call))
             elif reply.status != 200:
                 return await self._send_early(sse_error(await _error_of(reply, first)))
             try:
                 await client.relay(reply, first)
             except UpstreamError as error:
                 log.warning("request %s: broken off: %s", call.request_id, error)
+                if call.tally is not None:
+                    call.tally.broke_off()
                 client.break_off()
         finally:
             reply.close()
@@ -235,9 +248,11 @@ def _sent_headers(call: Call, key: str) -> list[bytes]:
     return lines
 
 
-def _returned_headers(raw: Headers, request_id: str) -> Headers:
+def _returned_headers(raw: Headers, call: Call) -> Headers:
     headers = _passed(raw, _not_returned)
-    headers.append((b"X-Request-ID", request_id.encode()))
+    headers.append((b"X-Request-ID", call.request_id.encode()))
+    if call.tally is not None:
+        headers.append((b"X-Stoker-Model", call.model.encode()))
     return headers
 
 
