@@ -40,7 +40,9 @@ from scheduler.inspect import inspect_spec
 from scheduler.metrics import ColdStartTimes, StateCollector
 from scheduler.openapi import document
 from scheduler.plan import questions, what_if
+from scheduler.route_api import RouteApi
 from scheduler.routes import ADMIN
+from scheduler.rulebook import RuleRefused
 from scheduler.state import Model, Node, Replica
 
 log = logging.getLogger("scheduler")
@@ -73,8 +75,10 @@ def make_app(driver: Driver) -> web.Application:
     """The application; its routes are `scheduler.routes.ADMIN` and /internal."""
     api = Api(driver)
     app = web.Application(middlewares=[_errors, api.guard], client_max_size=8 * 2**20)
+    routes = RouteApi(driver)
     for route in ADMIN:
-        app.router.add_route(route.method, route.path, getattr(api, route.handler))
+        handler = getattr(api, route.handler, None) or getattr(routes, route.handler)
+        app.router.add_route(route.method, route.path, handler)
     app.router.add_post("/internal/heartbeat", api.heartbeat)
     app.router.add_post("/internal/demand", api.demand)
     app.router.add_get("/internal/routes", api.routes)
@@ -92,6 +96,9 @@ async def _errors(request: web.Request, handler: Any) -> web.StreamResponse:
         return response
     except ApiError as error:
         return reply(error.body, error.status)
+    except RuleRefused as error:
+        told = v.ErrorBody(message=str(error), problems=error.problems, close=error.close)
+        return reply(v.Error(error=told), error.status)
     except RegistryError as error:
         message = f"nothing was changed: the registry does not answer ({error})"
         return reply(v.Error(error=v.ErrorBody(message=message)), 503)
@@ -149,6 +156,7 @@ class Api:
     async def demand(self, request: web.Request) -> web.Response:
         report = _decode(await request.read(), DemandReport)
         self.driver.apply(m.DemandSeen(now=self.driver.now(), report=report))
+        self.driver.rules.heard(report)
         return web.Response(status=204)
 
     async def routes(self, request: web.Request) -> web.Response:
@@ -189,6 +197,7 @@ class Api:
         others = [e.stored.spec for n, e in self.core.state.models.items() if n != spec.name]
         if clashes := name_clashes([*others, spec]):
             raise ApiError(409, "\n".join(map(str, clashes)), problems=tuple(clashes))
+        self.driver.rules.refuse_model(spec)
         found = await inspect_spec(self.driver, spec)
         if found.problems:
             raise ApiError(422, "\n".join(map(str, found.problems)), problems=found.problems)
@@ -202,7 +211,10 @@ class Api:
         return reply(saved, 201 if created else 200)
 
     async def delete_model(self, request: web.Request) -> web.Response:
-        await self.driver.remove_model(self._model(request).spec.name)
+        name = self._model(request).spec.name
+        async with self.driver.rules.lock:
+            self.driver.rules.refuse_removal(name)
+            await self.driver.remove_model(name)
         return web.Response(status=204)
 
     async def load_model(self, request: web.Request) -> web.Response:

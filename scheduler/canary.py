@@ -26,7 +26,12 @@ class Counts(NamedTuple):
     first_byte_s: float = 0.0  # the sum over these
 
     def plus(self, other: Counts) -> Counts:
-        return Counts(*(a + b for a, b in zip(self, other, strict=True)))
+        return Counts(
+            self.requests + other.requests,
+            self.errors + other.errors,
+            self.first_bytes + other.first_bytes,
+            self.first_byte_s + other.first_byte_s,
+        )
 
     def mean_ttft_s(self) -> float:
         return self.first_byte_s / self.first_bytes if self.first_bytes else 0.0

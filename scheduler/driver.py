@@ -29,6 +29,7 @@ from scheduler.core import Core
 from scheduler.forecast import Sketch
 from scheduler.ladder import climb_s
 from scheduler.moves import Settings
+from scheduler.rulebook import RuleBook
 
 log = logging.getLogger("scheduler")
 
@@ -81,6 +82,7 @@ class Driver:
                 stand_by=settings.stand_by,
             )
         )
+        self.rules = RuleBook(self)
         self.leads = False
         self._outranked = False
         self.url = ""
@@ -345,6 +347,7 @@ class Driver:
             footprints=tuple(_readable(kept)),
             quarantined=tuple(map(_quarantined, sick)),
             sketches=dict(_sketches(histories)),
+            rules=await self.rules.load(),
             wall_s=time.time(),
             pinned=tuple(e.key.rsplit("/", 1)[1] for e in pins),
         )
@@ -470,6 +473,7 @@ async def run_scheduler(
         driver.spawn(driver.lead_or_stand_by())
         driver.spawn(keep_registered(registry, service))
         driver.spawn(driver.keep_footprints())
+        driver.spawn(driver.rules.follow())
         if on_ready is not None:
             on_ready(driver.url)
         await stop.wait()

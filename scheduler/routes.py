@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from runtime.wire import ModelSpec
+from runtime.wire import ModelSpec, RouteRule
 from scheduler import cache_api as c
+from scheduler import route_views as r
 from scheduler import views as v
 
 _COUNT = {"type": "integer", "minimum": 0}
@@ -16,7 +17,7 @@ _FLAG = {"type": "string", "enum": ["0", "1"]}
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """One operation. `handler` names a method of `scheduler.api.Api`."""
+    """One operation. `handler` names a method of `scheduler.api.Api` or of `route_api.RouteApi`."""
 
     method: str
     path: str
@@ -48,7 +49,7 @@ ADMIN = (
     ),
     Route(
         "DELETE", "/admin/models/{name}", "delete_model", "Remove a model, draining its replicas",
-        "it was removed", status=204, errors=(404,),
+        "it was removed", status=204, errors=(404, 409),
     ),
     Route(
         "POST", "/admin/models/{name}/load", "load_model", "Start replicas ahead of requests",
@@ -145,6 +146,39 @@ ADMIN = (
     Route(
         "POST", "/admin/cache/verify", "verify_cached", "Read a cached model again and check it",
         "each node's verdict", c.Verdicts, errors=(400, 404), query=_MODEL_NODE,
+    ),
+    Route("GET", "/admin/routes", "list_routes", "List routes", "every route", r.Routes),
+    Route(
+        "GET", "/admin/routes/{name}", "show_route", "Show a route", "the route", r.RouteView,
+        errors=(404,),
+    ),
+    Route(
+        "PUT", "/admin/routes/{name}", "put_route",
+        "Add or change a route, which begins its canary, if it has one", "it was changed",
+        r.RouteView, body=RouteRule, also_status=201, errors=(400, 409, 422),
+    ),
+    Route(
+        "DELETE", "/admin/routes/{name}", "delete_route", "Remove a route; its models stay",
+        "it was removed", status=204, errors=(404,),
+    ),
+    Route(
+        "POST", "/admin/routes/{name}/switch", "switch_route",
+        "Warm a target, then send it everything", "the route; watch `switch`", r.RouteView,
+        body=r.SwitchBody, status=202, errors=(400, 404, 409, 422),
+    ),
+    Route(
+        "POST", "/admin/routes/{name}/promote", "promote_route", "Send everything to the canary",
+        "the route", r.RouteView, body=r.ReasonBody, errors=(400, 404, 409, 422),
+    ),
+    Route(
+        "POST", "/admin/routes/{name}/rollback", "roll_back_route",
+        "Send nothing to the canary any more, or call a pending switch off", "the route",
+        r.RouteView, body=r.ReasonBody, errors=(400, 404, 409, 422),
+    ),
+    Route(
+        "GET", "/admin/audit", "list_audit", "Who changed which route, when and why",
+        "newest first", r.Audit, errors=(400,),
+        query={"limit": _COUNT, "route": {"type": "string"}},
     ),
     Route(
         "GET", "/admin/spec-schema", "spec_schema", "The JSON Schema of a model spec",

@@ -52,7 +52,8 @@ class Routed:
             attempt = self._for(way.route, model, call)
             attempt.spare = len(chain) > 1
             try:
-                return await self._proxy.serve(attempt, client)
+                await self._proxy.serve(attempt, client)
+                return
             except ApiError as error:
                 first = first or error
                 if error.code not in FALLS_BACK:
