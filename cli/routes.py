@@ -114,7 +114,7 @@ def _targets_table(r: views.RouteView) -> Table | str:
 @click.option("--max-ttft-ratio", type=float, help="Its mean TTFT by the others'.")
 @json_option
 @click.pass_obj
-def set_(where: Where, what: str, as_json: bool, /, **flags: Any) -> None:
+def set_(where: Where, /, what: str, as_json: bool, **flags: Any) -> None:
     """Add or change a route, whole: NAME with --to, or those of a FILE.
 
     What is left out is not kept of an older rule. FILE is YAML, TOML or JSON: one route or a list.

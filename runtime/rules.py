@@ -15,6 +15,7 @@ import msgspec
 from runtime.schema import SchemaError, check, close_names
 from runtime.wire import Canary, ModelSpec, RouteRule, RouteTarget, SpecProblem
 
+LEAST = 1e-6  # the least sum of weights: below it their ratios drown in rounding
 WHOLE = 100.0  # what weights add up to once they were set by a canary or a switch
 
 
@@ -117,7 +118,7 @@ def _own_problems(rule: RouteRule) -> Iterator[SpecProblem]:
     yield from _twice("targets[{}].model", (t.model for t in rule.targets))
     yield from _twice("targets[{}].version", (t.version for t in rule.targets))
     yield from _twice("fallback[{}]", iter(rule.fallback))
-    if not any(t.weight for t in rule.targets):
+    if sum(t.weight for t in rule.targets) < LEAST:
         yield SpecProblem(
             field="targets", message="have no weight at all", fix="give one a weight above 0"
         )
@@ -147,7 +148,7 @@ def _canary_problems(canary: Canary, targets: Mapping[str, RouteTarget]) -> Iter
             field="canary.model", value=canary.model, message="is no target of this route",
             fix=f"add it to targets with weight 0, or choose one of: {', '.join(targets)}",
         )  # fmt: skip
-    elif not any(t.weight for t in targets.values() if t.model != canary.model):
+    elif sum(t.weight for t in targets.values() if t.model != canary.model) < LEAST:
         yield SpecProblem(
             field="targets", message="but the canary's have no weight",
             fix="give the version that serves now a weight above 0",

@@ -1,6 +1,6 @@
 """A multipart form with its `model` replaced, every other byte as it came. Pure.
 
-Rule this file keeps: a form without a `model` of its own, or one that can't be read, stays as it is.
+Rule this file keeps: a form without a `model` of its own, or that can't be read, stays as it is.
 """
 
 from __future__ import annotations

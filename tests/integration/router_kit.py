@@ -23,7 +23,7 @@ from runtime import wire
 from runtime.config import Config, RouterConfig
 from runtime.registry import Entry, RegistryError, Service
 from runtime.router.driver import run_router
-from runtime.wire import DemandReport, Endpoint, ModelRoute, RouteTable
+from runtime.wire import DemandReport, Endpoint, ModelRoute, RouteRule, RouteTable
 
 TOKEN = "cluster-token"
 KEY = "engine-secret"
@@ -95,10 +95,12 @@ class Scheduler:
             await self._runner.cleanup()
             self._runner = None
 
-    async def publish(self, *models: ModelRoute, version: int | None = None) -> None:
+    async def publish(
+        self, *models: ModelRoute, version: int | None = None, rules: tuple[RouteRule, ...] = ()
+    ) -> None:
         """A new table; returns once it is there to be polled."""
         version = version or (self.table.version + 1 if self.table else 1)
-        self.table = RouteTable(version=version, models=models)
+        self.table = RouteTable(version=version, models=models, rules=rules)
         async with self._changed:
             self._changed.notify_all()
 
