@@ -233,6 +233,8 @@ class RuleBook:
                 await self.audit.save()
             except RegistryError as error:
                 log.warning("routes are as they were, the registry does not answer: %s", error)
+            except Exception:
+                log.exception("the routes could not be brought on")  # tried again, with the others
 
     async def _bring_on(self, stored: StoredRoute) -> None:
         if stored.switch is not None:

@@ -11,6 +11,7 @@ Rules this file keeps:
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import logging
 from random import random
@@ -62,7 +63,8 @@ class Routed:
         assert first is not None
         if not client.begun:
             raise first
-        await client.write(sse_error(first.payload()))
+        with contextlib.suppress(ConnectionError):  # it hung up
+            await client.write(sse_error(first.payload()))
 
     def close(self) -> None:
         """End every mirror."""
