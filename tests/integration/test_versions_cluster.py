@@ -198,6 +198,8 @@ def test_an_operator_ends_a_canary(cluster: Cluster) -> None:
 
 # ------------------------------------------------------------------------------ blue-green
 
+BG = ("blue", "green")
+
 
 def test_green_is_warm_before_it_is_asked(cluster: Cluster) -> None:
     cluster.add_stub("blue", 4)
@@ -209,7 +211,8 @@ def test_green_is_warm_before_it_is_asked(cluster: Cluster) -> None:
         wait_until(lambda: answers[-1][1] == "green", "green answers")
     assert said == "bg: blue 0 %, green 100 %\n"
     assert {status for status, _ in answers} == {200}
-    assert metric(cluster, 'stoker_router_hold_seconds_count{model="green"}') == 0
+    held = {m: metric(cluster, f'stoker_router_hold_seconds_count{{model="{m}"}}') for m in BG}
+    assert held == {"blue": 1, "green": 0}
     assert [e["action"] for e in audit(cluster, "bg")] == ["put", "switch", "switched"]
     assert "everything to 'green' already" in cluster.stoker(
         "route", "switch", "bg", "green", status=1
