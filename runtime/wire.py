@@ -467,13 +467,16 @@ class Inspection(Struct, frozen=True, kw_only=True):
 
 # ------------------------------------------------------------------------------ versions of a model
 
+# Unknown fields are refused where a rule is read (`runtime.rules`), not here: an older router must
+# be able to read a newer scheduler's table.
+
 SEMVER_PATTERN = (
     r"^(0|[1-9]\d*)\.(0|[1-9]\d*)\.(0|[1-9]\d*)"
     r"(-[0-9A-Za-z-]+(\.[0-9A-Za-z-]+)*)?(\+[0-9A-Za-z-]+(\.[0-9A-Za-z-]+)*)?$"
 )
 
 
-class RouteTarget(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class RouteTarget(Struct, frozen=True, kw_only=True):
     """One model behind a route, and its share: `weight` of the sum of all weights."""
 
     model: Annotated[Name, Meta(description="the name of a model")]
@@ -484,14 +487,14 @@ class RouteTarget(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     ] = None
 
 
-class Mirror(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class Mirror(Struct, frozen=True, kw_only=True):
     """A copy of so many requests goes to a model whose answers nobody sees."""
 
     model: Annotated[Name, Meta(description="the name of a model that is no target")]
     share: Annotated[float, Meta(gt=0, le=1, description="of the requests, e.g. 0.1")] = 1.0
 
 
-class Canary(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class Canary(Struct, frozen=True, kw_only=True):
     """One target's share grows step by step, or goes back to nothing (scheduler/canary.py)."""
 
     model: Annotated[Name, Meta(description="the target that is tried")]
@@ -512,7 +515,7 @@ class Canary(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     ] = 1.5
 
 
-class RouteRule(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class RouteRule(Struct, frozen=True, kw_only=True):
     """A name that stands for versions of a model. `runtime.rules` reads and checks it."""
 
     name: Annotated[Name, Meta(description="what callers ask for; no model's name or alias")]
