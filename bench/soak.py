@@ -151,7 +151,7 @@ def still_in_flight(port: int) -> float:
         left = sum(
             float(line.rpartition(" ")[2])
             for line in lines
-            if line.startswith(("stoker_router_in_flight{", "stoker_router_queue_depth{"))
+            if line.startswith(("stoker_router_in_flight{", "llm_queue_depth{"))
         )
         if not left or time.monotonic() > deadline:
             return left

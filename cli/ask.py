@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import time
 from collections.abc import AsyncIterator, Callable
@@ -71,7 +72,10 @@ async def stream(
 
 def _session() -> aiohttp.ClientSession:
     # A held call is silent for as long as its cold start takes, so only connecting is limited.
-    return aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=None, sock_connect=5))
+    timeout = aiohttp.ClientTimeout(total=None, sock_connect=5)
+    key = os.environ.get("STOKER_API_KEY")
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    return aiohttp.ClientSession(timeout=timeout, headers=headers)
 
 
 async def _events(content: aiohttp.StreamReader) -> AsyncIterator[tuple[str, str]]:

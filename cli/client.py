@@ -12,8 +12,9 @@ import click
 import msgspec
 from msgspec import Struct
 
+from runtime.access import KeySpec, Tenant
 from runtime.wire import ModelSpec, RouteRule
-from scheduler import cache_api, route_views, views
+from scheduler import access_api, cache_api, route_views, views
 
 T = TypeVar("T")
 
@@ -173,6 +174,50 @@ class Admin:
         query = {"limit": str(limit)} | ({"route": route} if route else {})
         return await self._call("GET", "/admin/audit", route_views.Audit, query=query)
 
+    async def keys(self) -> Reply[access_api.Keys]:
+        return await self._call("GET", "/admin/keys", access_api.Keys)
+
+    async def key(self, key_id: str) -> Reply[access_api.KeyView]:
+        return await self._call("GET", f"/admin/keys/{_part(key_id)}", access_api.KeyView)
+
+    async def create_key(self, spec: KeySpec) -> Reply[access_api.NewKey]:
+        return await self._call("POST", "/admin/keys", access_api.NewKey, body=spec)
+
+    async def put_key(self, key_id: str, spec: KeySpec) -> Reply[access_api.KeyView]:
+        path = f"/admin/keys/{_part(key_id)}"
+        return await self._call("PUT", path, access_api.KeyView, body=spec)
+
+    async def rotate_key(self, key_id: str, grace_s: float) -> Reply[access_api.NewKey]:
+        body = access_api.RotateBody(grace_s=grace_s)
+        path = f"/admin/keys/{_part(key_id)}/rotate"
+        return await self._call("POST", path, access_api.NewKey, body=body)
+
+    async def revoke_key(self, key_id: str) -> None:
+        await self._request("DELETE", f"/admin/keys/{_part(key_id)}")
+
+    async def tenants(self) -> Reply[access_api.Tenants]:
+        return await self._call("GET", "/admin/tenants", access_api.Tenants)
+
+    async def put_tenant(self, tenant: Tenant) -> Reply[Tenant]:
+        path = f"/admin/tenants/{_part(tenant.name)}"
+        return await self._call("PUT", path, Tenant, body=tenant)
+
+    async def remove_tenant(self, name: str) -> None:
+        await self._request("DELETE", f"/admin/tenants/{_part(name)}")
+
+    async def tokens(self) -> Reply[access_api.Tokens]:
+        return await self._call("GET", "/admin/tokens", access_api.Tokens)
+
+    async def create_token(self, body: access_api.TokenBody) -> Reply[access_api.NewToken]:
+        return await self._call("POST", "/admin/tokens", access_api.NewToken, body=body)
+
+    async def revoke_token(self, token_id: str) -> None:
+        await self._request("DELETE", f"/admin/tokens/{_part(token_id)}")
+
+    async def use(self, day: str | None) -> Reply[access_api.Use]:
+        query = {"day": day} if day else {}
+        return await self._call("GET", "/admin/usage", access_api.Use, query=query)
+
     async def spec_schema(self) -> bytes:
         return await self._request("GET", "/admin/spec-schema")
 
@@ -266,7 +311,7 @@ def _leader(answer: bytes) -> str | None:
 def _refused(status: int, answer: bytes) -> AdminError:
     error = _error(answer)
     if status == 401:
-        return AdminError("the scheduler refused the cluster token; give the right --token", status)
+        return AdminError("the scheduler refused the token; give the right --token", status)
     if error is None:
         text: Any = answer[:300].decode(errors="replace").strip()
         return AdminError(f"the scheduler answered status {status}: {text or 'nothing'}", status)

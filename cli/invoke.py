@@ -35,7 +35,8 @@ def invoke(
 ) -> None:
     """Ask MODEL one thing and stream its answer.
 
-    While the model is cold, stderr says what the call waits for. PROMPT may be - for stdin.
+    While the model is cold, stderr says what the call waits for. PROMPT may be - for stdin. Where
+    the router asks for an API key, it is taken from $STOKER_API_KEY.
     """
     from cli.ask import ask_body
 

@@ -53,6 +53,10 @@ COMMANDS = {
     "quarantine": ("cli.nodes:quarantine", "Use DEVICE of NODE no more."),
     "release": ("cli.nodes:release", "Use a quarantined DEVICE of NODE again."),
     "plan": ("cli.plan:plan", "Say what would happen if …, without doing it."),
+    "key": ("cli.keys:key", "Make, list, change, rotate and revoke API keys."),
+    "tenant": ("cli.keys:tenant", "List tenants, and set what all keys of one may together."),
+    "token": ("cli.keys:token", "Make, list and revoke tokens for the admin API."),
+    "usage": ("cli.keys:usage", "List what keys and tenants used of a day."),
     "agent": ("cli.parts:agent", "Run the agent of this host."),
     "scheduler": ("cli.parts:scheduler", "Run the scheduler and its admin API."),
     "router": ("cli.parts:router", "Run a router: the OpenAI API."),
@@ -81,7 +85,7 @@ class LazyGroup(click.Group):
 @click.option("--config", metavar="FILE", help="TOML settings; default /etc/stoker/stoker.toml.")
 @click.option("--admin", metavar="URL", envvar="STOKER_ADMIN", help="The scheduler's admin API.")
 @click.option("--router", metavar="URL", envvar="STOKER_ROUTER", help="A router's address.")
-@click.option("--token", envvar="STOKER_CLUSTER_TOKEN", help="The cluster token.")
+@click.option("--token", envvar="STOKER_CLUSTER_TOKEN", help="The cluster's or an admin token.")
 @click.version_option(package_name="stoker-serve", prog_name="stoker")
 @click.pass_context
 def stoker(ctx: click.Context, /, **options: str | None) -> None:

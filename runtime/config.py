@@ -11,7 +11,7 @@ import socket
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta, Struct
@@ -56,6 +56,29 @@ class RouterConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         int, Meta(ge=1, le=256, description="processes that share the port (SO_REUSEPORT)")
     ] = 1
     drain_s: Seconds = 30.0
+    anonymous: Annotated[
+        Literal["auto", "on", "off"],
+        Meta(description="callers without a key: auto lets them in on a loopback address only"),
+    ] = "auto"
+
+    metrics_token: Annotated[
+        str, Meta(description="opens /metrics where callers need keys; the cluster token does too")
+    ] = ""
+    access_log: Annotated[
+        str, Meta(description="a file for one JSON line a call; '-': standard output; '': none")
+    ] = ""
+    otlp_endpoint: Annotated[
+        str,
+        Meta(description="where traces go (OTLP/HTTP), e.g. http://collector:4318; '': none"),
+    ] = ""
+    trace_sample: Annotated[
+        float, Meta(ge=0, le=1, description="share of the calls without a traceparent to trace")
+    ] = 1.0
+
+    def lets_anonymous_in(self) -> bool:
+        """Whether callers without a key are served."""
+        loopback = self.host == "localhost" or self.host.startswith("127.") or self.host == "::1"
+        return self.anonymous == "on" or (self.anonymous == "auto" and loopback)
 
 
 class SchedulerConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

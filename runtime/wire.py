@@ -209,6 +209,13 @@ class ModelSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     max_queue: Annotated[
         int, Meta(ge=1, description="requests that may wait at one router; more get 429")
     ] = 1024
+    affinity: Annotated[
+        Literal["prefix", "off"],
+        Meta(
+            description="prefix: calls of one session or beginning go to the replica that has read"
+            " it before, unless that is busier than others; off: always the least loaded"
+        ),
+    ] = "prefix"
 
     def names(self) -> tuple[str, ...]:
         """The name and every alias."""
@@ -584,6 +591,7 @@ class Endpoint(Struct, frozen=True, kw_only=True):
     replica_id: str
     base_url: str
     key: str
+    devices: int = 1  # that it runs on
 
 
 class ModelRoute(Struct, frozen=True, kw_only=True):
@@ -599,6 +607,7 @@ class ModelRoute(Struct, frozen=True, kw_only=True):
     retry_after_s: float | None = None
     waiting_for: str | None = None  # in words, shown to those who wait: "starting on gpu-1"
     eta_s: float | None = None
+    affinity: Literal["prefix", "off"] = "prefix"
 
 
 class RouteTable(Struct, frozen=True, kw_only=True):

@@ -11,16 +11,18 @@ import logging
 import time
 from datetime import datetime
 from importlib.metadata import version as installed_version
-from typing import Any, NoReturn, TypeVar
+from operator import attrgetter
+from typing import Any, NoReturn
 
 import aiohttp
 import msgspec
 from aiohttp import web
 from prometheus_client import CollectorRegistry, generate_latest
 
+from runtime.access import ROLES, Role, RouterUsage
 from runtime.prewarm import Ask
 from runtime.registry import RegistryError
-from runtime.schema import SchemaError, check, close_names
+from runtime.schema import SchemaError, check
 from runtime.spec import json_schema, name_clashes, parse_spec
 from runtime.wire import (
     DemandReport,
@@ -28,65 +30,50 @@ from runtime.wire import (
     HeartbeatReply,
     ModelSpec,
     SpecProblem,
-    decode,
-    encode,
 )
 from scheduler import messages as m
 from scheduler import snapshot
 from scheduler import views as v
+from scheduler.access_api import AccessApi
 from scheduler.cache_api import CacheClient, CachePullBody
 from scheduler.driver import Driver
+from scheduler.http import (
+    WHO,
+    ApiError,
+    bad,
+    decode_body,
+    number,
+    read_body,
+    read_json,
+    reply,
+    unknown,
+)
 from scheduler.inspect import inspect_spec
 from scheduler.metrics import ColdStartTimes, StateCollector
 from scheduler.openapi import document
 from scheduler.plan import questions, what_if
 from scheduler.route_api import RouteApi
 from scheduler.routes import ADMIN
-from scheduler.rulebook import RuleRefused
 from scheduler.state import Model, Node, Replica
 
 log = logging.getLogger("scheduler")
 
 VERSION = installed_version("stoker-serve")
 MAX_WAIT_S = 60.0
-S = TypeVar("S", bound=msgspec.Struct)
-
-
-class ApiError(Exception):
-    """Answered as `views.Error` with this HTTP status."""
-
-    def __init__(
-        self,
-        status: int,
-        message: str,
-        *,
-        problems: tuple[SpecProblem, ...] = (),
-        close: tuple[str, ...] = (),
-        leader: str | None = None,
-    ) -> None:
-        super().__init__(message)
-        self.status = status
-        self.body = v.Error(
-            error=v.ErrorBody(message=message, problems=problems, close=close, leader=leader)
-        )
 
 
 def make_app(driver: Driver) -> web.Application:
     """The application; its routes are `scheduler.routes.ADMIN` and /internal."""
     api = Api(driver)
     app = web.Application(middlewares=[_errors, api.guard], client_max_size=8 * 2**20)
-    routes = RouteApi(driver)
     for route in ADMIN:
-        handler = getattr(api, route.handler, None) or getattr(routes, route.handler)
-        app.router.add_route(route.method, route.path, handler)
+        app.router.add_route(route.method, route.path, attrgetter(route.handler)(api))
     app.router.add_post("/internal/heartbeat", api.heartbeat)
     app.router.add_post("/internal/demand", api.demand)
     app.router.add_get("/internal/routes", api.routes)
+    app.router.add_get("/internal/keys", api.keys)
+    app.router.add_post("/internal/usage", api.usage)
     return app
-
-
-def reply(body: msgspec.Struct, status: int = 200) -> web.Response:
-    return web.Response(body=encode(body), status=status, content_type="application/json")
 
 
 @web.middleware
@@ -96,9 +83,6 @@ async def _errors(request: web.Request, handler: Any) -> web.StreamResponse:
         return response
     except ApiError as error:
         return reply(error.body, error.status)
-    except RuleRefused as error:
-        told = v.ErrorBody(message=str(error), problems=error.problems, close=error.close)
-        return reply(v.Error(error=told), error.status)
     except RegistryError as error:
         message = f"nothing was changed: the registry does not answer ({error})"
         return reply(v.Error(error=v.ErrorBody(message=message)), 503)
@@ -115,7 +99,10 @@ class Api:
     def __init__(self, driver: Driver) -> None:
         self.driver = driver
         self.core = driver.core
+        self.access = AccessApi(driver.access)
+        self.rules = RouteApi(driver)
         self._open = {(r.method, r.path) for r in ADMIN if r.open}
+        self._needs = {(r.method, r.path): r.needs for r in ADMIN}
         self._metrics = CollectorRegistry()
         self._metrics.register(StateCollector(driver))
         driver.on_cold_start = ColdStartTimes(self._metrics).observe
@@ -127,17 +114,26 @@ class Api:
         resource = request.match_info.route.resource
         path = resource.canonical if resource is not None else ""
         if (request.method, path) not in self._open and resource is not None:
-            self._check_token(request)
+            await self._check_token(request, self._needs.get((request.method, path)))
             if not self.driver.leads:
                 await self._not_leading()
         response: web.StreamResponse = await handler(request)
         return response
 
-    def _check_token(self, request: web.Request) -> None:
+    async def _check_token(self, request: web.Request, needs: Role | None) -> None:
+        """`needs`: the least role; None where only the cluster's own token counts."""
         token = self.driver.config.cluster_token
         given = request.headers.get("Authorization", "").removeprefix("Bearer ")
-        if token and not hmac.compare_digest(given.encode(), token.encode()):
+        if not token or hmac.compare_digest(given.encode(), token.encode()):
+            request[WHO] = "cluster"
+            return
+        known = await self.driver.access.admin(given, self.driver.leads) if needs else None
+        if known is None or needs is None:
             raise ApiError(401, "the token is missing or wrong: send Authorization: Bearer <token>")
+        if ROLES[known.role] < ROLES[needs]:
+            message = f"this takes the role {needs}; token {known.name!r} is {known.role}"
+            raise ApiError(403, message)
+        request[WHO] = known.name
 
     async def _not_leading(self) -> NoReturn:
         entry = await self.driver.registry.get(self.driver.key("leader"))
@@ -148,24 +144,35 @@ class Api:
     # ------------------------------------------------------------------------------- internal
 
     async def heartbeat(self, request: web.Request) -> web.Response:
-        heartbeat = _decode(await request.read(), Heartbeat)
+        heartbeat = decode_body(await request.read(), Heartbeat)
         await self.driver.hear_epoch(heartbeat.epoch)
         self.driver.apply(m.HeartbeatSeen(now=self.driver.now(), heartbeat=heartbeat))
         return reply(HeartbeatReply(term=self.core.state.term))
 
     async def demand(self, request: web.Request) -> web.Response:
-        report = _decode(await request.read(), DemandReport)
+        report = decode_body(await request.read(), DemandReport)
         self.driver.apply(m.DemandSeen(now=self.driver.now(), report=report))
         self.driver.rules.heard(report)
         return web.Response(status=204)
 
     async def routes(self, request: web.Request) -> web.Response:
-        since = _number(request, "since", 0)
-        wait_s = min(_number(request, "wait_s", 0.0), MAX_WAIT_S)
+        since = number(request, "since", 0)
+        wait_s = min(number(request, "wait_s", 0.0), MAX_WAIT_S)
         table = await self.driver.routes_after(int(since), wait_s)
         if not self.driver.leads:
             await self._not_leading()
         return reply(table) if table is not None else web.Response(status=204)
+
+    async def keys(self, request: web.Request) -> web.Response:
+        since = int(number(request, "since", 0))
+        wait_s = min(number(request, "wait_s", 0.0), MAX_WAIT_S)
+        table = await self.driver.access.table_after(since, wait_s)
+        if not self.driver.leads:
+            await self._not_leading()
+        return reply(table) if table is not None else web.Response(status=204)
+
+    async def usage(self, request: web.Request) -> web.Response:
+        return reply(self.driver.access.tell(decode_body(await request.read(), RouterUsage)))
 
     # ------------------------------------------------------------------------------- models
 
@@ -219,7 +226,7 @@ class Api:
 
     async def load_model(self, request: web.Request) -> web.Response:
         model = self._model(request)
-        body = await _body(request, v.LoadBody)
+        body = await read_body(request, v.LoadBody)
         if not 1 <= body.replicas <= model.spec.max_replicas:
             problem = SpecProblem(
                 field="replicas", value=body.replicas, message="is out of range",
@@ -238,13 +245,13 @@ class Api:
 
     async def pin_model(self, request: web.Request) -> web.Response:
         model = self._model(request)
-        body = await _body(request, v.PinBody)
+        body = await read_body(request, v.PinBody)
         await self.driver.pin_model(model.spec.name, body.pinned)
         return self._model_reply(model)
 
     async def prewarm_model(self, request: web.Request) -> web.Response:
         model = self._model(request)
-        body = await _body(request, v.PrewarmBody)
+        body = await read_body(request, v.PrewarmBody)
         ask = _ask(body, time.time())
         await self.driver.ask_prewarm(model.spec.name, ask)
         return self._model_reply(model, 202)
@@ -270,7 +277,7 @@ class Api:
             if name in model.spec.aliases:
                 return model
         names = [n for model in models.values() for n in model.spec.names()]
-        raise _unknown("model", name, names)
+        raise unknown("model", name, names)
 
     def _model_reply(self, model: Model, status: int = 200) -> web.Response:
         return reply(snapshot.model(self.core, model, self.driver.now()), status)
@@ -299,7 +306,7 @@ class Api:
         """Passed through from the agent that has them; a stopped replica's stay readable."""
         replica_id = request.match_info["id"]
         query = {
-            "tail": str(int(_number(request, "tail", 200))),
+            "tail": str(int(number(request, "tail", 200))),
             "follow": "1" if request.query.get("follow") == "1" else "0",
         }
         replica = self.core.state.replicas.get(replica_id)
@@ -322,12 +329,12 @@ class Api:
                 error = f"node {node_id}: {problem}"
         if error:
             raise ApiError(502, f"the log of {replica_id!r} cannot be read: {error}")
-        raise _unknown("replica", replica_id, list(self.core.state.replicas))
+        raise unknown("replica", replica_id, list(self.core.state.replicas))
 
     def _replica(self, request: web.Request) -> Replica:
         replica_id = request.match_info["id"]
         if replica_id not in self.core.state.replicas:
-            raise _unknown("replica", replica_id, list(self.core.state.replicas))
+            raise unknown("replica", replica_id, list(self.core.state.replicas))
         return self.core.state.replicas[replica_id]
 
     # ------------------------------------------------------------------------------- nodes
@@ -339,9 +346,9 @@ class Api:
         return await self._set_cordon(request, cordoned=True)
 
     async def drain_node(self, request: web.Request) -> web.Response:
-        body = await _body(request, v.DrainBody)
+        body = await read_body(request, v.DrainBody)
         if not 0 <= body.deadline_s <= 86400:
-            raise _bad("deadline_s", body.deadline_s, "is out of range", "use 0 to 86400 seconds")
+            raise bad("deadline_s", body.deadline_s, "is out of range", "use 0 to 86400 seconds")
         return await self._set_cordon(request, cordoned=True, drain_s=body.deadline_s)
 
     async def uncordon_node(self, request: web.Request) -> web.Response:
@@ -356,9 +363,9 @@ class Api:
 
     async def quarantine_device(self, request: web.Request) -> web.Response:
         node, device_id = self._device(request)
-        body = await _body(request, v.QuarantineBody)
+        body = await read_body(request, v.QuarantineBody)
         if not body.reason.strip():
-            raise _bad("reason", body.reason, "is empty", "say why, for whoever releases it")
+            raise bad("reason", body.reason, "is empty", "say why, for whoever releases it")
         return self._set_quarantine(node, device_id, body.reason)
 
     async def release_device(self, request: web.Request) -> web.Response:
@@ -376,15 +383,15 @@ class Api:
     def _device(self, request: web.Request) -> tuple[Node, str]:
         node, device_id = self._node(request), request.match_info["device"]
         if device_id not in node.devices:
-            raise _unknown(f"device of node {node.node_id}", device_id, list(node.devices))
+            raise unknown(f"device of node {node.node_id}", device_id, list(node.devices))
         return node, device_id
 
     async def plan(self, request: web.Request) -> web.Response:
         body = await _plan_body(request)
         if body.add is None and body.load is None and body.remove_node is None:
-            raise _bad("body", None, "asks nothing", "give one of add, load, remove_node")
+            raise bad("body", None, "asks nothing", "give one of add, load, remove_node")
         if not 1 <= body.replicas <= 1024:
-            raise _bad("replicas", body.replicas, "is out of range", "ask for 1 to 1024")
+            raise bad("replicas", body.replicas, "is out of range", "ask for 1 to 1024")
         if body.add is not None:
             body = msgspec.structs.replace(body, add=await self._sized(body.add))
         try:
@@ -392,7 +399,7 @@ class Api:
         except LookupError as error:
             kind, _, name = str(error.args[0]).partition(" ")
             known = self.core.state.models if kind == "model" else self.core.state.nodes
-            raise _unknown(kind, name, list(known)) from None
+            raise unknown(kind, name, list(known)) from None
         return reply(what_if(self.core, events))
 
     async def _sized(self, spec: ModelSpec) -> ModelSpec:
@@ -406,7 +413,7 @@ class Api:
         node_id = request.match_info["id"]
         node = self.core.state.nodes.get(node_id)
         if node is None or node.heartbeat is None:
-            raise _unknown("node", node_id, list(self.core.state.nodes))
+            raise unknown("node", node_id, list(self.core.state.nodes))
         return node
 
     async def list_devices(self, _: web.Request) -> web.Response:
@@ -421,7 +428,7 @@ class Api:
         return reply(await self._caches.view(self._cache_nodes(request)))
 
     async def pull_model(self, request: web.Request) -> web.Response:
-        body = await _body(request, CachePullBody)
+        body = await read_body(request, CachePullBody)
         nodes = [self._known_node(node_id) for node_id in body.nodes] or self._caches.live_nodes()
         if body.count is not None:
             if not 1 <= body.count <= len(nodes):
@@ -447,11 +454,11 @@ class Api:
 
     def _known_node(self, node_id: str) -> str:
         if node_id not in self._caches.live_nodes():
-            raise _unknown("live node", node_id, self._caches.live_nodes())
+            raise unknown("live node", node_id, self._caches.live_nodes())
         return node_id
 
     async def list_cold_starts(self, request: web.Request) -> web.Response:
-        limit = int(_number(request, "limit", 50))
+        limit = int(number(request, "limit", 50))
         model = request.query.get("model")
         return reply(snapshot.cold_starts(self.core, self.driver.now(), limit, model))
 
@@ -459,7 +466,7 @@ class Api:
         return reply(snapshot.footprints(self._model(request)))
 
     async def list_decisions(self, request: web.Request) -> web.Response:
-        limit = int(_number(request, "limit", 100))
+        limit = int(number(request, "limit", 100))
         model = request.query.get("model")
         return reply(snapshot.decisions(self.core, self.driver.now(), limit, model))
 
@@ -498,24 +505,6 @@ class Api:
 # ------------------------------------------------------------------------------- small helpers
 
 
-def _unknown(kind: str, name: str, known: list[str]) -> ApiError:
-    close = tuple(close_names(name, known))
-    hint = f"; did you mean {close[0]!r}?" if close else ""
-    return ApiError(404, f"there is no {kind} {name!r}{hint}", close=close)
-
-
-def _bad(field: str, value: Any, message: str, fix: str) -> ApiError:
-    problem = SpecProblem(field=field, value=value, message=message, fix=fix)
-    return ApiError(422, str(problem), problems=(problem,))
-
-
-def _decode(data: bytes, kind: type[S]) -> S:
-    try:
-        return decode(data, kind)
-    except ValueError as error:
-        raise ApiError(400, f"the body is not a {kind.__name__}: {error}") from None
-
-
 def _ask(body: v.PrewarmBody, wall_s: float) -> Ask:
     """An operator's wish; a time in words that can't be read is named."""
     by = wall_s
@@ -547,23 +536,8 @@ def _cached_model(request: web.Request) -> str:
     return model
 
 
-async def _json(request: web.Request) -> Any:
-    try:
-        return msgspec.json.decode(await request.read() or b"{}")
-    except ValueError as error:
-        raise ApiError(400, f"the body is not JSON: {error}") from None
-
-
-async def _body(request: web.Request, kind: type[S]) -> S:
-    raw = await _json(request)
-    try:
-        return check(raw, kind)
-    except SchemaError as error:
-        raise ApiError(422, str(error), problems=error.problems) from None
-
-
 async def _plan_body(request: web.Request) -> v.PlanBody:
-    raw = await _json(request)
+    raw = await read_json(request)
     try:
         added = parse_spec(raw.pop("add")) if isinstance(raw, dict) and raw.get("add") else None
         return msgspec.structs.replace(check(raw, v.PlanBody), add=added)
@@ -572,22 +546,11 @@ async def _plan_body(request: web.Request) -> v.PlanBody:
 
 
 async def _spec(request: web.Request) -> ModelSpec:
-    raw = await _json(request)
+    raw = await read_json(request)
     try:
         return parse_spec(raw)
     except SchemaError as error:
         raise ApiError(422, str(error), problems=error.problems) from None
-
-
-def _number(request: web.Request, name: str, default: float) -> float:
-    text = request.query.get(name, "")
-    try:
-        value = float(text) if text else default
-    except ValueError:
-        value = -1.0
-    if not 0 <= value < 2**53:
-        raise ApiError(400, f"{name}: must be a number of at least 0 (got {text!r})")
-    return value
 
 
 async def _pass_on(request: web.Request, upstream: aiohttp.ClientResponse) -> web.StreamResponse:

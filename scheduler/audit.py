@@ -16,7 +16,6 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 import msgspec
-from aiohttp import web
 
 from runtime.registry import RegistryError
 from runtime.wire import decode, encode
@@ -28,8 +27,6 @@ if TYPE_CHECKING:
 log = logging.getLogger("scheduler")
 
 KEPT = 500
-OPERATOR = web.RequestKey("operator", str)  # set by whoever checked the caller's token
-DEFAULT_OPERATOR = "cluster token"
 
 
 class AuditTrail:

@@ -25,6 +25,7 @@ from runtime.registration import keep_registered, withdraw
 from runtime.registry import Entry, Lock, Registry, RegistryError, Service
 from runtime.wire import AgentCommand, CommandReply, RouteTable, StageModels, decode
 from scheduler import messages as m
+from scheduler.access import Access
 from scheduler.core import Core
 from scheduler.forecast import Sketch
 from scheduler.ladder import climb_s
@@ -82,6 +83,7 @@ class Driver:
                 stand_by=settings.stand_by,
             )
         )
+        self.access = Access(registry, self.prefix, self.now)
         self.rules = RuleBook(self)
         self.leads = False
         self._outranked = False
@@ -396,6 +398,7 @@ class Driver:
             await lock.release()  # another led in between: its term is newer
             return None
         event = await self._elected(term)
+        await self.access.load()
         log.info("leading", extra={"term": term, "models": len(event.models)})
         self.leads = True
         self.apply(event)
@@ -413,6 +416,7 @@ class Driver:
             log.warning("the leader lock is lost or given up: standing by")
         finally:
             self.leads = self._outranked = False
+            self.access.wake()
             self._table_changed.set()  # routers that wait here must find the new leader
             self._table_changed = asyncio.Event()
             for sender in self._senders.values():
@@ -473,6 +477,7 @@ async def run_scheduler(
         driver.spawn(driver.lead_or_stand_by())
         driver.spawn(keep_registered(registry, service))
         driver.spawn(driver.keep_footprints())
+        driver.spawn(driver.access.keep_usage(lambda: driver.leads))
         driver.spawn(driver.rules.follow())
         if on_ready is not None:
             on_ready(driver.url)

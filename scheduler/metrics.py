@@ -109,10 +109,12 @@ class StateCollector(Collector):
             name: GaugeMetricFamily(f"stoker_device_memory_{name}_bytes", text, labels=labels)
             for name, text in (
                 ("total", "memory of the device"),
-                ("used", "memory in use, by anyone"),
                 ("booked", "memory booked by replicas"),
             )
         }
+        used = GaugeMetricFamily(
+            "llm_gpu_memory_bytes", "memory in use, by anyone", labels=["node", "gpu"]
+        )
         sick = GaugeMetricFamily(
             "stoker_device_quarantined", "1 while a device is set aside", labels=labels
         )
@@ -122,9 +124,10 @@ class StateCollector(Collector):
             for device_id, device in node.devices.items():
                 where = [node.node_id, device_id]
                 families["total"].add_metric(where, device.memory_total_bytes)
-                families["used"].add_metric(where, device.memory_used_bytes)
+                used.add_metric(where, device.memory_used_bytes)
                 families["booked"].add_metric(where, node.committed(device_id))
                 sick.add_metric(where, int(device_id in node.quarantine))
         yield up
         yield sick
+        yield used
         yield from families.values()

@@ -49,7 +49,7 @@ def document(routes: Sequence[Route], version: str) -> dict[str, Any]:
 
 def _operation(route: Route) -> dict[str, Any]:
     operation: dict[str, Any] = {
-        "operationId": route.handler,
+        "operationId": route.handler.rpartition(".")[2],
         "summary": route.summary,
         "responses": {str(route.status): _response(route)},
     }
@@ -79,6 +79,10 @@ def _operation(route: Route) -> dict[str, Any]:
             "description": _ERRORS[401],
             "content": _content(Error),
         }
+        operation["responses"]["403"] = {
+            "description": _ERRORS[403],
+            "content": _content(Error),
+        }
         operation["responses"]["503"] = {
             "description": _ERRORS[503],
             "content": _content(Error),
@@ -89,6 +93,7 @@ def _operation(route: Route) -> dict[str, Any]:
 _ERRORS = {
     400: "the request is not understood",
     401: "the token is missing or wrong",
+    403: "the token's role is not enough; the one that is needed is named",
     404: "no such thing; close names are listed",
     409: "it does not fit the present state",
     422: "the body has problems, each named with its fix",

@@ -6,25 +6,21 @@ Rules this file keeps: handlers ask the rule book and show what it has; they dec
 from __future__ import annotations
 
 import time
-from typing import Any, TypeVar
 
-import msgspec
 from aiohttp import web
 
 from runtime.rules import parse_rule
-from runtime.schema import SchemaError, check
-from runtime.wire import RouteTarget, SpecProblem
+from runtime.schema import SchemaError
+from runtime.wire import RouteTarget
 from scheduler import route_views as v
-from scheduler.audit import DEFAULT_OPERATOR, OPERATOR
 from scheduler.driver import Driver
-from scheduler.rulebook import RuleRefused, StoredRoute
+from scheduler.http import WHO, ApiError, bad, number, read_body, read_json, reply
+from scheduler.rulebook import StoredRoute
 from scheduler.table import warmth
-
-S = TypeVar("S", bound=msgspec.Struct)
 
 
 class RouteApi:
-    """One handler a route of `scheduler.routes`."""
+    """The handlers; `scheduler.routes` names them `rules.<method>`."""
 
     def __init__(self, driver: Driver) -> None:
         self._driver = driver
@@ -32,23 +28,20 @@ class RouteApi:
 
     async def list_routes(self, _: web.Request) -> web.Response:
         views = [self._view(stored) for _, stored in sorted(self._book.routes.items())]
-        return _reply(v.Routes(routes=tuple(views)))
+        return reply(v.Routes(routes=tuple(views)))
 
     async def show_route(self, request: web.Request) -> web.Response:
         return self._shown(request)
 
     async def put_route(self, request: web.Request) -> web.Response:
-        name, raw = request.match_info["name"], await _json(request)
+        name, raw = request.match_info["name"], await read_json(request)
         try:
             rule = parse_rule(raw)
         except SchemaError as error:
-            raise RuleRefused(422, str(error), error.problems) from None
+            raise ApiError(422, str(error), problems=error.problems) from None
         if rule.name != name:
-            problem = SpecProblem(
-                field="name", value=rule.name, message="is not the name in the address",
-                fix=f"use {name!r}, or the other address",
-            )  # fmt: skip
-            raise RuleRefused(422, str(problem), [problem])
+            fix = f"use {name!r}, or the other address"
+            raise bad("name", rule.name, "is not the name in the address", fix)
         created = await self._book.put(rule, _who(request))
         await self._driver.routers_follow()
         return self._shown(request, 201 if created else 200)
@@ -58,32 +51,32 @@ class RouteApi:
         return web.Response(status=204)
 
     async def switch_route(self, request: web.Request) -> web.Response:
-        name, body = request.match_info["name"], await _body(request, v.SwitchBody)
+        name, body = request.match_info["name"], await read_body(request, v.SwitchBody)
         await self._book.switch(name, body.to, body.deadline_s, _who(request))
         return self._shown(request, 202)
 
     async def promote_route(self, request: web.Request) -> web.Response:
-        name, body = request.match_info["name"], await _body(request, v.ReasonBody)
+        name, body = request.match_info["name"], await read_body(request, v.ReasonBody)
         await self._book.promote(name, _who(request), body.reason)
         await self._driver.routers_follow()
         return self._shown(request)
 
     async def roll_back_route(self, request: web.Request) -> web.Response:
-        name, body = request.match_info["name"], await _body(request, v.ReasonBody)
+        name, body = request.match_info["name"], await read_body(request, v.ReasonBody)
         await self._book.rollback(name, _who(request), body.reason)
         await self._driver.routers_follow()
         return self._shown(request)
 
     async def list_audit(self, request: web.Request) -> web.Response:
-        limit, route = _limit(request), request.query.get("route")
+        limit, route = int(number(request, "limit", 100)), request.query.get("route")
         entries = reversed(self._book.audit.entries)
         found = [e for e in entries if route is None or e.subject == f"route {route}"]
-        return _reply(v.Audit(audit=tuple(found[:limit])))
+        return reply(v.Audit(audit=tuple(found[:limit])))
 
     # ------------------------------------------------------------------------- views
 
     def _shown(self, request: web.Request, status: int = 200) -> web.Response:
-        return _reply(self._view(self._book.find(request.match_info["name"])), status)
+        return reply(self._view(self._book.find(request.match_info["name"])), status)
 
     def _view(self, stored: StoredRoute) -> v.RouteView:
         rule, since = stored.rule, self._book.changed_at[stored.rule.name]
@@ -139,30 +132,4 @@ class RouteApi:
 
 
 def _who(request: web.Request) -> str:
-    return str(request.get(OPERATOR, DEFAULT_OPERATOR))
-
-
-def _reply(body: msgspec.Struct, status: int = 200) -> web.Response:
-    data = msgspec.json.encode(body)
-    return web.Response(body=data, status=status, content_type="application/json")
-
-
-async def _json(request: web.Request) -> Any:
-    try:
-        return msgspec.json.decode(await request.read() or b"{}")
-    except ValueError as error:
-        raise RuleRefused(400, f"the body is not JSON: {error}") from None
-
-
-async def _body(request: web.Request, kind: type[S]) -> S:
-    try:
-        return check(await _json(request), kind)
-    except SchemaError as error:
-        raise RuleRefused(422, str(error), error.problems) from None
-
-
-def _limit(request: web.Request) -> int:
-    text = request.query.get("limit", "100")
-    if not text.isdecimal():
-        raise RuleRefused(400, f"limit: must be a whole number of at least 0 (got {text!r})")
-    return int(text)
+    return str(request[WHO])

@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from runtime.access import KeySpec, Role, Tenant
 from runtime.wire import ModelSpec, RouteRule
+from scheduler import access_api as a
 from scheduler import cache_api as c
 from scheduler import route_views as r
 from scheduler import views as v
@@ -17,7 +19,10 @@ _FLAG = {"type": "string", "enum": ["0", "1"]}
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """One operation. `handler` names a method of `scheduler.api.Api` or of `route_api.RouteApi`."""
+    """One operation. `handler` names a method of `scheduler.api.Api`, or of a part of it.
+
+    `role`: the least that a token must have; left out, viewer to read and operator to change.
+    """
 
     method: str
     path: str
@@ -31,13 +36,19 @@ class Route:
     errors: tuple[int, ...] = ()
     query: dict[str, dict[str, Any]] = field(default_factory=dict)
     open: bool = False  # served without a token, by a scheduler that stands by too
+    role: Role | None = None
+
+    @property
+    def needs(self) -> Role:
+        """The least role that may."""
+        return self.role or ("viewer" if self.method == "GET" else "operator")
 
 
 ADMIN = (
     Route("GET", "/admin/models", "list_models", "List models", "every model", v.Models),
     Route(
         "POST", "/admin/models", "create_model", "Add a model", "it was added", v.Saved,
-        body=ModelSpec, status=201, errors=(400, 409, 422),
+        body=ModelSpec, status=201, errors=(400, 409, 422), role="admin",
     ),
     Route(
         "GET", "/admin/models/{name}", "show_model", "Show a model", "the model", v.ModelView,
@@ -45,11 +56,11 @@ ADMIN = (
     ),
     Route(
         "PUT", "/admin/models/{name}", "put_model", "Add or change a model", "it was changed",
-        v.Saved, body=ModelSpec, also_status=201, errors=(400, 409, 422),
+        v.Saved, body=ModelSpec, also_status=201, errors=(400, 409, 422), role="admin",
     ),
     Route(
         "DELETE", "/admin/models/{name}", "delete_model", "Remove a model, draining its replicas",
-        "it was removed", status=204, errors=(404, 409),
+        "it was removed", status=204, errors=(404, 409), role="admin",
     ),
     Route(
         "POST", "/admin/models/{name}/load", "load_model", "Start replicas ahead of requests",
@@ -147,38 +158,91 @@ ADMIN = (
         "POST", "/admin/cache/verify", "verify_cached", "Read a cached model again and check it",
         "each node's verdict", c.Verdicts, errors=(400, 404), query=_MODEL_NODE,
     ),
-    Route("GET", "/admin/routes", "list_routes", "List routes", "every route", r.Routes),
+    Route("GET", "/admin/routes", "rules.list_routes", "List routes", "every route", r.Routes),
     Route(
-        "GET", "/admin/routes/{name}", "show_route", "Show a route", "the route", r.RouteView,
+        "GET", "/admin/routes/{name}", "rules.show_route", "Show a route", "the route", r.RouteView,
         errors=(404,),
     ),
     Route(
-        "PUT", "/admin/routes/{name}", "put_route",
+        "PUT", "/admin/routes/{name}", "rules.put_route",
         "Add or change a route, which begins its canary, if it has one", "it was changed",
         r.RouteView, body=RouteRule, also_status=201, errors=(400, 409, 422),
     ),
     Route(
-        "DELETE", "/admin/routes/{name}", "delete_route", "Remove a route; its models stay",
+        "DELETE", "/admin/routes/{name}", "rules.delete_route", "Remove a route; its models stay",
         "it was removed", status=204, errors=(404,),
     ),
     Route(
-        "POST", "/admin/routes/{name}/switch", "switch_route",
+        "POST", "/admin/routes/{name}/switch", "rules.switch_route",
         "Warm a target, then send it everything", "the route; watch `switch`", r.RouteView,
         body=r.SwitchBody, status=202, errors=(400, 404, 409, 422),
     ),
     Route(
-        "POST", "/admin/routes/{name}/promote", "promote_route", "Send everything to the canary",
-        "the route", r.RouteView, body=r.ReasonBody, errors=(400, 404, 409, 422),
+        "POST", "/admin/routes/{name}/promote", "rules.promote_route",
+        "Send everything to the canary", "the route", r.RouteView, body=r.ReasonBody,
+        errors=(400, 404, 409, 422),
     ),
     Route(
-        "POST", "/admin/routes/{name}/rollback", "roll_back_route",
+        "POST", "/admin/routes/{name}/rollback", "rules.roll_back_route",
         "Send nothing to the canary any more, or call a pending switch off", "the route",
         r.RouteView, body=r.ReasonBody, errors=(400, 404, 409, 422),
     ),
     Route(
-        "GET", "/admin/audit", "list_audit", "Who changed which route, when and why",
+        "GET", "/admin/audit", "rules.list_audit", "Who changed which route, when and why",
         "newest first", r.Audit, errors=(400,),
         query={"limit": _COUNT, "route": {"type": "string"}},
+    ),
+    Route("GET", "/admin/keys", "access.list_keys", "List API keys", "every key", a.Keys),
+    Route(
+        "POST", "/admin/keys", "access.create_key", "Make an API key",
+        "the key and, this once, its secret", a.NewKey, body=KeySpec, status=201,
+        errors=(400, 422), role="admin",
+    ),
+    Route(
+        "GET", "/admin/keys/{id}", "access.show_key", "Show an API key", "the key", a.KeyView,
+        errors=(404,),
+    ),
+    Route(
+        "PUT", "/admin/keys/{id}", "access.put_key", "Change what an API key may", "the key",
+        a.KeyView, body=KeySpec, errors=(400, 404, 422), role="admin",
+    ),
+    Route(
+        "POST", "/admin/keys/{id}/rotate", "access.rotate_key", "Give an API key a new secret",
+        "the key and, this once, its secret", a.NewKey, body=a.RotateBody,
+        errors=(400, 404, 422), role="admin",
+    ),
+    Route(
+        "DELETE", "/admin/keys/{id}", "access.delete_key", "Revoke an API key", "it was revoked",
+        status=204, errors=(404,), role="admin",
+    ),
+    Route(
+        "GET", "/admin/tenants", "access.list_tenants", "List tenants", "every tenant", a.Tenants
+    ),
+    Route(
+        "PUT", "/admin/tenants/{name}", "access.put_tenant", "Describe a tenant", "the tenant",
+        Tenant, body=Tenant, errors=(400, 422), role="admin",
+    ),
+    Route(
+        "DELETE", "/admin/tenants/{name}", "access.delete_tenant",
+        "Forget a tenant that has no keys", "it was forgotten", status=204, errors=(404, 409),
+        role="admin",
+    ),
+    Route(
+        "GET", "/admin/tokens", "access.list_tokens", "List admin tokens", "every token", a.Tokens,
+        role="admin",
+    ),
+    Route(
+        "POST", "/admin/tokens", "access.create_token", "Make an admin token",
+        "the token and, this once, its secret", a.NewToken, body=a.TokenBody, status=201,
+        errors=(400, 422), role="admin",
+    ),
+    Route(
+        "DELETE", "/admin/tokens/{id}", "access.delete_token", "Revoke an admin token",
+        "it was revoked", status=204, errors=(404,), role="admin",
+    ),
+    Route(
+        "GET", "/admin/usage", "access.show_use", "What keys and tenants used of a day",
+        "each account's use", a.Use, errors=(400,), query={"day": {"type": "string"}},
     ),
     Route(
         "GET", "/admin/spec-schema", "spec_schema", "The JSON Schema of a model spec",

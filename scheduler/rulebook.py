@@ -13,7 +13,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from msgspec import Struct
@@ -21,11 +20,11 @@ from msgspec.structs import replace
 
 from runtime.registry import RegistryError
 from runtime.rules import model_problems, place_problems, uses, with_share, without_canary
-from runtime.schema import close_names
-from runtime.wire import DemandReport, ModelSpec, RouteRule, SpecProblem, decode, encode
+from runtime.wire import DemandReport, ModelSpec, RouteRule, decode, encode
 from scheduler import messages as m
 from scheduler.audit import AuditTrail
 from scheduler.canary import Counts, Observed, judge
+from scheduler.http import ApiError, bad, unknown
 
 if TYPE_CHECKING:
     from scheduler.driver import Driver
@@ -54,26 +53,10 @@ class StoredRoute(Struct, frozen=True, kw_only=True):
     switch: Switch | None = None
 
 
-class RuleRefused(Exception):
-    """A change that can't be made, with an HTTP status."""
-
-    def __init__(
-        self,
-        status: int,
-        message: str,
-        problems: Iterable[SpecProblem] = (),
-        close: Iterable[str] = (),
-    ) -> None:
-        super().__init__(message)
-        self.status = status
-        self.problems = tuple(problems)
-        self.close = tuple(close)
-
-
 class RuleBook:
     """All routes of the cluster; only a leader's is in use.
 
-    Every change raises RuleRefused where it can't be made, RegistryError where it was not.
+    Every change raises ApiError where it can't be made, RegistryError where it was not.
     """
 
     def __init__(self, driver: Driver) -> None:
@@ -110,28 +93,26 @@ class RuleBook:
         self.observed.heard(report)
 
     def find(self, name: str) -> StoredRoute:
-        """Raises RuleRefused (404)."""
+        """Raises ApiError (404)."""
         stored = self.routes.get(name)
         if stored is None:
-            close = close_names(name, self.routes)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
-            raise RuleRefused(404, f"there is no route {name!r}{hint}", close=close)
+            raise unknown("route", name, list(self.routes))
         return stored
 
     # ------------------------------------------------------------------------- beside models
 
     def refuse_model(self, spec: ModelSpec) -> None:
-        """Raises RuleRefused (409) where a route has one of its names."""
+        """Raises ApiError (409) where a route has one of its names."""
         if problems := model_problems(spec, self.rules()):
-            raise RuleRefused(409, "\n".join(map(str, problems)), problems)
+            raise ApiError(409, "\n".join(map(str, problems)), problems=tuple(problems))
 
     def refuse_removal(self, model: str) -> None:
-        """Raises RuleRefused (409) where a route names the model."""
+        """Raises ApiError (409) where a route names the model."""
         routes = [rule.name for rule in self.rules() if model in uses(rule)]
         if routes:
             named = ", ".join(map(repr, routes))
             message = f"model {model!r} is used by route {named}: change or remove that first"
-            raise RuleRefused(409, message)
+            raise ApiError(409, message)
 
     # ------------------------------------------------------------------------- operators
 
@@ -141,7 +122,7 @@ class RuleBook:
             models = {name: model.spec for name, model in self._models().items()}
             if problems := place_problems(rule, models, self.rules()):
                 status = 409 if any(p.field == "name" for p in problems) else 422
-                raise RuleRefused(status, "\n".join(map(str, problems)), problems)
+                raise ApiError(status, "\n".join(map(str, problems)), problems=tuple(problems))
             old = self.routes.get(rule.name)
             reason = "added" if old is None else "changed"
             if old is not None and old.switch is not None:
@@ -163,7 +144,7 @@ class RuleBook:
         async with self.lock:
             stored = self.find(name)
             if stored.rule.canary is None:
-                raise RuleRefused(409, f"route {name!r} has no canary to promote")
+                raise ApiError(409, f"route {name!r} has no canary to promote")
             await self._end_canary(stored, "promote", who, reason)
 
     async def rollback(self, name: str, who: str, reason: str) -> None:
@@ -180,7 +161,7 @@ class RuleBook:
                     f"route {name!r} has neither a canary nor a pending switch; a switch that is"
                     " done is undone by switching back"
                 )
-                raise RuleRefused(409, message)
+                raise ApiError(409, message)
 
     async def switch(self, name: str, to: str, deadline_s: float, who: str) -> None:
         """Begin to warm `to`; it gets everything once as much of it is ready as serves now."""
@@ -194,28 +175,25 @@ class RuleBook:
             self._ask_for(name, pending)
 
     def _replicas_for(self, stored: StoredRoute, to: str) -> int:
-        """How many of `to` have to be ready. Raises RuleRefused."""
+        """How many of `to` have to be ready. Raises ApiError."""
         name, targets = stored.rule.name, {t.model: t for t in stored.rule.targets}
         if to not in targets:
-            problem = SpecProblem(
-                field="to", value=to, message=f"is no target of route {name!r}",
-                fix=f"add it with weight 0, or choose one of: {', '.join(targets)}",
-            )  # fmt: skip
-            raise RuleRefused(422, str(problem), [problem])
+            fix = f"add it with weight 0, or choose one of: {', '.join(targets)}"
+            raise bad("to", to, f"is no target of route {name!r}", fix)
         if stored.rule.canary is not None:
-            raise RuleRefused(409, f"route {name!r} has a canary: promote it or roll it back first")
+            raise ApiError(409, f"route {name!r} has a canary: promote it or roll it back first")
         if stored.switch is not None:
             message = f"route {name!r} is being switched to {stored.switch.to} already"
-            raise RuleRefused(409, f"{message}: roll that back first")
+            raise ApiError(409, f"{message}: roll that back first")
         blue = [t.model for t in targets.values() if t.weight and t.model != to]
         if not blue:
-            raise RuleRefused(409, f"route {name!r} sends everything to {to!r} already")
+            raise ApiError(409, f"route {name!r} sends everything to {to!r} already")
         models = self._models()
         needed = max(1, sum(len(models[b].ready()) for b in blue if b in models))
         most = models[to].spec.max_replicas if to in models else 0
         if needed > most:
             message = f"{needed} replicas serve now, and {to!r} may have {most}"
-            raise RuleRefused(409, f"{message}: raise its max_replicas first")
+            raise ApiError(409, f"{message}: raise its max_replicas first")
         return needed
 
     # ------------------------------------------------------------------------- as time goes by

@@ -14,7 +14,12 @@ def model_route(model: Model, now: float) -> ModelRoute:
         r for r in model.replicas.values() if r.stage is Stage.UNKNOWN and r.ready_at
     ]
     endpoints = tuple(
-        Endpoint(replica_id=r.replica_id, base_url=r.report.base_url, key=r.report.key or "")
+        Endpoint(
+            replica_id=r.replica_id,
+            base_url=r.report.base_url,
+            key=r.report.key or "",
+            devices=len(r.device_ids),
+        )
         for r in sorted(serving, key=lambda r: r.replica_id)
         if r.report is not None and r.report.base_url is not None
     )
@@ -24,7 +29,7 @@ def model_route(model: Model, now: float) -> ModelRoute:
         endpoints=endpoints, hold_s=spec.hold_s, max_queue=spec.max_queue,
         refusal=why, retry_after_s=retry_after_s,
         waiting_for=None if endpoints else waiting_for(model),
-        eta_s=None if endpoints else _eta_s(model, now),
+        eta_s=None if endpoints else _eta_s(model, now), affinity=spec.affinity,
     )  # fmt: skip
 
 

@@ -125,12 +125,14 @@ class Cluster:
 
 
 @contextmanager
-def running(state_dir: Path, *options: str) -> Iterator[Cluster]:
+def running(state_dir: Path, *options: str, **environ: str) -> Iterator[Cluster]:
     """`stoker up` until the block ends; then it must leave by itself, with nothing left behind."""
     argv = [sys.executable, "-m", "cli.main", "up", "--port", "0", "--json"]
     argv += ["--state-dir", str(state_dir), *options]
     log = open(state_dir.parent / f"{state_dir.name}.up.log", "w")  # noqa: SIM115  # outlives this
-    process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=log, text=True, cwd=ROOT)
+    process = subprocess.Popen(
+        argv, stdout=subprocess.PIPE, stderr=log, text=True, cwd=ROOT, env=os.environ | environ
+    )
     cluster = None
     try:
         assert process.stdout is not None

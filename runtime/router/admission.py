@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from runtime.router.affinity import Affinity
 from runtime.router.breaker import REST_S, Breaker, RetryBudget
 from runtime.router.sketch import Sketch
 from runtime.schema import close_names
@@ -36,8 +37,9 @@ class Wish(NamedTuple):
     tenant: str = ""
     priority: int = 0  # higher goes first
     tokens: int = 1  # about how many it makes the engine read and write
-    affinity: int | None = None  # requests of one value share a prompt's beginning: 64 bits
+    affinity: tuple[int, ...] = ()  # keys of longer and longer beginnings of its prompt
     wait_s: float | None = None  # its caller waits no longer than this for a replica
+    weight: float = 1.0  # the tenant's share of a busy model, against the others'
 
 
 PLAIN = Wish()
@@ -94,6 +96,15 @@ class _Model:
     first_token_s: float | None = None  # of the last that was held, from when it was sent on
 
 
+@dataclass(slots=True)
+class _Load:
+    """What is in flight at one replica; kept while a table lists it."""
+
+    requests: int = 0
+    tokens: int = 0
+
+
+_NO_LOAD = _Load()
 _by_arrival = operator.attrgetter("seq")
 
 
@@ -109,9 +120,10 @@ class Admission:
         self._route: dict[str, ModelRoute] = {}  # by name and by alias
         self._models: dict[str, _Model] = {}
         self._requests: dict[str, _Request] = {}
-        self._replica_in_flight: Counter[str] = Counter()
+        self._loads: dict[str, _Load] = {}  # by replica id
         self._arrived: Counter[str] = Counter()  # by model; outlives its route: it only grows
         self._breaker = Breaker()
+        self._affinity = Affinity()
         self._budget = RetryBudget()
         self._seq = 0
 
@@ -124,6 +136,8 @@ class Admission:
         self._route |= {route.name: route for route in table.models}
         listed = {e.replica_id for route in table.models for e in route.endpoints}
         self._breaker.keep_only(listed)
+        self._affinity.keep_only(listed)
+        self._loads = {r: load for r, load in self._loads.items() if load.requests or r in listed}
         released = self._release(now)
         for name in [n for n in self._models if n not in self._route]:
             self._forget_if_unused(name)
@@ -144,7 +158,7 @@ class Admission:
         state = self._models.get(name)
         if state is None:
             state = self._models[name] = _Model()
-        endpoint = self._choose(route, state, now)
+        endpoint = self._choose(route, state, now, wish)
         if endpoint is None and len(state.waiting) >= route.max_queue:
             return _queue_full(request_id, route)
         self._seq += 1
@@ -251,7 +265,7 @@ class Admission:
 
     def in_flight(self) -> dict[str, int]:
         """Requests in flight by replica id; replicas with none are left out."""
-        return dict(self._replica_in_flight)
+        return {r: load.requests for r, load in self._loads.items() if load.requests}
 
     def check_invariants(self) -> None:
         """Raises AssertionError where the rules above do not hold."""
@@ -260,8 +274,12 @@ class Admission:
         assert len({r.request_id for r in waiting}) == len(waiting)
         assert {r.request_id for r in waiting}.isdisjoint(r.request_id for r in flying)
         assert {r.request_id for r in waiting + flying} == set(self._requests)
-        assert Counter(r.replica_id for r in flying) == self._replica_in_flight
-        assert all(count > 0 for count in self._replica_in_flight.values())
+        there = {replica_id: _Load() for replica_id in self._loads}
+        for request in flying:
+            assert request.replica_id in there, f"{request.replica_id} has lost its count"
+            there[request.replica_id].requests += 1
+            there[request.replica_id].tokens += request.wish.tokens
+        assert there == self._loads
         for name, state in self._models.items():
             assert state.in_flight == sum(r.model == name for r in flying)
             assert state.waiting == sorted(state.waiting, key=_by_arrival)
@@ -271,13 +289,30 @@ class Admission:
 
     # -------------------------------------------------------------------------------- inside
 
-    def _choose(self, route: ModelRoute, state: _Model, now: float) -> Endpoint | None:
-        """The trusted replica with the fewest requests; ties go round."""
+    def _choose(self, route: ModelRoute, state: _Model, now: float, wish: Wish) -> Endpoint | None:
+        """The trusted replica that has read the prompt's beginning before, as affinity.py says, or
+        else the one with the fewest tokens in flight, then requests; ties go round."""
+        if wish.affinity and len(route.endpoints) > 1:
+            endpoint = self._akin(route, now, wish)
+            if endpoint is not None:
+                return endpoint
         if not self._breaker:
             return self._least_loaded(route, state, now, None)
         breaker = self._breaker
         endpoint = self._least_loaded(route, state, now, breaker.avoided)
         return endpoint or self._least_loaded(route, state, now, breaker.rests)
+
+    def _akin(self, route: ModelRoute, now: float, wish: Wish) -> Endpoint | None:
+        """Where the prompt's beginning was read or has its home; None: the load decides."""
+        avoided = self._breaker.avoided if self._breaker else None
+        loads: dict[str, int] = {}
+        for endpoint in route.endpoints:
+            replica_id = endpoint.replica_id
+            load = self._loads.get(replica_id, _NO_LOAD)
+            if load.requests < self._max_in_flight and not (avoided and avoided(replica_id, now)):
+                loads[replica_id] = load.tokens
+        chosen = self._affinity.pick(wish.affinity, loads, wish.tokens) if loads else None
+        return next((e for e in route.endpoints if e.replica_id == chosen), None)
 
     def _least_loaded(
         self,
@@ -286,18 +321,22 @@ class Admission:
         now: float,
         shunned: Callable[[str, float], bool] | None,
     ) -> Endpoint | None:
-        endpoints = route.endpoints
-        best, best_load, count = -1, 0, len(endpoints)
+        endpoints, loads = route.endpoints, self._loads
+        best, least, count = -1, _NO_LOAD, len(endpoints)
         for step in range(count):
             index = (state.turn + step) % count
             replica_id = endpoints[index].replica_id
             if shunned is not None and shunned(replica_id, now):
                 continue
-            load = self._replica_in_flight.get(replica_id, 0)
-            if load >= self._max_in_flight:
+            load = loads.get(replica_id, _NO_LOAD)
+            if load.requests >= self._max_in_flight:
                 continue
-            if best < 0 or load < best_load:
-                best, best_load = index, load
+            if (
+                best < 0
+                or load.tokens < least.tokens
+                or (load.tokens == least.tokens and load.requests < least.requests)
+            ):
+                best, least = index, load
         if best < 0:
             return None
         state.turn = best + 1
@@ -309,7 +348,13 @@ class Admission:
         if self._breaker:
             self._breaker.chosen(endpoint.replica_id, now)
         state.in_flight += 1
-        self._replica_in_flight[endpoint.replica_id] += 1
+        load = self._loads.get(endpoint.replica_id)
+        if load is None:
+            load = self._loads[endpoint.replica_id] = _Load()
+        load.requests += 1
+        load.tokens += request.wish.tokens
+        if request.wish.affinity:
+            self._affinity.sent(request.wish.affinity, endpoint.replica_id)
         return Forward(request.request_id, endpoint)
 
     def _unassign(self, request: _Request) -> None:
@@ -317,9 +362,9 @@ class Admission:
         assert replica_id is not None
         request.replica_id = None
         self._models[request.model].in_flight -= 1
-        self._replica_in_flight[replica_id] -= 1
-        if not self._replica_in_flight[replica_id]:
-            del self._replica_in_flight[replica_id]
+        load = self._loads[replica_id]
+        load.requests -= 1
+        load.tokens -= request.wish.tokens
 
     def _leave(self, request: _Request, now: float) -> None:
         state = self._models[request.model]
@@ -349,7 +394,7 @@ class Admission:
         if route.refusal is not None:
             self._leave(request, now)
             return _refusal(request.request_id, route)
-        endpoint = self._choose(route, state, now)
+        endpoint = self._choose(route, state, now, request.wish)
         spent = endpoint is not None and delivered and request.retried
         if spent or request.attempts >= MAX_ATTEMPTS:
             self._leave(request, now)
@@ -380,7 +425,10 @@ class Admission:
                 self._leave(request, now)
                 out.append(_refusal(request.request_id, route) if route else _removed(request))
             return out
-        while state.waiting and (endpoint := self._choose(route, state, now)):
+        while state.waiting:
+            endpoint = self._choose(route, state, now, state.waiting[0].wish)
+            if endpoint is None:
+                break
             out.append(self._forward(state.waiting.pop(0), state, endpoint, now))
         return out
 

@@ -10,9 +10,12 @@ Rules this file keeps:
 from __future__ import annotations
 
 import asyncio
+import hmac
 import logging
 import re
-from collections.abc import Awaitable, Callable
+import time
+from collections.abc import Awaitable, Callable, Iterable
+from datetime import UTC, datetime
 from importlib.metadata import version as installed_version
 from typing import Any
 
@@ -20,11 +23,13 @@ import msgspec
 from aiohttp import web
 
 from runtime.router import body as bodies
+from runtime.router.access_log import Line
 from runtime.router.admission import unknown_model
-from runtime.router.call import Call
+from runtime.router.call import Call, Caller
 from runtime.router.client import AiohttpClient
 from runtime.router.errors import ApiError
 from runtime.router.front import RequestIds
+from runtime.router.keys import given_token, sees
 from runtime.router.openapi import document, page
 from runtime.router.paths import ROOT_PATHS, STREAMS, v1_target
 from runtime.router.proxy import Proxy
@@ -34,8 +39,13 @@ from runtime.wire import ModelRoute, RouteTable
 log = logging.getLogger("stoker.router")
 
 _REQUEST_ID = web.RequestKey("request_id", str)
+_SERVED = web.RequestKey("served", bool)  # by the proxy, which tells of it
+_UNLOGGED = {"/healthz", "/readyz", "/metrics"}
 _GOOD_REQUEST_ID = re.compile(r"[!-~]{1,128}")
 _CREATED = 1735689600  # OpenAI's clients want a time; a model here has none worth telling
+
+CALLER = web.RequestKey("caller", Caller)
+_OPEN = {"/healthz", "/readyz", "/metrics", "/openapi.json", "/docs"}
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -43,7 +53,8 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 class Api:
     """Handlers over one Proxy. Set `draining` to make /readyz say no.
 
-    `siblings`: the other workers on the same port, whose figures /metrics includes.
+    `siblings`: the other workers on the same port, whose figures /metrics includes; `scrapers`:
+    the tokens that open /metrics where there are no anonymous callers.
     """
 
     def __init__(
@@ -52,8 +63,10 @@ class Api:
         max_body_bytes: int,
         read_timeout_s: float,
         siblings: Siblings | None = None,
+        scrapers: tuple[str, ...] = (),
     ) -> None:
         self._siblings = siblings
+        self._scrapers = scrapers
         self._proxy = proxy
         self._max_body_bytes = max_body_bytes
         self._read_timeout_s = read_timeout_s
@@ -122,7 +135,11 @@ class Api:
         streams = head.stream and path.partition("?")[0] in STREAMS
         client = AiohttpClient(request)
         request_id, headers = request[_REQUEST_ID], request.raw_headers
-        call = Call(request_id, head.model, path, headers, body, streams, head)
+        call = Call(
+            request_id, head.model, path, headers, body, streams, head, request[CALLER],
+            address=request.remote or "", asked=request.path,
+        )  # fmt: skip
+        request[_SERVED] = True
         await self._proxy.serve(call, client)
         if client.response is None:
             raise ConnectionResetError("the client hung up before its answer began")
@@ -151,19 +168,33 @@ class Api:
 
     async def _models(self, request: web.Request) -> web.Response:
         models = self._table().models
-        return _listing((*models, *self._proxy.gate.versions.listed(models)))
+        routes = self._proxy.gate.versions.listed(models)
+        return _listing(r for r in (*models, *routes) if _sees(request, r))
 
     async def _model(self, request: web.Request) -> web.Response:
-        return _json(_shown(self._route(request.match_info["model"])))
+        return _json(_shown(self._visible(request, request.match_info["model"])))
 
     async def _own_models(self, request: web.Request) -> web.Response:
-        return _listing((self._route(request.match_info["model"]),))
+        return _listing((self._visible(request, request.match_info["model"]),))
 
     async def _own_model(self, request: web.Request) -> web.Response:
-        own = self._route(request.match_info["model"])
+        own = self._visible(request, request.match_info["model"])
         if self._route(request.match_info["name"]).name != own.name:
             raise ApiError(404, "model_not_found", f"only model {own.name!r} is served here")
         return _json(_shown(own))
+
+    def _visible(self, request: web.Request, model: str) -> ModelRoute:
+        """A model that the caller's key reaches. Raises ApiError (403, 404)."""
+        route = self._route(model)
+        if not _sees(request, route):
+            raise ApiError(403, "not_allowed", f"this API key may not use model {model!r}")
+        return route
+
+    def _identify(self, request: web.Request) -> Caller:
+        token = ""
+        for name in ("Authorization", "X-Api-Key"):
+            token = token or given_token(request.headers.get(name, "").encode())
+        return self._proxy.keys.identify(token, time.time())
 
     def _table(self) -> RouteTable:
         table = self._proxy.gate.table
@@ -203,11 +234,22 @@ class Api:
         return web.Response(body=page(self._document), content_type="text/html", charset="utf-8")
 
     async def _metrics(self, request: web.Request) -> web.Response:
+        self._check_metrics_token(request)
         content_type = "text/plain; version=0.0.4; charset=utf-8"
         body = self._proxy.metrics.render()
         if self._siblings is not None and request.query != OWN:
             body = await self._siblings.metrics(body)
         return web.Response(body=body, headers={"Content-Type": content_type})
+
+    def _check_metrics_token(self, request: web.Request) -> None:
+        """Where callers need keys, so do scrapers; a sibling, on its Unix socket, does not."""
+        peer = request.transport.get_extra_info("peername") if request.transport else None
+        if self._proxy.keys.anonymous or not isinstance(peer, tuple):
+            return
+        token = given_token(request.headers.get("Authorization", "").encode())
+        if not any(t and hmac.compare_digest(token.encode(), t.encode()) for t in self._scrapers):
+            message = "send router.metrics_token, or the cluster token, as a bearer token"
+            raise ApiError(401, "invalid_api_key", message)
 
     @web.middleware
     async def _shaped(self, request: web.Request, handler: Handler) -> web.StreamResponse:
@@ -215,18 +257,31 @@ class Api:
         wish = request.headers.get("X-Request-ID", "")
         request_id = wish if _GOOD_REQUEST_ID.fullmatch(wish) else self._request_id()
         request[_REQUEST_ID] = request_id
+        code = None
         try:
+            if request.path not in _OPEN:
+                request[CALLER] = self._identify(request)
             response = await handler(request)
         except ApiError as error:
-            response = _error_response(error)
+            code, response = error.code, _error_response(error)
         except web.HTTPException as error:
-            response = _error_response(_of_http(request, error))
+            shown = _of_http(request, error)
+            code, response = shown.code, _error_response(shown)
         except Exception:
             log.exception("request %s failed inside the router", request_id)
             message = "the router failed; its log has more under this request id"
-            response = _error_response(ApiError(500, "internal_error", message))
+            code = "internal_error"
+            response = _error_response(ApiError(500, code, message))
         if not response.prepared:
             response.headers["X-Request-ID"] = request_id
+        access_log = self._proxy.access_log
+        if access_log is not None and _SERVED not in request and request.path not in _UNLOGGED:
+            access_log.add(
+                Line(
+                    datetime.now(UTC), request_id, request.remote or "", request.method,
+                    request.path, response.status, code,
+                )
+            )  # fmt: skip
         return response
 
 
@@ -277,7 +332,11 @@ def _shown(route: ModelRoute) -> dict[str, Any]:
     }
 
 
-def _listing(routes: tuple[ModelRoute, ...]) -> web.Response:
+def _sees(request: web.Request, route: ModelRoute) -> bool:
+    return sees(request[CALLER], (route.name, *route.aliases))
+
+
+def _listing(routes: Iterable[ModelRoute]) -> web.Response:
     return _json({"object": "list", "data": [_shown(route) for route in routes]})
 
 

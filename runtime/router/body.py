@@ -36,6 +36,7 @@ class Head(Struct):
     model: Any = UNSET
     stream: Any = None
     user: Any = None
+    prompt_cache_key: Any = None
     max_tokens: Any = None
     max_completion_tokens: Any = None
     temperature: Any = None

@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from runtime.access import ANY, Scope
 from runtime.router.body import Head
-from runtime.router.versions import Tally
+from runtime.router.limits import Account
+from runtime.router.versions import Attempt
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class Caller:
-    """Who calls, as far as serving the call goes: whatever else a key stands for is `keys.py`'s.
+    """Who calls: made once a key (`keys.py`), shared by all its calls.
 
-    `tenant` is whom queues are fair to and caches are kept for; `priority` as in `Wish`.
+    `tenant` is whom queues are fair to, by `weight`, and caches are kept for; `priority` as in
+    `Wish`; `accounts` are what its calls are charged to; `scopes` all have to allow a call.
     """
 
     tenant: str = "anonymous"
     key_id: str | None = None
     priority: int = 0
+    weight: float = 1.0
+    accounts: tuple[Account, ...] = ()
+    scopes: tuple[Scope, ...] = (ANY,)
+    known: dict[tuple[str, str], bool] = field(default_factory=dict)  # answers of `keys.may`
 
 
 ANONYMOUS = Caller()
@@ -37,5 +44,7 @@ class Call:
     streams: bool  # the answer will be server-sent events
     head: Head
     caller: Caller = ANONYMOUS
-    tally: Tally | None = None  # a route chose `model`: where its fate is counted
-    spare: bool = False  # if `model` can't be had, another is tried, though comments went out
+    version: str = ""  # of the model that serves it
+    address: str = ""  # whom the answer goes to
+    asked: str = ""  # the path the caller wrote, where it is not `path`
+    attempt: Attempt | None = None  # a route chose `model`

@@ -18,8 +18,10 @@ from runtime.registry import Registry, Service
 from runtime.router.api import Api
 from runtime.router.front import Front
 from runtime.router.gate import Gate
+from runtime.router.keys import Keys
 from runtime.router.link import Link
 from runtime.router.metrics import Metrics
+from runtime.router.observed import observed
 from runtime.router.plain import KEEP_ALIVE_S
 from runtime.router.proxy import Proxy
 from runtime.router.siblings import Siblings
@@ -57,17 +59,21 @@ async def run_router(
     gate.on_routes = lambda table: upstream.keep_only(
         {endpoint.base_url for route in table.models for endpoint in route.endpoints}
     )
-    proxy = Proxy(gate, upstream, Metrics(gate), settings.heartbeat_s)
+    keys = Keys(settings.lets_anonymous_in())
+    proxy = Proxy(gate, upstream, Metrics(gate), keys, settings.heartbeat_s)
+    observing = contextlib.ExitStack()
     worker, siblings = worker_index(), None
     if worker is not None:
         siblings = Siblings(Path(config.state_dir), worker, settings.workers)
-    api = Api(proxy, settings.max_body_bytes, settings.read_timeout_s, siblings)
+    scrapers = (settings.metrics_token, config.cluster_token)
+    api = Api(proxy, settings.max_body_bytes, settings.read_timeout_s, siblings, scrapers)
     runner, front = await _servers(settings, api, proxy)
     try:
+        observing.enter_context(observed(proxy, settings))
         listener = _listen(settings.host, settings.port, shared=worker is not None)
         port = listener.getsockname()[1]
         router_id = f"{socket.gethostname()}:{port}" + (f":{worker}" if worker else "")
-        link = _link(config, gate, registry, router_id)
+        link = _link(config, proxy, registry, router_id)
         service = Service(
             service_id=f"stoker-router-{router_id}",
             name="stoker-router",
@@ -96,6 +102,7 @@ async def run_router(
         proxy.routed.close()
         gate.close()
         upstream.close()
+        observing.close()
 
 
 async def _servers(settings: RouterConfig, api: Api, proxy: Proxy) -> tuple[web.AppRunner, Front]:
@@ -120,15 +127,16 @@ async def _servers(settings: RouterConfig, api: Api, proxy: Proxy) -> tuple[web.
     return runner, front
 
 
-def _link(config: Config, gate: Gate, registry: Registry, router_id: str) -> Link:
-    """The link to the scheduler, with the route table that the last router here had."""
+def _link(config: Config, proxy: Proxy, registry: Registry, router_id: str) -> Link:
+    """The link to the scheduler, with the tables that the last router here had."""
     link = Link(
-        gate,
+        proxy.gate,
+        proxy.keys,
         registry,
         prefix=config.registry.prefix,
         token=config.cluster_token,
         router_id=router_id,
-        file=Path(config.state_dir) / "routes.json",
+        folder=Path(config.state_dir),
     )
     link.restore()
     return link

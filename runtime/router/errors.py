@@ -6,11 +6,15 @@ Rule this file keeps: a message is written for the caller; it never holds a key 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import msgspec
 
-_TYPES = {400: "invalid_request_error", 404: "invalid_request_error", 429: "rate_limit_error"}
+_TYPES = {
+    400: "invalid_request_error", 401: "authentication_error", 403: "permission_error",
+    404: "invalid_request_error", 429: "rate_limit_error",
+}  # fmt: skip
 
 
 class ApiError(Exception):
@@ -24,6 +28,7 @@ class ApiError(Exception):
         *,
         param: str | None = None,
         retry_after_s: float | None = None,
+        headers: Iterable[tuple[bytes, bytes]] = (),
     ) -> None:
         super().__init__(message)
         self.status = status
@@ -31,6 +36,7 @@ class ApiError(Exception):
         self.message = message
         self.param = param
         self.retry_after_s = retry_after_s
+        self._headers = tuple(headers)
 
     def payload(self) -> dict[str, Any]:
         """The body, `{"error": {"message", "type", "param", "code"}}`."""
@@ -45,10 +51,13 @@ class ApiError(Exception):
         return msgspec.json.encode(self.payload())
 
     def headers(self) -> dict[str, str]:
-        """Retry-After in whole seconds, at least 1, where it is known when to come back."""
-        if self.retry_after_s is None:
-            return {}
-        return {"Retry-After": str(max(1, math.ceil(self.retry_after_s)))}
+        """What it was given, and Retry-After in whole seconds, at least 1, where that is known."""
+        headers = {name.decode(): value.decode() for name, value in self._headers}
+        if self.retry_after_s is not None:
+            headers["Retry-After"] = str(max(1, math.ceil(self.retry_after_s)))
+        if self.status == 401:
+            headers["WWW-Authenticate"] = "Bearer"
+        return headers
 
 
 def sse_error(payload: dict[str, Any]) -> bytes:

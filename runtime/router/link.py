@@ -1,7 +1,7 @@
-"""The router's tie to the scheduler: route tables in, demand out.
+"""The router's tie to the scheduler: tables of routes and of keys in, demand and use out.
 
 Rules this file keeps:
-- the last table is kept for ever; no failure of scheduler or registry ever takes it away;
+- the last tables are kept for ever; no failure of scheduler or registry ever takes them away;
 - within one unbroken tie to one leader only a higher version is taken. A tie is (re)made, after a
   failure or for a new leader, by asking with `since=0`, and that answer is taken whatever its
   version: the leader of the highest term knows best, even if its cluster was set up anew;
@@ -17,15 +17,19 @@ import logging
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from typing import TypeVar
 
 import aiohttp
 import msgspec
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, wait_random_exponential
 
 from runtime import wire
+from runtime.access import KeyTable, PeerUsage, RouterUsage
 from runtime.registry import Registry, RegistryError
 from runtime.router import table_file
 from runtime.router.gate import Gate
+from runtime.router.keys import Keys
+from runtime.router.limits import DAY_S
 
 log = logging.getLogger("stoker.router")
 
@@ -38,41 +42,65 @@ class LinkError(Exception):
     """The scheduler could not be asked; says why."""
 
 
+_Table = TypeVar("_Table", wire.RouteTable, KeyTable)
+
+
 class _Leader(msgspec.Struct, frozen=True):
     url: str
     term: int
 
 
 class Link:
-    """Keeps `gate`'s route table fresh and tells the scheduler what is asked for."""
+    """Keeps `gate`'s route table and `keys` fresh, tells the scheduler what is asked for and used.
+
+    `folder`: where the last tables are kept.
+    """
 
     def __init__(
-        self, gate: Gate, registry: Registry, *, prefix: str, token: str, router_id: str, file: Path
+        self,
+        gate: Gate,
+        keys: Keys,
+        registry: Registry,
+        *,
+        prefix: str,
+        token: str,
+        router_id: str,
+        folder: Path,
     ) -> None:
         self._gate = gate
+        self._keys = keys
         self._registry = registry
         self._leader_key = f"{prefix}/leader"
         self._headers = {"Authorization": f"Bearer {token}"}
         self._router_id = router_id
-        self._file = file
+        self._folder = folder
         self._boot_id = time.time_ns() // 1_000_000
         self._seq = 0
         self._leader: _Leader | None = None
         self._last_known: _Leader | None = None  # asked again when the registry is down as well
-        self._since = 0  # 0: the next table is taken whatever its version
+        self._since = {"routes": 0, "keys": 0}  # 0: the next one is taken whatever its version
+        self._tell_all = True  # of what was used, not only what changed
         self._lost = False
         self._report_now = asyncio.Event()
         gate.on_first_wait = self._report_now.set
 
     def restore(self) -> None:
-        """Put the table of the last run in force, if there is one."""
+        """Put the tables of the last run in force, if there are any."""
+        routes = self._kept("routes", wire.RouteTable)
+        if routes is not None:
+            self._gate.routes(routes)
+        keys = self._kept("keys", KeyTable)
+        if keys is not None:
+            self._keys.load(keys, self._gate.loop.time())
+        self._turn_day()
+
+    def _kept(self, name: str, kind: type[table_file.Table]) -> table_file.Table | None:
+        file = self._folder / f"{name}.json"
         try:
-            table = table_file.load(self._file)
+            return table_file.load(file, kind)
         except (OSError, ValueError) as error:
-            log.warning("cannot read the last route table %s: %s", self._file, error)
-            return
-        if table is not None:
-            self._gate.routes(table)
+            log.warning("cannot read the last table %s: %s", file, error)
+            return None
 
     async def run(self) -> None:
         """Until cancelled."""
@@ -80,66 +108,115 @@ class Link:
             aiohttp.ClientSession(headers=self._headers) as session,
             asyncio.TaskGroup() as tasks,
         ):
-            tasks.create_task(_forever(lambda: self._poll(session), self._failed))
+            tasks.create_task(_forever(lambda: self._poll_routes(session), self._failed))
+            tasks.create_task(_forever(lambda: self._poll_keys(session), self._failed))
             tasks.create_task(_forever(lambda: self._report(session), self._failed))
 
-    # -------------------------------------------------------------------------------- routes
+    # -------------------------------------------------------------------------------- tables
 
-    async def _poll(self, session: aiohttp.ClientSession) -> None:
-        """One long poll; whatever it brings is in force when this returns."""
+    async def _poll_routes(self, session: aiohttp.ClientSession) -> None:
+        table = await self._poll(session, "routes", wire.RouteTable)
+        if table is not None:
+            self._gate.routes(table)
+            self._report_now.set()
+            await self._keep("routes", table)
+
+    async def _poll_keys(self, session: aiohttp.ClientSession) -> None:
+        table = await self._poll(session, "keys", KeyTable)
+        if table is not None:
+            self._keys.load(table, self._gate.loop.time())
+            await self._keep("keys", table)
+
+    async def _poll(
+        self, session: aiohttp.ClientSession, name: str, kind: type[_Table]
+    ) -> _Table | None:
+        """One long poll: a table that is to be put in force, if there is one."""
         leader = await self._find_leader()
-        since = self._since
+        since = self._since[name]
         timeout = aiohttp.ClientTimeout(total=POLL_S + TIMEOUT_S, sock_connect=TIMEOUT_S)
         query = {"since": str(since), "wait_s": f"{POLL_S:g}"}
-        url = f"{leader.url}/internal/routes"
-        async with session.get(url, params=query, timeout=timeout) as response:
+        async with session.get(
+            f"{leader.url}/internal/{name}", params=query, timeout=timeout
+        ) as response:
             body = await response.read()
         if self._leader != leader:
-            return  # the tie broke while we waited; what came may be an old leader's
-        if response.status == 200:
-            await self._take(wire.decode(body, wire.RouteTable), since)
-        elif response.status != 204:
-            raise LinkError(f"the scheduler answered /internal/routes with {response.status}")
+            return None  # the tie broke while we waited; what came may be an old leader's
+        if response.status == 404:  # an older scheduler has no such table
+            await asyncio.sleep(POLL_S)
+            return None
+        if response.status not in (200, 204):
+            raise LinkError(f"the scheduler answered /internal/{name} with {response.status}")
         if self._lost:
             self._lost = False
             log.info("tied to the scheduler at %s again", leader.url)
-
-    async def _take(self, table: wire.RouteTable, since: int) -> None:
+        if response.status == 204:
+            return None
+        table = wire.decode(body, kind)
         if since and table.version <= since:
-            log.warning("ignored route table %d: %d is in force", table.version, since)
+            log.warning("ignored table %d of %s: %d is in force", table.version, name, since)
             await asyncio.sleep(0.1)  # a scheduler that repeats itself must not make us spin
-            return
-        self._since = table.version
-        self._gate.routes(table)
-        self._report_now.set()
+            return None
+        self._since[name] = table.version
+        return table
+
+    async def _keep(self, name: str, table: msgspec.Struct) -> None:
+        file = self._folder / f"{name}.json"
         try:
-            await asyncio.to_thread(table_file.save, self._file, table)
+            await asyncio.to_thread(table_file.save, file, table)
         except OSError as error:
-            log.warning("cannot keep the route table in %s: %s", self._file, error)
+            log.warning("cannot keep the table %s: %s", file, error)
 
     # -------------------------------------------------------------------------------- demand
 
     async def _report(self, session: aiohttp.ClientSession) -> None:
-        """Wait until a report is due, and send it."""
+        """Wait until a report is due, send it, and hear what others used."""
         try:
             async with asyncio.timeout(REPORT_S):
                 await self._report_now.wait()
         except TimeoutError:
             pass
         self._report_now.clear()
+        self._turn_day()
         leader = await self._find_leader()
-        url = f"{leader.url}/internal/demand"
-        timeout = aiohttp.ClientTimeout(total=TIMEOUT_S)
+        demand = self._demand()
         try:
-            async with session.post(
-                url, data=wire.encode(self._demand()), timeout=timeout
-            ) as response:
-                await response.read()
-            if response.status >= 300:
-                raise LinkError(f"the scheduler answered /internal/demand with {response.status}")
+            await self._post(session, leader, "demand", demand)
+            await self._tell_use(session, leader, demand)
         except BaseException:
             self._report_now.set()  # it is still due
             raise
+
+    async def _tell_use(
+        self, session: aiohttp.ClientSession, leader: _Leader, demand: wire.DemandReport
+    ) -> None:
+        """What was used of keys' limits here and, in the answer, elsewhere."""
+        if not self._keys.any:
+            return
+        use = RouterUsage(
+            router_id=demand.router_id,
+            boot_id=demand.boot_id,
+            usage=self._keys.report(self._tell_all),
+        )
+        self._tell_all = True  # unless this arrives
+        body = await self._post(session, leader, "usage", use)
+        self._tell_all = False
+        self._keys.hear(wire.decode(body, PeerUsage), self._gate.loop.time())
+
+    def _turn_day(self) -> None:
+        wall_s = time.time()
+        day = time.strftime("%Y-%m-%d", time.gmtime(wall_s))
+        self._keys.day(day, DAY_S - wall_s % DAY_S, self._gate.loop.time())
+
+    async def _post(
+        self, session: aiohttp.ClientSession, leader: _Leader, name: str, message: msgspec.Struct
+    ) -> bytes:
+        url = f"{leader.url}/internal/{name}"
+        timeout = aiohttp.ClientTimeout(total=TIMEOUT_S)
+        async with session.post(url, data=wire.encode(message), timeout=timeout) as response:
+            body = await response.read()
+        if response.status >= 300:
+            raise LinkError(f"the scheduler answered /internal/{name} with {response.status}")
+        return body
 
     def _demand(self) -> wire.DemandReport:
         self._seq += 1
@@ -160,7 +237,8 @@ class Link:
     async def _find_leader(self) -> _Leader:
         if self._leader is None:
             self._leader = await self._read_leader()
-            self._since = 0
+            self._since = dict.fromkeys(self._since, 0)
+            self._tell_all = True
         return self._leader
 
     async def _read_leader(self) -> _Leader:

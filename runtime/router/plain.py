@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from http import HTTPStatus
 from typing import TYPE_CHECKING, cast
 
@@ -27,6 +28,7 @@ import httptools
 from runtime.router.body import read_head
 from runtime.router.call import Call
 from runtime.router.errors import ApiError
+from runtime.router.keys import given_token
 from runtime.router.paths import PLAIN_PATHS, STREAMS
 from runtime.router.upstream import Headers, Reply
 
@@ -46,8 +48,8 @@ _BODYLESS = (204, 304)
 # Headers that make a request no plain one.
 _ODD = {b"transfer-encoding", b"content-encoding", b"expect", b"upgrade", b"te", b"trailer"}
 _CONNECTION, _LENGTH, _TYPE = b"connection", b"content-length", b"content-type"
-_ID, _HOST = b"x-request-id", b"host"
-_LOOKED_AT = _ODD | {_CONNECTION, _LENGTH, _TYPE, _ID, _HOST}
+_ID, _HOST, _AUTHORIZATION, _API_KEY = b"x-request-id", b"host", b"authorization", b"x-api-key"
+_LOOKED_AT = _ODD | {_CONNECTION, _LENGTH, _TYPE, _ID, _HOST, _AUTHORIZATION, _API_KEY}
 _LENGTHS = {len(name) for name in _LOOKED_AT}
 
 
@@ -55,14 +57,16 @@ class PlainConnection(asyncio.Protocol):
     """One caller's socket, and the `Client` of the request that is being answered."""
 
     __slots__ = (
-        "_behind", "_body", "_chunked", "_fields", "_front", "_head", "_id", "_more", "_parser",
-        "_path", "_plain", "_raw", "_raw_bytes", "_reply", "_since", "_stopped", "_stopped_at",
-        "_stuffed", "_task", "_transport", "_url", "_whole", "_writable", "begun",
+        "_address", "_behind", "_body", "_chunked", "_fields", "_front", "_head", "_id", "_more",
+        "_parser", "_path", "_plain", "_raw", "_raw_bytes", "_reply", "_since", "_stopped",
+        "_stopped_at", "_stuffed", "_task", "_token", "_transport", "_url", "_whole", "_writable",
+        "begun",
     )  # fmt: skip
 
     def __init__(self, front: Front) -> None:
         self._front = front
         self._transport: asyncio.Transport | None = None
+        self._address = ""
         self._parser: httptools.HttpRequestParser | None = None
         self._task: asyncio.Task[None] | None = None
         self._reply: Reply | None = None
@@ -82,6 +86,7 @@ class PlainConnection(asyncio.Protocol):
         self._fields: Headers = []
         self._body: list[bytes] = []
         self._id: str | None = None
+        self._token = ""
         self._plain = True
         self._whole = self._more = False
         self._head = b""  # of the answer, until its first piece goes out
@@ -91,6 +96,7 @@ class PlainConnection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)  # uvloop's has another base class
+        self._address = address_of(transport)
         self._parser = httptools.HttpRequestParser(self)
         self._front.opened(self)
 
@@ -190,6 +196,8 @@ class PlainConnection(asyncio.Protocol):
                 hosts += 1
             elif lower == _ID:
                 self._id = _usable_id(value)
+            elif lower in (_AUTHORIZATION, _API_KEY):
+                self._token = self._token or given_token(value)
             elif lower != _CONNECTION or value.lower() != b"keep-alive":
                 return False
         return hosts == 1 and size <= PLAIN_HEAD_BYTES and 0 < length <= self._front.max_body_bytes
@@ -200,6 +208,7 @@ class PlainConnection(asyncio.Protocol):
         body = self._body[0] if len(self._body) == 1 else b"".join(self._body)
         try:
             head = read_head(body)
+            caller = self._front.proxy.keys.identify(self._token, time.time())
         except ApiError:
             self._hand_over()
             return
@@ -209,7 +218,7 @@ class PlainConnection(asyncio.Protocol):
         path = cast(str, self._path)
         call = Call(
             self._id or self._front.request_id(), head.model, path, self._fields, body,
-            head.stream and path in STREAMS, head,
+            head.stream and path in STREAMS, head, caller, address=self._address,
         )  # fmt: skip
         self._raw = []
         self._raw_bytes = 0
@@ -346,6 +355,12 @@ class PlainConnection(asyncio.Protocol):
         """At once, with what it has not read yet."""
         if self._transport is not None:
             self._transport.abort()
+
+
+def address_of(transport: asyncio.BaseTransport) -> str:
+    """Who is at the other end; "": a Unix socket."""
+    peer = transport.get_extra_info("peername")
+    return peer[0] if isinstance(peer, tuple) else ""
 
 
 def error_answer(error: ApiError, request_id: str) -> bytes:

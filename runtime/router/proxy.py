@@ -15,18 +15,28 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import msgspec
 
 from runtime.engine.guard import CLOSED, CLOSED_HEADER
+from runtime.router.access_log import AccessLog
 from runtime.router.admission import Decision, Forward, Held, Refused, Wish
-from runtime.router.call import Call
+from runtime.router.call import ANONYMOUS, Call, Caller
 from runtime.router.client import Client
 from runtime.router.errors import ApiError, sse_error
 from runtime.router.gate import Gate
+from runtime.router.keys import Keys, may, rate_headers
+from runtime.router.limits import GpuShare
 from runtime.router.metrics import Metrics
+from runtime.router.outcome import BROKEN_OFF, HUNG_UP, Observer, Outcome
+from runtime.router.prompt import BYTES_PER_TOKEN, keys_of, tokens_of
 from runtime.router.routed import Routed
 from runtime.router.upstream import Headers, Reply, Upstream, UpstreamError, UpstreamTimeout
+from runtime.router.usage import Meter
+
+if TYPE_CHECKING:  # it needs packages that need not be there
+    from runtime.router.tracing import Tracer
 
 log = logging.getLogger("stoker.router")
 
@@ -48,43 +58,102 @@ class Proxy:
     """Takes calls through the gate to a replica."""
 
     def __init__(
-        self, gate: Gate, upstream: Upstream, metrics: Metrics, heartbeat_s: float
+        self, gate: Gate, upstream: Upstream, metrics: Metrics, keys: Keys, heartbeat_s: float
     ) -> None:
         self.gate = gate
+        self.keys = keys
+        self.shares = GpuShare()
         self.upstream = upstream
         self.metrics = metrics
         self.heartbeat_s = heartbeat_s
+        self.observers: list[Observer] = []  # told of each call's end; they do not raise
+        self.access_log: AccessLog | None = None  # one of them, for who answers without us
+        self.tracer: Tracer | None = None
         self.routed = Routed(self)
 
     async def serve(self, call: Call, client: Client) -> None:
         """Answer `client`. Raises ApiError while it has been told nothing."""
         ways = self.gate.versions.ways
-        if call.model in ways and call.tally is None:
+        if call.model in ways and call.attempt is None:
             return await self.routed.serve(ways[call.model], call, client)
         caller = call.caller
-        decision = self.gate.arrive(call.model, Wish(caller.tenant, caller.priority))
+        wish, decision, charged = self._wish(call), None, False
         exchange = _Exchange(self, call, client)
-        status = 499  # unless it gets further than a hang-up
+        outcome, status = exchange.outcome, HUNG_UP  # unless it gets further
         try:
+            if caller is not ANONYMOUS:
+                self._let_in(call, wish.tokens)
+                charged = True
+            decision = self.gate.arrive(call.model, wish)
             await exchange.run(decision)
             status = exchange.status
         except ApiError as error:
             status = error.status
+            outcome.error = error.code
             raise
         except ConnectionError:  # the client hung up while we wrote
             if not client.begun:
                 raise
+        except Exception:
+            status, outcome.error = 500, "internal_error"
+            raise
         finally:
-            self.gate.leave(decision.request_id)
-            self.metrics.ended(call.model, status)
-            if call.tally is not None:
-                call.tally.ended(status)
+            if decision is not None:
+                self.gate.leave(decision.request_id)
+            outcome.status = status
+            self._tell(outcome)
+            if charged:
+                self._settle(caller, wish.tokens, exchange)
+
+    def _settle(self, caller: Caller, expected: int, exchange: _Exchange) -> None:
+        """Charge what was taken: what the engine said, or else what was expected."""
+        usage, tokens = exchange.outcome.usage, 0
+        if exchange.outcome.ttft_s is not None and exchange.status < 400:
+            tokens = expected
+            if usage.completion_tokens is not None:
+                prompt = usage.prompt_tokens
+                if prompt is None:
+                    prompt = len(exchange.outcome.call.body) // BYTES_PER_TOKEN
+                tokens = prompt + usage.completion_tokens
+        self.keys.end(caller, expected, tokens, exchange.gpu_s)
+
+    def _tell(self, outcome: Outcome) -> None:
+        outcome.end(self.gate.loop.time())
+        self.metrics.ended(outcome)
+        if outcome.call.attempt is not None:
+            self.routed.ended(outcome)
+        for observer in self.observers:
+            observer(outcome)
+        if outcome.trace is not None:
+            outcome.trace.end()
+
+    def _let_in(self, call: Call, tokens: int) -> None:
+        """Charge a caller with a key. Raises ApiError (403, 429): then nothing was charged."""
+        path = call.path.partition("?")[0]
+        attempt, route = call.attempt, self.gate.find(call.model)
+        name, asked = route.name if route else call.model, call.model
+        if attempt is not None:  # who may call a route may call what it leads to
+            name, asked = attempt.route, attempt.asked
+        if not may(call.caller, (name,), asked, path):
+            message = f"this API key may not call {path} of model {asked!r}"
+            raise ApiError(403, "not_allowed", message)
+        again = attempt is not None and attempt.again
+        self.keys.begin(call.caller, tokens, self.gate.loop.time(), again)
+
+    def _wish(self, call: Call) -> Wish:
+        """Keys of the prompt are made only where there is a choice of replicas."""
+        caller, route = call.caller, self.gate.find(call.model)
+        keys: tuple[int, ...] = ()
+        if route is not None and len(route.endpoints) > 1 and route.affinity == "prefix":
+            keys = keys_of(call.path, call.headers, call.body, call.head, route.name, caller.tenant)
+        tokens = tokens_of(len(call.body), call.head)
+        return Wish(caller.tenant, caller.priority, tokens, keys, weight=caller.weight)
 
 
 class _Exchange:
     """The state of one call."""
 
-    __slots__ = ("_began_at", "_call", "_client", "_loop", "_proxy", "status")
+    __slots__ = ("_began_at", "_call", "_client", "_loop", "_proxy", "gpu_s", "outcome", "status")
 
     def __init__(self, proxy: Proxy, call: Call, client: Client) -> None:
         self._proxy = proxy
@@ -92,7 +161,11 @@ class _Exchange:
         self._client = client
         self._loop = proxy.gate.loop
         self._began_at = self._loop.time()
-        self.status = 499
+        self.outcome = Outcome(call, proxy.gate.find(call.model), self._began_at)
+        if proxy.tracer is not None:
+            self.outcome.trace = proxy.tracer.begin(self.outcome)
+        self.status = HUNG_UP
+        self.gpu_s = 0.0
 
     async def run(self, decision: Decision) -> None:
         while True:
@@ -101,7 +174,7 @@ class _Exchange:
             if isinstance(decision, Refused):
                 return await self._refuse(decision)
             try:
-                return await self._forward(decision)
+                return await self._timed(decision)
             except UpstreamTimeout as error:  # it works on it: another replica would do no better
                 self._warn(decision, error)
                 message = f"model {self._call.model!r}: {error.reason}"
@@ -118,18 +191,23 @@ class _Exchange:
             "request %s: replica %s of %s failed: %s",
             self._call.request_id, forward.endpoint.replica_id, self._call.model, error,
         )  # fmt: skip
+        if self.outcome.trace is not None:
+            self.outcome.trace.failed(error.reason)
 
     # -------------------------------------------------------------------------------- waiting
 
     async def _held(self, held: Held) -> Forward | Refused:
-        since = self._loop.time()
+        since, trace = self._loop.time(), self.outcome.trace
+        if trace is not None:
+            route = self._proxy.gate.find(self._call.model)
+            trace.hold(route.waiting_for if route else None)
         turn = self._proxy.gate.turn(held.request_id)
-        if not self._call.streams:
-            decision = await turn
-        else:
-            decision = await self._beat_until(turn)
-        self._proxy.metrics.held(self._call.model, self._loop.time() - since)
-        return decision
+        try:
+            return await (self._beat_until(turn) if self._call.streams else turn)
+        finally:
+            self.outcome.held_s += self._loop.time() - since
+            if trace is not None:
+                trace.let_go()
 
     async def _beat_until(self, turn: asyncio.Future[Forward | Refused]) -> Forward | Refused:
         """Comments to the waiting client, the first at once."""
@@ -154,7 +232,8 @@ class _Exchange:
                 (b"Cache-Control", b"no-cache"),
                 (b"X-Request-ID", self._call.request_id.encode()),
             ]
-            if self._call.tally is not None and not self._call.spare:
+            attempt = self._call.attempt
+            if attempt is not None and not attempt.spare:
                 headers.append((b"X-Stoker-Model", self._call.model.encode()))
             await self._client.begin(200, headers)
         await self._client.write(data)
@@ -164,39 +243,58 @@ class _Exchange:
             refused.status, refused.code, refused.message,
             param=refused.param, retry_after_s=refused.retry_after_s,
         )  # fmt: skip
-        if not self._client.begun or self._call.spare:
+        attempt = self._call.attempt
+        if not self._client.begun or (attempt is not None and attempt.spare):
             raise error
         self.status = refused.status
+        self.outcome.error = refused.code
         await self._send_early(sse_error(error.payload()))
 
     # -------------------------------------------------------------------------------- forwarding
 
+    async def _timed(self, forward: Forward) -> None:
+        """Forward, and note the share of the replica's time where somebody pays for it."""
+        if not self._proxy.keys.any:
+            return await self._forward(forward)
+        shares, replica_id = self._proxy.shares, forward.endpoint.replica_id
+        reading = shares.begin(replica_id, self._loop.time())
+        try:
+            await self._forward(forward)
+        finally:
+            now = self._loop.time()
+            self.gpu_s += shares.end(replica_id, reading, forward.endpoint.devices, now)
+
     async def _forward(self, forward: Forward) -> None:
         """Send to the replica and relay. Raises UpstreamError while it can be tried elsewhere."""
         call, endpoint, client = self._call, forward.endpoint, self._client
-        headers, sent_at = _sent_headers(call, endpoint.key), self._loop.time()
+        outcome = self.outcome
+        outcome.replica_id = endpoint.replica_id
+        headers = _sent_headers(call, endpoint.key)
+        if outcome.trace is not None:
+            headers = outcome.trace.sent(headers, endpoint)
         reply = await self._proxy.upstream.post(endpoint.base_url, call.path, headers, call.body)
         try:
             if reply.status == 401:  # our key, not the caller's: the table is behind the replica
                 raise UpstreamError("the replica refused this router's key", delivered=True)
             if reply.status == 503 and _is_closed(reply.headers):
                 raise UpstreamError(CLOSED, delivered=False)  # held until it wakes, or elsewhere
+            reply.meter = outcome.meter = Meter()
             first = await reply.read()
-            self._proxy.metrics.first_byte(call.model, self._loop.time() - self._began_at)
-            if call.tally is not None:
-                call.tally.first_byte(self._loop.time() - sent_at)
+            outcome.ttft_s = self._loop.time() - self._began_at
             self._proxy.gate.answered(forward.request_id, reply.status)
             self.status = reply.status
             if not client.begun:
-                await client.begin(reply.status, _returned_headers(reply.headers, call))
+                headers_back = _returned_headers(reply.headers, call)
+                if call.caller is not ANONYMOUS:
+                    headers_back += rate_headers(call.caller, self._loop.time())
+                await client.begin(reply.status, headers_back)
             elif reply.status != 200:
                 return await self._send_early(sse_error(await _error_of(reply, first)))
             try:
                 await client.relay(reply, first)
             except UpstreamError as error:
                 log.warning("request %s: broken off: %s", call.request_id, error)
-                if call.tally is not None:
-                    call.tally.broke_off()
+                outcome.error = BROKEN_OFF
                 client.break_off()
         finally:
             reply.close()
@@ -251,7 +349,7 @@ def _sent_headers(call: Call, key: str) -> list[bytes]:
 def _returned_headers(raw: Headers, call: Call) -> Headers:
     headers = _passed(raw, _not_returned)
     headers.append((b"X-Request-ID", call.request_id.encode()))
-    if call.tally is not None:
+    if call.attempt is not None:
         headers.append((b"X-Stoker-Model", call.model.encode()))
     return headers
 

@@ -18,12 +18,13 @@ from random import random
 from typing import TYPE_CHECKING
 
 from runtime.router.body import with_model
-from runtime.router.call import Call
+from runtime.router.call import Call, Caller
 from runtime.router.client import Client
 from runtime.router.errors import ApiError, sse_error
 from runtime.router.forms import form_with_model
+from runtime.router.outcome import BROKEN_OFF, Outcome
 from runtime.router.upstream import Headers, Reply
-from runtime.router.versions import FALLS_BACK, Way
+from runtime.router.versions import FALLS_BACK, Attempt, Way
 
 if TYPE_CHECKING:
     from runtime.router.proxy import Proxy
@@ -47,13 +48,12 @@ class Routed:
         """Answer `client`. Raises ApiError while it has been told nothing."""
         chain = way.chain(way.choose(_sticky_key(way.sticky, call), random()))
         if way.mirror is not None and random() < way.mirror.share:
-            self._mirror(way.route, way.mirror.model, call)
+            self._mirror(way, way.mirror.model, call)
         first: ApiError | None = None
         for model in chain:
-            attempt = self._for(way.route, model, call)
-            attempt.spare = len(chain) > 1
+            tried = self._for(way, model, call, again=first is not None, spare=len(chain) > 1)
             try:
-                await self._proxy.serve(attempt, client)
+                await self._proxy.serve(tried, client)
                 return
             except ApiError as error:
                 first = first or error
@@ -66,36 +66,47 @@ class Routed:
         with contextlib.suppress(ConnectionError):  # it hung up
             await client.write(sse_error(first.payload()))
 
+    def ended(self, outcome: Outcome) -> None:
+        """One attempt is over."""
+        attempt, ttft_s = outcome.call.attempt, outcome.ttft_s
+        assert attempt is not None
+        sent_s = None if ttft_s is None else ttft_s - outcome.held_s
+        attempt.tally.ended(outcome.status, sent_s, outcome.error != BROKEN_OFF)
+
     def close(self) -> None:
         """End every mirror."""
         for task in self._mirrors:
             task.cancel()
 
-    def _for(self, route: str, model: str, call: Call) -> Call:
+    def _for(self, way: Way, model: str, call: Call, again: bool, spare: bool) -> Call:
         """The call as it is for this model."""
-        tally = self._versions.tally(route, model)
         kind = _header(call, b"content-type") or ""
         if kind.lower().startswith("multipart/"):
             body, head = form_with_model(call.body, kind, model), call.head
         else:
             body, head = with_model(call.body, model)
-        return dataclasses.replace(call, model=model, body=body, head=head, tally=tally)
+        tally = self._versions.tally(way.route, model)
+        attempt = Attempt(way.route, call.model, tally, again, spare)
+        return dataclasses.replace(
+            call, model=model, body=body, head=head, version=way.version(model), attempt=attempt
+        )
 
     # -------------------------------------------------------------------------------- mirrors
 
-    def _mirror(self, route: str, model: str, call: Call) -> None:
+    def _mirror(self, way: Way, model: str, call: Call) -> None:
         if len(self._mirrors) >= MIRRORS_AT_ONCE or len(call.body) > MIRROR_BODY_BYTES:
-            self._versions.mirrors_dropped[route] += 1
+            self._versions.mirrors_dropped[way.route] += 1
             return
-        task = self._proxy.gate.loop.create_task(self._shadow(route, model, call))
+        task = self._proxy.gate.loop.create_task(self._shadow(way, model, call))
         self._mirrors.add(task)
         task.add_done_callback(self._mirrors.discard)
 
-    async def _shadow(self, route: str, model: str, call: Call) -> None:
+    async def _shadow(self, way: Way, model: str, call: Call) -> None:
+        """Nobody pays for it, and no key's scope is asked: the operator wants it."""
         try:
-            copy = self._for(route, model, call)
+            copy = self._for(way, model, call, again=False, spare=False)
             copy.request_id += "-mirror"
-            copy.caller = dataclasses.replace(call.caller, priority=MIRROR_PRIORITY)
+            copy.caller = Caller(call.caller.tenant, priority=MIRROR_PRIORITY)
             await self._proxy.serve(copy, _Nobody())
         except ApiError as error:
             log.info("request %s-mirror: %s", call.request_id, error)

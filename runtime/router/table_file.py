@@ -1,18 +1,23 @@
-"""The last route table on disk, so that a restarted router serves with everything else down.
+"""The last tables on disk, so that a restarted router serves with everything else down.
 
-Rule this file keeps: the file holds engine keys, so only its owner may read it; it is replaced
-whole or not at all.
+Rule this file keeps: the files hold engine keys and digests of callers' keys, so only their owner
+may read them; each is replaced whole or not at all.
 """
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import TypeVar
+
+import msgspec
 
 from runtime import wire
 
+Table = TypeVar("Table", bound=msgspec.Struct)
 
-def save(path: Path, table: wire.RouteTable) -> None:
+
+def save(path: Path, table: msgspec.Struct) -> None:
     """Replace `path` by `table`. Raises OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
@@ -25,9 +30,9 @@ def save(path: Path, table: wire.RouteTable) -> None:
     os.replace(temporary, path)
 
 
-def load(path: Path) -> wire.RouteTable | None:
+def load(path: Path, kind: type[Table]) -> Table | None:
     """The table of `path`, or None where there is none. Raises OSError or ValueError."""
     try:
-        return wire.decode(path.read_bytes(), wire.RouteTable)
+        return wire.decode(path.read_bytes(), kind)
     except FileNotFoundError:
         return None

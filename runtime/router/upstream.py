@@ -68,7 +68,7 @@ class Reply:
 
     __slots__ = (
         "_chunks", "_connection", "_error", "_sink", "_size", "_waiter", "begun", "complete",
-        "headers", "moved", "moved_at", "sent_at", "status", "until_eof",
+        "headers", "meter", "moved", "moved_at", "sent_at", "status", "until_eof",
     )  # fmt: skip
 
     def __init__(self, connection: _Connection, now: float) -> None:
@@ -84,6 +84,7 @@ class Reply:
         self._size = 0
         self._error: UpstreamError | None = None
         self._sink: Sink | None = None
+        self.meter: Sink | None = None  # sees every piece on its way
         self._waiter: asyncio.Future[None] | None = None
 
     async def read(self) -> bytes:
@@ -181,6 +182,8 @@ class Reply:
         data = self._chunks[0] if len(self._chunks) == 1 else b"".join(self._chunks)
         self._chunks.clear()
         self._size = 0
+        if self.meter is not None:
+            self.meter.feed(data)
         return data
 
     async def _wait(self) -> None:

@@ -45,31 +45,41 @@ class Tally:
     first_bytes: int = 0
     first_byte_s: float = 0.0
 
-    def first_byte(self, seconds: float) -> None:
-        """A body has begun, this long after the request was sent to the replica."""
-        self.first_bytes += 1
-        self.first_byte_s += seconds
+    def ended(self, status: int, first_byte_s: float | None, whole: bool) -> None:
+        """A request is over; 499, a caller who hung up, says nothing of the model.
 
-    def broke_off(self) -> None:
-        """An answer ended in its middle; `ended` is still to come."""
-        self.errors += 1
-
-    def ended(self, status: int) -> None:
-        """A request is over; 499, a caller who hung up, says nothing of the model."""
+        `first_byte_s`: from sent to the first byte of a body; None: none came. Not `whole`: the
+        answer broke off.
+        """
+        if first_byte_s is not None:
+            self.first_bytes += 1
+            self.first_byte_s += first_byte_s
         if status != 499:
             self.requests += 1
-            self.errors += status >= 500
+            self.errors += status >= 500 or not whole
+
+
+@dataclass(slots=True, frozen=True)
+class Attempt:
+    """One model that is tried for a request which asked for a route."""
+
+    route: str
+    asked: str  # the caller's word: the route's name, or NAME@VERSION
+    tally: Tally
+    again: bool = False  # another one was tried before
+    spare: bool = False  # if it can't be had, another is tried, though comments went out
 
 
 class Way:
     """One name of a route, made ready: where its requests go."""
 
-    __slots__ = ("_bounds", "_targets", "fallback", "mirror", "route", "sticky")
+    __slots__ = ("_bounds", "_targets", "_versions", "fallback", "mirror", "route", "sticky")
 
     def __init__(self, rule: RouteRule, pinned: RouteTarget | None = None) -> None:
         self.route = rule.name
         targets = [pinned] if pinned else [t for t in rule.targets if t.weight]
         self._targets = targets
+        self._versions = {t.model: t.version for t in rule.targets if t.version}
         self._bounds = list(accumulate(1.0 if pinned else t.weight for t in targets))
         self.sticky = "off" if pinned or len(targets) == 1 else rule.sticky
         # Who asks for a version by its number is not given another one.
@@ -89,6 +99,10 @@ class Way:
     def chain(self, model: str) -> tuple[str, ...]:
         """`model` and those that may stand in for it, in order."""
         return (model, *(name for name in self.fallback if name != model))
+
+    def version(self, model: str) -> str:
+        """The version that `model` is of the route; "": it has none."""
+        return self._versions.get(model, "")
 
     def heaviest(self) -> str:
         """The model that most requests meet."""

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import signal
 import sys
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -20,10 +21,12 @@ import uvloop
 from aiohttp import web
 
 from runtime import wire
+from runtime.access import KeyTable, RouterUsage, StoredKey, Tenant
 from runtime.config import Config, RouterConfig
 from runtime.registry import Entry, RegistryError, Service
 from runtime.router.driver import run_router
 from runtime.wire import DemandReport, Endpoint, ModelRoute, RouteRule, RouteTable
+from scheduler.usage import Usage
 
 TOKEN = "cluster-token"
 KEY = "engine-secret"
@@ -70,10 +73,12 @@ class MemoryRegistry:
 
 
 class Scheduler:
-    """The leader's two internal routes."""
+    """The leader's internal routes."""
 
     def __init__(self) -> None:
         self.table: RouteTable | None = None
+        self.keys: KeyTable | None = None
+        self.usage = Usage(time.strftime("%Y-%m-%d", time.gmtime()))
         self.reports: list[DemandReport] = []
         self.polls: list[int] = []
         self._changed = asyncio.Condition()
@@ -84,6 +89,8 @@ class Scheduler:
         app = web.Application()
         app.router.add_get("/internal/routes", self._routes)
         app.router.add_post("/internal/demand", self._demand)
+        app.router.add_get("/internal/keys", self._keys)
+        app.router.add_post("/internal/usage", self._usage)
         self._runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.1)
         await self._runner.setup()
         await web.TCPSite(self._runner, "127.0.0.1", 0).start()
@@ -104,6 +111,13 @@ class Scheduler:
         async with self._changed:
             self._changed.notify_all()
 
+    async def publish_keys(self, *keys: StoredKey, tenants: tuple[Tenant, ...] = ()) -> None:
+        """New keys; returns once they are there to be polled."""
+        version = self.keys.version + 1 if self.keys else 1
+        self.keys = KeyTable(version=version, keys=keys, tenants=tenants)
+        async with self._changed:
+            self._changed.notify_all()
+
     def waiting(self) -> int:
         """Requests that the last report says wait."""
         return sum(d.waiting for d in self.reports[-1].models) if self.reports else 0
@@ -116,16 +130,27 @@ class Scheduler:
         )
 
     async def _routes(self, request: web.Request) -> web.Response:
+        self.polls.append(int(request.query["since"]))
+        return await self._newer(request, lambda: self.table)
+
+    async def _keys(self, request: web.Request) -> web.Response:
+        return await self._newer(request, lambda: self.keys)
+
+    async def _newer(self, request: web.Request, table: Callable[[], Any]) -> web.Response:
         assert request.headers["Authorization"] == f"Bearer {TOKEN}"
         since = int(request.query["since"])
-        self.polls.append(since)
         try:
             async with asyncio.timeout(float(request.query["wait_s"])), self._changed:
-                while self.table is None or self.table.version == since:
+                while table() is None or table().version == since:
                     await self._changed.wait()
         except TimeoutError:
             return web.Response(status=204)
-        return web.Response(body=wire.encode(self.table))
+        return web.Response(body=wire.encode(table()))
+
+    async def _usage(self, request: web.Request) -> web.Response:
+        told = wire.decode(await request.read(), RouterUsage)
+        now = asyncio.get_running_loop().time()
+        return web.Response(body=wire.encode(self.usage.tell(told, now)))
 
     async def _demand(self, request: web.Request) -> web.Response:
         assert request.headers["Authorization"] == f"Bearer {TOKEN}"

@@ -230,7 +230,7 @@ async def test_200_held_requests_are_all_answered_after_the_wake(stack: Stack) -
     assert await asyncio.gather(*calls) == [200] * 200
     assert len(engine.received) == 200
     await eventually(lambda: stack.scheduler.waiting() == 0, "still waiting")
-    assert 'stoker_router_hold_seconds_count{model="m"} 200.0' in await stack.metrics()
+    assert 'llm_hold_seconds_count{model="m",rung="cold",version=""} 200.0' in await stack.metrics()
 
 
 async def test_demand_is_reported_at_once_when_a_model_begins_to_wait(stack: Stack) -> None:
@@ -275,7 +275,7 @@ async def test_a_cold_stream_that_fails_ends_with_an_error_event(stack: Stack) -
         error = await read_error_event(response)
     assert error["code"] == "model_unavailable"
     assert "files are damaged" in error["message"]
-    assert 'requests_total{model="m",status="503"} 1.0' in await stack.metrics()
+    assert 'requests_total{model="m",status="503",version=""} 1.0' in await stack.metrics()
 
 
 @pytest.mark.parametrize(
@@ -314,7 +314,7 @@ async def test_a_client_that_hangs_up_cancels_the_engine(stack: Stack, streaming
     call.cancel()
     await eventually(lambda: engine.hung_up == 1, "the engine still works")
     await eventually(lambda: not stack.scheduler.reports[-1].in_flight, "still counted")
-    assert 'requests_total{model="m",status="499"} 1.0' in await stack.metrics()
+    assert 'requests_total{model="m",status="499",version=""} 1.0' in await stack.metrics()
 
 
 async def test_a_client_that_hangs_up_in_mid_stream_cancels_the_engine(stack: Stack) -> None:
@@ -549,8 +549,8 @@ async def test_unknown_names_do_not_become_metrics(stack: Stack) -> None:
             pass
     metrics = await stack.metrics()
     assert "evil" not in metrics
-    assert 'requests_total{model="_unknown",status="404"} 2.0' in metrics
-    assert 'requests_total{model="m",status="200"} 2.0' in metrics
+    assert 'requests_total{model="_unknown",status="404",version=""} 2.0' in metrics
+    assert 'requests_total{model="m",status="200",version=""} 2.0' in metrics
 
 
 # ------------------------------------------------------------------------------------- API
@@ -803,7 +803,7 @@ async def test_the_table_is_kept_readable_by_its_owner_only(stack: Stack, tmp_pa
     file = tmp_path / "routes.json"
     await eventually(file.exists, "not written")
     assert file.stat().st_mode & 0o777 == 0o600
-    assert table_file.load(file) == stack.scheduler.table
+    assert table_file.load(file, RouteTable) == stack.scheduler.table
 
 
 async def test_a_restarted_router_serves_with_everything_else_down(tmp_path: Path) -> None:

@@ -222,7 +222,7 @@ async def test_workers_share_a_port_and_one_that_dies_is_replaced(tmp_path: Path
         children = parent.children()
         assert len(children) == 2
         async with aiohttp.ClientSession() as session, session.get(url + "/metrics") as response:
-            assert 'stoker_router_requests_total{model="m",status="200"} 40.0' in (
+            assert 'llm_inference_requests_total{model="m",status="200",version=""} 40.0' in (
                 await response.text()
             )
         assert all(child.net_connections("tcp") for child in children)

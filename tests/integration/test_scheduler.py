@@ -416,6 +416,7 @@ async def test_metrics_are_served(tmp_path, agent, registry, session) -> None:
         _, metrics = await client("GET", "/metrics")
         assert "stoker_scheduler_leader 1.0" in metrics
         assert 'stoker_device_memory_total_bytes{device="g0",node="n1"}' in metrics
+        assert 'llm_gpu_memory_bytes{gpu="g0",node="n1"}' in metrics
 
 
 async def test_added_means_that_the_routers_know_it(tmp_path, agent, registry, session) -> None:

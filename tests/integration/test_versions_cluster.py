@@ -79,10 +79,9 @@ def audit(cluster: Cluster, name: str) -> list[dict[str, Any]]:
 
 
 def metric(cluster: Cluster, line: str) -> float:
-    """A router's figure; 0 where there is none yet."""
+    """The sum of a router's figures that begin so; 0 where there is none yet."""
     text = requests.get(f"{cluster.router}/metrics", timeout=10).text
-    found = [row for row in text.splitlines() if row.startswith(line + " ")]
-    return float(found[0].rpartition(" ")[2]) if found else 0.0
+    return sum(float(r.rpartition(" ")[2]) for r in text.splitlines() if r.startswith(line))
 
 
 # ------------------------------------------------------------------------------ weights
@@ -105,7 +104,7 @@ def test_two_versions_share_the_requests_and_a_caller_keeps_its_own(cluster: Clu
     wait_until(lambda: sum(t["requests"] for t in route(cluster, "ab")["targets"]) == 24, "counts")
     assert "ab-2" in cluster.stoker("route", "show", "ab")
     changes = [(e["action"], e["reason"], e["who"]) for e in audit(cluster, "ab")]
-    assert changes == [("put", "added", "cluster token"), ("put", "changed", "cluster token")]
+    assert changes == [("put", "added", "cluster"), ("put", "changed", "cluster")]
     assert audit(cluster, "ab")[1]["old"]["targets"][0]["weight"] == 3
 
 
@@ -211,7 +210,7 @@ def test_green_is_warm_before_it_is_asked(cluster: Cluster) -> None:
         wait_until(lambda: answers[-1][1] == "green", "green answers")
     assert said == "bg: blue 0 %, green 100 %\n"
     assert {status for status, _ in answers} == {200}
-    held = {m: metric(cluster, f'stoker_router_hold_seconds_count{{model="{m}"}}') for m in BG}
+    held = {m: metric(cluster, f'llm_hold_seconds_count{{model="{m}"') for m in BG}
     assert held == {"blue": 1, "green": 0}
     assert [e["action"] for e in audit(cluster, "bg")] == ["put", "switch", "switched"]
     assert "everything to 'green' already" in cluster.stoker(

@@ -196,7 +196,7 @@ def test_an_unknown_node_is_an_error_on_stderr(fake: FakeServer) -> None:
 def test_a_wrong_token(fake: FakeServer) -> None:
     done = stoker(None, "--admin", fake.url, "--token", "wrong", "ps")
     assert done.exit_code == 1
-    assert "refused the cluster token" in done.stderr
+    assert "refused the token" in done.stderr
 
 
 def test_nobody_listens() -> None:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from runtime.router.call import Call
 from runtime.router.errors import ApiError
 from runtime.router.front import Front
+from runtime.router.keys import Keys
 from runtime.router.plain import BEHIND_BYTES, PLAIN_BODY_BYTES
 
 CHAT = b"/v1/chat/completions"
@@ -78,6 +79,7 @@ class Proxy:
         self.cancelled = 0
         self.hold: asyncio.Event | None = None
         self.gate = self
+        self.keys = Keys(anonymous=True)
         self.metrics = self
         self.connections = 0
         self.error: Exception | None = None

@@ -131,17 +131,15 @@ def test_counts_outlive_a_changed_rule_and_go_with_their_route() -> None:
     versions = Versions()
     versions.take((rule(1, 1), rule(1, name="s")))
     tally = versions.tally("r", "m0")
-    tally.first_byte(0.5)
-    tally.ended(200)
-    tally.ended(503)
-    tally.ended(499)
-    tally.broke_off()
-    tally.ended(200)
-    versions.tally("s", "m0").ended(404)
+    tally.ended(200, 0.5, whole=True)
+    tally.ended(503, None, whole=True)
+    tally.ended(499, None, whole=True)
+    tally.ended(200, 0.25, whole=False)
+    versions.tally("s", "m0").ended(404, None, whole=True)
     versions.take((rule(5, 1),))
     assert versions.counts() == (
         TargetCounts(
-            route="r", model="m0", requests=3, errors=2, first_bytes=1, first_byte_s=0.5
+            route="r", model="m0", requests=3, errors=2, first_bytes=2, first_byte_s=0.75
         ),
     )  # fmt: skip
     assert set(versions.ways) == {"r"}

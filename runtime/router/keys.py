@@ -1,0 +1,201 @@
+"""Who calls, what they may call, and what they still may use. Pure.
+
+Rules this file keeps:
+- nothing secret is in an error; a wrong key and one that never was are told apart by nobody;
+- a new table counts from the next request on: a key that was revoked opens nothing more;
+- what an account has used outlives every table that lists it;
+- without a table nobody is let in but anonymous callers, where these are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from fnmatch import fnmatchcase
+
+from runtime.access import (
+    KEY_PREFIX,
+    NO_LIMITS,
+    PRIORITIES,
+    KeyTable,
+    PeerUsage,
+    Scope,
+    StoredKey,
+    Tenant,
+    UsageReport,
+    Used,
+    opens,
+    token_id,
+)
+from runtime.router.call import ANONYMOUS, Caller
+from runtime.router.errors import ApiError
+from runtime.router.limits import DAY_S, Account
+
+TOKEN_BYTES = 512
+NOTHING = Used()
+_ANSWERS = 4096  # of `may`, remembered a caller
+
+
+class Keys:
+    """Every key of the table in force. `now` is a steady clock's, `wall_s` seconds since 1970.
+
+    `anonymous`: callers without a key are let in, as tenant "anonymous".
+    """
+
+    def __init__(self, anonymous: bool) -> None:
+        self.anonymous = anonymous
+        self.table: KeyTable | None = None
+        self.any = False  # whether there is any key
+        self._callers: dict[str, tuple[StoredKey, Caller]] = {}
+        self._accounts: dict[str, Account] = {}
+        self._day = ""
+        self._day_ends_at = 0.0  # on the steady clock
+
+    def load(self, table: KeyTable, now: float) -> None:
+        """Go by `table` from now on."""
+        self.table = table
+        self.any = bool(table.keys)
+        tenants = {tenant.name: tenant for tenant in table.tenants}
+        names = {f"key:{key.key_id}" for key in table.keys}
+        names |= {f"tenant:{key.spec.tenant}" for key in table.keys}
+        self._accounts = {
+            name: account
+            for name, account in self._accounts.items()
+            if name in names or account.used.in_flight
+        }
+        self._callers = {
+            key.key_id: (key, self._caller(key, tenants.get(key.spec.tenant), now))
+            for key in table.keys
+        }
+
+    def _caller(self, key: StoredKey, tenant: Tenant | None, now: float) -> Caller:
+        spec = key.spec
+        tenant = tenant or Tenant(name=spec.tenant)
+        mine = self._account(f"key:{key.key_id}")
+        mine.limit(spec.limits, now)
+        shared = self._account(f"tenant:{spec.tenant}")
+        shared.limit(tenant.limits, now)
+        return Caller(
+            tenant=spec.tenant,
+            key_id=key.key_id,
+            priority=PRIORITIES[spec.priority or tenant.priority],
+            weight=tenant.weight,
+            accounts=(mine, shared),
+            scopes=(spec.scope, tenant.scope),
+        )
+
+    def _account(self, name: str) -> Account:
+        if name not in self._accounts:
+            self._accounts[name] = Account(name, NO_LIMITS)
+        return self._accounts[name]
+
+    # ------------------------------------------------------------------------------- callers
+
+    def identify(self, token: str, wall_s: float) -> Caller:
+        """The caller who sent `token` ("": none). Raises ApiError (401, or 503 without a table)."""
+        ours = token_id(token, KEY_PREFIX)
+        if ours is None and self.anonymous:
+            return ANONYMOUS
+        if self.table is None and (ours is not None or not self.anonymous):
+            message = "this router has not heard of any keys yet"
+            raise ApiError(503, "no_keys", message, retry_after_s=1.0)
+        if ours is None:
+            raise _unauthorized("send an API key: Authorization: Bearer sk-stoker-…")
+        found = self._callers.get(ours)
+        if found is None or not opens(token, found[0], wall_s):
+            raise _unauthorized("the API key is not valid")
+        expires_at = found[0].spec.expires_at
+        if expires_at is not None and wall_s >= expires_at:
+            raise _unauthorized("the API key has expired")
+        return found[1]
+
+    # ------------------------------------------------------------------------------- use
+
+    def begin(self, caller: Caller, tokens: int, now: float, again: bool = False) -> None:
+        """A call of about `tokens`. Raises ApiError (429): then nothing was charged.
+
+        `again`: it was let in before and is tried by another model: that is no second request.
+        """
+        left_s = max(1.0, self._day_ends_at - now)
+        for account in () if again else caller.accounts:
+            over = account.over(tokens, left_s, now)
+            if over is not None:
+                headers = rate_headers(caller, now)
+                raise ApiError(
+                    429, over.code, over.message, retry_after_s=over.retry_after_s, headers=headers
+                )
+        for account in caller.accounts:
+            account.begin(tokens, again)
+
+    def end(self, caller: Caller, expected: int, tokens: int, gpu_s: float) -> None:
+        """It is over, and took `tokens` where `expected` were paid for."""
+        for account in caller.accounts:
+            account.end(expected, tokens, round(gpu_s * 1000))
+
+    # ------------------------------------------------------------------------------- other routers
+
+    def day(self, day: str, left_s: float, now: float) -> None:
+        """It is that day (UTC), for `left_s` more seconds."""
+        self._day_ends_at = now + min(left_s, DAY_S)
+        if day != self._day:
+            self._day = day
+            for account in self._accounts.values():
+                account.turn()
+
+    def report(self, everything: bool) -> UsageReport:
+        """What was used, of accounts that changed since the last report, or of all."""
+        accounts = {}
+        for name, account in self._accounts.items():
+            if account.changed or everything:
+                account.changed = False
+                accounts[name] = account.used
+        return UsageReport(day=self._day, accounts=accounts)
+
+    def hear(self, peers: PeerUsage, now: float) -> None:
+        """What all others used; of another day than ours it says nothing."""
+        if peers.day == self._day:
+            for name, account in self._accounts.items():
+                account.hear(peers.accounts.get(name, NOTHING), now)
+
+
+def given_token(value: bytes) -> str:
+    """The token of an Authorization or X-Api-Key header; "" where it can be none."""
+    scheme, _, token = value.strip().partition(b" ")
+    if scheme.lower() == b"bearer":
+        scheme = token.strip()
+    return scheme.decode("ascii", "replace") if len(scheme) <= TOKEN_BYTES else ""
+
+
+def rate_headers(caller: Caller, now: float) -> list[tuple[bytes, bytes]]:
+    """`x-ratelimit-*` of the key, or of its tenant where the key has no limit a minute."""
+    for account in caller.accounts:
+        if headers := account.headers(now):
+            return headers
+    return []
+
+
+def may(caller: Caller, names: Iterable[str], model: str, path: str) -> bool:
+    """Whether the caller may call `path` (without query) for `model`, which goes by `names` too."""
+    known = caller.known.get((model, path))
+    if known is None:
+        known = all(_allows(scope, (model, *names), path) for scope in caller.scopes)
+        if len(caller.known) < _ANSWERS:
+            caller.known[model, path] = known
+    return known
+
+
+def _allows(scope: Scope, names: Iterable[str], path: str) -> bool:
+    in_models = not scope.models or any(fnmatchcase(n, p) for p in scope.models for n in names)
+    return in_models and (not scope.endpoints or any(fnmatchcase(path, p) for p in scope.endpoints))
+
+
+def sees(caller: Caller, names: Iterable[str]) -> bool:
+    """Whether a model that goes by `names` is one of those the caller may call at all."""
+    names = tuple(names)
+    return all(
+        not s.models or any(fnmatchcase(n, p) for p in s.models for n in names)
+        for s in caller.scopes
+    )
+
+
+def _unauthorized(message: str) -> ApiError:
+    return ApiError(401, "invalid_api_key", message)

@@ -1,0 +1,43 @@
+"""What a router tells the world beside its metrics, where the configuration asks for it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+from runtime.config import RouterConfig
+from runtime.router.access_log import AccessLog
+from runtime.router.gate import Gate
+from runtime.router.proxy import Proxy
+from runtime.wire import RouteTable
+
+
+@contextlib.contextmanager
+def observed(proxy: Proxy, settings: RouterConfig) -> Iterator[None]:
+    """The proxy's calls logged and traced. At the end all is written out.
+
+    Raises OSError where the log cannot be opened, RuntimeError where a package is missing.
+    """
+    with contextlib.ExitStack() as stack:
+        if settings.access_log:
+            proxy.access_log = AccessLog(settings.access_log)
+            proxy.observers.append(proxy.access_log)
+            stack.enter_context(proxy.access_log.writing())
+        if settings.otlp_endpoint:
+            from runtime.router.tracing import Tracer
+
+            tracer = proxy.tracer = Tracer(settings.otlp_endpoint, settings.trace_sample)
+            stack.callback(tracer.close)
+            _tell_routes(proxy.gate, tracer.routes)
+        yield
+
+
+def _tell_routes(gate: Gate, told: Callable[[RouteTable], None]) -> None:
+    """Have `told` called with each table too."""
+    first = gate.on_routes
+
+    def both(table: RouteTable) -> None:
+        first(table)
+        told(table)
+
+    gate.on_routes = both

@@ -1,0 +1,88 @@
+"""What a request's prompt is worth to the router: about how many tokens, and how it begins. Pure.
+
+Rules this file keeps:
+- nothing is parsed that `read_head` has not read: a key is the checksum of the body's raw bytes;
+- what a caller writes only ever changes which replica it gets: hints of the wrong type are no
+  hints, and two prompts of one checksum merely share a replica.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from zlib import crc32
+
+from runtime.router.body import Head
+
+BYTES_PER_TOKEN = 4
+ANSWER_TOKENS = 256  # where the caller sets no limit
+MOST_TOKENS = 1_000_000  # a limit above this says nothing of the answer
+FIRST_CUT_BYTES = 1024  # about 256 tokens: less is read again in some 25 ms
+LAST_CUT_BYTES = 128 * 1024
+SESSION_HEADER = b"x-session-id"
+# Where a prompt begins in the body, by the engine's request target; other targets have no prompt
+# that an engine would cache. Inside of a JSON string the quotes would be escaped.
+_FIELDS = {
+    "/v1/chat/completions": b'"messages"',
+    "/v1/completions": b'"prompt"',
+    "/v1/messages": b'"messages"',
+    "/v1/responses": b'"input"',
+}
+
+
+def tokens_of(body_bytes: int, head: Head) -> int:
+    """About how many tokens an engine reads and writes for a body of that size; at least 1.
+
+    Example: 2,000 bytes with max_tokens 100 are 2,000 / 4 + 100 = 600; without it 500 + 256 = 756.
+    """
+    limit = head.max_completion_tokens
+    if limit is None:
+        limit = head.max_tokens
+    if type(limit) is not int or not 0 <= limit <= MOST_TOKENS:
+        limit = ANSWER_TOKENS
+    return max(1, body_bytes // BYTES_PER_TOKEN + limit)
+
+
+def keys_of(
+    path: str,
+    headers: Iterable[tuple[bytes, bytes]],
+    body: bytes,
+    head: Head,
+    model: str,
+    tenant: str,
+) -> tuple[int, ...]:
+    """32-bit keys of the prompt's longer and longer beginnings; empty: it is too short to matter.
+
+    One key alone where the caller says what belongs together, for its tenant: the header
+    x-session-id, or else `prompt_cache_key` or `user` in the body. Otherwise one for each of the
+    first 1, 2, 4 ... 128 KiB that the prompt fills: a key stands for half of what the next one
+    stands for, and the last for more than half of a prompt of up to 256 KiB.
+    """
+    field = _FIELDS.get(path)
+    if field is None:
+        return ()
+    session = _session(headers) or _said(head.prompt_cache_key) or _said(head.user)
+    if session:
+        return (crc32(session, crc32(f"{model}\0{tenant}\0".encode())),)
+    begins = body.find(field)
+    size = len(body) - begins
+    if begins < 0 or size < FIRST_CUT_BYTES:
+        return ()
+    view = memoryview(body)
+    keys = []
+    key, done, cut = crc32(model.encode()), 0, FIRST_CUT_BYTES
+    while cut <= size and cut <= LAST_CUT_BYTES:
+        key = crc32(view[begins + done : begins + cut], key)
+        keys.append(key)
+        done, cut = cut, 2 * cut
+    return tuple(keys)
+
+
+def _session(headers: Iterable[tuple[bytes, bytes]]) -> bytes:
+    for name, value in headers:
+        if len(name) == len(SESSION_HEADER) and name.lower() == SESSION_HEADER:
+            return value
+    return b""
+
+
+def _said(value: object) -> bytes:
+    return value.encode(errors="surrogatepass") if isinstance(value, str) else b""

@@ -1,0 +1,85 @@
+"""What the admin API's handlers share: errors, answers, and how bodies and queries are read.
+
+Rule this file keeps: a body or a query that is refused names every field that is wrong.
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+import msgspec
+from aiohttp import web
+
+from runtime.schema import SchemaError, check, close_names
+from runtime.wire import SpecProblem, decode, encode
+from scheduler import views as v
+
+S = TypeVar("S", bound=msgspec.Struct)
+WHO = web.RequestKey("who", str)  # the name of the token that was sent
+
+
+class ApiError(Exception):
+    """Answered as `views.Error` with this HTTP status."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        problems: tuple[SpecProblem, ...] = (),
+        close: tuple[str, ...] = (),
+        leader: str | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.body = v.Error(
+            error=v.ErrorBody(message=message, problems=problems, close=close, leader=leader)
+        )
+
+
+def reply(body: msgspec.Struct, status: int = 200) -> web.Response:
+    return web.Response(body=encode(body), status=status, content_type="application/json")
+
+
+def unknown(kind: str, name: str, known: list[str]) -> ApiError:
+    close = tuple(close_names(name, known))
+    hint = f"; did you mean {close[0]!r}?" if close else ""
+    return ApiError(404, f"there is no {kind} {name!r}{hint}", close=close)
+
+
+def bad(field: str, value: Any, message: str, fix: str) -> ApiError:
+    problem = SpecProblem(field=field, value=value, message=message, fix=fix)
+    return ApiError(422, str(problem), problems=(problem,))
+
+
+def decode_body(data: bytes, kind: type[S]) -> S:
+    try:
+        return decode(data, kind)
+    except ValueError as error:
+        raise ApiError(400, f"the body is not a {kind.__name__}: {error}") from None
+
+
+async def read_json(request: web.Request) -> Any:
+    try:
+        return msgspec.json.decode(await request.read() or b"{}")
+    except ValueError as error:
+        raise ApiError(400, f"the body is not JSON: {error}") from None
+
+
+async def read_body(request: web.Request, kind: type[S]) -> S:
+    raw = await read_json(request)
+    try:
+        return check(raw, kind)
+    except SchemaError as error:
+        raise ApiError(422, str(error), problems=error.problems) from None
+
+
+def number(request: web.Request, name: str, default: float) -> float:
+    text = request.query.get(name, "")
+    try:
+        value = float(text) if text else default
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < 2**53:
+        raise ApiError(400, f"{name}: must be a number of at least 0 (got {text!r})")
+    return value

@@ -1,0 +1,321 @@
+"""API keys, tenants, limits and admin roles on real routers and a real scheduler."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import pytest
+import requests
+import router_kit as kit
+import uvloop
+from router_kit import Stack, eventually, unary
+
+from runtime.access import KEY_PREFIX, KeySpec, Limits, Scope, StoredKey, Tenant, digest
+from tests.cluster import ROOT, Cluster, running, wait_until
+
+CHAT = "/v1/chat/completions"
+TOKEN = KEY_PREFIX + "aaaaaaaaaa-" + "s" * 43
+SECRET = "s" * 43
+
+
+@pytest.fixture(scope="module")
+def event_loop_policy() -> asyncio.AbstractEventLoopPolicy:
+    return uvloop.EventLoopPolicy()
+
+
+@pytest.fixture(params=["plain", "handed over"])
+async def stack(tmp_path: Path, request: pytest.FixtureRequest) -> AsyncIterator[Stack]:
+    """A router that lets nobody in without a key, by the front and by aiohttp's server."""
+    async with kit.stack(tmp_path, anonymous="off") as made:
+        if request.param == "handed over":
+            made.make_calls_odd()
+        yield made
+
+
+def key(token: str = TOKEN, **spec: object) -> StoredKey:
+    return StoredKey(
+        key_id=token[len(KEY_PREFIX) :][:10], digest=digest(token), created_at=0.0,
+        spec=KeySpec(**{"tenant": "acme"} | spec),
+    )  # fmt: skip
+
+
+def bearer(token: str = TOKEN) -> dict[str, str]:
+    return {"Authorization": f"Bearer {token}"}
+
+
+async def call(stack: Stack, model: str = "m", path: str = CHAT, **headers: str) -> tuple:
+    async with stack.post(path, {"model": model}, headers=headers) as response:
+        body = await response.json()
+        return response.status, body.get("error", {}).get("code"), response.headers
+
+
+async def lets_in(stack: Stack, token: str = TOKEN) -> None:
+    """Until the router knows the key."""
+    async with asyncio.timeout(20):
+        while (await call(stack, **bearer(token)))[0] != 200:
+            await asyncio.sleep(0.02)
+
+
+async def test_a_key_is_needed_and_never_reaches_the_engine_or_a_log(
+    stack: Stack, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    engine = await stack.engine(unary())
+    await stack.serve("m", engine)
+    assert (await call(stack))[:2] == (503, "no_keys")
+    await stack.scheduler.publish_keys(key())
+    await lets_in(stack)
+    assert (await call(stack, **{"X-Api-Key": TOKEN}))[0] == 200
+    status, code, headers = await call(stack)
+    assert (status, code, headers["WWW-Authenticate"]) == (401, "invalid_api_key", "Bearer")
+    assert (await call(stack, **bearer(TOKEN[:-1] + "x")))[:2] == (401, "invalid_api_key")
+    assert not [r for r in engine.received if SECRET in str(r.headers)]
+    assert SECRET not in caplog.text
+    assert SECRET not in (await stack.metrics())
+    await eventually((stack.state_dir / "keys.json").exists, "the keys are kept")
+    kept = (stack.state_dir / "keys.json").read_text()
+    assert SECRET not in kept
+    assert digest(TOKEN) in kept
+    assert (stack.state_dir / "keys.json").stat().st_mode & 0o077 == 0
+
+
+async def test_a_revoked_key_opens_nothing_more(stack: Stack) -> None:
+    await stack.serve("m", await stack.engine(unary()))
+    await stack.scheduler.publish_keys(key())
+    await lets_in(stack)
+    await stack.scheduler.publish_keys()
+    async with asyncio.timeout(20):
+        while (await call(stack, **bearer()))[:2] != (401, "invalid_api_key"):
+            await asyncio.sleep(0.02)
+
+
+async def test_scopes_of_models_and_endpoints(stack: Stack) -> None:
+    engine = await stack.engine(unary())
+    await stack.scheduler.publish(kit.model("m", engine), kit.model("secret", engine))
+    await stack.scheduler.in_force()
+    scope = Scope(models=("m",), endpoints=("/v1/chat/*",))
+    await stack.scheduler.publish_keys(key(scope=scope))
+    await lets_in(stack)
+    assert (await call(stack, "secret", **bearer()))[:2] == (403, "not_allowed")
+    assert (await call(stack, path="/v1/completions", **bearer()))[:2] == (403, "not_allowed")
+    invoked = stack.post("/invoke/m", {"prompt": "x"}, headers=bearer())
+    async with invoked as response:  # it stands for /v1/completions
+        assert response.status == 403
+    async with stack.session.get(stack.url + "/v1/models", headers=bearer()) as response:
+        assert [m["id"] for m in (await response.json())["data"]] == ["m"]
+    async with stack.session.get(stack.url + "/v1/models/secret", headers=bearer()) as response:
+        assert response.status == 403
+    assert len(engine.received) == len([r for r in engine.received if r.json()["model"] == "m"])
+
+
+async def test_requests_beyond_a_limit_get_429_with_when_to_come_back(stack: Stack) -> None:
+    await stack.serve("m", await stack.engine(unary()))
+    await stack.scheduler.publish_keys(key(), key(OTHER, limits=Limits(requests_per_min=3)))
+    await lets_in(stack)
+    answers = [await call(stack, **bearer(OTHER)) for _ in range(4)]
+    assert [status for status, _, _ in answers] == [200, 200, 200, 429]
+    assert answers[0][2]["x-ratelimit-limit-requests"] == "3"
+    assert [a[2]["x-ratelimit-remaining-requests"] for a in answers[:3]] == ["2", "1", "0"]
+    assert answers[3][1] == "rate_limit_exceeded"
+    assert 1 <= int(answers[3][2]["Retry-After"]) <= 20
+    assert (await call(stack, **bearer()))[0] == 200  # nobody else's affair
+
+
+OTHER = KEY_PREFIX + "bbbbbbbbbb-" + "t" * 43
+
+
+async def test_concurrent_requests_of_a_tenant(stack: Stack) -> None:
+    hold = asyncio.Event()
+
+    async def held(received: kit.Received, writer: asyncio.StreamWriter) -> None:
+        await hold.wait()
+        await unary()(received, writer)
+
+    engine = await stack.engine(held)
+    await stack.serve("m", engine)
+    tenant = Tenant(name="acme", limits=Limits(concurrent=1))
+    await stack.scheduler.publish_keys(key(), key(OTHER), tenants=(tenant,))
+    first = asyncio.create_task(lets_in(stack))
+    await eventually(lambda: engine.received, "the first call")
+    assert (await call(stack, **bearer(OTHER)))[:2] == (429, "concurrency_limit")
+    hold.set()
+    await first
+    assert (await call(stack, **bearer(OTHER)))[0] == 200
+
+
+async def test_the_metrics_need_a_token_too(stack: Stack) -> None:
+    async with stack.session.get(stack.url + "/metrics") as response:
+        assert response.status == 401
+    async with stack.session.get(stack.url + "/metrics", headers=bearer(kit.TOKEN)) as response:
+        assert response.status == 200
+    async with stack.session.get(stack.url + "/healthz") as response:
+        assert response.status == 200
+
+
+async def test_keys_outlive_scheduler_and_router(tmp_path: Path) -> None:
+    async with kit.stack(tmp_path, anonymous="off") as stack:
+        await stack.serve("m", await stack.engine(unary()))
+        await stack.scheduler.publish_keys(key())
+        await lets_in(stack)
+        await stack.scheduler.stop()
+        stack.registry.down = True
+        assert (await call(stack, **bearer()))[0] == 200
+        await stack.ask_to_stop()
+        await stack.start_router(anonymous="off")
+        assert (await call(stack, **bearer()))[0] == 200
+        assert (await call(stack))[0] == 401
+
+
+# --------------------------------------------------------------------------- the whole cluster
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    folder = tmp_path_factory.mktemp("access") / "state"
+    with running(folder, "--devices", "simulated:1x24GiB", STOKER_ROUTER_ANONYMOUS="off") as made:
+        made.add_stub("tiny")
+        made.add_stub("other")
+        yield made
+
+
+def ask(url: str, token: str, model: str = "tiny") -> requests.Response:
+    body = {"model": model, "prompt": "one two", "max_tokens": 4}
+    return requests.post(f"{url}/v1/completions", json=body, headers=bearer(token), timeout=60)
+
+
+def test_a_keys_whole_life_by_the_cli(cluster: Cluster) -> None:
+    token = cluster.stoker("key", "create", "acme", "--note", "ci", "--model", "tiny").strip()
+    assert token.startswith(KEY_PREFIX)
+    key_id = token[len(KEY_PREFIX) :][:10]
+    wait_until(lambda: ask(cluster.router, token).status_code == 200, "the key opens")
+    assert ask(cluster.router, token, "other").status_code == 403
+    assert requests.post(cluster.router + CHAT, json={"model": "tiny"}).status_code == 401
+    listed = cluster.stoker("key", "ls")
+    assert key_id in listed
+    assert token[-43:] not in listed + cluster.stoker("key", "ls", "--json")
+
+    cluster.stoker("key", "set", key_id, "--rpm", "100000")
+    rotated = cluster.stoker("key", "rotate", key_id, "--grace", "1h").strip()
+    wait_until(lambda: ask(cluster.router, rotated).status_code == 200, "the new secret opens")
+    answer = ask(cluster.router, token)
+    assert answer.status_code == 200  # within its grace
+    assert answer.headers["x-ratelimit-limit-requests"] == "100000"
+    last = cluster.stoker("key", "rotate", key_id, "--grace", "0s").strip()
+    wait_until(lambda: ask(cluster.router, rotated).status_code == 401, "the old one is shut")
+    assert ask(cluster.router, last).status_code == 200
+
+    cluster.kill_part("scheduler")
+    wait_until(lambda: cluster.try_admin("/admin/keys"), "the scheduler is back")
+    assert key_id in cluster.stoker("key", "ls")
+    assert ask(cluster.router, last).status_code == 200
+    cluster.stoker("key", "rm", key_id)
+    wait_until(lambda: ask(cluster.router, last).status_code == 401, "the key is revoked")
+    everything = b"".join(p.read_bytes() for p in cluster.state_dir.rglob("*") if p.is_file())
+    for secret in (token, rotated, last):
+        assert secret[-43:].encode() not in everything
+
+
+def test_use_is_counted_and_outlives_the_scheduler(cluster: Cluster) -> None:
+    token = cluster.stoker("key", "create", "counted").strip()
+    wait_until(lambda: ask(cluster.router, token).status_code == 200, "the key opens")
+
+    def used() -> dict:
+        accounts = json.loads(cluster.stoker("usage", "--json"))["accounts"]
+        return next((a for a in accounts if a["account"] == "tenant:counted"), {})
+
+    wait_until(lambda: used().get("requests", 0) >= 1 and used()["in_flight"] == 0, "it is told")
+    before = used()
+    assert before["gpu_s"] > 0
+    time.sleep(6)  # it is stored each 5 s
+    cluster.kill_part("scheduler")
+    wait_until(lambda: cluster.try_admin("/admin/usage"), "the scheduler is back")
+    after = wait_until(used, "the use is known still")
+    assert after["requests"] >= before["requests"]
+    assert "tenant:counted" in cluster.stoker("usage")
+
+
+def test_two_routers_hold_a_tenant_to_one_limit(cluster: Cluster, tmp_path: Path) -> None:
+    config = (cluster.state_dir / "up.toml").read_text()
+    mine = tmp_path / "second"
+    mine.mkdir()
+    (mine / "second.toml").write_text(config)
+    environ = os.environ | {
+        "STOKER_CONFIG": str(mine / "second.toml"),
+        "STOKER_ROUTER_PORT": "0",
+        "STOKER_STATE_DIR": str(mine),
+        "STOKER_REGISTRY_FILE": str(cluster.state_dir / "registry.db"),
+    }  # fmt: skip
+    argv = [sys.executable, "-m", "cli.main", "router", "--json"]
+    second = subprocess.Popen(argv, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=environ)
+    try:
+        url = json.loads(second.stdout.readline())["url"]
+        token = cluster.stoker("key", "create", "shared", "--tokens-per-day", "40").strip()
+        for router in (cluster.router, url):
+            wait_until(lambda r=router: ask(r, token).status_code in (200, 429), "the key opens")
+        # Each call costs tokens; whichever router takes them, in the end both refuse.
+        for router in (cluster.router, url):
+            wait_until(lambda r=router: ask(r, token).status_code == 429, "the quota is spent")
+        refused = ask(url, token)
+        assert refused.json()["error"]["code"] == "quota_exceeded"
+        assert int(refused.headers["Retry-After"]) >= 1
+    finally:
+        second.send_signal(signal.SIGTERM)
+        second.wait(30)
+
+
+def test_roles_of_admin_tokens(cluster: Cluster) -> None:
+    tokens = {
+        role: cluster.stoker("token", "create", f"the-{role}", "--role", role).strip()
+        for role in ("viewer", "operator", "admin")
+    }
+    admin = cluster.up["admin"]
+
+    def status(role: str, method: str, path: str, body: object = None) -> int:
+        url, headers = admin + path, bearer(tokens[role])
+        return requests.request(method, url, json=body, headers=headers, timeout=30).status_code
+
+    spec = {"name": "x", "source": "/stub", "engine": "stub", "device_memory_bytes": "1GiB"}
+    load, keys = ("POST", "/admin/models/tiny/load", {"replicas": 1}), ("POST", "/admin/keys")
+    allowed = {
+        "viewer": [200, 403, 403, 403, 403],
+        "operator": [200, 202, 403, 403, 403],
+        "admin": [200, 202, 201, 201, 200],
+    }
+    for role, expected in allowed.items():
+        got = [
+            status(role, "GET", "/admin/models"),
+            status(role, *load),
+            status(role, "POST", "/admin/models", spec),
+            status(role, *keys, {"tenant": "t"}),
+            status(role, "GET", "/admin/tokens"),
+        ]
+        assert got == expected, role
+    for role in tokens:  # what parts say to each other is theirs alone
+        assert status(role, "GET", "/internal/keys") == 401
+        assert status(role, "GET", "/internal/routes") == 401
+    listed = json.loads(cluster.stoker("token", "ls", "--json"))["tokens"]
+    viewer = next(t["token_id"] for t in listed if t["name"] == "the-viewer")
+    cluster.stoker("token", "rm", viewer)
+    assert status("viewer", "GET", "/admin/models") == 401
+    assert "409" not in cluster.stoker("tenant", "ls")
+
+
+def test_what_is_wrong_is_named(cluster: Cluster) -> None:
+    assert "no key 'nope'" in cluster.stoker("key", "rm", "nope", status=1)
+    assert "tenant" in cluster.stoker("key", "create", "no spaces please", status=1)
+    assert "begin with '/'" in cluster.stoker(
+        "key", "create", "t", "--endpoint", "v1/chat", status=1
+    )
+    cluster.stoker("key", "create", "busy")
+    cluster.stoker("tenant", "set", "busy", "--weight", "2", "--rpm", "5")
+    assert "5 req/min" in cluster.stoker("tenant", "ls")
+    assert "has 1 keys" in cluster.stoker("tenant", "rm", "busy", status=1)
