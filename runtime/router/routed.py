@@ -3,9 +3,9 @@
 Rules this file keeps:
 - the body is encoded anew with the model's name, and nothing else of it is changed;
 - what the caller gets if no model of the chain can be had is the first one's error;
-- a mirror's answer is read and thrown away. It goes last in every queue, and one too many
-  (MIRRORS_AT_ONCE, or a body over MIRROR_BODY_BYTES) is not made, but counted: it never slows or
-  fails the request it copies.
+- a request is mirrored once it is over, if it was let in: the mirror never slows or fails it. The
+  mirror's answer is read and thrown away, it goes last in every queue, and one too many
+  (MIRRORS_AT_ONCE, or a body over MIRROR_BODY_BYTES) is not made, but counted.
 """
 
 from __future__ import annotations
@@ -47,24 +47,33 @@ class Routed:
     async def serve(self, way: Way, call: Call, client: Client) -> None:
         """Answer `client`. Raises ApiError while it has been told nothing."""
         chain = way.chain(way.choose(_sticky_key(way.sticky, call), random()))
-        if way.mirror is not None and random() < way.mirror.share:
+        refused = await self._by_one_of(chain, way, call, client)
+        let_in = refused is None or refused.code in FALLS_BACK
+        if way.mirror is not None and let_in and random() < way.mirror.share:
             self._mirror(way, way.mirror.model, call)
+        if refused is None:
+            return
+        if not client.begun:
+            raise refused
+        with contextlib.suppress(ConnectionError):  # it hung up
+            await client.write(sse_error(refused.payload()))
+
+    async def _by_one_of(
+        self, chain: tuple[str, ...], way: Way, call: Call, client: Client
+    ) -> ApiError | None:
+        """Answered by the first model that can; else the first one's error."""
         first: ApiError | None = None
         for model in chain:
             tried = self._for(way, model, call, again=first is not None, spare=len(chain) > 1)
             try:
                 await self._proxy.serve(tried, client)
-                return
+                return None
             except ApiError as error:
                 first = first or error
                 if error.code not in FALLS_BACK:
                     break
                 log.info("request %s: not by %s: %s", call.request_id, model, error)
-        assert first is not None
-        if not client.begun:
-            raise first
-        with contextlib.suppress(ConnectionError):  # it hung up
-            await client.write(sse_error(first.payload()))
+        return first
 
     def ended(self, outcome: Outcome) -> None:
         """One attempt is over."""

@@ -12,6 +12,7 @@ import pytest
 import router_kit as kit
 from router_kit import Engine, Stack, eventually, never, sse, unary
 
+from runtime.access import KEY_PREFIX, KeySpec, Limits, Scope, StoredKey, digest
 from runtime.router import table_file
 from runtime.router.routed import MIRRORS_AT_ONCE
 from runtime.wire import Mirror, RouteRule, RouteTable, RouteTarget
@@ -239,6 +240,63 @@ async def test_a_mirror_that_fails_fails_nobody(stack: Stack) -> None:
         return "m2" in parts and parts["m2"].errors == 1
 
     await eventually(counted, "the mirror's failure was counted")
+
+
+# ------------------------------------------------------------------------------ keys
+
+TOKEN = KEY_PREFIX + "aaaaaaaaaa-" + "s" * 43
+
+
+async def with_key(stack: Stack, **spec: object) -> None:
+    """From now on nobody but the holder of TOKEN is let in."""
+    stored = StoredKey(
+        key_id="aaaaaaaaaa", digest=digest(TOKEN), created_at=0.0,
+        spec=KeySpec(**{"tenant": "acme"} | spec),
+    )  # fmt: skip
+    await stack.scheduler.publish_keys(stored)
+    stack.session.headers["Authorization"] = f"Bearer {TOKEN}"
+    async with asyncio.timeout(20):
+        while (await stack.session.get(stack.url + "/v1/models")).status != 200:
+            await asyncio.sleep(0.02)
+
+
+@pytest.fixture(params=["plain", "handed over"])
+async def guarded(tmp_path: Path, request: pytest.FixtureRequest) -> AsyncIterator[Stack]:
+    async with kit.stack(tmp_path, anonymous="off") as made:
+        if request.param == "handed over":
+            made.make_calls_odd()
+        yield made
+
+
+@pytest.mark.parametrize(
+    ("scope", "answers"),
+    [
+        ("r", {"r": 200, "r@1": 200, "m1": 403}),
+        ("r@1", {"r": 403, "r@1": 200, "m1": 403}),
+        ("m1", {"r": 403, "r@1": 403, "m1": 200}),
+    ],
+)
+async def test_a_key_is_for_the_names_that_callers_write(
+    guarded: Stack, scope: str, answers: dict[str, int]
+) -> None:
+    engine, shadow = await guarded.engine(unary()), await guarded.engine(unary())
+    targets = (RouteTarget(model="m1", version="1.0.0"),)
+    made = RouteRule(name="r", targets=targets, mirror=Mirror(model="m2"))
+    await publish(guarded, made, m1=engine, m2=shadow)
+    await with_key(guarded, scope=Scope(models=(scope,)))
+    assert {name: (await ask(guarded, model=name))[0] for name in answers} == answers
+    mirrored = 1 if answers["r"] == 200 else 0
+    await eventually(lambda: len(shadow.received) == mirrored, "what was let in was mirrored")
+
+
+async def test_a_request_counts_once_however_many_models_are_tried(guarded: Stack) -> None:
+    live, shadow = await guarded.engine(unary()), await guarded.engine(unary())
+    made = rule("m1", fallback=("m2", "m3"), mirror=Mirror(model="m4"))
+    await publish(guarded, made, m1=None, m2=None, m3=live, m4=shadow)
+    await with_key(guarded, limits=Limits(requests_per_min=3))
+    assert [(await ask(guarded))[0] for _ in range(4)] == [200, 200, 200, 429]
+    assert len(live.received) == 3
+    await eventually(lambda: len(shadow.received) == 3, "what was let in was mirrored")
 
 
 # ------------------------------------------------------------------------------ live, and alone
