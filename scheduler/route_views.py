@@ -78,7 +78,7 @@ class AuditEntry(Struct, frozen=True, kw_only=True):
 
     number: int
     at: str  # ISO 8601, UTC
-    who: str  # a token's name, or "canary" or "switch" for what the scheduler did by itself
+    who: str  # a token's name, "cluster" for the cluster's own; "canary", "switch": the scheduler
     action: str  # put | remove | switch | switched | switch_failed | step | promote | rollback
     subject: str  # e.g. "route llama"
     reason: str

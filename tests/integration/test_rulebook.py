@@ -94,9 +94,9 @@ async def test_a_canary_goes_its_steps_across_leaders(tmp_path, agent, registry,
         assert (shown["canary"]["step"], shown["targets"][1]["requests"]) == (2, 0)
         await told(client, 3, a=(100, 0), b=(100, 0))  # counted before this leader: not looked at
         await told(client, 4, a=(105, 0), b=(104, 0))
-        await asyncio.sleep(1.0)  # longer than a step and than the leader's look at it
-        _, shown = await client("GET", "/admin/routes/r")
-        assert shown["canary"]["waits_for"] == "4 of min_requests 5 requests"
+        async with asyncio.timeout(20):
+            while shown["canary"]["waits_for"] != "4 of min_requests 5 requests":
+                _, shown = await client("GET", "/admin/routes/r")
         await told(client, 5, a=(105, 0), b=(105, 0))
         table = await next_table(client, table)
         assert weights(table) == [0, 100]
@@ -220,6 +220,22 @@ async def test_errors_say_what_to_do(tmp_path, agent, registry, session) -> None
         ):
             got, answer = await client(method, path, body)
             assert (got, words in answer["error"]["message"]) == (status, True), (path, answer)
+
+
+async def test_the_trail_names_who_did_it(tmp_path, agent, registry, session) -> None:
+    async with scheduler(tmp_path, registry) as url:
+        client = Client(url, session)
+        await with_models(client, agent)
+        tokens = {}
+        for name, role in (("ann", "operator"), ("eve", "viewer")):
+            _, made = await client("POST", "/admin/tokens", {"name": name, "role": role})
+            tokens[name] = made["token"]
+        assert (await client("PUT", "/admin/routes/r", RULE, token=tokens["eve"]))[0] == 403
+        assert (await client("PUT", "/admin/routes/r", RULE, token=tokens["ann"]))[0] == 201
+        await client("DELETE", "/admin/routes/r")
+        status, trail = await client("GET", "/admin/audit", token=tokens["eve"])
+        assert status == 200
+        assert [e["who"] for e in trail["audit"]] == ["cluster", "ann"]
 
 
 async def test_without_the_token_nothing_is_told(tmp_path, agent, registry) -> None:
