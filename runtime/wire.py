@@ -564,7 +564,7 @@ class TargetCounts(Struct, frozen=True, kw_only=True):
 
     route: str
     model: str
-    requests: int = 0  # ended, those whose caller hung up aside
+    requests: int = 0  # answered by an engine, or ended with 5xx; hang-ups aside
     errors: int = 0  # of these: answered with 5xx, or broken off
     first_bytes: int = 0
     first_byte_s: float = 0.0  # from sent to the first byte of a body: the sum over these

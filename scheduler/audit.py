@@ -30,7 +30,7 @@ KEPT = 500
 
 
 class AuditTrail:
-    """The last KEPT entries, oldest first."""
+    """The last KEPT entries, oldest first. Its callers take turns (`RuleBook.lock`)."""
 
     def __init__(self, driver: Driver) -> None:
         self._driver = driver

@@ -208,7 +208,7 @@ class RuleBook:
                 async with self.lock:
                     for stored in list(self.routes.values()):
                         await self._bring_on(stored)
-                await self.audit.save()
+                    await self.audit.save()
             except RegistryError as error:
                 log.warning("routes are as they were, the registry does not answer: %s", error)
             except Exception:

@@ -46,15 +46,15 @@ class Tally:
     first_byte_s: float = 0.0
 
     def ended(self, status: int, first_byte_s: float | None, whole: bool) -> None:
-        """A request is over; 499, a caller who hung up, says nothing of the model.
+        """A request is over. Not `whole`: its answer broke off.
 
-        `first_byte_s`: from sent to the first byte of a body; None: none came. Not `whole`: the
-        answer broke off.
+        `first_byte_s`: from sent to the first byte of a body; None: none came. Then only a 5xx is
+        counted: our own 4xx, and a caller who hung up (499), say nothing of the model.
         """
         if first_byte_s is not None:
             self.first_bytes += 1
             self.first_byte_s += first_byte_s
-        if status != 499:
+        if status >= 500 or (first_byte_s is not None and status != 499):
             self.requests += 1
             self.errors += status >= 500 or not whole
 

@@ -134,6 +134,7 @@ def test_counts_outlive_a_changed_rule_and_go_with_their_route() -> None:
     tally.ended(200, 0.5, whole=True)
     tally.ended(503, None, whole=True)
     tally.ended(499, None, whole=True)
+    tally.ended(429, None, whole=True)
     tally.ended(200, 0.25, whole=False)
     versions.tally("s", "m0").ended(404, None, whole=True)
     versions.take((rule(5, 1),))
