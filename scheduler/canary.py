@@ -86,33 +86,37 @@ class Observed:
     """What all routers together saw of each target since `restart` of its route.
 
     Routers tell what they counted since they started, so a lost or doubled report changes nothing.
-    What a router had counted before this leader first heard of it is not looked at.
+    What a router had counted before this leader first heard of it is not looked at, nor what it had
+    counted when it told that it routes by the table of the last `restart`.
     """
 
     def __init__(self) -> None:
-        self._last: dict[str, tuple[tuple[int, int], dict[Key, TargetCounts]]] = {}
+        self._last: dict[str, tuple[DemandReport, dict[Key, TargetCounts]]] = {}
+        self._since: dict[str, int] = {}  # route -> the version of the table that began this step
         self._totals: dict[Key, Counts] = {}
 
     def heard(self, report: DemandReport) -> None:
         """Take one router's report; one that is older than the last changes nothing."""
-        number = (report.boot_id, report.seq)
-        known = self._last.get(report.router_id)
-        if known is not None and number <= known[0]:
-            return
+        last, counted = self._last.get(report.router_id, (None, {}))
         now = {(part.route, part.model): part for part in report.targets}
-        if known is not None:
-            restarted = report.boot_id != known[0][0]
+        if last is not None:
+            if (report.boot_id, report.seq) <= (last.boot_id, last.seq):
+                return
+            if report.boot_id != last.boot_id:
+                counted = {}
             for key, part in now.items():
-                before = None if restarted else known[1].get(key)
-                self._totals[key] = self._totals.get(key, Counts()).plus(_since(before, part))
-        self._last[report.router_id] = (number, now)
+                if last.routes_version >= self._since.get(key[0], 0):
+                    more = _since(counted.get(key), part)
+                    self._totals[key] = self._totals.get(key, Counts()).plus(more)
+        self._last[report.router_id] = (report, now)
 
     def of(self, route: str, model: str) -> Counts:
         """One target's."""
         return self._totals.get((route, model), Counts())
 
-    def restart(self, route: str) -> None:
-        """Begin to count the route's requests anew."""
+    def restart(self, route: str, version: int) -> None:
+        """Begin to count the route's requests anew, from when a router goes by that table."""
+        self._since[route] = version
         for key in [key for key in self._totals if key[0] == route]:
             del self._totals[key]
 

@@ -135,8 +135,8 @@ class RuleBook:
             old = self.find(name)
             await self._driver.registry.delete(self._driver.key("routes", name))
             del self.routes[name]
-            self._begin_anew(name)
             self._in_force()
+            self._begin_anew(name)
             await self.audit.note(who, "remove", f"route {name}", "removed", old.rule)
 
     async def promote(self, name: str, who: str, reason: str) -> None:
@@ -279,14 +279,15 @@ class RuleBook:
         old = self.routes.get(name)
         await self._driver.registry.put(self._driver.key("routes", name), encode(stored))
         self.routes[name] = stored
+        self._in_force()
         self._begin_anew(name)
         self.changed_at[name] = self._driver.now()
-        self._in_force()
         old_rule = old.rule if old else None
         await self.audit.note(who, action, f"route {name}", reason, old_rule, stored.rule)
 
     def _begin_anew(self, name: str) -> None:
-        self.observed.restart(name)
+        table = self._driver.table
+        self.observed.restart(name, table.version if table else 0)
         for known in (self.verdicts, self.changed_at, self._asked_at):
             known.pop(name, None)
 

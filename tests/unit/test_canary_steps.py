@@ -83,7 +83,9 @@ def test_a_run_ends_at_most_once_and_never_goes_back(
 # ------------------------------------------------------------------------------ what was seen
 
 
-def report(seq: int, boot: int = 1, router: str = "r1", **requests: int) -> DemandReport:
+def report(
+    seq: int, boot: int = 1, router: str = "r1", table: int = 1, **requests: int
+) -> DemandReport:
     targets = tuple(
         TargetCounts(
             route="r", model=model, requests=n, errors=n // 2, first_bytes=n, first_byte_s=n * 0.5
@@ -91,7 +93,7 @@ def report(seq: int, boot: int = 1, router: str = "r1", **requests: int) -> Dema
         for model, n in requests.items()
     )
     return DemandReport(
-        router_id=router, boot_id=boot, seq=seq, routes_version=1, targets=targets
+        router_id=router, boot_id=boot, seq=seq, routes_version=table, targets=targets
     )  # fmt: skip
 
 
@@ -135,7 +137,18 @@ def test_routers_are_added_up_and_a_step_begins_anew() -> None:
         seen.heard(report(1, router=router))
         seen.heard(report(2, router=router, new=4, old=2))
     assert (seen.of("r", "new").requests, seen.of("r", "old").requests) == (8, 4)
-    seen.restart("r")
+    seen.restart("r", 1)
     assert seen.of("r", "new") == Counts()
     seen.heard(report(3, router="r1", new=5, old=2))
     assert seen.of("r", "new") == Counts(1, 0, 1, 0.5)
+
+
+def test_a_step_counts_from_when_a_router_goes_by_its_table() -> None:
+    seen = Observed()
+    seen.heard(report(1, table=4, new=10))
+    seen.restart("r", 5)
+    seen.heard(report(2, table=4, new=20))  # by the old weights
+    seen.heard(report(3, table=5, new=30))  # some of these too
+    assert seen.of("r", "new") == Counts()
+    seen.heard(report(4, table=5, new=37))
+    assert seen.of("r", "new").requests == 7
