@@ -7,7 +7,8 @@ Workloads: Mooncake's `conversation` and `synthetic` traces, whose `hash_ids` na
 blocks of each prompt, and `system prompt`: generated questions of 300 tokens, each behind the same
 4,096 tokens. A block is written out as 2,048 bytes made of its id, so the keys are what
 runtime/router/prompt.py makes of a real body; what a prompt shares with another is what its ids
-say. The traces do not tell the answers' own blocks, nor a limit of tokens, nor sessions.
+say. The traces do not tell the answers' own blocks, nor a limit of tokens, nor sessions: "by
+session" is ours where each caller names its conversation, which is guessed from its first blocks.
 
 In virtual time, a replica reads prompts one after the other, PREFILL tokens that its cache lacks a
 second, and writes each answer beside the others, a token each TOKEN_S. Its cache holds `--cache`
@@ -25,18 +26,20 @@ import json
 import sys
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
 from typing import NamedTuple
+from zlib import crc32
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from bench.lib.report import Row, print_report
-from runtime.router.admission import Admission, Forward, Wish
+from runtime.router.admission import Admission, Forward
 from runtime.router.affinity import Affinity
 from runtime.router.body import Head
+from runtime.router.fairness import Wish
 from runtime.router.prompt import keys_of, tokens_of
 from runtime.wire import Endpoint, ModelRoute, RouteTable
 
@@ -45,9 +48,9 @@ PREFILL = 10_000.0  # tokens a second and replica
 TOKEN_S = 0.02
 SEED = 1
 CHAT = "/v1/chat/completions"
-TRACES = {
-    "conversation": "mooncake_conversation_trace.jsonl",
-    "synthetic": "mooncake_synthetic_trace.jsonl",
+TRACES = {  # the file, and how many first blocks tell one conversation from another
+    "conversation": ("mooncake_conversation_trace.jsonl", 2),
+    "synthetic": ("mooncake_synthetic_trace.jsonl", 1),
 }
 SYSTEM_PROMPT = "system prompt"
 
@@ -61,6 +64,7 @@ class Request(NamedTuple):
     blocks: tuple[int, ...]
     work: int
     wish: Wish
+    session: int  # below zero, as prompt.py's
 
 
 # -------------------------------------------------------------------------------- workloads
@@ -75,7 +79,12 @@ def wish_of(blocks: tuple[int, ...], tokens_in: int) -> Wish:
     return Wish(tokens=tokens_of(len(body), Head()), affinity=keys)
 
 
-def read(file: Path) -> list[Request]:
+def session_of(blocks: tuple[int, ...]) -> int:
+    """A session's key."""
+    return ~crc32(repr(blocks).encode())
+
+
+def read(file: Path, told_by: int) -> list[Request]:
     """A Mooncake trace, equal timestamps spread evenly until the next."""
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     made: list[Request] = []
@@ -90,7 +99,8 @@ def read(file: Path) -> list[Request]:
             blocks, tokens = tuple(row["hash_ids"]), row["input_length"]
             at_s = (begins + step * index / (end - first)) / 1000
             wish = wish_of(blocks, tokens)
-            made.append(Request(at_s, tokens, row["output_length"], blocks, tokens, wish))
+            session = session_of(blocks[:told_by])
+            made.append(Request(at_s, tokens, row["output_length"], blocks, tokens, wish, session))
         first = end
     return made
 
@@ -103,7 +113,8 @@ def system_prompt(count: int) -> list[Request]:
     for number in range(count):
         at_s += random.expovariate(1.0)
         blocks = (*shared, 1000 + number)
-        made.append(Request(at_s, tokens, 200, blocks, 300, wish_of(blocks, tokens)))
+        wish = wish_of(blocks, tokens)
+        made.append(Request(at_s, tokens, 200, blocks, 300, wish, session_of(blocks)))
     return made
 
 
@@ -157,26 +168,15 @@ class _Loads(dict[str, int]):
         return sys.maxsize
 
 
-def _tokens(wish: Wish) -> Wish:
-    return Wish(tokens=wish.tokens)
-
-
-def _same(wish: Wish) -> Wish:
-    return wish
-
-
-def _any_key(wish: Wish) -> Wish:
-    return Wish(tokens=wish.tokens, affinity=wish.affinity or (0,))
-
-
-POLICIES: dict[str, tuple[Callable[[], Affinity], Callable[[Wish], Wish]]] = {
-    "round robin": (RoundRobin, _any_key),
-    "least requests": (Affinity, lambda wish: Wish()),
-    "least tokens": (Affinity, _tokens),
-    "hash of 1 KiB": (lambda: Hashed(0), _same),
-    "hash of 4 KiB": (lambda: Hashed(2), _same),
-    "remembered only": (Remembered, _same),
-    "ours": (Affinity, _same),
+POLICIES: dict[str, tuple[Callable[[], Affinity], Callable[[Request], Wish]]] = {
+    "round robin": (RoundRobin, lambda r: Wish(tokens=r.wish.tokens, affinity=(0,))),
+    "least requests": (Affinity, lambda r: Wish()),
+    "least tokens": (Affinity, lambda r: Wish(tokens=r.wish.tokens)),
+    "hash of 1 KiB": (lambda: Hashed(0), lambda r: r.wish),
+    "hash of 4 KiB": (lambda: Hashed(2), lambda r: r.wish),
+    "remembered only": (Remembered, lambda r: r.wish),
+    "ours": (Affinity, lambda r: r.wish),
+    "ours, by session": (Affinity, lambda r: r.wish._replace(affinity=(r.session,))),
 }
 
 
@@ -233,7 +233,7 @@ def simulate(
         while ending and ending[0][0] <= now:
             _end(fronts, fleet, *heapq.heappop(ending))
         front = random.randrange(routers)
-        wish = seen_as(request.wish)
+        wish = seen_as(request)
         began = time.perf_counter_ns()
         decision = fronts[front].arrive(str(number), "m", now, wish)
         spent_ns += time.perf_counter_ns() - began
@@ -282,20 +282,15 @@ def _unevenness(values: list[int]) -> float:
 # -------------------------------------------------------------------------------- report
 
 
-def workloads(names: list[str], traces: Path, quick: bool) -> Iterator[tuple[str, list[Request]]]:
-    """Each by its name. Raises SystemExit where a trace is missing."""
-    for name in names:
-        if name == SYSTEM_PROMPT:
-            yield name, system_prompt(2000 if quick else 8000)
-            continue
-        file = traces / TRACES[name]
-        if not file.is_file():
-            sys.exit(
-                f"{file} is not there: give the folder of Mooncake's traces with --traces (they"
-                " are in github.com/kvcache-ai/Mooncake, FAST25-release/traces)"
-            )
-        requests = read(file)
-        yield name, requests[:2000] if quick else requests
+def workload(name: str, traces: Path, quick: bool) -> list[Request] | None:
+    """Its requests; None: its trace is not there."""
+    if name == SYSTEM_PROMPT:
+        return system_prompt(2000 if quick else 8000)
+    file_name, told_by = TRACES[name]
+    if not (traces / file_name).is_file():
+        return None
+    requests = read(traces / file_name, told_by)
+    return requests[:2000] if quick else requests
 
 
 def table(found: dict[str, Figures]) -> str:
@@ -342,7 +337,12 @@ def main() -> None:
     if o.quick:
         o.replicas, o.routers = [8], [1]
     made: list[Row] = []
-    for name, requests in workloads(o.workload, o.traces, o.quick):
+    missing = []
+    for name in o.workload:
+        requests = workload(name, o.traces, o.quick)
+        if requests is None:
+            missing.append(TRACES[name][0])
+            continue
         for replicas in o.replicas:
             for routers in o.routers:
                 what = f"{name}, {replicas} replicas, {routers} router{'s' * (routers > 1)}"
@@ -353,7 +353,11 @@ def main() -> None:
                 made += rows(what, found)
                 if not o.json:
                     print(f"\n{what}\n\n{table(found)}", flush=True)
-    print_report("bench/affinity.py", made, o.json)
+    note = (
+        f"not in {o.traces}: {', '.join(missing)}; give their folder with --traces (they are in"
+        " github.com/kvcache-ai/Mooncake, FAST25-release/traces)"
+    )
+    print_report("bench/affinity.py", made, o.json, note if missing else None)
 
 
 if __name__ == "__main__":

@@ -47,6 +47,7 @@ class PartProcess:
         self._notice = notice
         self._on_url = on_url
         self._process: Process | None = None
+        self._passing: asyncio.Task[None] | None = None
         self._served = False  # at least once
         self._ending = asyncio.Event()
         self._spawning = asyncio.Lock()  # so that `end` never misses a process just being made
@@ -132,7 +133,15 @@ class PartProcess:
             raise Died(f"the {self.name} ended before it was ready")
         self.url = str(msgspec.json.decode(line)["url"])
         self._served = True
+        self._passing = asyncio.create_task(self._keep_output(self._process.stdout))
         self._on_url()
+
+    async def _keep_output(self, source: asyncio.StreamReader) -> None:
+        """What it still prints, an access log for one, goes to its log."""
+        from runtime.router.workers import pass_on
+
+        with self._log_file.open("ab") as log:
+            await pass_on(source, log)
 
     def _tail(self) -> str:
         lines = self._log_file.read_text(errors="replace").splitlines()[-_TAIL_LINES:]

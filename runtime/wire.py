@@ -551,6 +551,7 @@ class ModelDemand(Struct, frozen=True, kw_only=True):
 
     model: str
     waiting: int = 0
+    background: int = 0  # of those that wait or are in flight: in no hurry at all
     in_flight: int = 0
     oldest_wait_s: float = 0.0
     idle_for_s: float | None = None  # since its last request arrived or ended; None: never
@@ -592,6 +593,7 @@ class Endpoint(Struct, frozen=True, kw_only=True):
     base_url: str
     key: str
     devices: int = 1  # that it runs on
+    full: bool = False  # requests wait in its engine: it gets no more than it has
 
 
 class ModelRoute(Struct, frozen=True, kw_only=True):
@@ -608,6 +610,7 @@ class ModelRoute(Struct, frozen=True, kw_only=True):
     waiting_for: str | None = None  # in words, shown to those who wait: "starting on gpu-1"
     eta_s: float | None = None
     affinity: Literal["prefix", "off"] = "prefix"
+    target_concurrency: int = 16
 
 
 class RouteTable(Struct, frozen=True, kw_only=True):

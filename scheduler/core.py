@@ -160,6 +160,10 @@ class Core(Warm):
             replica = self._adopt(node, report, now)
         old = replica.report
         replica.report = report
+        was_full = replica.full
+        replica.queued = replica.queued + 1 if report.engine_waiting else 0
+        if replica.full != was_full:
+            self._dirty.add(replica.model)
         if report.in_flight:
             replica.used_at = now
         elif report.idle_for_s is not None:

@@ -60,8 +60,11 @@ def evictable(
 
 
 def busy(state: ClusterState, replica: Replica) -> bool:
-    """Whether it has requests, or some wait for its model."""
-    return bool(state.in_flight(replica) or state.demand(replica.model).waiting)
+    """Whether it has requests, or some wait for its model; what is in no hurry does not count."""
+    demand = state.demand(replica.model)
+    if demand.background and not demand.urgent:
+        return False
+    return bool(state.in_flight(replica) or demand.waiting)
 
 
 def _needed(model: Model, replica: Replica) -> bool:

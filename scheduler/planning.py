@@ -105,7 +105,8 @@ class Planning(Nodes):
         needed = max(1, autoscale.floor(model, now)[0])
         for index in range(len(coming), wanted):
             cause = _cause(model, demand.waiting, now)
-            if not self._add_replica(model, cause, now, extra=index >= needed):
+            extra = index >= needed or bool(demand.background and not demand.urgent)
+            if not self._add_replica(model, cause, now, extra=extra):
                 break
 
     def _fewer(self, model: Model, wanted: int, reason: str, now: float) -> None:
@@ -126,7 +127,8 @@ class Planning(Nodes):
     ) -> bool:
         """Plan one more replica; False where there is no room now, or never.
 
-        `extra`: others serve or will, so it is not worth much waiting of the models it moves down.
+        `extra`: others serve or will, or nobody is in a hurry, so it is not worth much waiting of
+        the models it moves down.
         """
         name = model.spec.name
         answer = place(self.state, model, now, self.settings.min_dwell_s, evict)

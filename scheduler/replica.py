@@ -95,6 +95,7 @@ class Replica:
     host_booked: int = 0  # host memory booked for its sleep
     climb: Climb | None = None
     stage_after: bool = False  # once it is gone, its model's weights may stay in the page cache
+    queued: int = 0  # heartbeats in a row that told of requests waiting in its engine
     lost_from: Stage | None = None  # unknown: where it was when its node was last heard of
     books: Books | None = field(default=None, repr=False)
 
@@ -121,6 +122,11 @@ class Replica:
         """It will never take more again than it holds asleep."""
         self.bytes = self.residue
         self._touch()
+
+    @property
+    def full(self) -> bool:
+        """Requests wait in its engine, and not just for a moment."""
+        return self.queued > 1
 
     def _touch(self) -> None:
         if self.books is not None:

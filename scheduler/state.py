@@ -141,6 +141,12 @@ class Demand:
     in_flight: int = 0
     ending: int = 0  # of those in flight, with replicas that are leaving: they need no other
     oldest_wait_s: float = 0.0
+    background: int = 0  # of all these: in no hurry at all
+
+    @property
+    def urgent(self) -> bool:
+        """Whether any of it is in a hurry."""
+        return self.waiting + self.in_flight > self.background
 
 
 @dataclass(slots=True)
@@ -175,7 +181,7 @@ class ClusterState:
         return known
 
     def demand(self, model: str) -> Demand:
-        waiting = in_flight = ending = 0
+        waiting = in_flight = ending = background = 0
         oldest = 0.0
         known = self.models.get(model)
         leaving = [r for r in known.replicas.values() if r.leaving] if known else []
@@ -184,9 +190,10 @@ class ClusterState:
             if part is not None:
                 waiting += part.waiting
                 in_flight += part.in_flight
+                background += part.background
                 oldest = max(oldest, part.oldest_wait_s)
                 ending += sum(router.in_flight.get(r.replica_id, 0) for r in leaving)
-        return Demand(waiting, in_flight, min(ending, in_flight), oldest)
+        return Demand(waiting, in_flight, min(ending, in_flight), oldest, background)
 
     def ttft_p95_s(self, model: str) -> float | None:
         """The worst router's; None where none measured it of late."""

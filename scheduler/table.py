@@ -19,6 +19,7 @@ def model_route(model: Model, now: float) -> ModelRoute:
             base_url=r.report.base_url,
             key=r.report.key or "",
             devices=len(r.device_ids),
+            full=r.full,
         )
         for r in sorted(serving, key=lambda r: r.replica_id)
         if r.report is not None and r.report.base_url is not None
@@ -26,7 +27,8 @@ def model_route(model: Model, now: float) -> ModelRoute:
     why, retry_after_s = (None, None) if endpoints else refusal(model, now)
     return ModelRoute(
         name=spec.name, aliases=spec.aliases, warmth=warmth(model, now),
-        endpoints=endpoints, hold_s=spec.hold_s, max_queue=spec.max_queue,
+        endpoints=endpoints, target_concurrency=spec.target_concurrency,
+        hold_s=spec.hold_s, max_queue=spec.max_queue,
         refusal=why, retry_after_s=retry_after_s,
         waiting_for=None if endpoints else waiting_for(model),
         eta_s=None if endpoints else _eta_s(model, now), affinity=spec.affinity,

@@ -17,7 +17,7 @@ import re
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from datetime import UTC, datetime
 
 import msgspec
@@ -102,7 +102,7 @@ def trace_id_of(headers: Iterable[tuple[bytes, bytes]]) -> str | None:
 
 
 class AccessLog:
-    """Writes to the file at `path`, or to standard output for "-", within `writing`.
+    """Writes to the file at `path`, or to standard output for "-", from `start` to `close`.
 
     Raises OSError where the file cannot be opened.
     """
@@ -115,17 +115,16 @@ class AccessLog:
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="access-log", daemon=True)
 
-    @contextlib.contextmanager
-    def writing(self) -> Iterator[None]:
-        """Write what comes, and at the end what is left."""
+    def start(self) -> None:
+        """Begin to write."""
         self._thread.start()
-        try:
-            yield
-        finally:
-            self._ended.set()
-            self._thread.join(timeout=5.0)  # a pipe that nobody reads must not keep the router
-            if self._path != STDOUT and not self._thread.is_alive():
-                os.close(self._file)
+
+    def close(self) -> None:
+        """Write what is left. Blocks."""
+        self._ended.set()
+        self._thread.join(timeout=5.0)  # a pipe that nobody reads must not keep the router
+        if self._path != STDOUT and not self._thread.is_alive():
+            os.close(self._file)
 
     def __call__(self, outcome: Outcome) -> None:
         """A call is over."""

@@ -3,8 +3,14 @@
 Rules this file keeps (`check_invariants` checks them):
 - a request is in exactly one place: waiting for its model, or in flight at one replica;
 - every request that `arrive` lets in ends exactly once: by `finished` or by a Refused;
-- waiting requests leave in the order they arrived; one whose replica failed goes back to the place
-  its arrival gave it, so it is ahead of all that came later, and `hold_s` counts from its arrival;
+- waiting requests leave in the order that `fairness.py` says; one whose replica failed goes back to
+  the place its arrival gave it there, and `hold_s` counts from its arrival;
+- one that could not be served within `hold_s`, or while its caller waits, is refused at once, as
+  far as that is known; it is reported as demand all the same, so that a later one can be served;
+- a replica that begins to serve gets `target_concurrency` requests, and one more with each answer
+  that begins; one whose engine has a queue of its own gets no more than it has;
+- what is in the background is sent where fewer than `target_concurrency` requests are in flight,
+  and only while nobody else waits;
 - a replica that failed is left alone as `breaker.py` says, or until a table no longer lists it;
 - only a request that may have reached a replica counts against MAX_ATTEMPTS: one that kills
   engines must not kill them all, one that found a dead host just waits for a live one.
@@ -12,16 +18,15 @@ Rules this file keeps (`check_invariants` checks them):
 
 from __future__ import annotations
 
-import bisect
-import operator
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from runtime.router.affinity import Affinity
 from runtime.router.breaker import REST_S, Breaker, RetryBudget
+from runtime.router.fairness import BACKGROUND, FairQueue, Wish
 from runtime.router.sketch import Sketch
 from runtime.schema import close_names
 from runtime.wire import Endpoint, ModelDemand, ModelRoute, RouteTable
@@ -29,17 +34,6 @@ from runtime.wire import Endpoint, ModelDemand, ModelRoute, RouteTable
 SUSPECT_S = REST_S  # how long a replica is left alone after its first failure
 MAX_ATTEMPTS = 3
 RETRY_AFTER_S = 5.0  # where neither the scheduler nor an estimate says better
-
-
-class Wish(NamedTuple):
-    """Whose request it is and what it would like."""
-
-    tenant: str = ""
-    priority: int = 0  # higher goes first
-    tokens: int = 1  # about how many it makes the engine read and write
-    affinity: tuple[int, ...] = ()  # keys of longer and longer beginnings of its prompt
-    wait_s: float | None = None  # its caller waits no longer than this for a replica
-    weight: float = 1.0  # the tenant's share of a busy model, against the others'
 
 
 PLAIN = Wish()
@@ -84,12 +78,21 @@ class _Request:
     replica_id: str | None = None  # None: it waits
     sent_at: float = 0.0
     held: bool = False
+    answered: bool = False
+
+    def deadline(self, route: ModelRoute) -> float:
+        """Until when it may wait."""
+        wait_s = self.wish.wait_s
+        limit_s = route.hold_s if wait_s is None else min(route.hold_s, wait_s)
+        return self.arrived_at + limit_s
 
 
 @dataclass(slots=True)
 class _Model:
-    waiting: list[_Request] = field(default_factory=list)  # in order of arrival
+    waiting: FairQueue[_Request] = field(default_factory=FairQueue)
+    wanted_until: float = 0.0  # one was turned away that would have waited longer than it can
     in_flight: int = 0
+    background: int = 0  # of those in flight
     active_at: float = 0.0
     turn: int = 0  # where the next choice among equally loaded replicas starts
     ttft: Sketch = field(default_factory=Sketch)  # of requests that were not held
@@ -102,10 +105,11 @@ class _Load:
 
     requests: int = 0
     tokens: int = 0
+    limit: int = sys.maxsize  # of requests
+    full: bool = False  # its engine has a queue of its own
 
 
 _NO_LOAD = _Load()
-_by_arrival = operator.attrgetter("seq")
 
 
 class Admission:
@@ -125,19 +129,23 @@ class Admission:
         self._breaker = Breaker()
         self._affinity = Affinity()
         self._budget = RetryBudget()
+        self._shed: list[Refused] = []
         self._seq = 0
 
     # -------------------------------------------------------------------------------- events
 
     def routes(self, table: RouteTable, now: float) -> list[Forward | Refused]:
         """Route by `table` from now on; what no longer has to wait is returned, oldest first."""
-        self.table = table
+        self.table, before = table, self._route
         self._route = {alias: route for route in table.models for alias in route.aliases}
         self._route |= {route.name: route for route in table.models}
         listed = {e.replica_id for route in table.models for e in route.endpoints}
         self._breaker.keep_only(listed)
         self._affinity.keep_only(listed)
         self._loads = {r: load for r, load in self._loads.items() if load.requests or r in listed}
+        for route in table.models:
+            self._limit(route)
+            self._move_deadlines(route, before.get(route.name))
         released = self._release(now)
         for name in [n for n in self._models if n not in self._route]:
             self._forget_if_unused(name)
@@ -158,18 +166,27 @@ class Admission:
         state = self._models.get(name)
         if state is None:
             state = self._models[name] = _Model()
-        endpoint = self._choose(route, state, now, wish)
-        if endpoint is None and len(state.waiting) >= route.max_queue:
-            return _queue_full(request_id, route)
+        endpoint = None
+        if wish.priority > BACKGROUND or not state.waiting:
+            endpoint = self._choose(route, state, now, wish)
+        if endpoint is None:
+            refused = self._no_use_waiting(request_id, route, state, wish, now)
+            if refused is not None:
+                return refused
         self._seq += 1
         request = _Request(request_id, self._seq, name, now, wish)
         self._requests[request_id] = request
         state.active_at = now
         if endpoint is None:
-            request.held = True
-            state.waiting.append(request)
-            return Held(request_id)
+            return self._hold(request, route, state)
         return self._forward(request, state, endpoint, now)
+
+    def shed(self) -> list[Refused]:
+        """Requests that had to leave the queue for those that `arrive` let in since last asked."""
+        if not self._shed:
+            return []
+        shed, self._shed = self._shed, []
+        return shed
 
     def answered(self, request_id: str, now: float, status: int) -> list[Forward | Refused]:
         """The first byte of its answer came, with this HTTP status; who may go on thereby.
@@ -180,14 +197,17 @@ class Admission:
         if request.replica_id is None:
             raise ValueError(f"request {request_id!r} is not in flight")
         state = self._models[request.model]
+        request.answered = True
+        grew = self._grow(request.replica_id)
         if status < 400 and request.held:
             state.first_token_s = now - request.sent_at
         elif status < 400:
             state.ttft.add(now - request.arrived_at, now)
         if status < 500 and not self._breaker:
-            return []
+            waits = grew and state.waiting
+            return self._release_model(request.model, state, now) if waits else []
         changed = self._breaker.answered(request.replica_id, now, status >= 500)
-        return self._release(now) if changed else []
+        return self._release(now) if changed or grew else []
 
     def finished(self, request_id: str, now: float) -> list[Forward | Refused]:
         """The request is over, answered or not, or its caller has gone: waiting or in flight, it
@@ -195,6 +215,8 @@ class Admission:
         request = self._requests.get(request_id)
         if request is None:
             return []
+        if request.replica_id is not None and not request.answered:
+            self._grow(request.replica_id)
         self._leave(request, now)
         state = self._models.get(request.model)
         return self._release_model(request.model, state, now) if state and state.waiting else []
@@ -217,8 +239,8 @@ class Admission:
         expired: list[Forward | Refused] = []
         for name, state in list(self._models.items()):
             route = self._route.get(name)
-            while route and state.waiting and now >= state.waiting[0].arrived_at + route.hold_s:
-                request = state.waiting[0]
+            for request in state.waiting.late(now) if route and state.waiting else ():
+                assert route is not None
                 self._leave(request, now)
                 expired.append(_held_too_long(request, route))
         self._breaker.tick(now)
@@ -232,11 +254,8 @@ class Admission:
 
     def due_at(self) -> float | None:
         """When `tick` next has something to do; None while nothing waits."""
-        deadlines = [
-            state.waiting[0].arrived_at + self._route[name].hold_s
-            for name, state in self._models.items()
-            if state.waiting
-        ]
+        found = (s.waiting.next_deadline() for s in self._models.values() if s.waiting)
+        deadlines = [deadline for deadline in found if deadline is not None]
         if not deadlines:
             return None
         return min(deadlines + self._breaker.rests_end())
@@ -252,9 +271,10 @@ class Admission:
         return tuple(
             ModelDemand(
                 model=name,
-                waiting=len(state.waiting),
+                waiting=len(state.waiting) or int(now < state.wanted_until),
+                background=state.waiting.background + state.background,
                 in_flight=state.in_flight,
-                oldest_wait_s=now - state.waiting[0].arrived_at if state.waiting else 0.0,
+                oldest_wait_s=now - state.waiting.oldest.arrived_at if state.waiting else 0.0,
                 idle_for_s=now - state.active_at,
                 arrived=self._arrived[name],
                 first_token_s=state.first_token_s,
@@ -274,15 +294,17 @@ class Admission:
         assert len({r.request_id for r in waiting}) == len(waiting)
         assert {r.request_id for r in waiting}.isdisjoint(r.request_id for r in flying)
         assert {r.request_id for r in waiting + flying} == set(self._requests)
-        there = {replica_id: _Load() for replica_id in self._loads}
+        there = {r: replace(load, requests=0, tokens=0) for r, load in self._loads.items()}
         for request in flying:
             assert request.replica_id in there, f"{request.replica_id} has lost its count"
             there[request.replica_id].requests += 1
             there[request.replica_id].tokens += request.wish.tokens
         assert there == self._loads
         for name, state in self._models.items():
-            assert state.in_flight == sum(r.model == name for r in flying)
-            assert state.waiting == sorted(state.waiting, key=_by_arrival)
+            mine = [r for r in flying if r.model == name]
+            assert state.in_flight == len(mine)
+            assert state.background == sum(r.wish.priority <= BACKGROUND for r in mine)
+            state.waiting.check()
             assert all(r.replica_id is None and r.model == name for r in state.waiting)
             assert name in self._route or state.in_flight, f"{name} has neither route nor request"
             assert name in self._route or not state.waiting, f"requests wait for unknown {name}"
@@ -296,20 +318,22 @@ class Admission:
             endpoint = self._akin(route, now, wish)
             if endpoint is not None:
                 return endpoint
+        most = _most(route, wish)
         if not self._breaker:
-            return self._least_loaded(route, state, now, None)
+            return self._least_loaded(route, state, now, most, None)
         breaker = self._breaker
-        endpoint = self._least_loaded(route, state, now, breaker.avoided)
-        return endpoint or self._least_loaded(route, state, now, breaker.rests)
+        endpoint = self._least_loaded(route, state, now, most, breaker.avoided)
+        return endpoint or self._least_loaded(route, state, now, most, breaker.rests)
 
     def _akin(self, route: ModelRoute, now: float, wish: Wish) -> Endpoint | None:
         """Where the prompt's beginning was read or has its home; None: the load decides."""
         avoided = self._breaker.avoided if self._breaker else None
         loads: dict[str, int] = {}
+        most = _most(route, wish)
         for endpoint in route.endpoints:
             replica_id = endpoint.replica_id
             load = self._loads.get(replica_id, _NO_LOAD)
-            if load.requests < self._max_in_flight and not (avoided and avoided(replica_id, now)):
+            if load.requests < min(load.limit, most) and not (avoided and avoided(replica_id, now)):
                 loads[replica_id] = load.tokens
         chosen = self._affinity.pick(wish.affinity, loads, wish.tokens) if loads else None
         return next((e for e in route.endpoints if e.replica_id == chosen), None)
@@ -319,6 +343,7 @@ class Admission:
         route: ModelRoute,
         state: _Model,
         now: float,
+        most: int,
         shunned: Callable[[str, float], bool] | None,
     ) -> Endpoint | None:
         endpoints, loads = route.endpoints, self._loads
@@ -329,7 +354,7 @@ class Admission:
             if shunned is not None and shunned(replica_id, now):
                 continue
             load = loads.get(replica_id, _NO_LOAD)
-            if load.requests >= self._max_in_flight:
+            if load.requests >= load.limit or load.requests >= most:
                 continue
             if (
                 best < 0
@@ -348,9 +373,10 @@ class Admission:
         if self._breaker:
             self._breaker.chosen(endpoint.replica_id, now)
         state.in_flight += 1
-        load = self._loads.get(endpoint.replica_id)
-        if load is None:
-            load = self._loads[endpoint.replica_id] = _Load()
+        state.background += request.wish.priority <= BACKGROUND
+        if state.waiting:
+            state.waiting.sent(request.wish)
+        load = self._loads[endpoint.replica_id]
         load.requests += 1
         load.tokens += request.wish.tokens
         if request.wish.affinity:
@@ -361,7 +387,9 @@ class Admission:
         replica_id = request.replica_id
         assert replica_id is not None
         request.replica_id = None
-        self._models[request.model].in_flight -= 1
+        state = self._models[request.model]
+        state.in_flight -= 1
+        state.background -= request.wish.priority <= BACKGROUND
         load = self._loads[replica_id]
         load.requests -= 1
         load.tokens -= request.wish.tokens
@@ -370,10 +398,8 @@ class Admission:
         state = self._models[request.model]
         if request.replica_id is not None:
             self._unassign(request)
-        else:
-            index = bisect.bisect_left(state.waiting, request.seq, key=_by_arrival)
-            if index < len(state.waiting) and state.waiting[index] is request:
-                del state.waiting[index]
+        elif request in state.waiting:
+            state.waiting.remove(request)
         del self._requests[request.request_id]
         state.active_at = now
         if request.model not in self._route:
@@ -400,9 +426,7 @@ class Admission:
             self._leave(request, now)
             return _gave_up(request, reason)
         if endpoint is None:
-            request.held = True
-            bisect.insort(state.waiting, request, key=_by_arrival)
-            return Held(request.request_id)
+            return self._hold(request, route, state)
         if delivered and not self._budget.take(now):
             self._leave(request, now)
             return _no_budget(request, reason)
@@ -426,11 +450,66 @@ class Admission:
                 out.append(_refusal(request.request_id, route) if route else _removed(request))
             return out
         while state.waiting:
-            endpoint = self._choose(route, state, now, state.waiting[0].wish)
+            request = state.waiting.first()
+            endpoint = self._choose(route, state, now, request.wish)
             if endpoint is None:
                 break
-            out.append(self._forward(state.waiting.pop(0), state, endpoint, now))
+            out.append(self._forward(request, state, endpoint, now))
+            state.waiting.remove(request)
         return out
+
+    # -- waiting
+
+    def _hold(self, request: _Request, route: ModelRoute, state: _Model) -> Held:
+        request.held = True
+        state.waiting.add(request, request.deadline(route))
+        return Held(request.request_id)
+
+    def _no_use_waiting(
+        self, request_id: str, route: ModelRoute, state: _Model, wish: Wish, now: float
+    ) -> Refused | None:
+        """Why a new request is not let in; where it is, one that waits may have to leave."""
+        limit_s = route.hold_s if wish.wait_s is None else min(route.hold_s, wish.wait_s)
+        if not route.endpoints and route.eta_s is not None and route.eta_s > limit_s:
+            state.active_at = now
+            state.wanted_until = now + min(route.eta_s, route.hold_s)
+            return _not_in_time(request_id, route, limit_s)
+        if len(state.waiting) < route.max_queue:
+            return None
+        loser = state.waiting.loser(wish)
+        if loser is None:
+            return _queue_full(request_id, route)
+        self._leave(loser, now)
+        self._shed.append(_shed(loser.request_id, route))
+        return None
+
+    def _move_deadlines(self, route: ModelRoute, before: ModelRoute | None) -> None:
+        """Where `hold_s` is another than it was."""
+        state = self._models.get(route.name)
+        if state and state.waiting and (before is None or before.hold_s != route.hold_s):
+            state.waiting.set_deadlines(lambda request: request.deadline(route))
+
+    # -- how much one replica gets
+
+    def _limit(self, route: ModelRoute) -> None:
+        """What the table says of how busy its replicas are."""
+        for endpoint in route.endpoints:
+            load = self._loads.get(endpoint.replica_id)
+            if load is None:
+                least = min(route.target_concurrency, self._max_in_flight)
+                self._loads[endpoint.replica_id] = _Load(limit=least, full=endpoint.full)
+                continue
+            if endpoint.full and not load.full:
+                load.limit = max(1, load.requests)
+            load.full = endpoint.full
+
+    def _grow(self, replica_id: str) -> bool:
+        """It has begun an answer; whether it may have one request more for that."""
+        load = self._loads[replica_id]
+        if load.full or load.limit >= self._max_in_flight:
+            return False
+        load.limit += 1
+        return True
 
     def _unknown(self, request_id: str, model: str) -> Refused:
         if self.table is None:
@@ -466,6 +545,27 @@ def _queue_full(request_id: str, route: ModelRoute) -> Refused:
         "try again later"
     )
     return Refused(request_id, 429, "queue_full", message, _wait_s(route))
+
+
+def _shed(request_id: str, route: ModelRoute) -> Refused:
+    message = (
+        f"{route.max_queue} requests wait for model {route.name!r}, its max_queue, and others go "
+        "before this one; try again later"
+    )
+    return Refused(request_id, 429, "shed", message, _wait_s(route))
+
+
+def _not_in_time(request_id: str, route: ModelRoute, limit_s: float) -> Refused:
+    message = (
+        f"model {route.name!r} will take about {route.eta_s:.0f}s to be ready, longer than this "
+        f"request may wait ({limit_s:g}s); it is being made ready for a later one"
+    )
+    return Refused(request_id, 503, "not_in_time", message, route.eta_s)
+
+
+def _most(route: ModelRoute, wish: Wish) -> int:
+    """Requests that one replica may have for this one to be sent there."""
+    return route.target_concurrency if wish.priority <= BACKGROUND else sys.maxsize
 
 
 def _held_too_long(request: _Request, route: ModelRoute) -> Refused:

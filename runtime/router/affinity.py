@@ -1,10 +1,12 @@
 """Which replica has read a prompt's beginning already, as far as this router knows. Pure.
 
-Requests carry keys of longer and longer beginnings of their prompts (prompt.py). Two rules, the
-first that names a replica counts; `None` means: the least loaded.
+Requests carry keys of longer and longer beginnings of their prompts, or one of their session, which
+is below zero (prompt.py). Two rules, the first that applies counts; where its replica has too much
+to do, or none applies, the request goes to the least loaded, as if it had no keys.
 
 1. *Remembered*. The longest beginning that this router has sent before is at least a quarter of the
    prompt: the least loaded of the replicas that got it, if its load is at most (1 + SLACK) x mean.
+   A session is where its last request went, which has all of it.
 2. *Home*. The first beginning that was never sent is what sets this prompt apart from all others,
    whatever they have in common. Its home is the replica of the highest hash (rendezvous hashing,
    Thaler and Ravishankar 1998), if its load is at most the mean. Routers that never speak to each
@@ -14,7 +16,7 @@ Load is in outstanding tokens, and mean is that of the replicas that may be chos
 request: (sum of loads + its tokens) / replicas. That is consistent hashing with bounded loads
 (Mirrokni, Thorup and Zadimoghaddam 2016), whose bound is (1 + e) x m / n. Example: loads of 900,
 300, 0 and 0, and a request of 800: the mean is 2,000 / 4 = 500, so whoever remembers it must not
-have more than 750, its home not more than 500.
+have more than 625, its home not more than 500.
 
 Rules this file keeps:
 - a beginning that more than half of the replicas have got is everybody's (a system prompt) and
@@ -30,7 +32,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Set
 from hashlib import blake2b
 
-SLACK = 0.5  # bench/affinity.py: 0.25 gives cache hits away, 1.0 makes the slowest wait longer
+SLACK = 0.25  # bench/affinity.py: 0.5 finds up to a tenth more, but the slowest wait longer
 MEMORY = 65_536  # keys, of all models together
 _MOST_READERS = 64
 _GOLDEN = 0x9E3779B97F4A7C15  # 2 ** 64 / the golden ratio, odd
@@ -78,12 +80,11 @@ class Affinity:
         known = self._readers
         for key in keys:
             readers = known.get(key)
-            if readers is None:
+            if readers is None or key < 0:
                 known[key] = (replica_id,)
-                continue
-            known.move_to_end(key)
-            if replica_id not in readers:
+            elif replica_id not in readers:
                 known[key] = (*readers, replica_id)[-_MOST_READERS:]
+            known.move_to_end(key)
         while len(known) > MEMORY:
             known.popitem(last=False)
 

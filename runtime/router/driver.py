@@ -61,7 +61,7 @@ async def run_router(
     )
     keys = Keys(settings.lets_anonymous_in())
     proxy = Proxy(gate, upstream, Metrics(gate), keys, settings.heartbeat_s)
-    observing = contextlib.ExitStack()
+    observing = contextlib.AsyncExitStack()
     worker, siblings = worker_index(), None
     if worker is not None:
         siblings = Siblings(Path(config.state_dir), worker, settings.workers)
@@ -69,7 +69,7 @@ async def run_router(
     api = Api(proxy, settings.max_body_bytes, settings.read_timeout_s, siblings, scrapers)
     runner, front = await _servers(settings, api, proxy)
     try:
-        observing.enter_context(observed(proxy, settings))
+        await observing.enter_async_context(observed(proxy, settings))
         listener = _listen(settings.host, settings.port, shared=worker is not None)
         port = listener.getsockname()[1]
         router_id = f"{socket.gethostname()}:{port}" + (f":{worker}" if worker else "")
@@ -102,7 +102,7 @@ async def run_router(
         proxy.routed.close()
         gate.close()
         upstream.close()
-        observing.close()
+        await observing.aclose()
 
 
 async def _servers(settings: RouterConfig, api: Api, proxy: Proxy) -> tuple[web.AppRunner, Front]:

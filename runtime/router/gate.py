@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
-from runtime.router.admission import PLAIN, Admission, Decision, Forward, Held, Refused, Wish
+from runtime.router.admission import PLAIN, Admission, Decision, Forward, Held, Refused
+from runtime.router.fairness import Wish
 from runtime.router.versions import Versions
 from runtime.wire import ModelDemand, ModelRoute, RouteTable
 
@@ -44,6 +45,10 @@ class Gate:
         """Whether `name` is a model's, an alias or a route's."""
         return self._admission.find(name) is not None or name in self.versions.ways
 
+    def waiting(self, model: str) -> int:
+        """How many requests wait for the model of that (exact) name."""
+        return self._admission.waiting(model)
+
     def demand(self) -> tuple[tuple[ModelDemand, ...], dict[str, int]]:
         """Whole demand by model, and requests in flight by replica id."""
         return self._admission.demand(self.loop.time()), self._admission.in_flight()
@@ -59,6 +64,7 @@ class Gate:
         """Let a request in. The decision's `request_id` is what the other methods take."""
         request_id = str(next(self._ids))
         decision = self._admission.arrive(request_id, model, self.loop.time(), wish)
+        self._hand_out(self._admission.shed())
         return self._noting_wait(decision, model)
 
     def failed(self, request_id: str, model: str, reason: str, delivered: bool) -> Decision:
@@ -101,11 +107,11 @@ class Gate:
             self._turns[decision.request_id] = self.loop.create_future()
             self._arm()
             route = self._admission.find(model)
-            if route is not None and self._admission.waiting(route.name) == 1:
+            if route is not None and self.waiting(route.name) == 1:
                 self.on_first_wait()
         return decision
 
-    def _hand_out(self, decisions: list[Forward | Refused]) -> None:
+    def _hand_out(self, decisions: Sequence[Forward | Refused]) -> None:
         for decision in decisions:
             turn = self._turns.pop(decision.request_id)
             if not turn.done():  # its handler may have been cancelled and not yet have run

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 
 from runtime.config import RouterConfig
 from runtime.router.access_log import AccessLog
@@ -12,22 +13,23 @@ from runtime.router.proxy import Proxy
 from runtime.wire import RouteTable
 
 
-@contextlib.contextmanager
-def observed(proxy: Proxy, settings: RouterConfig) -> Iterator[None]:
+@contextlib.asynccontextmanager
+async def observed(proxy: Proxy, settings: RouterConfig) -> AsyncIterator[None]:
     """The proxy's calls logged and traced. At the end all is written out.
 
     Raises OSError where the log cannot be opened, RuntimeError where a package is missing.
     """
-    with contextlib.ExitStack() as stack:
+    async with contextlib.AsyncExitStack() as stack:
         if settings.access_log:
-            proxy.access_log = AccessLog(settings.access_log)
-            proxy.observers.append(proxy.access_log)
-            stack.enter_context(proxy.access_log.writing())
+            access_log = proxy.access_log = AccessLog(settings.access_log)
+            access_log.start()
+            stack.push_async_callback(asyncio.to_thread, access_log.close)
+            proxy.observers.append(access_log)
         if settings.otlp_endpoint:
             from runtime.router.tracing import Tracer
 
             tracer = proxy.tracer = Tracer(settings.otlp_endpoint, settings.trace_sample)
-            stack.callback(tracer.close)
+            stack.push_async_callback(asyncio.to_thread, tracer.close)
             _tell_routes(proxy.gate, tracer.routes)
         yield
 

@@ -52,17 +52,18 @@ def keys_of(
 ) -> tuple[int, ...]:
     """32-bit keys of the prompt's longer and longer beginnings; empty: it is too short to matter.
 
-    One key alone where the caller says what belongs together, for its tenant: the header
-    x-session-id, or else `prompt_cache_key` or `user` in the body. Otherwise one for each of the
-    first 1, 2, 4 ... 128 KiB that the prompt fills: a key stands for half of what the next one
-    stands for, and the last for more than half of a prompt of up to 256 KiB.
+    One key for each of the first 1, 2, 4 ... 128 KiB that the prompt fills: a key stands for half
+    of what the next one stands for, and the last for more than half of a prompt of up to 256 KiB.
+    Where the caller says what belongs together (the header x-session-id, or else
+    `prompt_cache_key` or `user` in the body) there is one key alone, of its tenant's session: the
+    checksum's complement, so below zero.
     """
     field = _FIELDS.get(path)
     if field is None:
         return ()
     session = _session(headers) or _said(head.prompt_cache_key) or _said(head.user)
     if session:
-        return (crc32(session, crc32(f"{model}\0{tenant}\0".encode())),)
+        return (~crc32(session, crc32(f"{model}\0{tenant}\0".encode())),)
     begins = body.find(field)
     size = len(body) - begins
     if begins < 0 or size < FIRST_CUT_BYTES:

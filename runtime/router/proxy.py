@@ -21,15 +21,17 @@ import msgspec
 
 from runtime.engine.guard import CLOSED, CLOSED_HEADER
 from runtime.router.access_log import AccessLog
-from runtime.router.admission import Decision, Forward, Held, Refused, Wish
+from runtime.router.admission import Decision, Forward, Held, Refused
 from runtime.router.call import ANONYMOUS, Call, Caller
 from runtime.router.client import Client
 from runtime.router.errors import ApiError, sse_error
+from runtime.router.fairness import Wish
 from runtime.router.gate import Gate
 from runtime.router.keys import Keys, may, rate_headers
 from runtime.router.limits import GpuShare
 from runtime.router.metrics import Metrics
 from runtime.router.outcome import BROKEN_OFF, HUNG_UP, Observer, Outcome
+from runtime.router.patience import patience_s
 from runtime.router.prompt import BYTES_PER_TOKEN, keys_of, tokens_of
 from runtime.router.routed import Routed
 from runtime.router.upstream import Headers, Reply, Upstream, UpstreamError, UpstreamTimeout
@@ -141,13 +143,20 @@ class Proxy:
         self.keys.begin(call.caller, tokens, self.gate.loop.time(), again)
 
     def _wish(self, call: Call) -> Wish:
-        """Keys of the prompt are made only where there is a choice of replicas."""
+        """Keys of the prompt are made only where there is a choice of replicas, and how long the
+        caller waits is looked for only where it may have to."""
         caller, route = call.caller, self.gate.find(call.model)
-        keys: tuple[int, ...] = ()
-        if route is not None and len(route.endpoints) > 1 and route.affinity == "prefix":
-            keys = keys_of(call.path, call.headers, call.body, call.head, route.name, caller.tenant)
         tokens = tokens_of(len(call.body), call.head)
-        return Wish(caller.tenant, caller.priority, tokens, keys, weight=caller.weight)
+        keys: tuple[int, ...] = ()
+        wait_s = None
+        if route is not None:
+            if len(route.endpoints) > 1 and route.affinity == "prefix":
+                keys = keys_of(
+                    call.path, call.headers, call.body, call.head, route.name, caller.tenant
+                )
+            if not route.endpoints or self.gate.waiting(route.name):
+                wait_s = patience_s(call.headers, call.streams)
+        return Wish(caller.tenant, caller.priority, tokens, keys, wait_s, caller.weight)
 
 
 class _Exchange:

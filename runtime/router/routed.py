@@ -4,7 +4,7 @@ Rules this file keeps:
 - the body is encoded anew with the model's name, and nothing else of it is changed;
 - what the caller gets if no model of the chain can be had is the first one's error;
 - a request is mirrored once it is over, if it was let in: the mirror never slows or fails it. The
-  mirror's answer is read and thrown away, it goes last in every queue, and one too many
+  mirror's answer is read and thrown away, it takes only what nobody else wants, and one too many
   (MIRRORS_AT_ONCE, or a body over MIRROR_BODY_BYTES) is not made, but counted.
 """
 
@@ -21,6 +21,7 @@ from runtime.router.body import with_model
 from runtime.router.call import Call, Caller
 from runtime.router.client import Client
 from runtime.router.errors import ApiError, sse_error
+from runtime.router.fairness import BACKGROUND
 from runtime.router.forms import form_with_model
 from runtime.router.outcome import BROKEN_OFF, Outcome
 from runtime.router.upstream import Headers, Reply
@@ -33,7 +34,6 @@ log = logging.getLogger("stoker.router")
 
 MIRRORS_AT_ONCE = 32
 MIRROR_BODY_BYTES = 1024 * 1024
-MIRROR_PRIORITY = -1_000_000  # below everybody's
 
 
 class Routed:
@@ -115,7 +115,7 @@ class Routed:
         try:
             copy = self._for(way, model, call, again=False, spare=False)
             copy.request_id += "-mirror"
-            copy.caller = Caller(call.caller.tenant, priority=MIRROR_PRIORITY)
+            copy.caller = Caller(call.caller.tenant, priority=BACKGROUND)
             await self._proxy.serve(copy, _Nobody())
         except ApiError as error:
             log.info("request %s-mirror: %s", call.request_id, error)

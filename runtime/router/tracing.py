@@ -15,6 +15,7 @@ from importlib.metadata import version as installed_version
 from typing import Any
 from urllib.parse import urlsplit
 
+from runtime.router.access_log import NAME_CHARS
 from runtime.router.call import Call
 from runtime.router.outcome import Outcome
 from runtime.wire import Endpoint, RouteTable
@@ -70,7 +71,7 @@ class Tracer:
         """The trace of a call that has just arrived."""
         call = outcome.call
         operation = operation_of(call.path)
-        model = outcome.model or call.model
+        model = outcome.model or call.model[:NAME_CHARS]
         span = self._tracer.start_span(
             f"{operation} {model}",
             context=_propagator.extract(_carried(call.headers)),
@@ -234,7 +235,7 @@ def _asked(call: Call, operation: str, model: str) -> dict[str, Any]:
         ("temperature", head.temperature, (int, float)),
         ("seed", head.seed, int),
     ):
-        if isinstance(value, kinds) and not isinstance(value, bool):
+        if isinstance(value, kinds) and not isinstance(value, bool) and abs(value) < 2**63:
             found[f"gen_ai.request.{name}"] = value
     return found
 

@@ -10,7 +10,6 @@ Rules this file keeps:
 
 from __future__ import annotations
 
-from collections import deque
 from typing import Annotated, NamedTuple
 
 import msgspec
@@ -90,7 +89,7 @@ class Meter:
 
     def __init__(self) -> None:
         self.size = 0
-        self._pieces: deque[bytes] = deque()  # the end of the body
+        self._pieces: list[bytes] = []  # the end of the body
         self._kept = 0  # bytes in them
         self._limit = 0  # 0: no byte has come
         self._carry: bytes | None = None  # the end of the last piece, in a stream
@@ -109,7 +108,7 @@ class Meter:
         self.size += size
         self._kept += size
         self._pieces.append(data)
-        if self._kept > self._limit:
+        if self._kept > 2 * self._limit:
             self._forget()
         if self._carry is not None:
             window = self._carry + data
@@ -130,9 +129,13 @@ class Meter:
 
     def _forget(self) -> None:
         """All pieces that lie before what is kept."""
-        pieces, limit = self._pieces, self._limit
-        while self._kept - len(pieces[0]) >= limit:
-            self._kept -= len(pieces.popleft())
+        gone = 0
+        for piece in self._pieces:
+            if self._kept - len(piece) < self._limit:
+                break
+            self._kept -= len(piece)
+            gone += 1
+        del self._pieces[:gone]
 
     def _end(self) -> bytes:
         pieces = self._pieces
@@ -142,7 +145,7 @@ class Meter:
 
 def _last(end: bytes, *, stream: bool) -> tuple[int | None, int, int]:
     """Prompt and completion tokens as the last usage in `end`, the end of an answer, has them, and
-    where it stands.
+    where it stands. An embedding has a prompt only.
 
     In `..."usage":{...}, ...}` the rest of the object, with a brace before it, is JSON exactly if
     `usage` is a field of the outermost object. Text cannot pass for it: its quotes are escaped.
@@ -160,20 +163,13 @@ def _last(end: bytes, *, stream: bool) -> tuple[int | None, int, int]:
         if tokens is None and stream:
             tokens = _decoded_nested(rest)
         if tokens is not None:
-            prompt, completion = _counts(tokens)
-            if prompt is not None:
-                return prompt, completion, at
+            if tokens.prompt_tokens is not None:
+                return tokens.prompt_tokens, tokens.completion_tokens or 0, at
+            if tokens.input_tokens is not None:
+                cached = tokens.cache_creation_input_tokens or 0
+                cached += tokens.cache_read_input_tokens or 0
+                return tokens.input_tokens + cached, tokens.output_tokens or 0, at
     return None, 0, 0
-
-
-def _counts(tokens: _Tokens) -> tuple[int | None, int]:
-    """Prompt and completion. An embedding has a prompt only."""
-    if tokens.prompt_tokens is not None:
-        return tokens.prompt_tokens, tokens.completion_tokens or 0
-    if tokens.input_tokens is None:
-        return None, 0
-    cached = (tokens.cache_creation_input_tokens or 0) + (tokens.cache_read_input_tokens or 0)
-    return tokens.input_tokens + cached, tokens.output_tokens or 0
 
 
 def _decoded(rest: bytes) -> _Tokens | None:

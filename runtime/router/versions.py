@@ -29,6 +29,8 @@ FALLS_BACK = frozenset(
         "model_not_found",
         "model_unavailable",
         "queue_full",
+        "shed",
+        "not_in_time",
         "hold_timeout",
         "replica_failed",
         "retry_budget_spent",

@@ -17,6 +17,7 @@ import signal
 import socket
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from typing import BinaryIO
 
 import msgspec
 
@@ -78,6 +79,7 @@ async def _keep(
 ) -> None:
     """One child after the other, until `stop`."""
     while not stop.is_set():
+        passing: asyncio.Task[None] | None = None
         async with _child(index, argv, port) as child:
             try:
                 url = await _url(child)
@@ -88,9 +90,13 @@ async def _keep(
             else:
                 if not ready.done():
                     ready.set_result(url)
+                assert child.stdout is not None
+                passing = asyncio.create_task(pass_on(child.stdout, sys.stdout.buffer))
                 await _until_either(child, stop)
                 if not stop.is_set():
                     log.warning("router worker %d ended with %s", index, child.returncode)
+        if passing is not None:
+            await passing
         if not stop.is_set():
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(RESTART_S):
@@ -113,6 +119,20 @@ async def _child(
             with contextlib.suppress(ProcessLookupError):
                 child.send_signal(signal.SIGTERM)
         await child.wait()
+
+
+async def pass_on(source: asyncio.StreamReader, sink: BinaryIO) -> None:
+    """What a router says behind its ready line, which is its access log, in whole lines."""
+    rest = b""
+    while data := await source.read(65536):
+        lines, newline, rest = (rest + data).rpartition(b"\n")
+        if newline:
+            await asyncio.to_thread(_say, sink, lines + newline)
+
+
+def _say(sink: BinaryIO, lines: bytes) -> None:
+    sink.write(lines)
+    sink.flush()
 
 
 async def _url(child: asyncio.subprocess.Process) -> str:

@@ -103,6 +103,7 @@ class Router:
         request = Request(self, name, model, now, prompt, output)
         self.open[name] = request
         self._decide(request, self.admission.arrive(name, model, now))
+        self._hand_out(self.admission.shed())
         if patience_s is not None:
             self._loop.after(patience_s, self._hang_up, request)
         return request
@@ -117,8 +118,10 @@ class Router:
     def leave(self, request: Request, outcome: str) -> None:
         """It is over."""
         if request.ended is None:
-            self.admission.finished(request.name, self._loop.now)
+            released = self.admission.finished(request.name, self._loop.now)
             self._end(request, outcome)
+            self._hand_out(released)
+            self._arm()
 
     def waiting(self) -> int:
         """Requests that are held now, of all models."""

@@ -152,6 +152,52 @@ async def test_concurrent_requests_of_a_tenant(stack: Stack) -> None:
     assert (await call(stack, **bearer(OTHER)))[0] == 200
 
 
+async def test_tenants_share_a_busy_model_and_priority_goes_first(tmp_path: Path) -> None:
+    """One flooding tenant with ten calls in the queue, one of another tenant, one urgent one."""
+    step = asyncio.Semaphore(0)
+
+    async def one_by_one(received: kit.Received, writer: asyncio.StreamWriter) -> None:
+        await step.acquire()
+        await unary()(received, writer)
+
+    urgent = KEY_PREFIX + "cccccccccc-" + "u" * 43
+    async with kit.stack(tmp_path, anonymous="off", max_in_flight=1) as stack:
+        engine = await stack.engine(one_by_one)
+        await stack.serve("m", engine, target_concurrency=1)
+        await stack.scheduler.publish_keys(
+            key(), key(OTHER, tenant="small"), key(urgent, tenant="urgent", priority="high")
+        )
+
+        async def ask(word: str, token: str) -> int:
+            async with stack.post(CHAT, {"model": "m", "x": word}, headers=bearer(token)) as answer:
+                return answer.status
+
+        step.release()
+        await lets_in(stack)
+        calls = [asyncio.create_task(ask(f"flood{i}", TOKEN)) for i in range(10)]
+        await eventually(lambda: stack.scheduler.waiting() == 9, "the flood waits")
+        calls += [asyncio.create_task(ask("small", OTHER)), asyncio.create_task(ask("now", urgent))]
+        await eventually(lambda: stack.scheduler.waiting() == 11, "all wait")
+        for _ in calls:
+            step.release()
+        assert await asyncio.gather(*calls) == [200] * 12
+        order = [r.json()["x"] for r in engine.received if "x" in r.json()]
+        assert order[0].startswith("flood")
+        assert order[1] == "now"
+        assert "small" in order[2:4]
+
+
+async def test_a_client_that_waits_too_short_is_told_at_once(stack: Stack) -> None:
+    await stack.serve("m", eta_s=40.0)
+    await stack.scheduler.publish_keys(key())
+    impatient = {"x-stainless-read-timeout": "10", **bearer()}
+    async with asyncio.timeout(20):
+        while (answer := await call(stack, **impatient))[0] != 503 or answer[1] == "no_keys":
+            await asyncio.sleep(0.02)
+    assert (answer[1], answer[2]["Retry-After"]) == ("not_in_time", "40")
+    await eventually(lambda: stack.scheduler.waiting() == 1, "it is asked for all the same")
+
+
 async def test_the_metrics_need_a_token_too(stack: Stack) -> None:
     async with stack.session.get(stack.url + "/metrics") as response:
         assert response.status == 401

@@ -368,7 +368,7 @@ async def test_headers_without_a_body_are_not_yet_an_answer(stack: Stack) -> Non
 
 async def test_a_killed_engines_requests_wait_for_its_successor(stack: Stack) -> None:
     dying, successor = await stack.engine(never), await stack.engine(unary())
-    await stack.serve("m", dying)
+    await stack.serve("m", dying, target_concurrency=20)
     calls = [asyncio.create_task(stack.post(CHAT, {"model": "m"}).__aenter__()) for _ in range(20)]
     await eventually(lambda: len(dying.received) == 20, "not sent")
     dying.kill()
@@ -527,7 +527,9 @@ async def test_a_body_too_large_is_refused_without_a_length_too(tmp_path: Path) 
 
 
 async def test_queue_full_hold_timeout_and_refusal(stack: Stack) -> None:
-    await stack.serve("m", max_queue=1, hold_s=1.0, eta_s=7.2, waiting_for="starting on gpu-1")
+    await stack.serve(
+        "m", max_queue=1, hold_s=1.0, retry_after_s=7.2, waiting_for="starting on gpu-1"
+    )
     first = asyncio.create_task(stack.post(CHAT, {"model": "m"}).__aenter__())
     await eventually(lambda: stack.scheduler.waiting() == 1, "not held")
     async with stack.post(CHAT, {"model": "m"}) as response:

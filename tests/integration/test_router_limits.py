@@ -181,13 +181,18 @@ async def test_demand_tells_arrivals_and_ttft(tmp_path: Path) -> None:
 
 
 @contextlib.asynccontextmanager
-async def workers(state_dir: Path, count: int) -> AsyncIterator[tuple[psutil.Process, str]]:
-    """`stoker router` with so many workers, and no scheduler: it serves by its last table."""
+async def workers(
+    state_dir: Path, count: int, access_log: str = "", output: list[bytes] | None = None
+) -> AsyncIterator[tuple[psutil.Process, str]]:
+    """`stoker router` with so many workers, and no scheduler: it serves by its last table.
+
+    `output` gets what it printed behind its ready line, at the end.
+    """
     root = Path(__file__).parents[2]
     env = {
         **os.environ, "PYTHONPATH": str(root), "STOKER_STATE_DIR": str(state_dir),
         "STOKER_CLUSTER_TOKEN": kit.TOKEN, "STOKER_ROUTER_WORKERS": str(count),
-        "STOKER_ROUTER_PORT": "0",
+        "STOKER_ROUTER_PORT": "0", "STOKER_ROUTER_ACCESS_LOG": access_log,
     }  # fmt: skip
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "cli.main", "router", "--json",
@@ -202,6 +207,8 @@ async def workers(state_dir: Path, count: int) -> AsyncIterator[tuple[psutil.Pro
             process.send_signal(signal.SIGTERM)
             async with asyncio.timeout(30):
                 assert await process.wait() == 0
+        if output is not None:
+            output.append(await process.stdout.read())
 
 
 async def test_workers_share_a_port_and_one_that_dies_is_replaced(tmp_path: Path) -> None:
@@ -237,3 +244,22 @@ async def test_workers_share_a_port_and_one_that_dies_is_replaced(tmp_path: Path
         assert [await call(url) for _ in range(20)] == [200] * 20
     assert not [child for child in last if child.is_running()]
     engine.kill()
+
+
+async def test_workers_write_one_access_log_to_standard_output(tmp_path: Path) -> None:
+    engine = await Engine(unary()).start("replica")
+    table_file.save(
+        tmp_path / "routes.json", RouteTable(version=3, models=(kit.model("m", engine),))
+    )
+    output: list[bytes] = []
+    async with workers(tmp_path, 2, "-", output) as (_, url):
+        for number in range(20):
+            async with (
+                aiohttp.ClientSession(headers={"X-Request-ID": f"r{number}"}) as session,
+                session.post(url + CHAT, json={"model": "m"}) as response,
+            ):
+                assert response.status == 200
+    engine.kill()
+    lines = [json.loads(line) for line in output[0].splitlines()]
+    assert {line["request_id"] for line in lines} == {f"r{number}" for number in range(20)}
+    assert len(lines) == 20

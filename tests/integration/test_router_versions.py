@@ -223,7 +223,10 @@ async def test_the_mirror_gets_a_copy_and_its_answer_is_thrown_away(stack: Stack
 
 async def test_a_mirror_that_hangs_slows_nobody_and_is_bounded(stack: Stack) -> None:
     live, shadow = await stack.engine(unary()), await stack.engine(never)
-    await publish(stack, rule("m1", mirror=Mirror(model="m2")), m1=live, m2=shadow)
+    # What is in the background gets no more than this of a replica; the rest would wait.
+    models = (kit.model("m1", live), kit.model("m2", shadow, target_concurrency=64))
+    await stack.scheduler.publish(*models, rules=(rule("m1", mirror=Mirror(model="m2")),))
+    await stack.scheduler.in_force()
     for _ in range(MIRRORS_AT_ONCE + 3):
         assert (await ask(stack))[0] == 200
     await eventually(lambda: len(shadow.received) == MIRRORS_AT_ONCE, "as many as may be")

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from runtime.router.admission import MAX_ATTEMPTS, SUSPECT_S, Admission, Forward, Held, Refused
+from runtime.router.fairness import BACKGROUND, Wish
 from runtime.wire import Endpoint, ModelRoute, RouteTable
 
 
@@ -266,16 +267,29 @@ class Machine(RuleBasedStateMachine):
                 *(r for r in chosen if r[0] == model),
                 hold_s=self.hold_s[model],
                 max_queue=max_queue,
+                target_concurrency=max_queue,
                 refusal="no" if model in refusing else None,
             )
             for model, chosen in replicas.items()
         ]
         self.note(self.admission.routes(table(*models), self.now))
 
-    @rule(model=st.sampled_from((*MODELS, "unknown")))
-    def arrive(self, model: str) -> None:
+    @rule(
+        model=st.sampled_from((*MODELS, "unknown")),
+        wish=st.builds(
+            Wish,
+            tenant=st.sampled_from("ab"),
+            priority=st.sampled_from((100, 0, BACKGROUND)),
+            tokens=st.integers(1, 1000),
+            affinity=st.sampled_from(((), (-1,), (1,), (1, 2), (1, 2, 3))),
+            wait_s=st.sampled_from((None, 3.0)),
+            weight=st.sampled_from((1.0, 3.0)),
+        ),
+    )
+    def arrive(self, model: str, wish: Wish) -> None:
         self.count += 1
-        self.apply(self.admission.arrive(str(self.count), model, self.now))
+        self.apply(self.admission.arrive(str(self.count), model, self.now, wish))
+        self.note(self.admission.shed())
 
     @rule(data=st.data(), delivered=st.booleans())
     def failed(self, data: st.DataObject, delivered: bool) -> None:

@@ -65,11 +65,11 @@ def test_server_errors_make_a_replica_avoided_but_never_unusable() -> None:
     assert not breaker.avoided("a", 1.0)
 
 
-def routed(*names: str) -> Admission:
+def routed(*names: str, **fields: int) -> Admission:
     admission = Admission()
     endpoints = tuple(Endpoint(replica_id=n, base_url=f"http://{n}", key="k") for n in names)
     admission.routes(
-        RouteTable(version=1, models=(ModelRoute(name="m", endpoints=endpoints),)), 0.0
+        RouteTable(version=1, models=(ModelRoute(name="m", endpoints=endpoints, **fields),)), 0.0
     )
     return admission
 
@@ -123,7 +123,7 @@ def test_retries_are_a_share_of_the_requests_or_a_few() -> None:
 
 
 def test_a_spent_budget_ends_a_request_with_503_and_retry_after() -> None:
-    admission = routed("a", "b")
+    admission = routed("a", "b", target_concurrency=200)
     for index in range(FREE_RETRIES + 1):
         admission.arrive(str(index), "m", 0.0)
     first = [str(i) for i in range(FREE_RETRIES + 1)]

@@ -31,7 +31,8 @@ PURE = (
     "agent/staging_policy.py", "agent/host_ram.py", "agent/load_format.py",
     "runtime/router/admission.py", "runtime/router/breaker.py", "runtime/router/sketch.py",
     "runtime/router/limits.py", "runtime/router/keys.py", "runtime/access.py", "scheduler/usage.py",
-    "runtime/router/usage.py",
+    "runtime/router/usage.py", "runtime/router/fairness.py",
+    "runtime/router/patience.py",
     "runtime/router/affinity.py", "runtime/router/prompt.py",
     "runtime/sim/loop.py", "runtime/sim/pipe.py", "runtime/sim/profile.py",
     "runtime/sim/timings.py", "runtime/sim/witness.py", "agent/simnode.py", "agent/simengine.py",
@@ -57,6 +58,7 @@ ONE_IMPORTER = {
     "consul": "runtime/consul.py",
     "huggingface_hub": "agent/cache_hub.py",
     "boto3": "agent/cache_s3.py",
+    "opentelemetry": "runtime/router/tracing.py",
 }
 
 

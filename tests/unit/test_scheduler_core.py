@@ -24,6 +24,17 @@ def test_one_waiting_request_starts_one_replica_and_routes_to_it() -> None:
     assert world.nodes["n1"].started == ["a-1-1"]  # 200 requests, one start
 
 
+def test_routers_are_told_at_once_of_what_their_part_of_the_spec_says() -> None:
+    world = World(one_gpu())
+    world.put(spec("a"))
+    world.want("a")
+    world.run(4)
+    assert world.route("a").affinity == "prefix"
+    world.put(spec("a", affinity="off", max_queue=7))
+    assert (world.route("a").affinity, world.route("a").max_queue) == ("off", 7)
+    assert world.nodes["n1"].started == ["a-1-1"]
+
+
 def test_a_new_leader_publishes_even_an_empty_table() -> None:
     world = World(one_gpu())
     assert world.table is not None

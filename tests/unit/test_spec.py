@@ -157,7 +157,7 @@ def test_the_json_schema_accepts_what_the_parser_accepts() -> None:
 
 def test_only_what_the_process_sees_changes_the_launch_key() -> None:
     base = ModelSpec(name="a", source="/m", engine_args={"x": 1, "y": 2})
-    same = ModelSpec(name="a", source="/m", engine_args={"y": 2, "x": 1}, idle_s=9, priority=3)
+    same = ModelSpec(name="a", source="/m", engine_args={"y": 2, "x": 1}, idle_s=9, affinity="off")
     other = ModelSpec(name="a", source="/m", engine_args={"x": 1, "y": 3})
     assert base.launch_key() == same.launch_key() != other.launch_key()
 

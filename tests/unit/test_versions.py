@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import ast
 from collections import Counter
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from runtime.router import admission
 from runtime.router.forms import form_with_model
-from runtime.router.versions import Versions, Way
+from runtime.router.versions import FALLS_BACK, Versions, Way
 from runtime.rules import LEAST, with_share
 from runtime.wire import Mirror, ModelRoute, RouteRule, RouteTarget, TargetCounts
 
@@ -144,6 +147,17 @@ def test_counts_outlive_a_changed_rule_and_go_with_their_route() -> None:
         ),
     )  # fmt: skip
     assert set(versions.ways) == {"r"}
+
+
+# ------------------------------------------------------------------------------ fallback
+
+
+def test_whatever_admission_refuses_for_falls_back_once_there_is_a_table() -> None:
+    """A new code has to be decided on."""
+    tree = ast.parse(Path(admission.__file__).read_text(encoding="utf-8"))
+    calls = [n for n in ast.walk(tree) if isinstance(n, ast.Call)]
+    codes = {c.args[2].value for c in calls if ast.unparse(c.func) == "Refused"}
+    assert codes - {"no_routes"} == FALLS_BACK
 
 
 # ------------------------------------------------------------------------------ forms
