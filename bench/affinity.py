@@ -262,7 +262,8 @@ def _router(affinity: Affinity, replica_ids: tuple[str, ...]) -> Admission:
     admission = Admission()
     admission._affinity = affinity
     endpoints = tuple(Endpoint(replica_id=r, base_url="http://r", key="k") for r in replica_ids)
-    admission.routes(RouteTable(version=1, models=(ModelRoute(name="m", endpoints=endpoints),)), 0)
+    route = ModelRoute(name="m", endpoints=endpoints, target_concurrency=1_000_000)  # none waits
+    admission.routes(RouteTable(version=1, models=(route,)), 0.0)
     return admission
 
 

@@ -61,6 +61,9 @@ class RouterConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         Meta(description="callers without a key: auto lets them in on a loopback address only"),
     ] = "auto"
 
+    cache_bytes: Annotated[
+        int, Meta(ge=0, description="memory of one worker for kept answers (response_cache)")
+    ] = 64 * 2**20
     metrics_token: Annotated[
         str, Meta(description="opens /metrics where callers need keys; the cluster token does too")
     ] = ""

@@ -133,6 +133,17 @@ class Autoscale(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     ] = 2.0
 
 
+class ResponseCaching(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Whether a model's answers are kept to be given again."""
+
+    ttl_s: Annotated[
+        float, Meta(gt=0, le=2592000, description="how long an answer is given again")
+    ] = 3600.0
+    shared: Annotated[
+        bool, Meta(description="a tenant may get the answer to another's request of the same words")
+    ] = False
+
+
 class ModelSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One model as its owner declares it. `runtime.spec` reads and checks it."""
 
@@ -216,6 +227,14 @@ class ModelSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
             " it before, unless that is busier than others; off: always the least loaded"
         ),
     ] = "prefix"
+
+    response_cache: Annotated[
+        ResponseCaching | None,
+        Meta(
+            description="answers to exact repeats are kept (embeddings; temperature 0 or a seed);"
+            " left out: none are"
+        ),
+    ] = None
 
     def names(self) -> tuple[str, ...]:
         """The name and every alias."""
@@ -596,6 +615,14 @@ class Endpoint(Struct, frozen=True, kw_only=True):
     full: bool = False  # requests wait in its engine: it gets no more than it has
 
 
+class CacheRule(Struct, frozen=True, kw_only=True):
+    """How a model's answers are kept. `revision` changes with what its engine runs with."""
+
+    ttl_s: float
+    shared: bool
+    revision: str
+
+
 class ModelRoute(Struct, frozen=True, kw_only=True):
     """All that a router must know of one model."""
 
@@ -611,6 +638,7 @@ class ModelRoute(Struct, frozen=True, kw_only=True):
     eta_s: float | None = None
     affinity: Literal["prefix", "off"] = "prefix"
     target_concurrency: int = 16
+    cache: CacheRule | None = None
 
 
 class RouteTable(Struct, frozen=True, kw_only=True):

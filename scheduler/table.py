@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from runtime.wire import Endpoint, ModelRoute, Warmth
+from runtime.wire import CacheRule, Endpoint, ModelRoute, Warmth
 from scheduler.ladder import START_RUNGS, step_name
 from scheduler.state import Model, Stage
 
@@ -32,7 +32,16 @@ def model_route(model: Model, now: float) -> ModelRoute:
         refusal=why, retry_after_s=retry_after_s,
         waiting_for=None if endpoints else waiting_for(model),
         eta_s=None if endpoints else _eta_s(model, now), affinity=spec.affinity,
+        cache=_cache_rule(model),
     )  # fmt: skip
+
+
+def _cache_rule(model: Model) -> CacheRule | None:
+    caching = model.spec.response_cache
+    if caching is None:
+        return None
+    revision = f"{model.spec.name} {model.launch_key}"
+    return CacheRule(ttl_s=caching.ttl_s, shared=caching.shared, revision=revision)
 
 
 def _eta_s(model: Model, now: float) -> float | None:

@@ -59,6 +59,7 @@ class Line(Struct):
     tokens_exact: bool = False
     bytes: int = 0
     trace_id: str | None = None
+    cached: bool = False  # answered from the response cache
 
 
 _encode = msgspec.json.Encoder().encode
@@ -89,6 +90,7 @@ def line_of(outcome: Outcome, arrived: float) -> Line:
         usage.exact,
         outcome.size_bytes,
         trace_id_of(call.headers) if outcome.trace is None else outcome.trace.trace_id,
+        outcome.cached,
     )
 
 

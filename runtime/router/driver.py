@@ -24,6 +24,7 @@ from runtime.router.metrics import Metrics
 from runtime.router.observed import observed
 from runtime.router.plain import KEEP_ALIVE_S
 from runtime.router.proxy import Proxy
+from runtime.router.response_cache import ResponseCache
 from runtime.router.siblings import Siblings
 from runtime.router.upstream import Limits, Upstream
 from runtime.router.workers import worker_index
@@ -60,7 +61,8 @@ async def run_router(
         {endpoint.base_url for route in table.models for endpoint in route.endpoints}
     )
     keys = Keys(settings.lets_anonymous_in())
-    proxy = Proxy(gate, upstream, Metrics(gate), keys, settings.heartbeat_s)
+    cache = ResponseCache(settings.cache_bytes)
+    proxy = Proxy(gate, upstream, Metrics(gate, cache), keys, cache, settings.heartbeat_s)
     observing = contextlib.AsyncExitStack()
     worker, siblings = worker_index(), None
     if worker is not None:

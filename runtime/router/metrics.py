@@ -24,6 +24,7 @@ from prometheus_client.registry import Collector
 
 from runtime.router.gate import Gate
 from runtime.router.outcome import Outcome
+from runtime.router.response_cache import ResponseCache
 
 UNKNOWN = "_unknown"
 _TOKEN_SECONDS = (
@@ -96,8 +97,9 @@ class _Series:
 class Metrics(Collector):
     """One router's counters; `status` 499 is a caller that hung up."""
 
-    def __init__(self, gate: Gate) -> None:
+    def __init__(self, gate: Gate, cache: ResponseCache) -> None:
         self._gate = gate
+        self._cache = cache
         self._series: defaultdict[tuple[str, str], _Series] = defaultdict(_Series)
         self.connections = 0  # open ones, kept by the front
         self._registry = CollectorRegistry()
@@ -115,6 +117,7 @@ class Metrics(Collector):
         """What the library asks for at each scrape."""
         yield from self._now()
         yield from self._counters()
+        yield from self._kept()
         yield from self._histograms()
         yield from self._by_route()
 
@@ -174,6 +177,22 @@ class Metrics(Collector):
         for route, count in self._gate.versions.mirrors_dropped.items():
             dropped.add_metric([route], count)
         yield from (requests, errors, dropped)
+
+    def _kept(self) -> Iterable[Metric]:
+        asked = CounterMetricFamily(
+            "llm_response_cache_requests", "Requests that a kept answer could have served",
+            labels=["model", "result"],
+        )  # fmt: skip
+        for model, counts in self._cache.counts.items():
+            asked.add_metric([model, "hit"], counts.hits)
+            asked.add_metric([model, "miss"], counts.misses)
+        yield asked
+        yield CounterMetricFamily(
+            "llm_response_cache_evicted", "Answers that made room", value=self._cache.evicted
+        )
+        yield GaugeMetricFamily(
+            "llm_response_cache_bytes", "Memory of kept answers", value=self._cache.size_bytes
+        )
 
     def _histograms(self) -> Iterable[Metric]:
         labels = ["model", "version"]

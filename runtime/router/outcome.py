@@ -25,8 +25,8 @@ class Outcome:
     """
 
     __slots__ = (
-        "began_at", "call", "error", "held_s", "meter", "model", "replica_id", "rung", "status",
-        "total_s", "trace", "ttft_s", "usage",
+        "began_at", "cached", "call", "error", "held_s", "meter", "model", "replica_id", "rung",
+        "status", "total_s", "trace", "ttft_s", "usage",
     )  # fmt: skip
 
     def __init__(self, call: Call, route: ModelRoute | None, now: float) -> None:
@@ -36,6 +36,7 @@ class Outcome:
         self.rung = route.warmth if route else ""
         self.status = HUNG_UP
         self.replica_id = ""
+        self.cached = False  # answered from the cache
         self.held_s = 0.0
         self.ttft_s: float | None = None
         self.total_s = 0.0

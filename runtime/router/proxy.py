@@ -33,6 +33,7 @@ from runtime.router.metrics import Metrics
 from runtime.router.outcome import BROKEN_OFF, HUNG_UP, Observer, Outcome
 from runtime.router.patience import patience_s
 from runtime.router.prompt import BYTES_PER_TOKEN, keys_of, tokens_of
+from runtime.router.response_cache import ENTRY_BYTES, Kept, ResponseCache, Wanted, wanted
 from runtime.router.routed import Routed
 from runtime.router.upstream import Headers, Reply, Upstream, UpstreamError, UpstreamTimeout
 from runtime.router.usage import Meter
@@ -52,6 +53,7 @@ _NOT_SENT = _HOP_BY_HOP | {
     b"x-request-id",
 }  # fmt: skip
 _NOT_RETURNED = _HOP_BY_HOP | {b"x-request-id"}
+CACHE_HEADER = b"X-Stoker-Cache"
 _ERROR_BYTES = 64 * 1024
 _NAMES = 1024  # header names remembered; there are a few dozen
 
@@ -60,10 +62,17 @@ class Proxy:
     """Takes calls through the gate to a replica."""
 
     def __init__(
-        self, gate: Gate, upstream: Upstream, metrics: Metrics, keys: Keys, heartbeat_s: float
+        self,
+        gate: Gate,
+        upstream: Upstream,
+        metrics: Metrics,
+        keys: Keys,
+        cache: ResponseCache,
+        heartbeat_s: float,
     ) -> None:
         self.gate = gate
         self.keys = keys
+        self.cache = cache
         self.shares = GpuShare()
         self.upstream = upstream
         self.metrics = metrics
@@ -86,8 +95,9 @@ class Proxy:
             if caller is not ANONYMOUS:
                 self._let_in(call, wish.tokens)
                 charged = True
-            decision = self.gate.arrive(call.model, wish)
-            await exchange.run(decision)
+            if not await exchange.replay():
+                decision = self.gate.arrive(call.model, wish)
+                await exchange.run(decision)
             status = exchange.status
         except ApiError as error:
             status = error.status
@@ -159,10 +169,34 @@ class Proxy:
         return Wish(caller.tenant, caller.priority, tokens, keys, wait_s, caller.weight)
 
 
+class Recorder(Meter):
+    """A meter that keeps the answer, unless it is too large to be given again."""
+
+    __slots__ = ("_body",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._body: list[bytes] = []
+
+    def feed(self, data: bytes) -> None:
+        super().feed(data)
+        if self.size <= ENTRY_BYTES:
+            self._body.append(data)
+        else:
+            self._body.clear()
+
+    def body(self) -> bytes | None:
+        """All of it; None: it was too large."""
+        return b"".join(self._body) if self.size <= ENTRY_BYTES else None
+
+
 class _Exchange:
     """The state of one call."""
 
-    __slots__ = ("_began_at", "_call", "_client", "_loop", "_proxy", "gpu_s", "outcome", "status")
+    __slots__ = (
+        "_asked", "_began_at", "_call", "_client", "_loop", "_proxy", "_rule", "gpu_s", "outcome",
+        "status",
+    )  # fmt: skip
 
     def __init__(self, proxy: Proxy, call: Call, client: Client) -> None:
         self._proxy = proxy
@@ -170,11 +204,44 @@ class _Exchange:
         self._client = client
         self._loop = proxy.gate.loop
         self._began_at = self._loop.time()
-        self.outcome = Outcome(call, proxy.gate.find(call.model), self._began_at)
+        route = proxy.gate.find(call.model)
+        self._rule = route.cache if route is not None else None
+        self._asked: Wanted | None = None  # of the cache
+        self.outcome = Outcome(call, route, self._began_at)
         if proxy.tracer is not None:
             self.outcome.trace = proxy.tracer.begin(self.outcome)
         self.status = HUNG_UP
         self.gpu_s = 0.0
+
+    async def replay(self) -> bool:
+        """Whether the answer was one that is kept."""
+        if self._rule is None or self._client.begun:
+            return False
+        call = self._call
+        self._asked = asked = wanted(
+            self._rule, call.caller.tenant, call.path, call.headers, call.body, call.head
+        )
+        if asked is None:
+            return False
+        kept = self._proxy.cache.look(self.outcome.model, asked, self._began_at)
+        if kept is None:
+            return False
+        self.status = 200
+        self.outcome.cached = True
+        headers = [
+            (b"Content-Type", kept.content_type),
+            (b"Content-Length", b"%d" % len(kept.body)),
+            (b"Age", b"%d" % (self._began_at - kept.kept_at)),
+            (CACHE_HEADER, b"hit"),
+            *_own_headers(call),
+        ]
+        await self._client.begin(200, headers + self._rate_headers())
+        await self._client.write(kept.body)
+        return True
+
+    def _rate_headers(self) -> Headers:
+        caller = self._call.caller
+        return [] if caller is ANONYMOUS else rate_headers(caller, self._loop.time())
 
     async def run(self, decision: Decision) -> None:
         while True:
@@ -239,11 +306,11 @@ class _Exchange:
             headers = [
                 (b"Content-Type", b"text/event-stream; charset=utf-8"),
                 (b"Cache-Control", b"no-cache"),
-                (b"X-Request-ID", self._call.request_id.encode()),
             ]
-            attempt = self._call.attempt
-            if attempt is not None and not attempt.spare:
-                headers.append((b"X-Stoker-Model", self._call.model.encode()))
+            if self._is_spare():  # it is not known yet which model will answer
+                headers.append((b"X-Request-ID", self._call.request_id.encode()))
+            else:
+                headers += _own_headers(self._call)
             await self._client.begin(200, headers)
         await self._client.write(data)
 
@@ -252,12 +319,16 @@ class _Exchange:
             refused.status, refused.code, refused.message,
             param=refused.param, retry_after_s=refused.retry_after_s,
         )  # fmt: skip
-        attempt = self._call.attempt
-        if not self._client.begun or (attempt is not None and attempt.spare):
+        if not self._client.begun or self._is_spare():
             raise error
         self.status = refused.status
         self.outcome.error = refused.code
         await self._send_early(sse_error(error.payload()))
+
+    def _is_spare(self) -> bool:
+        """If this model can't be had, another one is tried."""
+        attempt = self._call.attempt
+        return attempt is not None and attempt.spare
 
     # -------------------------------------------------------------------------------- forwarding
 
@@ -287,26 +358,41 @@ class _Exchange:
                 raise UpstreamError("the replica refused this router's key", delivered=True)
             if reply.status == 503 and _is_closed(reply.headers):
                 raise UpstreamError(CLOSED, delivered=False)  # held until it wakes, or elsewhere
-            reply.meter = outcome.meter = Meter()
+            reply.meter = outcome.meter = meter = Meter() if self._asked is None else Recorder()
             first = await reply.read()
             outcome.ttft_s = self._loop.time() - self._began_at
             self._proxy.gate.answered(forward.request_id, reply.status)
             self.status = reply.status
             if not client.begun:
                 headers_back = _returned_headers(reply.headers, call)
-                if call.caller is not ANONYMOUS:
-                    headers_back += rate_headers(call.caller, self._loop.time())
+                headers_back += self._rate_headers()
+                if self._asked is not None:
+                    headers_back.append((CACHE_HEADER, b"miss"))
                 await client.begin(reply.status, headers_back)
             elif reply.status != 200:
                 return await self._send_early(sse_error(await _error_of(reply, first)))
             try:
                 await client.relay(reply, first)
+                if isinstance(meter, Recorder):
+                    self._keep(reply, meter)
             except UpstreamError as error:
                 log.warning("request %s: broken off: %s", call.request_id, error)
                 outcome.error = BROKEN_OFF
                 client.break_off()
         finally:
             reply.close()
+
+    def _keep(self, reply: Reply, recorder: Recorder) -> None:
+        """The whole answer has passed: it may be given again."""
+        body, asked, rule = recorder.body(), self._asked, self._rule
+        if body is None or asked is None or rule is None or reply.status != 200:
+            return
+        headers = {name.lower(): value for name, value in reply.headers}
+        if b"content-encoding" in headers:
+            return
+        content_type = headers.get(b"content-type", b"application/json")
+        kept = Kept(content_type, body, self._loop.time(), rule.ttl_s)
+        self._proxy.cache.keep(asked, kept)
 
 
 def _is_closed(headers: Headers) -> bool:
@@ -356,11 +442,17 @@ def _sent_headers(call: Call, key: str) -> list[bytes]:
 
 
 def _returned_headers(raw: Headers, call: Call) -> Headers:
-    headers = _passed(raw, _not_returned)
-    headers.append((b"X-Request-ID", call.request_id.encode()))
-    if call.attempt is not None:
-        headers.append((b"X-Stoker-Model", call.model.encode()))
-    return headers
+    return _passed(raw, _not_returned) + _own_headers(call)
+
+
+def _own_headers(call: Call) -> Headers:
+    """The call's id, and which model answers where a route chose it."""
+    if call.attempt is None:
+        return [(b"X-Request-ID", call.request_id.encode())]
+    return [
+        (b"X-Request-ID", call.request_id.encode()),
+        (b"X-Stoker-Model", call.model.encode()),
+    ]
 
 
 async def _error_of(reply: Reply, data: bytes) -> dict[str, object]:

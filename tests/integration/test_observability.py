@@ -177,6 +177,7 @@ async def test_each_call_is_a_line(tmp_path, odd) -> None:
         "error": None, "tenant": "anonymous", "key_id": None, "model": "m", "version": None,
         "replica": "replica-0", "rung": "hot", "held_s": 0.0, "prompt_tokens": 7,
         "completion_tokens": 12, "tokens_exact": True, "bytes": len(WHOLE), "trace_id": TRACE_ID,
+            "cached": False,
     }  # fmt: skip
     assert (unknown["request_id"], unknown["status"]) == ("r2", 404)
     assert (unknown["error"], unknown["replica"]) == ("model_not_found", None)

@@ -15,7 +15,7 @@ from router_kit import Engine, Stack, eventually, never, sse, unary
 from runtime.access import KEY_PREFIX, KeySpec, Limits, Scope, StoredKey, digest
 from runtime.router import table_file
 from runtime.router.routed import MIRRORS_AT_ONCE
-from runtime.wire import Mirror, RouteRule, RouteTable, RouteTarget
+from runtime.wire import CacheRule, Mirror, RouteRule, RouteTable, RouteTarget
 
 CHAT = "/v1/chat/completions"
 
@@ -207,6 +207,34 @@ async def test_a_version_asked_for_by_number_has_no_stand_in(stack: Stack) -> No
     await publish(stack, made, m1=None, m2=live)
     assert (await ask(stack, model="r@1"))[0] == 503
     assert (await ask(stack))[:2] == (200, "m2")
+
+
+# ------------------------------------------------------------------------------ kept answers
+
+
+async def test_each_targets_answers_are_kept_apart(stack: Stack) -> None:
+    kept = {"cache": CacheRule(ttl_s=60.0, shared=True, revision="1")}
+    engines = {name: await stack.engine(unary(name.encode())) for name in ("m1", "m2")}
+    models = [kit.model(name, engine, **kept) for name, engine in engines.items()]
+    for name in ("m1", "m2", "m1", "m2"):
+        await stack.scheduler.publish(*models, rules=(rule(name),))
+        await stack.scheduler.in_force()
+        assert await ask(stack, temperature=0) == (200, name, name.encode())
+    assert [len(engine.received) for engine in engines.values()] == [1, 1]
+
+
+async def test_a_stream_that_was_told_to_wait_is_not_answered_from_what_is_kept(
+    stack: Stack,
+) -> None:
+    kept = {"cache": CacheRule(ttl_s=60.0, shared=True, revision="1")}
+    live = await stack.engine(sse(b"data: 1\n\n", b"data: [DONE]\n\n"))
+    models = (kit.model("m1", hold_s=0.3), kit.model("m2", live, **kept))
+    await stack.scheduler.publish(*models, rules=(rule("m1", fallback=("m2",)),))
+    await stack.scheduler.in_force()
+    for _ in range(2):  # the headers have gone out with the comments: they can't go out again
+        status, _, body = await ask(stack, stream=True, temperature=0)
+        assert (status, body.count(b"HTTP/1.1"), body.count(b"data: 1\n\n")) == (200, 0, 1)
+        assert body.startswith(b": waiting for m1")
 
 
 # ------------------------------------------------------------------------------ mirror

@@ -32,7 +32,7 @@ PURE = (
     "runtime/router/admission.py", "runtime/router/breaker.py", "runtime/router/sketch.py",
     "runtime/router/limits.py", "runtime/router/keys.py", "runtime/access.py", "scheduler/usage.py",
     "runtime/router/usage.py", "runtime/router/fairness.py",
-    "runtime/router/patience.py",
+    "runtime/router/patience.py", "runtime/router/response_cache.py",
     "runtime/router/affinity.py", "runtime/router/prompt.py",
     "runtime/sim/loop.py", "runtime/sim/pipe.py", "runtime/sim/profile.py",
     "runtime/sim/timings.py", "runtime/sim/witness.py", "agent/simnode.py", "agent/simengine.py",
