@@ -77,6 +77,18 @@ class RouterConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     trace_sample: Annotated[
         float, Meta(ge=0, le=1, description="share of the calls without a traceparent to trace")
     ] = 1.0
+    batch_concurrency: Annotated[
+        int, Meta(ge=1, le=1024, description="lines of batches sent by one host at a time")
+    ] = 8
+    batch_file_max_bytes: Annotated[int, Meta(gt=0)] = 200 * 2**20
+    results_keep_s: Seconds = 7 * 24 * 3600.0  # files, batches and jobs, from when they are done
+    store_max_bytes: Annotated[
+        int, Meta(gt=0, description="of <state_dir>/jobs.db; then nothing more is taken in")
+    ] = 10 * 2**30
+    webhook_secret: str = ""  # base64 of 24 bytes or more; without one there are no webhooks
+    webhook_private: Annotated[
+        bool, Meta(description="webhooks may go to private addresses, and by http")
+    ] = False
 
     def lets_anonymous_in(self) -> bool:
         """Whether callers without a key are served."""

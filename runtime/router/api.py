@@ -26,9 +26,10 @@ from runtime.router import body as bodies
 from runtime.router.access_log import Line
 from runtime.router.admission import unknown_model
 from runtime.router.call import Call, Caller
-from runtime.router.client import AiohttpClient
+from runtime.router.client import CALLER, AiohttpClient
 from runtime.router.errors import ApiError
 from runtime.router.front import RequestIds
+from runtime.router.jobs.service import Jobs
 from runtime.router.keys import given_token, sees
 from runtime.router.openapi import document, page
 from runtime.router.paths import ROOT_PATHS, STREAMS, v1_target
@@ -44,7 +45,6 @@ _UNLOGGED = {"/healthz", "/readyz", "/metrics"}
 _GOOD_REQUEST_ID = re.compile(r"[!-~]{1,128}")
 _CREATED = 1735689600  # OpenAI's clients want a time; a model here has none worth telling
 
-CALLER = web.RequestKey("caller", Caller)
 _OPEN = {"/healthz", "/readyz", "/metrics", "/openapi.json", "/docs"}
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -62,9 +62,11 @@ class Api:
         proxy: Proxy,
         max_body_bytes: int,
         read_timeout_s: float,
+        jobs: Jobs,
         siblings: Siblings | None = None,
         scrapers: tuple[str, ...] = (),
     ) -> None:
+        self._jobs = jobs
         self._siblings = siblings
         self._scrapers = scrapers
         self._proxy = proxy
@@ -79,6 +81,7 @@ class Api:
         app = web.Application(client_max_size=self._max_body_bytes, middlewares=[self._shaped])
         app.add_routes(
             [
+                *self._jobs.routes(),
                 web.post("/v1/{tail:.+}", self._openai),
                 *(web.post(path, self._root) for path in ROOT_PATHS),
                 web.get("/v1/models", self._models),
@@ -125,8 +128,11 @@ class Api:
     async def _invoke(self, request: web.Request) -> web.StreamResponse:
         model = request.match_info["model"]
         self._route(model)
-        stream = _stream_wish(request)
+        later = self._jobs.handlers.wanted(request)
+        stream = False if later else _stream_wish(request)
         call = bodies.invocation(await self._body(request), model, stream)
+        if later:
+            return await self._jobs.handlers.accept(request, call)
         return await self._serve(request, call.path, call.body, call.head)
 
     async def _serve(

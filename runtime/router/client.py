@@ -12,7 +12,10 @@ from typing import Protocol
 from aiohttp import HttpVersion11, web
 from multidict import CIMultiDict
 
+from runtime.router.call import Caller
 from runtime.router.upstream import Headers, Reply
+
+CALLER = web.RequestKey("caller", Caller)  # whoever serves a request by aiohttp finds it there
 
 
 class Client(Protocol):

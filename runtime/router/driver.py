@@ -18,6 +18,7 @@ from runtime.registry import Registry, Service
 from runtime.router.api import Api
 from runtime.router.front import Front
 from runtime.router.gate import Gate
+from runtime.router.jobs.service import Jobs
 from runtime.router.keys import Keys
 from runtime.router.link import Link
 from runtime.router.metrics import Metrics
@@ -68,7 +69,8 @@ async def run_router(
     if worker is not None:
         siblings = Siblings(Path(config.state_dir), worker, settings.workers)
     scrapers = (settings.metrics_token, config.cluster_token)
-    api = Api(proxy, settings.max_body_bytes, settings.read_timeout_s, siblings, scrapers)
+    jobs = Jobs(config, proxy)
+    api = Api(proxy, settings.max_body_bytes, settings.read_timeout_s, jobs, siblings, scrapers)
     runner, front = await _servers(settings, api, proxy)
     try:
         await observing.enter_async_context(observed(proxy, settings))
@@ -92,7 +94,8 @@ async def run_router(
             )
             if on_ready is not None:
                 on_ready(f"http://{_url_host(settings.host)}:{port}")
-            await stop.wait()
+            async with _background(jobs.run()):
+                await stop.wait()
             api.draining = True
             log.info("draining for up to %g s", settings.drain_s)
             server.close()
@@ -101,6 +104,7 @@ async def run_router(
     finally:
         await front.drain(0.0)
         await runner.cleanup()
+        await jobs.close()
         proxy.routed.close()
         gate.close()
         upstream.close()

@@ -10,6 +10,7 @@ Rules this file keeps:
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from fnmatch import fnmatchcase
 
 from runtime.access import (
@@ -107,6 +108,21 @@ class Keys:
         if expires_at is not None and wall_s >= expires_at:
             raise _unauthorized("the API key has expired")
         return found[1]
+
+    def on_behalf(self, owner: Caller, wall_s: float) -> Caller:
+        """Who a call that `owner` left here is made for, at the owner's priority, by what its key
+        may now. Raises ApiError (401; 503 without a table)."""
+        if owner.key_id is None:
+            return owner
+        if self.table is None:
+            raise ApiError(503, "no_keys", "this router has not heard of any keys yet")
+        found = self._callers.get(owner.key_id)
+        if found is None:
+            raise _unauthorized("the API key that this was sent with has been revoked")
+        expires_at = found[0].spec.expires_at
+        if expires_at is not None and wall_s >= expires_at:
+            raise _unauthorized("the API key that this was sent with has expired")
+        return replace(found[1], priority=owner.priority)
 
     # ------------------------------------------------------------------------------- use
 

@@ -109,6 +109,10 @@ class Metrics(Collector):
         """A call is over."""
         self._series[outcome.model or UNKNOWN, outcome.call.version].add(outcome)
 
+    def include(self, collector: Collector) -> None:
+        """Show another's figures too."""
+        self._registry.register(collector)
+
     def render(self) -> bytes:
         """The text exposition."""
         return generate_latest(self._registry)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import html
 from typing import Any
 
+from runtime.router.jobs import openapi as jobs
 from runtime.router.paths import ROOT_PATHS, STREAMS
 
 _Json = dict[str, Any]
@@ -40,7 +41,10 @@ _ERRORS = {
     "502": "the engine failed before it answered",
     "503": "the model cannot be served now; see Retry-After",
     "504": "the model was not ready, or the engine not done, in time",
+    **jobs.ERRORS,
 }
+_CALL_ERRORS = ("400", "404", "408", "413", "429", "502", "503", "504")
+_NO_BRACES = dict.fromkeys(map(ord, "{}"))
 _MODEL: _Json = {"type": "string", "minLength": 1, "description": "a model's name or alias"}
 _STREAM: _Json = {"type": ["boolean", "null"], "description": "answer with server-sent events"}
 
@@ -58,6 +62,7 @@ def document(version: str) -> _Json:
         paths[path] = {"post": _call(path, summary, _json_body([]), f"/v1{tail}" in STREAMS)}
     paths["/invoke/{model}"] = {"post": _invoke()}
     paths |= {path: {"get": operation} for path, operation in _reads().items()}
+    paths |= _jobs()
     return {
         "openapi": "3.1.0",
         "info": {
@@ -69,7 +74,9 @@ def document(version: str) -> _Json:
         },
         "servers": [{"url": "/"}],
         "paths": paths,
-        "components": {"schemas": {"Error": _error_schema(), "Model": _model_schema()}},
+        "components": {
+            "schemas": {"Error": _error_schema(), "Model": _model_schema(), **jobs.schemas()}
+        },
     }
 
 
@@ -106,7 +113,7 @@ def _call(path: str, summary: str, body: _Json, streams: bool) -> _Json:
         "requestBody": body,
         "responses": {
             "200": {"description": "the engine's answer", "content": good},
-            **_errors(*_ERRORS),
+            **_errors(*_CALL_ERRORS),
         },
     }
     if "{model}" in path:
@@ -120,7 +127,20 @@ def _invoke() -> _Json:
     )
     wish = {"type": "boolean"}
     operation["parameters"].append({"name": "stream", "in": "query", "schema": wish})
+    operation["parameters"] += jobs.invoke_headers()
+    operation["responses"] |= {"202": jobs.accepted(), **_errors("507")}
     return operation
+
+
+def _jobs() -> dict[str, _Json]:
+    paths: dict[str, _Json] = jobs.operations()
+    for path, methods in paths.items():
+        for method, operation in methods.items():
+            operation["operationId"] = method + path.translate({ord("/"): "_", **_NO_BRACES})
+            operation["responses"] |= _errors(*operation.pop("errors"))
+            if "{id}" in path:
+                operation["parameters"] = [{**_model_in_path("id"), "schema": {"type": "string"}}]
+    return paths
 
 
 def _reads() -> dict[str, _Json]:

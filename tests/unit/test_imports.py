@@ -34,6 +34,8 @@ PURE = (
     "runtime/router/usage.py", "runtime/router/fairness.py",
     "runtime/router/patience.py", "runtime/router/response_cache.py",
     "runtime/router/affinity.py", "runtime/router/prompt.py",
+    "runtime/router/jobs/lines.py", "runtime/router/jobs/plan.py", "runtime/router/jobs/shapes.py",
+    "runtime/router/jobs/signing.py",
     "runtime/sim/loop.py", "runtime/sim/pipe.py", "runtime/sim/profile.py",
     "runtime/sim/timings.py", "runtime/sim/witness.py", "agent/simnode.py", "agent/simengine.py",
     "agent/simfiles.py", "scheduler/sim/network.py", "scheduler/sim/control.py",

@@ -1,0 +1,122 @@
+"""OpenAI's batches over HTTP.
+
+Rules this file keeps:
+- a batch is its caller's tenant's; another tenant's id is not found;
+- what cannot be carried out is refused at once, with the field and the fix.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Callable
+from typing import Annotated, Literal
+
+from aiohttp import web
+from msgspec import Meta, Struct
+
+from runtime.config import RouterConfig
+from runtime.router.errors import ApiError
+from runtime.router.jobs import batch_rows, shapes, upload
+from runtime.router.jobs.file_handlers import find_file
+from runtime.router.jobs.invokes import WINDOW_S
+from runtime.router.jobs.lines import ENDPOINTS
+from runtime.router.jobs.requests import (
+    body_of,
+    caller_of,
+    check_webhook,
+    limit_of,
+    not_found,
+    shown,
+)
+from runtime.router.jobs.store import Store
+
+WEBHOOK_KEY = "webhook"  # of a batch's metadata
+_BATCHES_MAX = 100
+
+_Key = Annotated[str, Meta(min_length=1, max_length=64)]
+_Value = Annotated[str, Meta(max_length=512)]
+
+
+class _Expiry(Struct):
+    anchor: Literal["created_at"]
+    seconds: Annotated[int, Meta(ge=upload.KEEP_MIN_S, le=upload.KEEP_MAX_S)]
+
+
+class _NewBatch(Struct):
+    input_file_id: str
+    endpoint: str
+    completion_window: Literal["24h"]
+    metadata: Annotated[dict[_Key, _Value], Meta(max_length=16)] | None = None
+    output_expires_after: _Expiry | None = None
+
+
+class BatchHandlers:
+    """`/v1/batches`. `wake`: there is work."""
+
+    def __init__(self, store: Store, settings: RouterConfig, wake: Callable[[], None]) -> None:
+        self._store = store
+        self._settings = settings
+        self._wake = wake
+
+    def routes(self) -> list[web.RouteDef]:
+        """For the application."""
+        return [
+            web.post("/v1/batches", self._create_batch),
+            web.get("/v1/batches", self._batches),
+            web.get("/v1/batches/{id}", self._batch),
+            web.post("/v1/batches/{id}/cancel", self._cancel_batch),
+        ]
+
+    async def _create_batch(self, request: web.Request) -> web.Response:
+        asked = await body_of(request, _NewBatch, self._settings.read_timeout_s)
+        if asked.endpoint not in ENDPOINTS:
+            message = f"endpoint must be one of {', '.join(ENDPOINTS)}, got {asked.endpoint[:80]!r}"
+            raise ApiError(400, "invalid_field", message, param="endpoint")
+        caller = caller_of(request)
+        file = await find_file(self._store, caller.tenant, asked.input_file_id)
+        if file.purpose != "batch":
+            message = f"file {file.id} has purpose {file.purpose!r}, not 'batch'"
+            raise ApiError(400, "invalid_field", message, param="input_file_id")
+        webhook = (asked.metadata or {}).get(WEBHOOK_KEY)
+        check_webhook(f"metadata.{WEBHOOK_KEY}", webhook, self._settings)
+        await self._store.check_room()
+        expiry = asked.output_expires_after
+        row = await self._store.write(
+            batch_rows.insert, f"batch_{secrets.token_hex(12)}", caller.tenant, caller.key_id,
+            asked.endpoint, file, asked.metadata, time.time(), WINDOW_S,
+            float(expiry.seconds) if expiry else self._settings.results_keep_s, webhook,
+        )  # fmt: skip
+        if row is None:
+            raise not_found("file", file.id)
+        self._wake()
+        return shown(shapes.batch_object(row))
+
+    async def _batches(self, request: web.Request) -> web.Response:
+        limit, after = limit_of(request, 20, _BATCHES_MAX), request.query.get("after")
+        tenant = caller_of(request).tenant
+        seq = None if after is None else (await self._find_batch(tenant, after)).seq
+        found = await self._store.read(batch_rows.page, tenant, seq, limit + 1)
+        objects = [shapes.batch_object(row) for row in found[:limit]]
+        return shown(shapes.listing(objects, len(found) > limit))
+
+    async def _batch(self, request: web.Request) -> web.Response:
+        tenant = caller_of(request).tenant
+        return shown(shapes.batch_object(await self._find_batch(tenant, request.match_info["id"])))
+
+    async def _cancel_batch(self, request: web.Request) -> web.Response:
+        tenant, batch_id = caller_of(request).tenant, request.match_info["id"]
+        row = await self._store.write(batch_rows.cancel, tenant, batch_id, time.time())
+        if row is None:
+            raise not_found("batch", batch_id)
+        if row.status in shapes.FINAL and row.status != "cancelled":
+            message = f"batch {row.id} is {row.status} already"
+            raise ApiError(409, "batch_ended", message, param="batch_id")
+        self._wake()
+        return shown(shapes.batch_object(row))
+
+    async def _find_batch(self, tenant: str, batch_id: str) -> batch_rows.BatchRow:
+        row = await self._store.read(batch_rows.get, tenant, batch_id)
+        if row is None:
+            raise not_found("batch", batch_id)
+        return row

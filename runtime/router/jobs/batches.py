@@ -1,0 +1,191 @@
+"""Works batches off: validates them, sends their lines, ends them.
+
+Rule this file keeps: all that it knows can be read from the store again; it is told nothing twice.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import time
+from collections.abc import Callable
+
+from runtime.router.body import read_head
+from runtime.router.call import Call, Caller
+from runtime.router.fairness import BACKGROUND
+from runtime.router.jobs import batch_rows, file_rows, lines
+from runtime.router.jobs.batch_rows import BatchRow, LineRow
+from runtime.router.jobs.file_rows import ERROR, OK
+from runtime.router.jobs.metrics import JobMetrics
+from runtime.router.jobs.plan import Item, Key, Plan
+from runtime.router.jobs.send import Sender, Sent, send
+from runtime.router.jobs.store import Store, StoreError
+from runtime.router.jobs.validate import validate
+from runtime.router.proxy import Proxy
+
+log = logging.getLogger("stoker.router.jobs")
+
+_HEADERS = ((b"Content-Type", b"application/json"),)
+_ENDS = {
+    "completed": "",
+    "cancelled": "the batch was cancelled before this line was answered",
+    "expired": "the batch's completion_window ended before this line was answered",
+}
+
+
+class Batches:
+    """The batches of one host, in the one process that holds its lock."""
+
+    def __init__(
+        self,
+        store: Store,
+        proxy: Proxy,
+        metrics: JobMetrics,
+        *,
+        concurrency: int,
+        max_line_bytes: int,
+        wake: Callable[[], None],
+    ) -> None:
+        self._store = store
+        self._proxy = proxy
+        self._metrics = metrics
+        self._ahead = 4 * concurrency  # lines known of a batch
+        self._max_line_bytes = max_line_bytes
+        self._wake = wake
+        self.sender = Sender(Plan(concurrency, 1), self._send, self._line_ended)
+        self._rows: dict[int, BatchRow] = {}
+        self._lines: dict[Key, LineRow] = {}
+        self._read_to: dict[int, int] = {}  # batch -> the last line known
+        self._has_room = True
+        self._validation: tuple[int, asyncio.Task[None]] | None = None
+
+    @property
+    def busy(self) -> bool:
+        """Whether there is anything to do."""
+        return bool(self._rows)
+
+    async def step(self) -> None:
+        """Do what the store says is to be done. Raises StoreError."""
+        now = time.time()
+        rows = await self._store.read(batch_rows.unfinished, now)
+        self._rows = {row.seq: row for row in rows}
+        for row in rows:
+            if row.status == "cancelling":
+                await self._end(row, "cancelled")
+            elif row.expires_at <= now:
+                await self._end(row, "expired")
+            elif row.status == "validating":
+                self._validate_next(row)
+            elif await self._refill(row) == 0:
+                await self._end(row, "completed")
+        self._has_room = await self._store.has_room()  # else results could not be kept
+        self._pump()
+
+    async def close(self) -> None:
+        """End what is under way."""
+        await self._stop_validation()
+        await self.sender.close()
+
+    # -------------------------------------------------------------------------------- lines
+
+    async def _refill(self, row: BatchRow) -> int:
+        """Know the next lines; how many are known or in flight."""
+        plan, batch = self.sender.plan, row.seq
+        known = plan.waiting(batch)
+        flying = sum(owner == batch for owner, _ in plan.in_flight)
+        if known < self._ahead // 2:
+            after = self._read_to.get(batch, 0)
+            found = await self._store.read(batch_rows.pending, batch, after, self._ahead)
+            for line in found:
+                self._read_to[batch] = line.line
+                self._lines[batch, line.line] = line
+                plan.add(Item(batch, line.line, row.tenant, line.model))
+            known += len(found)
+        return known + flying
+
+    async def _send(self, item: Item) -> Sent:
+        key = item[:2]
+        row, line = self._rows[item.owner], self._lines[key]
+        text = await self._store.read(file_rows.part, row.input, line.start, line.size_bytes)
+        read = lines.read_line(text, row.endpoint)
+        assert isinstance(read, lines.Line), read
+        request_id = lines.request_id_of(row.id, line.line)
+        caller = Caller(row.tenant, row.key_id, BACKGROUND)
+        call = Call(
+            request_id, read.model, row.endpoint, _HEADERS, read.body, False, read_head(read.body),
+            caller,
+        )  # fmt: skip
+        sent = await send(self._proxy, call)
+        if sent.verdict == "broken" and self.sender.plan.last_try(key):
+            sent = sent._replace(verdict="given up")
+        if sent.verdict in ("answered", "given up"):
+            await self._keep(row, line, sent)
+            del self._lines[key]
+        else:
+            self._metrics.line("put_back")
+        return sent
+
+    async def _keep(self, row: BatchRow, line: LineRow, sent: Sent) -> None:
+        outcome = OK if 200 <= sent.status < 400 else ERROR
+        if sent.error is not None:
+            code, message = sent.error.code, sent.error.message
+            result = lines.unanswered(row.id, line.line, line.custom_id, code, message)
+        else:
+            result = lines.answered(row.id, line.line, line.custom_id, sent.status, sent.body)
+        if await self._store.write(batch_rows.finish_line, row.seq, line.line, outcome, result):
+            self._metrics.line("completed" if outcome == OK else "failed")
+
+    def _line_ended(self) -> None:
+        self._pump()
+        self._wake()
+
+    def _pump(self) -> None:
+        if self._has_room:
+            self.sender.pump()
+
+    async def _end(self, row: BatchRow, status: str) -> None:
+        await self._stop_validation(row.seq)
+        await self.sender.call_off(row.seq)
+        ids = (f"file-{secrets.token_hex(12)}", f"file-{secrets.token_hex(12)}")
+        left = await self._store.write(
+            batch_rows.end, row.seq, status, time.time(), *ids, _ENDS[status]
+        )
+        self._forget(row)
+        self._metrics.line(status, left)
+        log.info("batch %s is %s", row.id, status)
+        self._wake()
+
+    def _forget(self, row: BatchRow) -> None:
+        self._rows.pop(row.seq, None)
+        self._read_to.pop(row.seq, None)
+        for key in [key for key in self._lines if key[0] == row.seq]:
+            del self._lines[key]
+
+    # -------------------------------------------------------------------------------- validation
+
+    def _validate_next(self, row: BatchRow) -> None:
+        """One file at a time, beside the lines that are being sent."""
+        if self._validation is None:
+            task = asyncio.get_running_loop().create_task(self._validate(row))
+            self._validation = (row.seq, task)
+
+    async def _validate(self, row: BatchRow) -> None:
+        try:
+            await validate(self._store, row, self._max_line_bytes)
+        except StoreError:
+            await asyncio.sleep(1.0)  # and then again
+        except Exception:
+            log.exception("batch %s cannot be validated", row.id)
+            await asyncio.sleep(1.0)
+        finally:
+            self._validation = None
+            self._wake()
+
+    async def _stop_validation(self, batch: int | None = None) -> None:
+        """Of this batch, or of whichever it is."""
+        if self._validation is not None and batch in (None, self._validation[0]):
+            task = self._validation[1]
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+            self._validation = None  # it may not have begun

@@ -1,0 +1,191 @@
+"""Lines of a batch: what a good one is, and what its result looks like, as OpenAI has both. Pure.
+
+Rules this file keeps:
+- what is wrong with a line is said with its number and its field;
+- a line's body is passed on as it was written.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import msgspec
+
+from runtime.router.body import read_head
+from runtime.router.errors import ApiError
+from runtime.router.jobs.shapes import json_or_text
+
+ENDPOINTS = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/responses")
+MAX_LINES = 50_000  # as OpenAI
+MAX_CUSTOM_ID = 512
+MAX_PROBLEMS = 100  # told of one file
+
+
+class Line(NamedTuple):
+    """One good line."""
+
+    custom_id: str
+    model: str
+    body: bytes
+
+
+class Problem(NamedTuple):
+    """What is wrong with one line, or (line None) with the file."""
+
+    code: str
+    message: str
+    param: str | None = None
+    line: int | None = None
+
+    def shown(self) -> dict[str, Any]:
+        """As an entry of a batch's `errors`."""
+        return self._asdict()
+
+
+class _Read(msgspec.Struct):
+    custom_id: Any = None
+    method: Any = None
+    url: Any = None
+    body: msgspec.Raw = msgspec.Raw()
+
+
+_read = msgspec.json.Decoder(_Read).decode
+
+
+def read_line(text: bytes, endpoint: str) -> Line | Problem:
+    """One line of an input file for a batch of `endpoint`."""
+    try:
+        read = _read(text)
+    except msgspec.DecodeError as error:
+        return Problem("invalid_json_line", f"is not a JSON object: {error}")
+    name = read.custom_id
+    if not isinstance(name, str) or not 0 < len(name) <= MAX_CUSTOM_ID:
+        wanted = f"custom_id must be 1 to {MAX_CUSTOM_ID} characters, unique within the file"
+        return Problem("missing_required_parameter", wanted, "custom_id")
+    if read.method != "POST":
+        return Problem("invalid_method", 'method must be "POST"', "method")
+    if read.url != endpoint:
+        return Problem("invalid_url", f"url must be {endpoint!r}, the batch's endpoint", "url")
+    return _with_body(name, bytes(read.body))
+
+
+def _with_body(custom_id: str, body: bytes) -> Line | Problem:
+    if not body:
+        return Problem("missing_required_parameter", "body is missing: the request itself", "body")
+    try:
+        head = read_head(body)
+    except ApiError as error:
+        param = f"body.{error.param}" if error.param else "body"
+        return Problem("invalid_request", error.message, param)
+    if head.stream:
+        return Problem("invalid_request", "a batch does not stream; leave it out", "body.stream")
+    return Line(custom_id, head.model, body)
+
+
+class Check:
+    """One file's lines, in order."""
+
+    def __init__(self, endpoint: str, max_line_bytes: int) -> None:
+        self._endpoint = endpoint
+        self._max_line_bytes = max_line_bytes
+        self._seen: dict[str, int] = {}  # custom_id -> line
+        self.problems: list[Problem] = []
+
+    @property
+    def count(self) -> int:
+        """Good lines so far."""
+        return len(self._seen)
+
+    @property
+    def given_up(self) -> bool:
+        """Enough is wrong."""
+        return len(self.problems) >= MAX_PROBLEMS
+
+    def line(self, number: int, text: bytes) -> Line | None:
+        """The line, if it is good; else `problems` has grown."""
+        found = self._checked(text)
+        if isinstance(found, Line):
+            self._seen[found.custom_id] = number
+            return found
+        self.problems.append(found._replace(line=number))
+        return None
+
+    def too_long(self, number: int) -> None:
+        """A line of which more has come than may be."""
+        wanted = f"may have at most {self._max_line_bytes} bytes (router.max_body_bytes)"
+        self.problems.append(Problem("line_too_large", wanted, None, number))
+
+    def end(self) -> None:
+        """There are no more."""
+        if not self._seen and not self.problems:
+            self.problems.append(Problem("empty_file", "the input file has no lines"))
+
+    def _checked(self, text: bytes) -> Line | Problem:
+        if len(self._seen) >= MAX_LINES:
+            return Problem("too_many_tasks", f"a batch has at most {MAX_LINES} lines")
+        found = read_line(text, self._endpoint)
+        if isinstance(found, Line) and found.custom_id in self._seen:
+            first = self._seen[found.custom_id]
+            message = f"custom_id {found.custom_id!r} is that of line {first} too"
+            return Problem("duplicate_custom_id", message, "custom_id")
+        return found
+
+
+class Splitter:
+    """Cuts a file that comes in pieces into its lines; one beyond `max_bytes` is not kept."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self._max_bytes = max_bytes
+        self._rest = b""
+        self._start = 0  # of the line that is under way
+        self._number = 1
+        self._skipping = False
+
+    def feed(self, data: bytes) -> list[tuple[int, int, bytes | None]]:
+        """(number, where it starts, text) of each line that is whole now and not blank; the text is
+        None where it is too long."""
+        found: list[tuple[int, int, bytes | None]] = []
+        *whole, self._rest = (self._rest + data).split(b"\n")
+        for text in whole:
+            self._cut(text, found)
+            self._start += len(text) + 1
+            self._number += 1
+            self._skipping = False
+        if len(self._rest) > self._max_bytes or self._skipping:
+            self._cut(self._rest, found)
+            self._start += len(self._rest)
+            self._rest = b""
+            self._skipping = True
+        return found
+
+    def end(self) -> list[tuple[int, int, bytes | None]]:
+        """As `feed`, for a last line without its end."""
+        return self.feed(b"\n")
+
+    def _cut(self, text: bytes, found: list[tuple[int, int, bytes | None]]) -> None:
+        if self._skipping or not text.strip():
+            return
+        found.append((self._number, self._start, text if len(text) <= self._max_bytes else None))
+
+
+def answered(batch_id: str, line: int, custom_id: str, status: int, body: bytes) -> bytes:
+    """An engine's answer as one line of an output or error file."""
+    request_id = request_id_of(batch_id, line)
+    response = {"status_code": status, "request_id": request_id, "body": json_or_text(body)}
+    return _result(request_id, custom_id, response, None)
+
+
+def unanswered(batch_id: str, line: int, custom_id: str, code: str, message: str) -> bytes:
+    """A line that no engine answered, as one line of an error file."""
+    error = {"code": code, "message": message}
+    return _result(request_id_of(batch_id, line), custom_id, None, error)
+
+
+def request_id_of(batch_id: str, line: int) -> str:
+    """The request id that a line's call carries, at each attempt."""
+    return f"{batch_id.replace('batch_', 'batch_req_')}_{line}"
+
+
+def _result(request_id: str, custom_id: str, response: object, error: object) -> bytes:
+    line = {"id": request_id, "custom_id": custom_id, "response": response, "error": error}
+    return msgspec.json.encode(line)

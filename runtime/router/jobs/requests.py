@@ -1,0 +1,84 @@
+"""What the handlers of files, batches and jobs read of a request, and who its caller is."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from typing import Any, TypeVar
+
+import msgspec
+from aiohttp import web
+
+from runtime.config import RouterConfig
+from runtime.router.call import Caller
+from runtime.router.client import CALLER
+from runtime.router.errors import ApiError
+from runtime.router.jobs import signing
+
+MAX_BODY_BYTES = 64 * 1024
+
+T = TypeVar("T")
+_FIELD = re.compile(r"`\$\.([\w.\[\]]+)`")
+
+
+def caller_of(request: web.Request) -> Caller:
+    """Whose request it is: all that it makes or asks for is that tenant's."""
+    return request[CALLER]
+
+
+async def body_of(request: web.Request, kind: type[T], read_s: float) -> T:
+    """A small JSON body. Raises ApiError (400, 408, 413) naming the field."""
+    if request.content_length is not None and request.content_length > MAX_BODY_BYTES:
+        raise ApiError(413, "body_too_large", f"this body has at most {MAX_BODY_BYTES} bytes")
+    try:
+        async with asyncio.timeout(read_s):
+            return msgspec.json.decode(await request.read(), type=kind)
+    except TimeoutError:
+        raise ApiError(408, "body_timeout", f"the body did not arrive in {read_s:g}s") from None
+    except msgspec.ValidationError as error:
+        named = _FIELD.search(str(error))
+        param = named.group(1) if named else None
+        raise ApiError(400, "invalid_field", f"{param or 'body'}: {error}", param=param) from None
+    except (msgspec.DecodeError, web.RequestPayloadError) as error:
+        message = f"the body is not a JSON object: {error}"
+        raise ApiError(400, "invalid_json", message) from None
+
+
+def limit_of(request: web.Request, default: int, most: int) -> int:
+    """The query's `limit`. Raises ApiError (400)."""
+    text = request.query.get("limit", str(default))
+    if not text.isdecimal() or not text.isascii() or len(text) > 6 or not 1 <= int(text) <= most:
+        message = f"limit must be a number from 1 to {most}, got {text[:80]!r}"
+        raise ApiError(400, "invalid_field", message, param="limit")
+    return int(text)
+
+
+def webhook_problem(name: str, problem: str) -> ApiError:
+    """What is wrong with a webhook that was asked for by `name`."""
+    return ApiError(400, "invalid_webhook", f"{name} {problem}", param=name)
+
+
+def check_webhook(name: str, url: str | None, settings: RouterConfig) -> None:
+    """Raises ApiError (400) where this router cannot, or may not, call `url`."""
+    if url is None:
+        return
+    if not settings.webhook_secret:
+        raise webhook_problem(name, "cannot be used: this router has no router.webhook_secret")
+    problem = signing.url_problem(url, settings.webhook_private)
+    if problem is not None:
+        raise webhook_problem(name, problem)
+
+
+def not_found(what: str, name: str) -> ApiError:
+    """There is none, or it is another tenant's: nobody can tell which."""
+    return ApiError(404, "not_found", f"there is no {what} {name[:80]!r}", param=f"{what}_id")
+
+
+def shown(value: Any, status: int = 200, headers: dict[str, str] | None = None) -> web.Response:
+    """An answer in JSON."""
+    return web.Response(
+        status=status,
+        body=msgspec.json.encode(value),
+        headers=headers,
+        content_type="application/json",
+    )

@@ -1,0 +1,167 @@
+"""Sends one piece of work through the proxy as any caller's call, and says how it ended.
+
+Rule this file keeps: only an engine's own answer, or a refusal that waiting cannot change, ends a
+piece; whatever says "not now" is a reason to send it again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable
+from typing import NamedTuple
+
+from runtime.router.call import Call
+from runtime.router.errors import ApiError
+from runtime.router.jobs.plan import Item, Key, Plan, Verdict
+from runtime.router.jobs.store import StoreError
+from runtime.router.proxy import Proxy
+from runtime.router.upstream import Headers, Reply
+
+log = logging.getLogger("stoker.router.jobs")
+
+MAX_ANSWER_BYTES = 64 * 2**20
+
+
+class Sent(NamedTuple):
+    """How a call ended: an answer's status and body, or (status 0) `error`."""
+
+    verdict: Verdict
+    status: int = 0
+    body: bytes = b""
+    error: ApiError | None = None
+    retry_after_s: float = 0.0
+
+
+class Collected:
+    """The `Client` of a call whose answer is kept."""
+
+    def __init__(self) -> None:
+        self.begun = False
+        self.whole = True
+        self.too_large = False
+        self.status = 0
+        self.headers: Headers = []
+        self.body = bytearray()
+
+    async def begin(self, status: int, headers: Headers) -> None:
+        self.begun = True
+        self.status = status
+        self.headers = headers
+
+    async def write(self, data: bytes) -> None:
+        if len(self.body) + len(data) > MAX_ANSWER_BYTES:
+            self.too_large = True
+            raise ConnectionResetError("the answer is too large to be kept")
+        self.body += data
+
+    async def relay(self, reply: Reply, first: bytes) -> None:
+        data = first
+        while data:
+            await self.write(data)
+            data = await reply.read()
+
+    def break_off(self) -> None:
+        self.whole = False
+
+    def sent(self) -> Sent:
+        """The verdict on what came."""
+        if self.too_large:
+            message = f"the answer has more than {MAX_ANSWER_BYTES} bytes"
+            return Sent("answered", error=ApiError(502, "answer_too_large", message))
+        if not self.whole or not self.begun:
+            message = "the engine's answer broke off"
+            return Sent("broken", error=ApiError(502, "replica_failed", message))
+        if self.status in (429, 503):
+            message = f"the engine answered with status {self.status}"
+            error = ApiError(self.status, "engine_busy", message)
+            return Sent("refused", error=error, retry_after_s=_retry_after_s(self.headers))
+        return Sent("answered", self.status, bytes(self.body))
+
+
+async def send(proxy: Proxy, call: Call) -> Sent:
+    """Its caller left the call here: it counts as its key stands now."""
+    client = Collected()
+    try:
+        call.caller = proxy.keys.on_behalf(call.caller, time.time())
+        await proxy.serve(call, client)
+    except ApiError as error:
+        return _refused(error)
+    except ConnectionError:
+        pass  # `client` knows why
+    return client.sent()
+
+
+def _refused(error: ApiError) -> Sent:
+    verdict: Verdict = "answered"
+    if error.status in (429, 503) or error.code == "hold_timeout":
+        verdict = "refused"
+    elif error.status >= 500:
+        verdict = "broken"
+    return Sent(verdict, error=error, retry_after_s=error.retry_after_s or 0.0)
+
+
+def _retry_after_s(headers: Headers) -> float:
+    for name, value in headers:
+        if name.lower() == b"retry-after" and value.isdigit():
+            return float(value[:6])
+    return 0.0
+
+
+class Sender:
+    """Carries a plan out: each piece in a task of its own, by `work`, which keeps its result.
+
+    `on_end` is called after each, when there may be something else to do.
+    """
+
+    def __init__(
+        self, plan: Plan, work: Callable[[Item], Awaitable[Sent]], on_end: Callable[[], None]
+    ) -> None:
+        self.plan = plan
+        self._work = work
+        self._on_end = on_end
+        self._loop = asyncio.get_running_loop()
+        self._tasks: dict[Key, asyncio.Task[None]] = {}
+
+    def pump(self) -> None:
+        """Send all that may be sent now."""
+        while (item := self.plan.next(self._loop.time())) is not None:
+            self._tasks[item[:2]] = self._loop.create_task(self._one(item))
+
+    def due_in_s(self) -> float | None:
+        """When `pump` may have more to do although nothing ends."""
+        now = self._loop.time()
+        due_at = self.plan.due_at(now)
+        return None if due_at is None else due_at - now
+
+    async def call_off(self, owner: int) -> None:
+        """Nothing of this owner is sent any more, and nothing of it is under way."""
+        keys = self.plan.drop(owner)
+        await self._cancel(keys)
+        for key in keys:
+            if key in self.plan.in_flight:
+                self.plan.gone(key)
+        self.plan.drop(owner)  # what went back just now
+
+    async def close(self) -> None:
+        """End what is under way; it is sent again by whoever runs next."""
+        await self._cancel(list(self._tasks))
+
+    async def _cancel(self, keys: list[Key]) -> None:
+        tasks = [self._tasks.pop(key) for key in keys if key in self._tasks]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _one(self, item: Item) -> None:
+        sent = Sent("refused")
+        try:
+            sent = await self._work(item)
+        except StoreError:
+            pass  # no result that is not kept: it is sent again
+        except Exception:
+            log.exception("%s of %s cannot be sent", item.line, item.owner)
+        self._tasks.pop(item[:2], None)
+        self.plan.ended(item[:2], sent.verdict, self._loop.time(), sent.retry_after_s)
+        self._on_end()

@@ -1,0 +1,88 @@
+"""Signed webhooks as the Standard Webhooks specification has them, and where they may go. Pure.
+
+Rules this file keeps:
+- a secret is in no message;
+- an address is refused unless it is one of the public internet: not loopback, link-local, private,
+  multicast, reserved, or one that hides such an IPv4 address in an IPv6 one.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import hmac
+from ipaddress import IPv6Address, ip_address, ip_network
+from urllib.parse import urlsplit
+
+MIN_KEY_BYTES = 24
+MAX_URL = 2048
+_PREFIX = "whsec_"
+_HIDES_IPV4 = (ip_network("64:ff9b::/96"), ip_network("64:ff9b:1::/48"), ip_network("2002::/16"))
+
+
+def key_of(secret: str) -> bytes:
+    """The key that `router.webhook_secret` stands for. Raises ValueError, without the secret."""
+    try:
+        key = base64.b64decode(secret.removeprefix(_PREFIX), validate=True)
+    except (binascii.Error, ValueError):
+        key = b""
+    if len(key) < MIN_KEY_BYTES:
+        raise ValueError(
+            f"must be base64 of at least {MIN_KEY_BYTES} bytes, e.g. what `openssl rand -base64 32`"
+            f" prints; it may begin with {_PREFIX}"
+        )
+    return key
+
+
+def headers(key: bytes, hook_id: str, now: float, body: bytes) -> dict[str, str]:
+    """The three headers that prove whose `body` it is and when it was sent."""
+    stamp = str(int(now))
+    signed = b".".join((hook_id.encode(), stamp.encode(), body))
+    digest = base64.b64encode(hmac.digest(key, signed, hashlib.sha256)).decode()
+    return {
+        "webhook-id": hook_id,
+        "webhook-timestamp": stamp,
+        "webhook-signature": f"v1,{digest}",
+    }
+
+
+def url_problem(url: str, private: bool) -> str | None:
+    """Why a webhook may not go to `url`, as far as it says itself; None: it may."""
+    if len(url) > MAX_URL or not url.isascii() or not url.isprintable() or " " in url:
+        return f"must be at most {MAX_URL} printable ASCII characters"
+    try:
+        parts = urlsplit(url)
+        host, _ = parts.hostname, parts.port
+    except ValueError as error:
+        return f"is not a URL: {error}"
+    schemes = ("https", "http") if private else ("https",)
+    if parts.scheme not in schemes or not host:
+        return (
+            f"must begin with {' or '.join(f'{scheme}://' for scheme in schemes)} and have a host"
+        )
+    if parts.username is not None or parts.password is not None:
+        return "may not hold a user or a password"
+    if private:
+        return None
+    if host == "localhost" or host.endswith(".localhost"):
+        return "is on this host; set router.webhook_private to allow that"
+    try:
+        literal = ip_address(host)
+    except ValueError:
+        return None  # a name: what it resolves to is looked at when it is called
+    return None if is_public(str(literal)) else "is no public address (router.webhook_private)"
+
+
+def is_public(address: str) -> bool:
+    """Whether it is an address of the public internet."""
+    try:
+        found = ip_address(address.partition("%")[0])
+    except ValueError:
+        return False
+    if isinstance(found, IPv6Address):
+        if found.ipv4_mapped is not None:
+            found = found.ipv4_mapped
+        elif any(found in network for network in _HIDES_IPV4):
+            return False
+    return found.is_global and not found.is_multicast and not found.is_reserved

@@ -1,0 +1,159 @@
+"""Files that come in: a multipart form, streamed to the store.
+
+Rule this file keeps: no more than FLUSH_BYTES and one piece of a file are in memory; a form that
+breaks off, or is refused at its end, leaves no file.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+
+from aiohttp import BodyPartReader, web
+from aiohttp.http_exceptions import HttpProcessingError
+
+from runtime.router.errors import ApiError
+from runtime.router.jobs import file_rows
+from runtime.router.jobs.file_rows import FileRow
+from runtime.router.jobs.store import Store
+
+FLUSH_BYTES = 16 * file_rows.CHUNK_BYTES
+_FIELDS = ("purpose", "expires_after[anchor]", "expires_after[seconds]")
+_FIELD_BYTES = 1024
+_NAME_CHARS = 255
+_FORM_BYTES = 64 * 1024  # what a form may have beside its file
+_BROKEN = (
+    ValueError, AssertionError, RuntimeError, LookupError, HttpProcessingError,
+    web.RequestPayloadError,
+)  # fmt: skip
+KEEP_MIN_S, KEEP_MAX_S = 3600, 30 * 24 * 3600  # what OpenAI lets callers ask for
+
+
+async def take_in(
+    request: web.Request, store: Store, tenant: str, *, max_bytes: int, keep_s: float, read_s: float
+) -> FileRow:
+    """The file of a form. Raises ApiError (400, 408, 413, 507)."""
+    if not request.content_type.startswith("multipart/"):
+        message = "send the file as multipart/form-data with the fields purpose and file"
+        raise ApiError(400, "invalid_body", message, param="file")
+    if (request.content_length or 0) > max_bytes + _FORM_BYTES:
+        raise _too_large(max_bytes)
+    await store.check_room(request.content_length or 0)
+    upload = _Upload(store, tenant, max_bytes, read_s)
+    try:
+        fields = await _read_form(request, upload)
+        return await upload.end(fields, keep_s)
+    except _BROKEN as error:
+        message = f"the multipart body cannot be read: {error}"
+        raise ApiError(400, "invalid_body", message) from None
+    except TimeoutError:
+        message = f"nothing more of the body arrived in {read_s:g}s"
+        raise ApiError(408, "body_timeout", message) from None
+    finally:
+        await upload.abandon()
+
+
+async def _read_form(request: web.Request, upload: _Upload) -> dict[str, str]:
+    fields: dict[str, str] = {}
+    reader = await request.multipart()
+    while True:
+        async with asyncio.timeout(upload.read_s):
+            part = await reader.next()
+        if part is None:
+            return fields
+        if not isinstance(part, BodyPartReader):
+            raise ApiError(400, "invalid_body", "the form may not hold another multipart body")
+        if part.name == "file":
+            await upload.take(part)
+        else:
+            async with asyncio.timeout(upload.read_s):
+                value = await part.read_chunk(_FIELD_BYTES)
+                if not part.at_eof() and await part.read_chunk(_FIELD_BYTES):
+                    message = f"a field of the form has at most {_FIELD_BYTES} bytes"
+                    raise ApiError(400, "invalid_field", message, param=part.name)
+            if part.name in _FIELDS:
+                fields[part.name] = value.decode("utf-8", "replace").strip()
+
+
+class _Upload:
+    """One file on its way into the store."""
+
+    def __init__(self, store: Store, tenant: str, max_bytes: int, read_s: float) -> None:
+        self._store = store
+        self._tenant = tenant
+        self._max_bytes = max_bytes
+        self.read_s = read_s
+        self._file: int | None = None
+        self._filename = ""
+        self._size = 0
+        self._chunk = 0
+        self._kept = False
+
+    async def take(self, part: BodyPartReader) -> None:
+        """Its content."""
+        if self._file is not None:
+            raise ApiError(400, "invalid_field", "the form has two files", param="file")
+        file_id = f"file-{secrets.token_hex(12)}"
+        self._file = await self._store.write(file_rows.begin, file_id, self._tenant, time.time())
+        self._filename = (part.filename or "upload.jsonl")[-_NAME_CHARS:]
+        buffer = bytearray()
+        while True:
+            async with asyncio.timeout(self.read_s):
+                data = await part.read_chunk(file_rows.CHUNK_BYTES)
+            if not data:
+                break
+            self._size += len(data)
+            if self._size > self._max_bytes:
+                raise _too_large(self._max_bytes)
+            buffer += data
+            if len(buffer) >= FLUSH_BYTES:
+                await self._flush(bytes(buffer[:FLUSH_BYTES]))
+                del buffer[:FLUSH_BYTES]
+        if buffer:
+            await self._flush(bytes(buffer))
+
+    async def _flush(self, data: bytes) -> None:
+        assert self._file is not None
+        await self._store.check_room(len(data))
+        self._chunk = await self._store.write(file_rows.add_chunks, self._file, self._chunk, data)
+
+    async def end(self, fields: dict[str, str], keep_s: float) -> FileRow:
+        """The file is there from now on."""
+        if self._file is None:
+            raise ApiError(400, "missing_field", "the form has no file; add it", param="file")
+        if fields.get("purpose") != "batch":
+            got = fields.get("purpose", "none")
+            message = f"purpose must be 'batch', the only one offered here, got {got[:80]!r}"
+            raise ApiError(400, "invalid_field", message, param="purpose")
+        until = time.time() + (_asked_keep_s(fields) or keep_s)
+        file = await self._store.write(
+            file_rows.end, self._file, self._filename, "batch", self._size, until
+        )
+        self._kept = True
+        return file
+
+    async def abandon(self) -> None:
+        """Remove what is not whole."""
+        if self._file is not None and not self._kept:
+            await self._store.write(file_rows.delete, self._file)
+
+
+def _asked_keep_s(fields: dict[str, str]) -> float | None:
+    text = fields.get("expires_after[seconds]")
+    if text is None:
+        return None
+    if fields.get("expires_after[anchor]", "created_at") != "created_at":
+        message = "expires_after.anchor must be 'created_at'"
+        raise ApiError(400, "invalid_field", message, param="expires_after")
+    if not text.isascii() or not text.isdecimal() or len(text) > 9:
+        text = "0"
+    if not KEEP_MIN_S <= int(text) <= KEEP_MAX_S:
+        message = f"expires_after.seconds must be from {KEEP_MIN_S} to {KEEP_MAX_S}"
+        raise ApiError(400, "invalid_field", message, param="expires_after")
+    return float(text)
+
+
+def _too_large(max_bytes: int) -> ApiError:
+    message = f"a file may have at most {max_bytes} bytes (router.batch_file_max_bytes)"
+    return ApiError(413, "file_too_large", message, param="file")

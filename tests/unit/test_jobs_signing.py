@@ -1,0 +1,79 @@
+"""Webhooks: how they are signed and where they may go."""
+
+from __future__ import annotations
+
+import base64
+
+import pytest
+
+from runtime.router.jobs import signing
+
+SECRET = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
+
+
+def test_the_signature_is_that_of_the_specifications_own_example() -> None:
+    """https://github.com/standard-webhooks/standard-webhooks, spec and reference libraries."""
+    made = signing.headers(
+        signing.key_of(SECRET),
+        "msg_p5jXN8AQM9LWM0D4loKWxJek",
+        1614265330.9,
+        b'{"test": 2432232314}',
+    )
+    assert made == {
+        "webhook-id": "msg_p5jXN8AQM9LWM0D4loKWxJek",
+        "webhook-timestamp": "1614265330",
+        "webhook-signature": "v1,g0hM9SsE+OTPJTGt/tmIKtSyZlE3uFJELVlNIOLJ1OE=",
+    }
+
+
+def test_a_secret_may_come_without_its_prefix() -> None:
+    assert signing.key_of(SECRET) == signing.key_of(SECRET.removeprefix("whsec_"))
+
+
+@pytest.mark.parametrize("secret", ["hunter2-hunter2-hunter2-hunter2!", "c2hvcnQ=", "é"])
+def test_a_bad_secret_is_refused_without_being_shown(secret: str) -> None:
+    with pytest.raises(ValueError, match="openssl rand") as caught:
+        signing.key_of(secret)
+    assert secret not in str(caught.value)
+
+
+def test_any_key_of_enough_bytes_will_do() -> None:
+    assert signing.key_of(base64.b64encode(bytes(24)).decode()) == bytes(24)
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "127.0.0.1", "10.1.2.3", "172.16.0.1", "192.168.1.1", "169.254.169.254", "100.64.0.1",
+        "0.0.0.0", "255.255.255.255", "224.0.0.1", "192.0.2.1", "::1", "::", "fe80::1%eth0",
+        "fc00::1", "ff02::1", "::ffff:127.0.0.1", "::ffff:10.0.0.1", "::127.0.0.1",
+        "64:ff9b::7f00:1", "2002:7f00:1::", "2001:db8::1", "nonsense", "",
+    ],
+)  # fmt: skip
+def test_what_is_not_of_the_public_internet_is_refused(address: str) -> None:
+    assert not signing.is_public(address)
+
+
+@pytest.mark.parametrize("address", ["8.8.8.8", "2001:4860:4860::8888", "::ffff:8.8.8.8"])
+def test_what_is_of_the_public_internet_is_taken(address: str) -> None:
+    assert signing.is_public(address)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://hooks.example.com/", "ftp://x/", "https://", "https:///path", "//x", "x", "",
+        "https://127.0.0.1/", "https://[::1]:8443/", "https://10.0.0.1", "https://localhost/",
+        "https://a.localhost/", "https://u:p@example.com/", "https://example.com:99999/",
+        "https://[bad/", "https://example.com/\r\nX: y", "https://ex ample.com/",
+        "https://é.example/", "https://example.com/" + "x" * 2048,
+    ],
+)  # fmt: skip
+def test_a_bad_url_is_refused(url: str) -> None:
+    assert signing.url_problem(url, private=False) is not None
+
+
+def test_good_urls() -> None:
+    assert signing.url_problem("https://hooks.example.com:8443/a?b=c", private=False) is None
+    assert signing.url_problem("http://127.0.0.1:9/", private=True) is None
+    assert signing.url_problem("file:///etc/passwd", private=True) is not None

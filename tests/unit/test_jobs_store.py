@@ -1,0 +1,280 @@
+"""The store of jobs: whole or not at all, once and not twice, and what a kill -9 leaves."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sqlite3
+import stat
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from runtime.router.jobs import batch_rows, file_rows, hook_rows, job_rows
+from runtime.router.jobs.batch_rows import BatchRow, LineRow
+from runtime.router.jobs.file_rows import CHUNK_BYTES, ERROR, OK, FileRow
+from runtime.router.jobs.store import Store, StoreError, StoreFull
+
+ROOT = Path(__file__).parents[2]
+NOW = 1000.0
+
+
+@pytest.fixture
+async def db(tmp_path: Path) -> AsyncIterator[Store]:
+    made = Store(tmp_path / "state" / "jobs.db", 2**30)
+    yield made
+    await made.close()
+
+
+async def upload(db: Store, data: bytes, name: str = "file-1", tenant: str = "t") -> FileRow:
+    file = await db.write(file_rows.begin, name, tenant, NOW)
+    await db.write(file_rows.add_chunks, file, 0, data)
+    return await db.write(file_rows.end, file, "in.jsonl", "batch", len(data), NOW + 100)
+
+
+async def batch_of(
+    db: Store, count: int, name: str = "batch_1", tenant: str = "t", webhook: str | None = None
+) -> BatchRow:
+    """A batch in progress with so many lines."""
+    file = await upload(db, b"x" * count, f"file-of-{name}", tenant)
+    row = await db.write(
+        batch_rows.insert, name, tenant, None, "/v1/embeddings", file, {"a": "b"}, NOW, 50.0, 30.0,
+        webhook,
+    )  # fmt: skip
+    assert row is not None
+    lines = [LineRow(n, f"c{n}", "m", n - 1, 1) for n in range(1, count + 1)]
+    await db.write(batch_rows.add_lines, row.seq, lines)
+    await db.write(batch_rows.validated, row.seq, count, NOW)
+    return await db.read(batch_rows.by_seq, row.seq)
+
+
+async def content(db: Store, file: FileRow) -> bytes:
+    data, position = await db.read(file_rows.content, file, 0)
+    whole = data
+    while data and position is not None:
+        data, position = await db.read(file_rows.content, file, position)
+        whole += data
+    return whole
+
+
+async def test_the_file_is_its_owners_and_several_may_make_it_at_once(tmp_path: Path) -> None:
+    stores = [Store(tmp_path / "jobs.db", 2**30) for _ in range(6)]
+    assert await asyncio.gather(*(s.has_room() for s in stores)) == [True] * 6
+    assert stat.S_IMODE((tmp_path / "jobs.db").stat().st_mode) == 0o600
+    assert stat.S_IMODE((tmp_path / "jobs.db-wal").stat().st_mode) == 0o600
+    for made in stores:
+        await made.close()
+
+
+async def test_a_write_that_fails_leaves_nothing(db: Store) -> None:
+    def half(connection: sqlite3.Connection) -> None:
+        file_rows.begin(connection, "file-1", "t", NOW)
+        file_rows.begin(connection, "file-1", "t", NOW)  # the id is taken
+
+    with pytest.raises(StoreError):
+        await db.write(half)
+    assert (await upload(db, b"abc")).seq == 1
+
+
+async def test_a_file_of_another_version_is_refused_and_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "jobs.db"
+    with sqlite3.connect(path) as made:
+        made.execute("PRAGMA user_version = 99")
+    made.close()
+    with pytest.raises(StoreError) as caught:
+        await Store(path, 2**30).has_room()
+    assert caught.value.status == 503
+    assert str(tmp_path) not in caught.value.message
+
+
+async def test_uploads_come_back_whole_and_in_part(db: Store) -> None:
+    data = bytes(range(256)) * (3 * CHUNK_BYTES // 256 + 1)
+    file = await upload(db, data)
+    assert await content(db, file) == data
+    for start, size in ((0, 1), (CHUNK_BYTES - 1, 2), (5, 2 * CHUNK_BYTES), (len(data) - 3, 99)):
+        assert await db.read(file_rows.part, file.seq, start, size) == data[start : start + size]
+    assert await db.read(file_rows.part, file.seq, len(data), 9) == b""
+
+
+async def test_what_is_another_tenants_or_not_whole_is_not_there(db: Store) -> None:
+    await upload(db, b"x", "file-1", "a")
+    await db.write(file_rows.begin, "file-2", "a", NOW)
+    assert await db.read(file_rows.get, "a", "file-1")
+    assert await db.read(file_rows.get, "b", "file-1") is None
+    assert await db.read(file_rows.get, "a", "file-2") is None
+    listed = await db.read(file_rows.page, "a", None, None, 10, False)
+    assert [file.id for file in listed] == ["file-1"]
+
+
+async def test_a_result_counts_once(db: Store) -> None:
+    row = await batch_of(db, 2)
+    assert await db.write(batch_rows.finish_line, row.seq, 1, OK, b"first")
+    assert not await db.write(batch_rows.finish_line, row.seq, 1, ERROR, b"second")
+    now = await db.read(batch_rows.by_seq, row.seq)
+    assert (now.total, now.completed, now.failed) == (2, 1, 0)
+    assert [line.line for line in await db.read(batch_rows.pending, row.seq, 0, 9)] == [2]
+
+
+@pytest.mark.parametrize("status", ["completed", "cancelled", "expired"])
+async def test_the_end_gives_every_line_one_result_in_order(db: Store, status: str) -> None:
+    row = await batch_of(db, 900, webhook="https://x.example/")
+    done = range(900, 0, -1) if status == "completed" else range(500, 0, -1)
+    for line in done:
+        outcome = ERROR if line % 7 == 0 else OK
+        result = json.dumps({"custom_id": f"c{line}", "pad": "x" * 200}).encode()
+        await db.write(batch_rows.finish_line, row.seq, line, outcome, result)
+    if status == "cancelled":
+        assert (await db.write(batch_rows.cancel, "t", row.id, NOW)).status == "cancelling"
+    left = await db.write(
+        batch_rows.end, row.seq, status, NOW + 1, "file-out", "file-err", "why not"
+    )
+    assert left == 900 - len(done)
+    ended = await db.read(batch_rows.by_seq, row.seq)
+    assert (ended.status, ended.completed + ended.failed) == (status, 900)
+    seen = []
+    for file_id in (ended.output_id, ended.error_id):
+        file = await db.read(file_rows.get, "t", file_id)
+        whole = await content(db, file)
+        assert len(whole) == file.size_bytes
+        numbers = [int(json.loads(line)["custom_id"][1:]) for line in whole.splitlines()]
+        assert numbers == sorted(numbers)
+        seen += numbers
+    assert sorted(seen) == list(range(1, 901))
+    last = json.loads(whole.splitlines()[-1])
+    if left:
+        assert last["response"] is None
+        assert last["error"] == {"code": f"batch_{status}", "message": "why not"}
+    (hook,) = await db.read(hook_rows.due, 10)
+    assert json.loads(hook.body)["type"] == f"batch.{status}"
+
+
+async def test_a_bad_file_ends_its_batch_without_lines(db: Store) -> None:
+    row = await batch_of(db, 3)
+    await db.write(batch_rows.refuse, row.seq, [{"line": 1}], NOW)  # too late: it is in progress
+    assert (await db.read(batch_rows.by_seq, row.seq)).status == "in_progress"
+
+
+async def test_each_tenants_oldest_batches_are_worked_on_and_all_that_end(db: Store) -> None:
+    for tenant in "ab":
+        for number in range(6):
+            await batch_of(db, 1, f"batch_{tenant}{number}", tenant)
+    await db.write(batch_rows.cancel, "a", "batch_a5", NOW)
+    found = [row.id for row in await db.read(batch_rows.unfinished, NOW)]
+    first = [f"batch_{tenant}{number}" for tenant in "ab" for number in range(4)]
+    assert sorted(found) == sorted([*first, "batch_a5"])
+    assert len(await db.read(batch_rows.unfinished, NOW + 51)) == 12
+
+
+async def test_a_file_that_is_read_stays_and_what_has_expired_goes(db: Store) -> None:
+    row = await batch_of(db, 1)
+    file = await db.read(file_rows.get, "t", row.input_id)
+    assert await db.write(file_rows.delete_unused, file) == row.id
+    assert await db.read(file_rows.expired, NOW + 999, 3600.0) == []
+    await db.write(batch_rows.finish_line, row.seq, 1, OK, b"{}")
+    await db.write(batch_rows.end, row.seq, "completed", NOW, "file-out", "file-err", "")
+    output = await db.read(file_rows.get, "t", "file-out")
+    assert sorted(await db.read(file_rows.expired, NOW + 999, 3600.0)) == [file.seq, output.seq]
+    assert await db.read(batch_rows.expired, NOW + 29) == []
+    assert await db.read(batch_rows.expired, NOW + 31) == [row.seq]
+    await db.write(batch_rows.delete, row.seq)
+    assert await db.write(file_rows.delete_unused, file) is None
+    assert await db.read(batch_rows.page, "t", None, 9) == []
+    assert await content(db, output) == b""
+
+
+async def test_uploads_given_up_on_go(db: Store) -> None:
+    file = await db.write(file_rows.begin, "file-1", "t", NOW)
+    assert await db.read(file_rows.expired, NOW + 3599, 3600.0) == []
+    assert await db.read(file_rows.expired, NOW + 3601, 3600.0) == [file]
+
+
+async def test_a_job_ends_once(db: Store) -> None:
+    row = await db.write(
+        job_rows.insert, "job_1", "t", None, 0, "m", "/v1/completions", b"{}",
+        "https://x.example/", NOW, 60.0,
+    )  # fmt: skip
+    assert await db.write(job_rows.start, row.seq, NOW) == b"{}"
+    assert await db.write(job_rows.end, row.seq, "cancelled", None, None, NOW, 10.0)
+    assert not await db.write(job_rows.end, row.seq, "completed", 200, b"late", NOW, 10.0)
+    assert await db.write(job_rows.start, row.seq, NOW) is None
+    found, answer = await db.read(job_rows.with_answer, "t", "job_1")
+    assert (found.status, answer) == ("cancelled", None)
+    assert await db.read(job_rows.with_answer, "u", "job_1") is None
+    assert len(await db.read(hook_rows.due, 10)) == 1
+    assert await db.write(job_rows.sweep, NOW + 11) == 1
+
+
+async def test_the_limit_counts_what_is_used_and_gives_back_what_was_deleted(
+    tmp_path: Path,
+) -> None:
+    db = Store(tmp_path / "jobs.db", 2**20)
+    await db.check_room(2**19)
+    file = await upload(db, b"x" * 2**20)
+    assert not await db.has_room()
+    with pytest.raises(StoreFull, match=r"router\.store_max_bytes") as caught:
+        await db.check_room()
+    assert caught.value.status == 507
+    await db.write(file_rows.delete, file.seq)
+    assert await db.has_room()
+    await db.shrink()
+    await db.close()
+    assert (tmp_path / "jobs.db").stat().st_size < 2**19
+
+
+async def test_only_others_writes_are_news(tmp_path: Path) -> None:
+    ours, theirs = Store(tmp_path / "jobs.db", 2**30), Store(tmp_path / "jobs.db", 2**30)
+    await ours.changed()
+    await upload(ours, b"x", "file-1")
+    assert not await ours.changed()
+    await upload(theirs, b"x", "file-2")
+    assert await ours.changed()
+    assert not await ours.changed()
+    await ours.close()
+    await theirs.close()
+
+
+WRITER = """
+import asyncio, sys
+from pathlib import Path
+from runtime.router.jobs import batch_rows
+from runtime.router.jobs.store import Store
+
+async def main():
+    db = Store(Path(sys.argv[1]), 2**30)
+    for line in range(1, 100000):
+        await db.write(batch_rows.finish_line, 1, line, 1, b"%d " % line * 2000)
+        print(line, flush=True)
+
+asyncio.run(main())
+"""
+
+
+async def test_what_was_said_to_be_kept_is_kept_after_kill_9(tmp_path: Path) -> None:
+    path = tmp_path / "jobs.db"
+    db = Store(path, 2**30)
+    row = await batch_of(db, 5000)
+    await db.close()
+    process = subprocess.Popen(
+        [sys.executable, "-c", WRITER, str(path)], stdout=subprocess.PIPE, text=True, cwd=ROOT
+    )
+    assert process.stdout is not None
+    told = [int(process.stdout.readline()) for _ in range(60)]
+    process.kill()
+    told += [int(line) for line in process.stdout.read().split()]
+    process.wait()
+    with sqlite3.connect(path) as raw:
+        assert raw.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+        kept = dict(raw.execute("SELECT line, result FROM lines WHERE outcome = 1"))
+    raw.close()
+    assert set(told) <= set(kept)
+    assert len(kept) <= len(told) + 1  # the one that was on its way
+    assert all(result == b"%d " % line * 2000 for line, result in kept.items())
+    db = Store(path, 2**30)
+    now = await db.read(batch_rows.by_seq, row.seq)
+    assert now.completed == len(kept)
+    (next_line, *_) = await db.read(batch_rows.pending, row.seq, 0, 1)
+    assert next_line.line == max(kept) + 1
+    await db.close()
