@@ -13,8 +13,8 @@ import msgspec
 from msgspec import Struct
 
 from runtime.access import KeySpec, Tenant
-from runtime.wire import ModelSpec
-from scheduler import access_api, cache_api, views
+from runtime.wire import ModelSpec, RouteRule
+from scheduler import access_api, cache_api, route_views, views
 
 T = TypeVar("T")
 
@@ -148,6 +148,31 @@ class Admin:
 
     async def plan(self, body: views.PlanBody) -> Reply[views.Plan]:
         return await self._call("POST", "/admin/plan", views.Plan, body=body)
+
+    async def routes(self) -> Reply[route_views.Routes]:
+        return await self._call("GET", "/admin/routes", route_views.Routes)
+
+    async def route(self, name: str) -> Reply[route_views.RouteView]:
+        return await self._call("GET", f"/admin/routes/{_part(name)}", route_views.RouteView)
+
+    async def put_route(self, rule: RouteRule) -> Reply[route_views.RouteView]:
+        """Add or change a route."""
+        path = f"/admin/routes/{_part(rule.name)}"
+        return await self._call("PUT", path, route_views.RouteView, body=rule)
+
+    async def remove_route(self, name: str) -> None:
+        await self._request("DELETE", f"/admin/routes/{_part(name)}")
+
+    async def change_route(
+        self, name: str, action: str, body: Struct
+    ) -> Reply[route_views.RouteView]:
+        """`action`: switch, promote or rollback; the route as it is then."""
+        path = f"/admin/routes/{_part(name)}/{action}"
+        return await self._call("POST", path, route_views.RouteView, body=body)
+
+    async def audit(self, limit: int, route: str | None) -> Reply[route_views.Audit]:
+        query = {"limit": str(limit)} | ({"route": route} if route else {})
+        return await self._call("GET", "/admin/audit", route_views.Audit, query=query)
 
     async def keys(self) -> Reply[access_api.Keys]:
         return await self._call("GET", "/admin/keys", access_api.Keys)

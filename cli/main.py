@@ -15,6 +15,11 @@ COMMANDS = {
     "demo": ("cli.demo:demo", "Show a cold start, a warm call and an eviction, for real."),
     "invoke": ("cli.invoke:invoke", "Ask MODEL one thing and stream its answer."),
     "model": ("cli.models:model", "Add, show and remove models."),
+    "route": (
+        "cli.routes:route",
+        "Send a name's requests to versions of a model: by weight, canary, switch.",
+    ),
+    "audit": ("cli.routes:audit", "List who changed which route, when and why."),
     "load": ("cli.models:load", "Start MODEL now and wait until it serves."),
     "unload": (
         "cli.models:unload",

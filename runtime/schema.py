@@ -99,6 +99,8 @@ def _value(name: str, raw: object, kind: Any, about: str | None = None) -> Any:
     bare = _bare(kind)
     origin, args = typing.get_origin(bare), typing.get_args(bare)
     if isinstance(bare, type) and issubclass(bare, msgspec.Struct):
+        if raw is None and _may_be_none(kind):
+            return None
         return raw if isinstance(raw, bare) else _inside(name, raw, bare, about)
     try:
         if origin is tuple and args[-1] is ... and isinstance(raw, list | tuple):
@@ -153,6 +155,12 @@ def _bare(kind: Any) -> Any:
     if typing.get_origin(kind) in (typing.Union, types.UnionType) and len(others) == 1:
         return _bare(others[0])
     return kind
+
+
+def _may_be_none(kind: Any) -> bool:
+    while typing.get_origin(kind) is typing.Annotated:
+        kind = typing.get_args(kind)[0]
+    return type(None) in typing.get_args(kind)
 
 
 def _not_json(name: str, raw: object) -> Iterator[SpecProblem]:

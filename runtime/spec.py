@@ -46,7 +46,7 @@ def parse_spec(raw: object, where: str = "") -> ModelSpec:
 
 def parse_specs(text: str, suffix: str = ".yaml") -> list[ModelSpec]:
     """All models of a file's text. Raises SchemaError; a syntax error names line and column."""
-    raw = _parse_text(text, suffix)
+    raw = parse_text(text, suffix)
     if isinstance(raw, Mapping) and "models" in raw:
         raw = raw["models"]
     documents = raw if isinstance(raw, list) else [raw]
@@ -114,7 +114,8 @@ def json_schema(refs: str = "#/$defs/{name}") -> dict[str, Any]:
     return {"$schema": dialect, **schema, "$defs": components}
 
 
-def _parse_text(text: str, suffix: str) -> object:
+def parse_text(text: str, suffix: str) -> object:
+    """A YAML, TOML or JSON document. Raises SchemaError that names line and column."""
     try:
         # JSON is YAML, so one parser reads both.
         return tomllib.loads(text) if suffix == ".toml" else yaml.load(text, _StrictLoader)

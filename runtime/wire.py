@@ -491,6 +491,77 @@ class Inspection(Struct, frozen=True, kw_only=True):
     checked_against: str | None = None  # e.g. "vllm 0.32.0 argument parser"
 
 
+# ------------------------------------------------------------------------------ versions of a model
+
+# Unknown fields are refused where a rule is read (`runtime.rules`), not here: an older router must
+# be able to read a newer scheduler's table.
+
+SEMVER_PATTERN = (
+    r"^(0|[1-9]\d*)\.(0|[1-9]\d*)\.(0|[1-9]\d*)"
+    r"(-[0-9A-Za-z-]+(\.[0-9A-Za-z-]+)*)?(\+[0-9A-Za-z-]+(\.[0-9A-Za-z-]+)*)?$"
+)
+
+
+class RouteTarget(Struct, frozen=True, kw_only=True):
+    """One model behind a route, and its share: `weight` of the sum of all weights."""
+
+    model: Annotated[Name, Meta(description="the name of a model")]
+    weight: Annotated[float, Meta(ge=0, le=1e6, description="its part of the sum; 0: none")] = 1.0
+    version: Annotated[
+        Annotated[str, Meta(pattern=SEMVER_PATTERN)] | None,
+        Meta(description="semantic version, e.g. 1.2.0: callers may ask for NAME@1.2.0 or NAME@1"),
+    ] = None
+
+
+class Mirror(Struct, frozen=True, kw_only=True):
+    """A copy of so many requests goes to a model whose answers nobody sees."""
+
+    model: Annotated[Name, Meta(description="the name of a model that is no target")]
+    share: Annotated[float, Meta(gt=0, le=1, description="of the requests, e.g. 0.1")] = 1.0
+
+
+class Canary(Struct, frozen=True, kw_only=True):
+    """One target's share grows step by step, or goes back to nothing (scheduler/canary.py)."""
+
+    model: Annotated[Name, Meta(description="the target that is tried")]
+    steps: Annotated[
+        tuple[Annotated[float, Meta(gt=0, lt=100)], ...],
+        Meta(min_length=1, description="its share in per cent, growing, e.g. [5, 25, 50]"),
+    ] = (5.0, 25.0, 50.0)
+    interval_s: Annotated[float, Meta(gt=0, description="a step lasts at least so long")] = 300.0
+    min_requests: Annotated[
+        int, Meta(ge=1, description="a step has at least so many requests of it")
+    ] = 50
+    max_error_rate: Annotated[
+        float, Meta(ge=0, lt=1, description="of answers that are 5xx or broken off, e.g. 0.02")
+    ] = 0.02
+    max_ttft_ratio: Annotated[
+        Annotated[float, Meta(gt=0)] | None,
+        Meta(description="its mean TTFT by that of the other targets; null: not looked at"),
+    ] = 1.5
+
+
+class RouteRule(Struct, frozen=True, kw_only=True):
+    """A name that stands for versions of a model. `runtime.rules` reads and checks it."""
+
+    name: Annotated[Name, Meta(description="what callers ask for; no model's name or alias")]
+    targets: Annotated[
+        tuple[RouteTarget, ...], Meta(min_length=1, description="models, each with its weight")
+    ]
+    sticky: Annotated[
+        str,
+        Meta(
+            pattern=r"^(off|user|header:[A-Za-z0-9-]+)$",
+            description="who meets the same target each time: off, user (the body's), header:NAME",
+        ),
+    ] = "off"
+    fallback: Annotated[
+        tuple[Name, ...], Meta(description="models asked in turn where the target can't be had")
+    ] = ()
+    mirror: Annotated[Mirror | None, Meta(description="a model that gets copies")] = None
+    canary: Annotated[Canary | None, Meta(description="a target that is being tried")] = None
+
+
 # --------------------------------------------------------------------------- router <-> scheduler
 
 
@@ -508,6 +579,17 @@ class ModelDemand(Struct, frozen=True, kw_only=True):
     ttft_p95_s: float | None = None  # of the last minute's requests that were not held; None: none
 
 
+class TargetCounts(Struct, frozen=True, kw_only=True):
+    """One router's requests for one model by way of one route, since it started."""
+
+    route: str
+    model: str
+    requests: int = 0  # answered by an engine, or ended with 5xx; hang-ups aside
+    errors: int = 0  # of these: answered with 5xx, or broken off
+    first_bytes: int = 0
+    first_byte_s: float = 0.0  # from sent to the first byte of a body: the sum over these
+
+
 class DemandReport(Struct, frozen=True, kw_only=True):
     """A router's whole demand. `routes_version` is the table it routes by now (its ack)."""
 
@@ -517,6 +599,7 @@ class DemandReport(Struct, frozen=True, kw_only=True):
     routes_version: int
     models: tuple[ModelDemand, ...] = ()
     in_flight: dict[str, int] = {}  # replica_id -> requests of this router
+    targets: tuple[TargetCounts, ...] = ()
 
 
 Warmth = Literal["hot", "starting", "asleep", "staged", "cold", "failed"]
@@ -563,6 +646,7 @@ class RouteTable(Struct, frozen=True, kw_only=True):
 
     version: int
     models: tuple[ModelRoute, ...]
+    rules: tuple[RouteRule, ...] = ()
 
 
 # ------------------------------------------------------------------------------ codec

@@ -37,11 +37,22 @@ from scheduler import views as v
 from scheduler.access_api import AccessApi
 from scheduler.cache_api import CacheClient, CachePullBody
 from scheduler.driver import Driver
-from scheduler.http import ApiError, bad, decode_body, number, read_body, read_json, reply, unknown
+from scheduler.http import (
+    WHO,
+    ApiError,
+    bad,
+    decode_body,
+    number,
+    read_body,
+    read_json,
+    reply,
+    unknown,
+)
 from scheduler.inspect import inspect_spec
 from scheduler.metrics import ColdStartTimes, StateCollector
 from scheduler.openapi import document
 from scheduler.plan import questions, what_if
+from scheduler.route_api import RouteApi
 from scheduler.routes import ADMIN
 from scheduler.state import Model, Node, Replica
 
@@ -49,7 +60,6 @@ log = logging.getLogger("scheduler")
 
 VERSION = installed_version("stoker-serve")
 MAX_WAIT_S = 60.0
-WHO = web.RequestKey("who", str)  # the name of the token that was sent
 
 
 def make_app(driver: Driver) -> web.Application:
@@ -90,6 +100,7 @@ class Api:
         self.driver = driver
         self.core = driver.core
         self.access = AccessApi(driver.access)
+        self.rules = RouteApi(driver)
         self._open = {(r.method, r.path) for r in ADMIN if r.open}
         self._needs = {(r.method, r.path): r.needs for r in ADMIN}
         self._metrics = CollectorRegistry()
@@ -141,6 +152,7 @@ class Api:
     async def demand(self, request: web.Request) -> web.Response:
         report = decode_body(await request.read(), DemandReport)
         self.driver.apply(m.DemandSeen(now=self.driver.now(), report=report))
+        self.driver.rules.heard(report)
         return web.Response(status=204)
 
     async def routes(self, request: web.Request) -> web.Response:
@@ -192,6 +204,7 @@ class Api:
         others = [e.stored.spec for n, e in self.core.state.models.items() if n != spec.name]
         if clashes := name_clashes([*others, spec]):
             raise ApiError(409, "\n".join(map(str, clashes)), problems=tuple(clashes))
+        self.driver.rules.refuse_model(spec)
         found = await inspect_spec(self.driver, spec)
         if found.problems:
             raise ApiError(422, "\n".join(map(str, found.problems)), problems=found.problems)
@@ -205,7 +218,10 @@ class Api:
         return reply(saved, 201 if created else 200)
 
     async def delete_model(self, request: web.Request) -> web.Response:
-        await self.driver.remove_model(self._model(request).spec.name)
+        name = self._model(request).spec.name
+        async with self.driver.rules.lock:
+            self.driver.rules.refuse_removal(name)
+            await self.driver.remove_model(name)
         return web.Response(status=204)
 
     async def load_model(self, request: web.Request) -> web.Response:

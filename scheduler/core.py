@@ -77,6 +77,8 @@ class Core(Warm):
                 self._cordon(event, now)
             case m.QuarantineSet():
                 self._quarantine(event, now)
+            case m.RulesSet():
+                self.state.rules, self.state.rules_changed = event.rules, True
             case _:
                 assert_never(event)
         self._settle(now)
@@ -88,6 +90,7 @@ class Core(Warm):
             started_at=event.now,
             awaited_nodes=set(event.known_nodes),
             routes_version=event.term * VERSIONS_PER_TERM,
+            rules=event.rules,
             wall_offset_s=0.0 if event.wall_s is None else event.wall_s - event.now,
         )
         self._routes, self._route_names = {}, []

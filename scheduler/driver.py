@@ -30,6 +30,7 @@ from scheduler.core import Core
 from scheduler.forecast import Sketch
 from scheduler.ladder import climb_s
 from scheduler.moves import Settings
+from scheduler.rulebook import RuleBook
 
 log = logging.getLogger("scheduler")
 
@@ -83,6 +84,7 @@ class Driver:
             )
         )
         self.access = Access(registry, self.prefix, self.now)
+        self.rules = RuleBook(self)
         self.leads = False
         self._outranked = False
         self.url = ""
@@ -347,6 +349,7 @@ class Driver:
             footprints=tuple(_readable(kept)),
             quarantined=tuple(map(_quarantined, sick)),
             sketches=dict(_sketches(histories)),
+            rules=await self.rules.load(),
             wall_s=time.time(),
             pinned=tuple(e.key.rsplit("/", 1)[1] for e in pins),
         )
@@ -475,6 +478,7 @@ async def run_scheduler(
         driver.spawn(keep_registered(registry, service))
         driver.spawn(driver.keep_footprints())
         driver.spawn(driver.access.keep_usage(lambda: driver.leads))
+        driver.spawn(driver.rules.follow())
         if on_ready is not None:
             on_ready(driver.url)
         await stop.wait()

@@ -15,6 +15,7 @@ from runtime.wire import SpecProblem, decode, encode
 from scheduler import views as v
 
 S = TypeVar("S", bound=msgspec.Struct)
+WHO = web.RequestKey("who", str)  # the name of the token that was sent
 
 
 class ApiError(Exception):

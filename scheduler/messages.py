@@ -16,6 +16,7 @@ from runtime.wire import (
     Heartbeat,
     MemoryEstimate,
     ModelSpec,
+    RouteRule,
     RouteTable,
 )
 from scheduler.forecast import Sketch
@@ -50,6 +51,7 @@ class Elected(Struct, frozen=True, kw_only=True):
     footprints: tuple[Footprint, ...] = ()
     quarantined: tuple[tuple[str, str, str], ...] = ()  # (node, device, reason)
     sketches: dict[str, Sketch] = {}  # model -> when it was called
+    rules: tuple[RouteRule, ...] = ()
     wall_s: float | None = None  # unix time at `now`; None: `now` is unix time
 
 
@@ -123,6 +125,13 @@ class QuarantineSet(Struct, frozen=True, kw_only=True):
     reason: str | None
 
 
+class RulesSet(Struct, frozen=True, kw_only=True):
+    """Routers go by these rules, and no others, from now on."""
+
+    now: float
+    rules: tuple[RouteRule, ...]
+
+
 class CommandDone(Struct, frozen=True, kw_only=True):
     """How the sending of a command ended. Unreachable agents give `delivered=False`."""
 
@@ -153,6 +162,7 @@ Event = (
     | FloorSet
     | CordonSet
     | QuarantineSet
+    | RulesSet
     | CommandDone
     | Tick
 )

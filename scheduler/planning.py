@@ -56,7 +56,7 @@ class Planning(Nodes):
         self._dispatch(now)
         if self._restage:
             self._send_holds(now)
-        if self._dirty or self._unpublished():
+        if self._dirty or self.state.rules_changed or self._unpublished():
             self._publish(now)
         if self._unrouted or self.state.index.unrouting:
             self._stop_unrouted(now)
@@ -274,7 +274,8 @@ class Planning(Nodes):
         return self.state.routes_version == self.state.term * VERSIONS_PER_TERM
 
     def _publish(self, now: float) -> None:
-        changed = self._unpublished()
+        changed = self._unpublished() or self.state.rules_changed
+        self.state.rules_changed = False
         for name in self._dirty:
             model = self.state.models.get(name)
             route = model_route(model, now) if model else None
@@ -285,7 +286,9 @@ class Planning(Nodes):
         if changed:
             self.state.routes_version += 1
             ordered = tuple(map(self._routes.__getitem__, self._route_names))
-            table = RouteTable(version=self.state.routes_version, models=ordered)
+            table = RouteTable(
+                version=self.state.routes_version, models=ordered, rules=self.state.rules
+            )
             self._out.append(m.Publish(table=table))
 
     def _set_route(self, name: str, route: ModelRoute | None) -> None:

@@ -6,9 +6,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from runtime.access import KeySpec, Role, Tenant
-from runtime.wire import ModelSpec
+from runtime.wire import ModelSpec, RouteRule
 from scheduler import access_api as a
 from scheduler import cache_api as c
+from scheduler import route_views as r
 from scheduler import views as v
 
 _COUNT = {"type": "integer", "minimum": 0}
@@ -59,7 +60,7 @@ ADMIN = (
     ),
     Route(
         "DELETE", "/admin/models/{name}", "delete_model", "Remove a model, draining its replicas",
-        "it was removed", status=204, errors=(404,), role="admin",
+        "it was removed", status=204, errors=(404, 409), role="admin",
     ),
     Route(
         "POST", "/admin/models/{name}/load", "load_model", "Start replicas ahead of requests",
@@ -156,6 +157,40 @@ ADMIN = (
     Route(
         "POST", "/admin/cache/verify", "verify_cached", "Read a cached model again and check it",
         "each node's verdict", c.Verdicts, errors=(400, 404), query=_MODEL_NODE,
+    ),
+    Route("GET", "/admin/routes", "rules.list_routes", "List routes", "every route", r.Routes),
+    Route(
+        "GET", "/admin/routes/{name}", "rules.show_route", "Show a route", "the route", r.RouteView,
+        errors=(404,),
+    ),
+    Route(
+        "PUT", "/admin/routes/{name}", "rules.put_route",
+        "Add or change a route, which begins its canary, if it has one", "it was changed",
+        r.RouteView, body=RouteRule, also_status=201, errors=(400, 409, 422),
+    ),
+    Route(
+        "DELETE", "/admin/routes/{name}", "rules.delete_route", "Remove a route; its models stay",
+        "it was removed", status=204, errors=(404,),
+    ),
+    Route(
+        "POST", "/admin/routes/{name}/switch", "rules.switch_route",
+        "Warm a target, then send it everything", "the route; watch `switch`", r.RouteView,
+        body=r.SwitchBody, status=202, errors=(400, 404, 409, 422),
+    ),
+    Route(
+        "POST", "/admin/routes/{name}/promote", "rules.promote_route",
+        "Send everything to the canary", "the route", r.RouteView, body=r.ReasonBody,
+        errors=(400, 404, 409, 422),
+    ),
+    Route(
+        "POST", "/admin/routes/{name}/rollback", "rules.roll_back_route",
+        "Send nothing to the canary any more, or call a pending switch off", "the route",
+        r.RouteView, body=r.ReasonBody, errors=(400, 404, 409, 422),
+    ),
+    Route(
+        "GET", "/admin/audit", "rules.list_audit", "Who changed which route, when and why",
+        "newest first", r.Audit, errors=(400,),
+        query={"limit": _COUNT, "route": {"type": "string"}},
     ),
     Route("GET", "/admin/keys", "access.list_keys", "List API keys", "every key", a.Keys),
     Route(

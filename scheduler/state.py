@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from runtime.footprints import Footprint, Key
-from runtime.wire import Floor, ModelDemand, ModelSpec
+from runtime.wire import Floor, ModelDemand, ModelSpec, RouteRule
 from scheduler.books import Books, Index
 from scheduler.forecast import Arrivals
 from scheduler.messages import ColdStart, Decided, StoredModel
@@ -167,6 +167,8 @@ class ClusterState:
     decision_count: int = 0
     cold_start_count: int = 0
     routes_version: int = 0
+    rules: tuple[RouteRule, ...] = ()
+    rules_changed: bool = False  # and not published yet
     wall_offset_s: float = 0.0  # unix time less the clock of the events
     prewarms: Prewarms = field(default_factory=Prewarms)
     index: Index = field(default_factory=Index)

@@ -100,6 +100,9 @@ class Stub:
         if ours:
             return await handler(request)
         self._crash_if_due()
+        if self._args.fail_every and self._begun % self._args.fail_every == 0:
+            why = "it failed (modelled by the stub: fail_every)"
+            return error_response(500, why, "InternalServerError")
         self._activity.begin()
         try:
             return await self._sleep.abortable(handler, request)

@@ -38,6 +38,8 @@ class StubArgs(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     fail_start: Literal["oom", "bad_model", "crash"] | None = None
     # Answer that many requests; the next one ends the process.
     crash_after_requests: Count | None = None
+    # Answer every so many-th request with status 500; 1: each.
+    fail_every: Count | None = None
 
 
 class StubEngine:

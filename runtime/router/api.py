@@ -173,7 +173,9 @@ class Api:
     # -------------------------------------------------------------------------------- models
 
     async def _models(self, request: web.Request) -> web.Response:
-        return _listing(r for r in self._table().models if _sees(request, r))
+        models = self._table().models
+        routes = self._proxy.gate.versions.listed(models)
+        return _listing(r for r in (*models, *routes) if _sees(request, r))
 
     async def _model(self, request: web.Request) -> web.Response:
         return _json(_shown(self._visible(request, request.match_info["model"])))
@@ -211,7 +213,12 @@ class Api:
         table, route = self._table(), self._proxy.gate.find(model)
         if route is not None:
             return route
-        message = unknown_model(model, (n for r in table.models for n in (r.name, *r.aliases)))
+        routes = self._proxy.gate.versions.listed(table.models)
+        for route in routes:
+            if model in (route.name, *route.aliases):
+                return route
+        known = (n for r in (*table.models, *routes) for n in (r.name, *r.aliases))
+        message = unknown_model(model, known)
         raise ApiError(404, "model_not_found", message, param="model")
 
     # -------------------------------------------------------------------------------- operations

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from runtime.access import ANY, Scope
 from runtime.router.body import Head
 from runtime.router.limits import Account
+from runtime.router.versions import Attempt
 
 
 @dataclass(slots=True, eq=False)
@@ -46,3 +47,4 @@ class Call:
     version: str = ""  # of the model that serves it
     address: str = ""  # whom the answer goes to
     asked: str = ""  # the path the caller wrote, where it is not `path`
+    attempt: Attempt | None = None  # a route chose `model`

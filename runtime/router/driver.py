@@ -105,6 +105,7 @@ async def run_router(
         await front.drain(0.0)
         await runner.cleanup()
         await jobs.close()
+        proxy.routed.close()
         gate.close()
         upstream.close()
         await observing.aclose()

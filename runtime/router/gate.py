@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 
 from runtime.router.admission import PLAIN, Admission, Decision, Forward, Held, Refused
 from runtime.router.fairness import Wish
+from runtime.router.versions import Versions
 from runtime.wire import ModelDemand, ModelRoute, RouteTable
 
 
@@ -24,6 +25,7 @@ class Gate:
     def __init__(self, max_in_flight: int | None = None) -> None:
         self.loop = asyncio.get_running_loop()
         self._admission = Admission(max_in_flight)
+        self.versions = Versions()
         self._turns: dict[str, asyncio.Future[Forward | Refused]] = {}
         self._ids = itertools.count()
         self._timer: asyncio.TimerHandle | None = None
@@ -39,6 +41,10 @@ class Gate:
         """The route of a name or alias."""
         return self._admission.find(model)
 
+    def known(self, name: str) -> bool:
+        """Whether `name` is a model's, an alias or a route's."""
+        return self._admission.find(name) is not None or name in self.versions.ways
+
     def waiting(self, model: str) -> int:
         """How many requests wait for the model of that (exact) name."""
         return self._admission.waiting(model)
@@ -50,6 +56,7 @@ class Gate:
     def routes(self, table: RouteTable) -> None:
         """Put `table` in force and send those on who waited for it."""
         self.on_routes(table)
+        self.versions.take(table.rules)
         self._hand_out(self._admission.routes(table, self.loop.time()))
         self._arm()
 

@@ -126,10 +126,13 @@ class Keys:
 
     # ------------------------------------------------------------------------------- use
 
-    def begin(self, caller: Caller, tokens: int, now: float) -> None:
-        """A call of about `tokens`. Raises ApiError (429): then nothing was charged."""
+    def begin(self, caller: Caller, tokens: int, now: float, again: bool = False) -> None:
+        """A call of about `tokens`. Raises ApiError (429): then nothing was charged.
+
+        `again`: it was let in before and is tried by another model: that is no second request.
+        """
         left_s = max(1.0, self._day_ends_at - now)
-        for account in caller.accounts:
+        for account in () if again else caller.accounts:
             over = account.over(tokens, left_s, now)
             if over is not None:
                 headers = rate_headers(caller, now)
@@ -137,7 +140,7 @@ class Keys:
                     429, over.code, over.message, retry_after_s=over.retry_after_s, headers=headers
                 )
         for account in caller.accounts:
-            account.begin(tokens)
+            account.begin(tokens, again)
 
     def end(self, caller: Caller, expected: int, tokens: int, gpu_s: float) -> None:
         """It is over, and took `tokens` where `expected` were paid for."""

@@ -113,11 +113,11 @@ class Account:
         kind, _, name = self.name.partition(":")
         return Over(code, f"the limit of {kind} {name} is reached: {limit}", retry_after_s)
 
-    def begin(self, tokens: int) -> None:
-        """A request that takes about `tokens` was let in."""
-        used = self.used
-        self.used = used._replace(requests=used.requests + 1, in_flight=used.in_flight + 1)
-        self._pay(1, tokens)
+    def begin(self, tokens: int, again: bool = False) -> None:
+        """A request that takes about `tokens` was let in; `again`: it was counted before."""
+        used, new = self.used, 0 if again else 1
+        self.used = used._replace(requests=used.requests + new, in_flight=used.in_flight + 1)
+        self._pay(new, tokens)
 
     def end(self, expected: int, tokens: int, gpu_ms: int) -> None:
         """It is over: it took `tokens`, where `expected` were paid for."""

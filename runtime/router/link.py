@@ -229,6 +229,7 @@ class Link:
             routes_version=table.version if table else 0,
             models=models,
             in_flight=in_flight,
+            targets=self._gate.versions.counts(),
         )
 
     # -------------------------------------------------------------------------------- the leader

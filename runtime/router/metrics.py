@@ -123,6 +123,7 @@ class Metrics(Collector):
         yield from self._counters()
         yield from self._kept()
         yield from self._histograms()
+        yield from self._by_route()
 
     def _now(self) -> Iterable[Metric]:
         waiting = GaugeMetricFamily(
@@ -161,6 +162,25 @@ class Metrics(Collector):
             estimated.add_metric(label, series.estimated)
             prompt.add_metric(label, series.prompt)
         yield from (requests, generated, estimated, prompt)
+
+    def _by_route(self) -> Iterable[Metric]:
+        labels = ["route", "model"]
+        requests = CounterMetricFamily(
+            "stoker_router_route_requests", "Requests ended, by route and model", labels=labels
+        )
+        errors = CounterMetricFamily(
+            "stoker_router_route_errors", "Of these, 5xx or broken off", labels=labels
+        )
+        for part in self._gate.versions.counts():
+            requests.add_metric([part.route, part.model], part.requests)
+            errors.add_metric([part.route, part.model], part.errors)
+        dropped = CounterMetricFamily(
+            "stoker_router_mirrors_dropped", "Copies not made, too many were under way",
+            labels=["route"],
+        )  # fmt: skip
+        for route, count in self._gate.versions.mirrors_dropped.items():
+            dropped.add_metric([route], count)
+        yield from (requests, errors, dropped)
 
     def _kept(self) -> Iterable[Metric]:
         asked = CounterMetricFamily(

@@ -13,6 +13,7 @@ if TYPE_CHECKING:  # it needs packages that need not be there
     from runtime.router.tracing import Trace
 
 HUNG_UP = 499  # the caller did not wait for its answer
+BROKEN_OFF = "broken_off"  # the error of an answer that ended in its middle
 
 
 class Outcome:

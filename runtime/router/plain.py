@@ -212,7 +212,7 @@ class PlainConnection(asyncio.Protocol):
         except ApiError:
             self._hand_over()
             return
-        if self._front.proxy.gate.find(head.model) is None:
+        if not self._front.proxy.gate.known(head.model):
             self._hand_over()
             return
         path = cast(str, self._path)

@@ -30,10 +30,11 @@ from runtime.router.gate import Gate
 from runtime.router.keys import Keys, may, rate_headers
 from runtime.router.limits import GpuShare
 from runtime.router.metrics import Metrics
-from runtime.router.outcome import HUNG_UP, Observer, Outcome
+from runtime.router.outcome import BROKEN_OFF, HUNG_UP, Observer, Outcome
 from runtime.router.patience import patience_s
 from runtime.router.prompt import BYTES_PER_TOKEN, keys_of, tokens_of
 from runtime.router.response_cache import ENTRY_BYTES, Kept, ResponseCache, Wanted, wanted
+from runtime.router.routed import Routed
 from runtime.router.upstream import Headers, Reply, Upstream, UpstreamError, UpstreamTimeout
 from runtime.router.usage import Meter
 
@@ -79,9 +80,13 @@ class Proxy:
         self.observers: list[Observer] = []  # told of each call's end; they do not raise
         self.access_log: AccessLog | None = None  # one of them, for who answers without us
         self.tracer: Tracer | None = None
+        self.routed = Routed(self)
 
     async def serve(self, call: Call, client: Client) -> None:
         """Answer `client`. Raises ApiError while it has been told nothing."""
+        ways = self.gate.versions.ways
+        if call.model in ways and call.attempt is None:
+            return await self.routed.serve(ways[call.model], call, client)
         caller = call.caller
         wish, decision, charged = self._wish(call), None, False
         exchange = _Exchange(self, call, client)
@@ -127,6 +132,8 @@ class Proxy:
     def _tell(self, outcome: Outcome) -> None:
         outcome.end(self.gate.loop.time())
         self.metrics.ended(outcome)
+        if outcome.call.attempt is not None:
+            self.routed.ended(outcome)
         for observer in self.observers:
             observer(outcome)
         if outcome.trace is not None:
@@ -135,11 +142,15 @@ class Proxy:
     def _let_in(self, call: Call, tokens: int) -> None:
         """Charge a caller with a key. Raises ApiError (403, 429): then nothing was charged."""
         path = call.path.partition("?")[0]
-        route = self.gate.find(call.model)
-        if not may(call.caller, (route.name,) if route else (), call.model, path):
-            message = f"this API key may not call {path} of model {call.model!r}"
+        attempt, route = call.attempt, self.gate.find(call.model)
+        name, asked = route.name if route else call.model, call.model
+        if attempt is not None:  # who may call a route may call what it leads to
+            name, asked = attempt.route, attempt.asked
+        if not may(call.caller, (name,), asked, path):
+            message = f"this API key may not call {path} of model {asked!r}"
             raise ApiError(403, "not_allowed", message)
-        self.keys.begin(call.caller, tokens, self.gate.loop.time())
+        again = attempt is not None and attempt.again
+        self.keys.begin(call.caller, tokens, self.gate.loop.time(), again)
 
     def _wish(self, call: Call) -> Wish:
         """Keys of the prompt are made only where there is a choice of replicas, and how long the
@@ -204,7 +215,7 @@ class _Exchange:
 
     async def replay(self) -> bool:
         """Whether the answer was one that is kept."""
-        if self._rule is None:
+        if self._rule is None or self._client.begun:
             return False
         call = self._call
         self._asked = asked = wanted(
@@ -222,7 +233,7 @@ class _Exchange:
             (b"Content-Length", b"%d" % len(kept.body)),
             (b"Age", b"%d" % (self._began_at - kept.kept_at)),
             (CACHE_HEADER, b"hit"),
-            (b"X-Request-ID", call.request_id.encode()),
+            *_own_headers(call),
         ]
         await self._client.begin(200, headers + self._rate_headers())
         await self._client.write(kept.body)
@@ -295,8 +306,11 @@ class _Exchange:
             headers = [
                 (b"Content-Type", b"text/event-stream; charset=utf-8"),
                 (b"Cache-Control", b"no-cache"),
-                (b"X-Request-ID", self._call.request_id.encode()),
             ]
+            if self._is_spare():  # it is not known yet which model will answer
+                headers.append((b"X-Request-ID", self._call.request_id.encode()))
+            else:
+                headers += _own_headers(self._call)
             await self._client.begin(200, headers)
         await self._client.write(data)
 
@@ -305,11 +319,16 @@ class _Exchange:
             refused.status, refused.code, refused.message,
             param=refused.param, retry_after_s=refused.retry_after_s,
         )  # fmt: skip
-        if not self._client.begun:
+        if not self._client.begun or self._is_spare():
             raise error
         self.status = refused.status
         self.outcome.error = refused.code
         await self._send_early(sse_error(error.payload()))
+
+    def _is_spare(self) -> bool:
+        """If this model can't be had, another one is tried."""
+        attempt = self._call.attempt
+        return attempt is not None and attempt.spare
 
     # -------------------------------------------------------------------------------- forwarding
 
@@ -345,7 +364,7 @@ class _Exchange:
             self._proxy.gate.answered(forward.request_id, reply.status)
             self.status = reply.status
             if not client.begun:
-                headers_back = _returned_headers(reply.headers, call.request_id)
+                headers_back = _returned_headers(reply.headers, call)
                 headers_back += self._rate_headers()
                 if self._asked is not None:
                     headers_back.append((CACHE_HEADER, b"miss"))
@@ -358,7 +377,7 @@ class _Exchange:
                     self._keep(reply, meter)
             except UpstreamError as error:
                 log.warning("request %s: broken off: %s", call.request_id, error)
-                outcome.error = "broken_off"
+                outcome.error = BROKEN_OFF
                 client.break_off()
         finally:
             reply.close()
@@ -422,10 +441,18 @@ def _sent_headers(call: Call, key: str) -> list[bytes]:
     return lines
 
 
-def _returned_headers(raw: Headers, request_id: str) -> Headers:
-    headers = _passed(raw, _not_returned)
-    headers.append((b"X-Request-ID", request_id.encode()))
-    return headers
+def _returned_headers(raw: Headers, call: Call) -> Headers:
+    return _passed(raw, _not_returned) + _own_headers(call)
+
+
+def _own_headers(call: Call) -> Headers:
+    """The call's id, and which model answers where a route chose it."""
+    if call.attempt is None:
+        return [(b"X-Request-ID", call.request_id.encode())]
+    return [
+        (b"X-Request-ID", call.request_id.encode()),
+        (b"X-Stoker-Model", call.model.encode()),
+    ]
 
 
 async def _error_of(reply: Reply, data: bytes) -> dict[str, object]:

@@ -25,7 +25,7 @@ from runtime.access import KeyTable, RouterUsage, StoredKey, Tenant
 from runtime.config import Config, RouterConfig
 from runtime.registry import Entry, RegistryError, Service
 from runtime.router.driver import run_router
-from runtime.wire import DemandReport, Endpoint, ModelRoute, RouteTable
+from runtime.wire import DemandReport, Endpoint, ModelRoute, RouteRule, RouteTable
 from scheduler.usage import Usage
 
 TOKEN = "cluster-token"
@@ -102,10 +102,12 @@ class Scheduler:
             await self._runner.cleanup()
             self._runner = None
 
-    async def publish(self, *models: ModelRoute, version: int | None = None) -> None:
+    async def publish(
+        self, *models: ModelRoute, version: int | None = None, rules: tuple[RouteRule, ...] = ()
+    ) -> None:
         """A new table; returns once it is there to be polled."""
         version = version or (self.table.version + 1 if self.table else 1)
-        self.table = RouteTable(version=version, models=models)
+        self.table = RouteTable(version=version, models=models, rules=rules)
         async with self._changed:
             self._changed.notify_all()
 

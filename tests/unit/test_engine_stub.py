@@ -378,6 +378,12 @@ async def test_crashes_after_so_many_requests():
         assert get_engine("stub").explain_exit(status, log)[0] == "crash"
 
 
+async def test_fails_every_so_many_requests():
+    async with running(fail_every=2) as engine:
+        statuses = [(await engine.post("/v1/chat/completions", CHAT, key=ROUTE))[0] for _ in "1234"]
+        assert statuses == [200, 500, 200, 500]
+
+
 async def test_a_port_in_use_and_missing_keys_end_it():
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

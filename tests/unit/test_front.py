@@ -84,8 +84,8 @@ class Proxy:
         self.connections = 0
         self.error: Exception | None = None
 
-    def find(self, model: str) -> str | None:
-        return model if model == "m" else None
+    def known(self, model: str) -> bool:
+        return model == "m"
 
     async def serve(self, call: Call, client) -> None:
         self.calls.append(call)

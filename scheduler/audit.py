@@ -1,0 +1,81 @@
+"""The audit trail: who changed what, when and why, kept in the registry.
+
+Rules this file keeps:
+- an entry follows its change: what is not in the trail was not done, but for a change whose
+  entry the registry has not taken yet, which is tried again with the next one and each tick;
+- at most KEPT entries are stored; the oldest go first; numbers are never used twice.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections import deque
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from runtime.registry import RegistryError
+from runtime.wire import decode, encode
+from scheduler.route_views import AuditEntry
+
+if TYPE_CHECKING:
+    from scheduler.driver import Driver
+
+log = logging.getLogger("scheduler")
+
+KEPT = 500
+
+
+class AuditTrail:
+    """The last KEPT entries, oldest first. Its callers take turns (`RuleBook.lock`)."""
+
+    def __init__(self, driver: Driver) -> None:
+        self._driver = driver
+        self.entries: deque[AuditEntry] = deque()
+        self._unsaved: deque[AuditEntry] = deque()
+        self._next = 1
+
+    async def load(self) -> None:
+        """What is stored. Raises RegistryError."""
+        stored, _ = await self._driver.registry.list(self._driver.key("audit") + "/")
+        found = []
+        for entry in stored:
+            with contextlib.suppress(ValueError):  # another version of Stoker wrote it
+                found.append(decode(entry.value, AuditEntry))
+        self.entries = deque(sorted(found, key=lambda e: e.number))
+        self._unsaved.clear()
+        self._next = max((e.number for e in found), default=0) + 1
+
+    async def note(
+        self, who: str, action: str, subject: str, reason: str, old: Any = None, new: Any = None
+    ) -> None:
+        """Add an entry; `old` and `new` are structs, or None."""
+        at = datetime.fromtimestamp(time.time(), UTC).isoformat(timespec="milliseconds")
+        entry = AuditEntry(
+            number=self._next, at=at, who=who, action=action, subject=subject, reason=reason,
+            old=msgspec.to_builtins(old), new=msgspec.to_builtins(new),
+        )  # fmt: skip
+        self._next += 1
+        self.entries.append(entry)
+        self._unsaved.append(entry)
+        log.info("%s %s by %s: %s", action, subject, who, reason)
+        await self.save()
+
+    async def save(self) -> None:
+        """Store what is not stored yet, and let go of what is too old."""
+        registry = self._driver.registry
+        try:
+            while self._unsaved:
+                await registry.put(self._key(self._unsaved[0]), encode(self._unsaved[0]))
+                self._unsaved.popleft()
+            while len(self.entries) > KEPT:
+                await registry.delete(self._key(self.entries[0]))
+                self.entries.popleft()
+        except RegistryError as error:
+            log.warning("the audit trail is not saved yet: %s", error)
+
+    def _key(self, entry: AuditEntry) -> str:
+        return self._driver.key("audit", f"{entry.number:012d}")

@@ -1,0 +1,90 @@
+"""What the admin API shows and takes of routes, and the audit trail."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from msgspec import Meta, Struct
+
+from runtime.wire import RouteRule, Warmth
+
+
+class TargetView(Struct, frozen=True, kw_only=True):
+    """One model behind a route; the counts are of all routers, since `since_s` of the route."""
+
+    model: str
+    version: str | None
+    share: float  # per cent of the requests
+    warmth: Warmth
+    ready: int  # replicas
+    requests: int
+    errors: int  # of these: 5xx or broken off
+    mean_ttft_s: float | None
+
+
+class CanaryView(Struct, frozen=True, kw_only=True):
+    """Where a canary stands."""
+
+    model: str
+    step: int  # from 1
+    steps: int
+    share: float  # per cent
+    in_step_s: float
+    waits_for: str  # why the step is not over
+
+
+class SwitchView(Struct, frozen=True, kw_only=True):
+    """A switch whose target is being warmed; traffic is as it was."""
+
+    to: str
+    ready: int
+    replicas: int  # that have to be ready
+    deadline_s: float  # left until it is given up
+    problem: str | None = None
+
+
+class RouteView(Struct, frozen=True, kw_only=True):
+    """One route and where it stands."""
+
+    name: str
+    rule: RouteRule
+    targets: tuple[TargetView, ...]
+    since_s: float  # it was changed, or this leader took over
+    canary: CanaryView | None = None
+    switch: SwitchView | None = None
+
+
+class Routes(Struct, frozen=True, kw_only=True):
+    routes: tuple[RouteView, ...]
+
+
+class SwitchBody(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Warm `to`, one of the targets, and then send it everything."""
+
+    to: str
+    deadline_s: Annotated[
+        float, Meta(gt=0, le=86400, description="seconds after which it is given up")
+    ] = 600.0
+
+
+class ReasonBody(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Why, for the audit trail."""
+
+    reason: str = "asked by an operator"
+
+
+class AuditEntry(Struct, frozen=True, kw_only=True):
+    """One change. It is stored as it is shown."""
+
+    number: int
+    at: str  # ISO 8601, UTC
+    who: str  # a token's name, "cluster" for the cluster's own; "canary", "switch": the scheduler
+    action: str  # put | remove | switch | switched | switch_failed | step | promote | rollback
+    subject: str  # e.g. "route llama"
+    reason: str
+    old: dict[str, Any] | None = None  # None: there was none
+    new: dict[str, Any] | None = None  # None: it is gone
+
+
+class Audit(Struct, frozen=True, kw_only=True):
+    audit: tuple[AuditEntry, ...]
