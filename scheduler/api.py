@@ -103,6 +103,11 @@ class Api:
         self.rules = RouteApi(driver)
         self._open = {(r.method, r.path) for r in ADMIN if r.open}
         self._needs = {(r.method, r.path): r.needs for r in ADMIN}
+        self._audited = {
+            (r.method, r.path): r.handler.partition(".")[2]
+            for r in ADMIN
+            if r.handler.startswith("access.") and r.method != "GET"
+        }
         self._metrics = CollectorRegistry()
         self._metrics.register(StateCollector(driver))
         driver.on_cold_start = ColdStartTimes(self._metrics).observe
@@ -118,7 +123,15 @@ class Api:
             if not self.driver.leads:
                 await self._not_leading()
         response: web.StreamResponse = await handler(request)
+        if response.status < 400 and (request.method, path) in self._audited:
+            await self._audit(request, self._audited[request.method, path])
         return response
+
+    async def _audit(self, request: web.Request, action: str) -> None:
+        """Note who changed whose access; secrets and bodies are left out."""
+        book = self.driver.rules
+        async with book.lock:
+            await book.audit.note(request[WHO], action, request.path, "by the admin API")
 
     async def _check_token(self, request: web.Request, needs: Role | None) -> None:
         """`needs`: the least role; None where only the cluster's own token counts."""
