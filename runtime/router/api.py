@@ -153,16 +153,17 @@ class Api:
         return _listing(self._table().models)
 
     async def _model(self, request: web.Request) -> web.Response:
-        return _json(_shown(self._route(request.match_info["model"])))
+        return _json(_card(self._route(request.match_info["model"]), request.match_info["model"]))
 
     async def _own_models(self, request: web.Request) -> web.Response:
         return _listing((self._route(request.match_info["model"]),))
 
     async def _own_model(self, request: web.Request) -> web.Response:
         own = self._route(request.match_info["model"])
-        if self._route(request.match_info["name"]).name != own.name:
+        name = request.match_info["name"]
+        if self._route(name).name != own.name:
             raise ApiError(404, "model_not_found", f"only model {own.name!r} is served here")
-        return _json(_shown(own))
+        return _json(_card(own, name))
 
     def _table(self) -> RouteTable:
         table = self._proxy.gate.table
@@ -175,7 +176,8 @@ class Api:
         table, route = self._table(), self._proxy.gate.find(model)
         if route is not None:
             return route
-        message = unknown_model(model, (n for r in table.models for n in (r.name, *r.aliases)))
+        names = (n for r in table.models for n in (r.name, *r.aliases, *r.adapters))
+        message = unknown_model(model, names)
         raise ApiError(404, "model_not_found", message, param="model")
 
     # -------------------------------------------------------------------------------- operations
@@ -271,8 +273,17 @@ def _shown(route: ModelRoute) -> dict[str, Any]:
     }
 
 
+def _card(route: ModelRoute, name: str) -> dict[str, Any]:
+    """What is shown of `name`, which may be one of its adapters."""
+    shown = _shown(route)
+    if name in route.adapters:
+        shown |= {"id": name, "aliases": (), "parent": route.name}
+    return shown
+
+
 def _listing(routes: tuple[ModelRoute, ...]) -> web.Response:
-    return _json({"object": "list", "data": [_shown(route) for route in routes]})
+    cards = [_card(route, name) for route in routes for name in (route.name, *route.adapters)]
+    return _json({"object": "list", "data": cards})
 
 
 def _json(value: Any) -> web.Response:

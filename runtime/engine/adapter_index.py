@@ -1,0 +1,63 @@
+"""Where an engine finds the LoRA adapters of its model: a file that its agent keeps.
+
+The file is JSON: {"model": "m", "adapters": {"m:sql": {"source": …, "path": …, "error": …}}}, where
+`path` or `error` or both are null.
+
+Rules this file keeps:
+- an adapter that is declared is never "not found": who asks waits while it is being fetched, and is
+  then told when to come back;
+- the file is read when an adapter is first asked for, so nothing has to be told to an engine, and
+  one that was restarted knows all there is;
+- standard library only: it is imported inside vLLM.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+INDEX_ENV = "STOKER_ADAPTERS"
+WAIT_S = 30.0  # for an adapter that is being fetched
+UNHEARD_S = 5.0  # for one that the agent may hear of in a second
+RETRY_AFTER_S = 5
+_POLL_S = 0.1
+
+
+class NotYet(Exception):
+    """A declared adapter is not to be had now; the message says why."""
+
+
+class Index:
+    """The file at `path`, as it is at each call."""
+
+    def __init__(self, path: str) -> None:
+        self._path = Path(path)
+
+    async def find(self, name: str, wait_s: float = WAIT_S) -> str | None:
+        """The folder of the adapter that callers name `name`; None where the model can't have it.
+
+        Raises NotYet after `wait_s`.
+        """
+        began = time.monotonic()
+        while True:
+            index = self._read()
+            if not name.startswith(f"{index['model']}:"):
+                return None
+            entry = index["adapters"].get(name)
+            if entry and entry["path"]:
+                return str(entry["path"])
+            if entry and entry["error"]:
+                raise NotYet(f"adapter {name} can't be had: {entry['error']}")
+            if time.monotonic() - began >= (wait_s if entry else min(wait_s, UNHEARD_S)):
+                raise NotYet(f"adapter {name} is still being fetched")
+            await asyncio.sleep(_POLL_S)
+
+    def _read(self) -> dict[str, Any]:
+        try:
+            index: dict[str, Any] = json.loads(self._path.read_text(encoding="utf-8"))
+            return index
+        except (OSError, ValueError):
+            raise NotYet(f"{self._path} can't be read") from None
