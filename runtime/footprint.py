@@ -1,6 +1,6 @@
 """How much memory one replica of a model will take, from the model's own files.
 
-    total = weights + KV cache + overhead + adapters            (all devices of the replica together)
+    total = weights + KV cache + overhead + adapters      (all devices of the replica together)
 
 weights   What the safetensors headers declare (only headers are read), or the size of
           `pytorch_model*.bin`. An unquantized checkpoint is counted in the type it is loaded as:
@@ -278,6 +278,6 @@ def _shard_bytes(file: Path, cast_bytes: float | None) -> int:
     """Bytes of a file's tensors, its plain floats counted as `cast_bytes` each where given."""
     total = 0.0
     for tensor in checkpoint.read_header(file):
-        plain = cast_bytes and tensor.dtype in _FLOAT_BYTES
-        total += tensor.size_bytes * (cast_bytes / _FLOAT_BYTES[tensor.dtype] if plain else 1.0)
+        own = _FLOAT_BYTES.get(tensor.dtype)
+        total += tensor.size_bytes * (cast_bytes / own if cast_bytes and own else 1.0)
     return math.ceil(total)

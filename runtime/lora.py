@@ -45,10 +45,10 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 def rank_of(config: dict[str, Any]) -> int:
     """The highest rank of its modules. Raises ValueError."""
-    ranks = [config.get("r"), *(config.get("rank_pattern") or {}).values()]
+    ranks: list[Any] = [config.get("r"), *(config.get("rank_pattern") or {}).values()]
     if not all(isinstance(rank, int) and rank > 0 for rank in ranks):
         raise ValueError(f"its rank `r` is {config.get('r')!r}, not a positive number")
-    return max(ranks)
+    return int(max(ranks))
 
 
 def misfit(adapter: Path, base: Path) -> str | None:

@@ -21,7 +21,8 @@ def model_route(model: Model, now: float) -> ModelRoute:
     why, retry_after_s = (None, None) if endpoints else refusal(model, now)
     return ModelRoute(
         name=spec.name, aliases=spec.aliases, adapters=spec.adapter_names(),
-        warmth=warmth(model, now), endpoints=endpoints, hold_s=spec.hold_s, max_queue=spec.max_queue,
+        warmth=warmth(model, now), endpoints=endpoints,
+        hold_s=spec.hold_s, max_queue=spec.max_queue,
         refusal=why, retry_after_s=retry_after_s,
         waiting_for=None if endpoints else waiting_for(model),
         eta_s=None if endpoints else _eta_s(model, now),

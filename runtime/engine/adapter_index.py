@@ -52,7 +52,8 @@ class Index:
             if entry and entry["error"]:
                 raise NotYet(f"adapter {name} can't be had: {entry['error']}")
             if time.monotonic() - began >= (wait_s if entry else min(wait_s, UNHEARD_S)):
-                raise NotYet(f"adapter {name} is still being fetched")
+                why = "is still being fetched" if entry else "is not known to this node yet"
+                raise NotYet(f"adapter {name} {why}")
             await asyncio.sleep(_POLL_S)
 
     def _read(self) -> dict[str, Any]:

@@ -31,7 +31,7 @@ class Guard(guard.Guard):
         await super().__call__(scope, receive, send_on)
 
 
-class Resolver(LoRAResolver):  # type: ignore[misc]  # vLLM is not checked
+class Resolver(LoRAResolver):
     """Finds adapters in the index that the agent keeps."""
 
     def __init__(self, index: Index) -> None:
