@@ -69,7 +69,7 @@ class Adapters:
         self._write(spec.name)
 
     def tell(self, told: Mapping[str, Mapping[str, str]]) -> None:
-        """The scheduler's word: model -> adapter -> source; a model it leaves out stays as it is."""
+        """The scheduler's word: model -> adapter -> source; what it leaves out stays as it is."""
         for model, wish in told.items():
             if model in self._models:
                 self._wish(model, wish)
