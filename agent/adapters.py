@@ -40,6 +40,7 @@ class _Adapter:
     source: str
     path: str | None = None  # None: not here yet
     error: str | None = None
+    fetched: bool = False  # by this agent; an earlier one may have left the path
     retry_at: float = 0.0
 
 
@@ -63,10 +64,12 @@ class Adapters:
         """A replica of `spec` is about to start, or was found running."""
         if not takes_adapters(spec.engine_args) or spec.name in self._models:
             return
-        self._models[spec.name] = {}
-        wish = self._written(spec.name)
-        self._wish(spec.name, spec.adapters if wish is None else wish)
+        known = self._written(spec.name)
+        if known is None:
+            known = {name: _Adapter(source) for name, source in spec.adapters.items()}
+        self._models[spec.name] = known
         self._write(spec.name)
+        self._poked.set()
 
     def tell(self, told: Mapping[str, Mapping[str, str]]) -> None:
         """The scheduler's word: model -> adapter -> source; what it leaves out stays as it is."""
@@ -121,11 +124,14 @@ class Adapters:
         except OSError as error:
             log.error("%s can't be written, so its adapters can't be served: %s", file, error)
 
-    def _written(self, model: str) -> dict[str, str] | None:
-        """The wish as an earlier agent knew it, for engines that still run."""
+    def _written(self, model: str) -> dict[str, _Adapter] | None:
+        """As an earlier agent knew them, for engines that still run."""
         try:
             entries = json.loads(self._file(model).read_text(encoding="utf-8"))["adapters"]
-            return {n.partition(":")[2]: str(entry["source"]) for n, entry in entries.items()}
+            return {
+                name.partition(":")[2]: _Adapter(entry["source"], entry["path"])
+                for name, entry in entries.items()
+            }
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return None
 
@@ -145,7 +151,7 @@ class Adapters:
         for model, adapters in self._models.items():
             for name, adapter in adapters.items():
                 key = f"{model}:{name}"
-                if adapter.path is None and key not in self._pulls and now >= adapter.retry_at:
+                if not adapter.fetched and key not in self._pulls and now >= adapter.retry_at:
                     self._pulls[key] = asyncio.create_task(self._fetch(model, key, adapter))
 
     async def _fetch(self, model: str, key: str, adapter: _Adapter) -> None:
@@ -153,9 +159,10 @@ class Adapters:
             folder = await self._cache.ensure(adapter.source, key)
         except (CacheError, ValueError, OSError) as error:
             log.warning("adapter %s can't be had: %s", key, error)
-            adapter.error, adapter.retry_at = str(error), time.monotonic() + RETRY_S
+            adapter.path, adapter.error = None, str(error)
+            adapter.retry_at = time.monotonic() + RETRY_S
         else:
-            adapter.path, adapter.error = str(folder), None
+            adapter.path, adapter.error, adapter.fetched = str(folder), None, True
         del self._pulls[key]
         self._write(model)
 
