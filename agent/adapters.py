@@ -158,7 +158,8 @@ class Adapters:
         try:
             folder = await self._cache.ensure(adapter.source, key)
         except (CacheError, ValueError, OSError) as error:
-            log.warning("adapter %s can't be had: %s", key, error)
+            if adapter.error != str(error):
+                log.warning("adapter %s can't be had: %s", key, error)
             adapter.path, adapter.error = None, str(error)
             adapter.retry_at = time.monotonic() + RETRY_S
         else:

@@ -229,7 +229,8 @@ def _semantic_problems(spec: ModelSpec) -> Iterable[SpecProblem]:
         )  # fmt: skip
     yield from schedule_problems(spec.prewarm)
     yield from _scale_problems(spec)
-    if len(set(spec.names())) != len(spec.names()):
+    names = (*spec.names(), *spec.adapter_names())
+    if len(set(names)) != len(names):
         yield SpecProblem(
             field="aliases",
             value=list(spec.aliases),
