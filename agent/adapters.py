@@ -19,9 +19,10 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Coroutine, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from agent.cache import ModelCache
 from agent.cache_errors import CacheError
@@ -48,26 +49,31 @@ class Adapters:
     """The adapters of one node. All methods are for the event loop's thread."""
 
     def __init__(
-        self, cache: ModelCache, folder: Path, engines: Callable[[str], Iterable[Controls]]
+        self,
+        cache: ModelCache,
+        folder: Path,
+        engines: Callable[[str], Iterable[Controls]],
+        task: Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]],
     ) -> None:
-        """`folder`: of the index files; `engines`: those of a model that answer now."""
+        """`folder`: of the index files; `engines`: those of a model that answer now; `task` starts
+        one, whose error ends the agent."""
         self._cache = cache
         self._folder = folder
         self._engines = engines
+        self._task = task
         self._models: dict[str, dict[str, _Adapter]] = {}
         self._pulls: dict[str, asyncio.Task[None]] = {}
         self._poked = asyncio.Event()
 
     # ------------------------------------------------------------------ told, and asked
 
-    def begin(self, spec: ModelSpec) -> None:
-        """A replica of `spec` is about to start, or was found running."""
+    def begin(self, spec: ModelSpec, adopted: bool = False) -> None:
+        """A replica of `spec` is about to start, or (`adopted`) an earlier agent started it."""
         if not takes_adapters(spec.engine_args) or spec.name in self._models:
             return
-        known = self._written(spec.name)
-        if known is None:
-            known = {name: _Adapter(source) for name, source in spec.adapters.items()}
-        self._models[spec.name] = known
+        known = self._written(spec.name) if adopted else None
+        declared = {name: _Adapter(source) for name, source in spec.adapters.items()}
+        self._models[spec.name] = declared if known is None else known
         self._write(spec.name)
         self._poked.set()
 
@@ -152,7 +158,7 @@ class Adapters:
             for name, adapter in adapters.items():
                 key = f"{model}:{name}"
                 if not adapter.fetched and key not in self._pulls and now >= adapter.retry_at:
-                    self._pulls[key] = asyncio.create_task(self._fetch(model, key, adapter))
+                    self._pulls[key] = self._task(self._fetch(model, key, adapter))
 
     async def _fetch(self, model: str, key: str, adapter: _Adapter) -> None:
         try:
@@ -172,9 +178,10 @@ class Adapters:
         for controls in self._engines(model):
             paths = {f"{model}:{n}": a.path for n, a in self._models.get(model, {}).items()}
             try:
-                gone = await unload_adapters(controls, model, paths)
-            except EngineError as error:
-                log.warning("%s: its adapters can't be looked at: %s", model, error)
+                async with asyncio.timeout(LOOK_S):
+                    gone = await unload_adapters(controls, model, paths)
+            except (EngineError, TimeoutError) as error:
+                log.warning("%s: what it has loaded can't be told: %s", model, error or "no answer")
                 continue
             if gone:
                 log.info("%s: unloaded %s", model, ", ".join(gone))

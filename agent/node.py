@@ -123,7 +123,7 @@ class Node:
             self.metrics,
         )
         self._limits = Limits(self.host, self.devices, self.stager, self.place, self.metrics)
-        self.adapters = Adapters(cache, self.state_dir / "adapters", self._engines)
+        self.adapters = Adapters(cache, self.state_dir / "adapters", self._engines, self._task)
         self._sharing: set[asyncio.Task[None]] = set()
         self._seq = 0
         self._version = importlib.metadata.version("stoker-serve")
@@ -523,7 +523,7 @@ class Node:
         log.info("%s adopted", replica_id, extra={"alive": alive, "healthy": healthy})
         self.cache.hold(saved.command.spec.source, replica_id)
         self.stager.see(saved.command.spec.source)
-        self.adapters.begin(saved.command.spec)
+        self.adapters.begin(saved.command.spec, adopted=True)
         residue = 0
         if saved.sleep:
             held = self.devices.used_bytes(replica_id) or 0

@@ -24,7 +24,7 @@ import uvloop
 from aiohttp import web
 
 from runtime.engine import guard
-from runtime.engine.adapter_index import INDEX_ENV, Index
+from runtime.engine.adapter_index import Index, from_environment
 from runtime.engine.stub_adapters import StubAdapters
 from runtime.engine.stub_api import Api, error_response
 from runtime.engine.stub_engine import StubArgs
@@ -163,8 +163,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         args = msgspec.json.decode(options.args, type=StubArgs)
     except msgspec.DecodeError as error:
         parser.error(f"argument --args: {error}")
-    path = os.environ.get(INDEX_ENV)
-    index = Index(path) if path else None
+    index = from_environment(os.environ)
     stub = Stub(tuple(options.names), args, guard.keys_from(os.environ), index)
     web.run_app(
         stub.app(),

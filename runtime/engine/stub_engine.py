@@ -71,7 +71,7 @@ class StubEngine:
             "PYTHONPATH": str(Path(__file__).parents[2]),
         }
         if ctx.adapter_index:
-            env[adapter_index.INDEX_ENV] = ctx.adapter_index
+            env |= adapter_index.environment(ctx.adapter_index, args.max_lora_rank)
         return Launch(argv=argv, env=env, health_path="/health")
 
     def preload(self, python: str, cache_dir: str, kind: DeviceKind) -> Preload | None:

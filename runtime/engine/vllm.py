@@ -83,7 +83,8 @@ class VllmEngine:
             argv += ["--revision", ctx.revision]
         env, shared = _environment(spec, ctx)
         if ctx.adapter_index:
-            env[adapter_index.INDEX_ENV] = ctx.adapter_index
+            rank = vllm_args.flat_args(spec.engine_args).get("max_lora_rank", "")
+            env |= adapter_index.environment(ctx.adapter_index, rank)
             env["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "1"  # its routes are behind the control key
         if self.rungs(spec, ctx.device_kind):
             argv.append("--enable-sleep-mode")

@@ -14,7 +14,7 @@ from vllm.lora.request import LoRARequest
 from vllm.lora.resolver import LoRAResolver, LoRAResolverRegistry
 
 from runtime.engine import guard
-from runtime.engine.adapter_index import INDEX_ENV, RETRY_AFTER_S, Index, NotYet
+from runtime.engine.adapter_index import RETRY_AFTER_S, Index, NotYet, from_environment
 
 _RETRY_AFTER = (b"retry-after", b"%d" % RETRY_AFTER_S)
 
@@ -49,4 +49,5 @@ class Resolver(LoRAResolver):
         return LoRARequest(lora_name=lora_name, lora_int_id=1, lora_path=folder)
 
 
-LoRAResolverRegistry.register_resolver("stoker", Resolver(Index(os.environ[INDEX_ENV])))
+if own := from_environment(os.environ):
+    LoRAResolverRegistry.register_resolver("stoker", Resolver(own))

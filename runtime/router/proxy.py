@@ -19,7 +19,7 @@ from collections.abc import Iterable
 import msgspec
 
 from runtime.engine.guard import CLOSED, CLOSED_HEADER
-from runtime.router.admission import Decision, Forward, Held, Refused, Wish
+from runtime.router.admission import RETRY_AFTER_S, Decision, Forward, Held, Refused, Wish
 from runtime.router.call import Call
 from runtime.router.client import Client
 from runtime.router.errors import ApiError, sse_error
@@ -172,6 +172,8 @@ class _Exchange:
                 raise UpstreamError("the replica refused this router's key", delivered=True)
             if reply.status == 503 and _is_closed(reply.headers):
                 raise UpstreamError(CLOSED, delivered=False)  # held until it wakes, or elsewhere
+            if reply.status == 404 and (late := self._adapter_late(forward)):
+                return await self._refuse(late)
             first = await reply.read()
             self._proxy.metrics.first_byte(call.model, self._loop.time() - self._began_at)
             self._proxy.gate.answered(forward.request_id, reply.status)
@@ -187,6 +189,17 @@ class _Exchange:
                 client.break_off()
         finally:
             reply.close()
+
+    def _adapter_late(self, forward: Forward) -> Refused | None:
+        """Why a replica does not know an adapter that the table lists: it was started without."""
+        model = self._call.model
+        route = self._proxy.gate.find(model)
+        if route is None or model not in route.adapters:
+            return None
+        message = f"no replica of {route.name!r} takes adapters yet: one that does will replace it"
+        return Refused(
+            forward.request_id, 503, "adapter_not_ready", message, RETRY_AFTER_S, "model"
+        )
 
 
 def _is_closed(headers: Headers) -> bool:

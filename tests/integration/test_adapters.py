@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import requests
@@ -53,6 +54,22 @@ def loaded(cluster, model):
     url = f"http://127.0.0.1:{record['port']}/v1/models"
     cards = requests.get(url, headers=key, timeout=10).json()["data"]
     return sorted(card["id"] for card in cards if card.get("parent"))
+
+
+def answers_or_says_when(cluster, model):
+    """Whether it was answered; if not, it must have been told when to come back."""
+    answer = cluster.complete(model)
+    if answer.status_code == 503:
+        assert answer.headers["Retry-After"] == "5", answer.text
+        return False
+    assert (answer.status_code, answer.json()["model"]) == (200, model), answer.text
+    return True
+
+
+def alone(cluster, model, before):
+    """The model's one replica, once that is another than `before`."""
+    now = cluster.replicas(model)
+    return now[0] if len(now) == 1 and now[0]["pid"] not in (None, before["pid"]) else None
 
 
 def test_adapters_are_models_by_name(cluster, folders):
@@ -146,17 +163,24 @@ def test_room_for_a_higher_rank_restarts_the_engine_and_drops_no_adapter(
     wide = str(write_adapter(tmp_path / "wide", rank=40))
     declare(cluster, "rank", {"sql": folders["sql"], "wide": wide})
     assert label(cluster, "rank:sql") == "stoker-stub+rank:sql"
-
-    def replaced():
-        now = cluster.replicas("rank")
-        return [r["state"] for r in now] == ["ready"] and now[0]["pid"] != before["pid"]
-
-    wait_until(replaced, "an engine with more room")
-    assert label(cluster, "rank:wide") == "stoker-stub+rank:wide"
-    (after,) = cluster.replicas("rank")
+    wait_until(lambda: answers_or_says_when(cluster, "rank:wide"), "rank:wide")
+    after = wait_until(lambda: alone(cluster, "rank", before), "the narrow engine gone")
     declare(cluster, "rank", {"sql": folders["sql"]})
     assert label(cluster, "rank:sql") == "stoker-stub+rank:sql"
     assert [r["pid"] for r in cluster.replicas("rank")] == [after["pid"]]
+
+
+def test_the_first_adapter_of_a_busy_base_is_served_by_its_successor(cluster, folders):
+    declare(cluster, "first", {}, token_s=0.05)
+    label(cluster, "first")
+    (before,) = cluster.replicas("first")
+    with ThreadPoolExecutor() as pool:  # so that the old engine is not replaced at once
+        long = pool.submit(cluster.complete, "first", 60)
+        wait_until(lambda: cluster.replicas("first")[0]["in_flight"], "it to be busy")
+        declare(cluster, "first", {"sql": folders["sql"]}, token_s=0.05)
+        wait_until(lambda: answers_or_says_when(cluster, "first:sql"), "first:sql")
+        assert long.result().status_code == 200
+    wait_until(lambda: alone(cluster, "first", before), "the old engine gone")
 
 
 @pytest.mark.parametrize(

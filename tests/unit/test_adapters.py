@@ -267,8 +267,12 @@ async def test_an_engine_waits_for_an_adapter_that_is_being_fetched(tmp_path):
     asked = asyncio.create_task(index.find("m:sql"))
     done, _ = await asyncio.wait([asked], timeout=0.3)
     assert not done
-    write_index(tmp_path / "m.json", sql={"path": "/here"})
-    assert await asked == "/here"
+    here = str(write_adapter(tmp_path / "here", rank=8, rank_pattern={"q_proj": 24}))
+    write_index(tmp_path / "m.json", sql={"path": here})
+    assert await asked == here
+    assert await Index(str(tmp_path / "m.json"), max_rank=24).find("m:sql") == here
+    with pytest.raises(NotYet, match="has rank 24: this engine has room for 16"):
+        await Index(str(tmp_path / "m.json"), max_rank=16).find("m:sql")
 
 
 async def test_and_is_told_when_it_takes_too_long_or_failed(tmp_path):
@@ -299,6 +303,7 @@ def test_vllm_gets_the_index_and_our_resolver_only_with_adapters(tmp_path):
     spec = with_lora_args(model(adapters={"a": "/a"}), 8)
     launch = get_engine("vllm").launch(spec, ctx)
     assert launch.env["STOKER_ADAPTERS"] == "/state/adapters/m.json"
+    assert launch.env["STOKER_MAX_LORA_RANK"] == "16"
     assert launch.env["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] == "1"
     assert "runtime.engine.vllm_adapters.Guard" in launch.argv
     assert {"--enable-lora", "--max-lora-rank=16", "--max-loras=4"} <= set(launch.argv)
