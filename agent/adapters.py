@@ -26,7 +26,7 @@ from typing import Any
 
 from agent.cache import ModelCache
 from agent.cache_errors import CacheError
-from agent.sleep import Controls, EngineError, unload_adapters
+from agent.sleep import Controls, EngineError
 from runtime.adapters import takes_adapters
 from runtime.wire import ModelSpec
 
@@ -192,3 +192,22 @@ class Adapters:
         for pull in pulls:
             pull.cancel()
         await asyncio.gather(*pulls, return_exceptions=True)
+
+
+async def unload_adapters(
+    controls: Controls, model: str, keep: Mapping[str, str | None]
+) -> list[str]:
+    """Unload each adapter of `model` that is loaded and not in `keep` (name -> its folder).
+
+    Their names. Raises EngineError.
+    """
+    listed = await controls.get("/v1/models")
+    try:
+        loaded = {card["id"]: card.get("root") for card in listed["data"]}
+    except (KeyError, TypeError):
+        raise EngineError("GET /v1/models answers no list of models") from None
+    ours = {name: root for name, root in loaded.items() if name.startswith(f"{model}:")}
+    gone = [name for name, root in ours.items() if keep.get(name) != root]
+    for name in gone:
+        await controls.tell("/v1/unload_lora_adapter", {"lora_name": name})
+    return gone

@@ -26,7 +26,6 @@ from agent.phases import StartLog
 from agent.probe import Target
 from agent.replica import Replica
 from agent.watch import DeviceWatch
-from runtime.adapters import takes_adapters
 from runtime.engine import AsleepModel, get_engine
 from runtime.wire import DeviceKind, ModelSpec, ReplicaReport, StartReplica
 
@@ -226,9 +225,7 @@ class Rungs:
         began = time.monotonic()
         try:
             known = self._host.canary(replica_id)
-            spec = r.command.spec
-            lora_of = spec.name if takes_adapters(spec.engine_args) else None
-            phases = await sleep.wake(self._controls(replica_id), level, known, lora_of)
+            phases = await sleep.wake(self._controls(replica_id), level, known)
         except sleep.RungFailed as failure:
             error = str(failure)
         self._count("wake", r, level, error, time.monotonic() - began)

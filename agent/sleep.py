@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from typing import Any
 
@@ -197,13 +197,8 @@ def measure_of(watch: DeviceWatch, command: StartReplica) -> Measure:
 # ------------------------------------------------------------------------------ wake
 
 
-async def wake(
-    controls: Controls, level: int, known: Canary | None, lora_of: str | None = None
-) -> dict[str, float]:
+async def wake(controls: Controls, level: int, known: Canary | None) -> dict[str, float]:
     """Wake an engine, hear its canary and open its door; the seconds of each phase.
-
-    `lora_of`: the model, where the engine takes adapters: level 2 dropped their weights too, and
-    no reload brings them back, so that they are loaded anew when they are next asked for.
 
     One that does not sleep has its canary to pass only. Raises RungFailed.
     """
@@ -211,8 +206,6 @@ async def wake(
     try:
         if await is_sleeping(controls) is not False:
             await _take_memory(controls, level, phases)
-            if lora_of is not None and level == 2:
-                await unload_adapters(controls, lora_of, {})
             if await is_sleeping(controls) is not False:
                 raise RungFailed("it was woken, but does not say that it is awake")
         if known and known.path:
@@ -239,22 +232,3 @@ async def _take_memory(controls: Controls, level: int, phases: dict[str, float])
         phases["reload"] = time.monotonic() - reload_began
         await controls.post("/wake_up?tags=kv_cache")
     phases["wake"] = time.monotonic() - began - phases.get("reload", 0.0)
-
-
-async def unload_adapters(
-    controls: Controls, model: str, keep: Mapping[str, str | None]
-) -> list[str]:
-    """Unload each adapter of `model` that is loaded and not in `keep` (name -> its folder).
-
-    Their names. Raises EngineError.
-    """
-    listed = await controls.get("/v1/models")
-    try:
-        loaded = {card["id"]: card.get("root") for card in listed["data"]}
-    except (KeyError, TypeError):
-        raise EngineError("GET /v1/models answers no list of models") from None
-    ours = {name: root for name, root in loaded.items() if name.startswith(f"{model}:")}
-    gone = [name for name, root in ours.items() if keep.get(name) != root]
-    for name in gone:
-        await controls.tell("/v1/unload_lora_adapter", {"lora_name": name})
-    return gone

@@ -54,7 +54,7 @@ class Stub:
         self._activity = guard.Activity()
         adapters = StubAdapters(index if args.enable_lora else None)
         self._api = Api(names, args, adapters)
-        self._sleep = StubSleep(args, self._api, adapters)
+        self._sleep = StubSleep(args, self._api)
         self._ready = False
         self._begun = 0
 

@@ -1,9 +1,7 @@
-"""The stub's LoRA adapters, modelled on vLLM's with its traps.
+"""The stub's LoRA adapters: names with a label, loaded as vLLM does it.
 
-Rules this file keeps:
-- one is loaded when a request first names it, and stays so until it is unloaded;
-- a level-2 sleep drops what was loaded, and nothing says so: it answers nonsense until it is
-  unloaded and loaded again.
+Rules this file keeps: one is loaded when a request first names it, and stays listed until it is
+unloaded, as in vLLM; that vLLM moves the weights of those in and out of its slots is not modelled.
 """
 
 from __future__ import annotations
@@ -17,7 +15,6 @@ class StubAdapters:
     def __init__(self, index: Index | None) -> None:
         self._index = index
         self.loaded: dict[str, str] = {}
-        self.lost: set[str] = set()
 
     async def load(self, name: str) -> bool:
         """False where there is no such adapter. Raises NotYet."""
@@ -30,9 +27,4 @@ class StubAdapters:
 
     def unload(self, name: str) -> bool:
         """Whether it was loaded."""
-        self.lost.discard(name)
         return self.loaded.pop(name, None) is not None
-
-    def drop_weights(self) -> None:
-        """The engine slept at level 2."""
-        self.lost = set(self.loaded)

@@ -209,8 +209,7 @@ class Api:
     ) -> web.StreamResponse:
         if refusal := await self._unknown_model(body.model):
             return refusal
-        lost = self.gibberish or body.model in self._adapters.lost
-        words = ["!"] if lost else spoken.split() or ["stub"]
+        words = ["!"] if self.gibberish else spoken.split() or ["stub"]
         chosen = itertools.islice(itertools.cycle(words), limit or self._args.max_tokens)
         answer = Answer(
             chat=chat,

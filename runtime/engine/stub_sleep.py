@@ -18,7 +18,6 @@ from typing import Any
 import msgspec
 from aiohttp import web
 
-from runtime.engine.stub_adapters import StubAdapters
 from runtime.engine.stub_api import Api, error_response
 from runtime.engine.stub_engine import StubArgs
 
@@ -31,10 +30,9 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 class StubSleep:
     """What is awake, and whether the weights are the model's."""
 
-    def __init__(self, args: StubArgs, api: Api, adapters: StubAdapters) -> None:
+    def __init__(self, args: StubArgs, api: Api) -> None:
         self._args = args
         self._api = api
-        self._adapters = adapters
         self._asleep: frozenset[str] = frozenset()
         self._loaded = True
         self._paused = False
@@ -84,8 +82,6 @@ class StubSleep:
         self._paused = False
         self.level, self._asleep = int(level), _TAGS
         self._loaded = self._loaded and self.level == 1
-        if self.level == 2:
-            self._adapters.drop_weights()
         return _json({"status": "sleeping", "level": self.level})
 
     async def _wake_up(self, request: web.Request) -> web.Response:

@@ -188,7 +188,7 @@ async def test_an_adapter_answers_after_its_engine_slept(
     await client.ok(node.url, WakeReplica(**about))
     woken = await scheduler.phase("ready")
     assert woken.disabled == {}
-    assert await text(client, woken, "m:a") == "one two", "level 2 dropped its weights"
+    assert await text(client, woken, "m:a") == "one two"
     assert await text(client, woken, "m") == "one two"
 
 
