@@ -16,6 +16,8 @@ CacheErrorKind = Literal[
     "cancelled",
 ]
 
+PASSING = ("unreachable", "disk_full", "cancelled", "corrupt")  # another time it may go better
+
 
 class CacheError(Exception):
     """A model can't be had, or can't be removed; `str()` is for people."""

@@ -126,6 +126,7 @@ class _Agent:
             _every(_ROTATE_S, node.rotate_logs),
             _every(_LAUNCHER_S, node.keep_launcher),
             node.stager.run(),
+            node.adapters.run(),
             node.preemption.run(),
             link.run(),
             keep_registered(self._registry, service),
@@ -192,6 +193,7 @@ def _see_term(node: Node, reply: HeartbeatReply) -> bool:
     if reply.term < node.core.epoch:
         return False
     node.apply(TermSeen(now=time.monotonic(), term=reply.term))
+    node.adapters.tell(reply.adapters)
     return True
 
 

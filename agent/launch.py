@@ -50,10 +50,12 @@ def make_plan(
     taken_ports: Collection[int],
     model_path: str,
     load_format: str | None = None,
+    adapter_index: str = "",
 ) -> Plan:
     """The process of one replica, with fresh keys and a free port. Blocks. Raises BadStart.
 
-    `load_format`: of the weights; None: the engine's own, or the spec's.
+    `load_format`: of the weights; None: the engine's own, or the spec's. `adapter_index`: as in
+    LaunchContext.
     """
     spec = command.spec
     try:
@@ -74,6 +76,7 @@ def make_plan(
             python=place.python,
             cache_dir=place.cache_dir,
             load_format=load_format,
+            adapter_index=adapter_index,
         )
         return Plan(launch=get_engine(spec.engine).launch(spec, context), context=context)
     except ValueError as error:

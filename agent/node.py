@@ -25,6 +25,7 @@ import msgspec
 import psutil
 
 from agent import messages, process
+from agent.adapters import Adapters
 from agent.cache import ModelCache
 from agent.canary import Canary
 from agent.core import ID_PATTERN, AgentCore
@@ -122,6 +123,7 @@ class Node:
             self.metrics,
         )
         self._limits = Limits(self.host, self.devices, self.stager, self.place, self.metrics)
+        self.adapters = Adapters(cache, self.state_dir / "adapters", self._engines, self._task)
         self._sharing: set[asyncio.Task[None]] = set()
         self._seq = 0
         self._version = importlib.metadata.version("stoker-serve")
@@ -162,6 +164,7 @@ class Node:
     def _execute(self, effect: messages.Effect) -> None:
         match effect:
             case messages.Spawn(replica_id):
+                self.adapters.begin(self.core.replicas[replica_id].command.spec)
                 self._starts[replica_id] = self._task(self._start(replica_id))
             case messages.Signal(replica_id, "TERM"):
                 self._supervisor.terminate(replica_id)
@@ -182,7 +185,8 @@ class Node:
             case messages.ForgetRecord(replica_id):
                 self.cache.release(replica_id)
                 self._origins.forget(replica_id)
-                self._known.pop(replica_id, None)
+                if record := self._known.pop(replica_id, None):
+                    self._end_adapters(record.saved.command.spec.name)
                 with _logged(f"the record of {replica_id}"):
                     self._records.forget(replica_id)
             case messages.SaveEpoch(epoch):
@@ -190,6 +194,20 @@ class Node:
                     self._records.save_epoch(epoch)
             case messages.SendHeartbeatNow():
                 self._changed()
+
+    def _end_adapters(self, model: str) -> None:
+        if all(r.command.spec.name != model for r in self.core.replicas.values()):
+            self.adapters.end(model)
+
+    def _engines(self, model: str) -> list[Controls]:
+        """The control routes of its replicas that serve."""
+        ready = [
+            i
+            for i, r in self.core.replicas.items()
+            if r.command.spec.name == model and r.phase == "ready" and i in self._known
+        ]
+        targets = map(self.target, ready)
+        return [Controls(self._session, t.base_url, t.control_key) for t in targets]
 
     def _task(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.create_task(work)
@@ -236,6 +254,7 @@ class Node:
                 self._ports(),
                 origin.model_path,
                 origin.load_format,
+                self.adapters.index(command.spec),
             )
             held, why = await self._fork(replica_id, plan.launch)
             # No await from here on: a stop must find either no process or a recorded one.
@@ -504,6 +523,7 @@ class Node:
         log.info("%s adopted", replica_id, extra={"alive": alive, "healthy": healthy})
         self.cache.hold(saved.command.spec.source, replica_id)
         self.stager.see(saved.command.spec.source)
+        self.adapters.begin(saved.command.spec, adopted=True)
         residue = 0
         if saved.sleep:
             held = self.devices.used_bytes(replica_id) or 0
@@ -563,6 +583,7 @@ class Node:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         await self.stager.close()
+        await self.adapters.close()
         await self._launcher.close()
         self._supervisor.close()
 

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from msgspec import Struct
 
 from agent.cache import ModelCache
-from agent.cache_errors import CacheError
+from agent.cache_errors import PASSING, CacheError
 from agent.compile_share import CompileShare
 from agent.launch import BadStart, Place
 from agent.load_format import Known
@@ -78,8 +78,8 @@ class Origins:
         except ValueError as error:
             raise BadStart("bad_model", str(error)) from None
         except CacheError as error:
-            passes = error.kind in ("unreachable", "disk_full", "cancelled", "corrupt")
-            raise BadStart("crash" if passes else "bad_model", str(error)) from None
+            kind = "crash" if error.kind in PASSING else "bad_model"
+            raise BadStart(kind, str(error)) from None
         phases = {"stage": looked - began, "fetch": time.monotonic() - looked}
         rung = start_rung(seen is not None, seen or Seen())
         files = await asyncio.to_thread(os.listdir, folder)

@@ -17,14 +17,17 @@ from pathlib import Path
 from aiohttp import web
 from aiohttp.typedefs import Middleware
 from msgspec import Struct
+from msgspec.structs import replace
 from prometheus_client import CONTENT_TYPE_LATEST
 
-from agent.cache_errors import CacheError
+from agent.cache import ModelCache
+from agent.cache_errors import PASSING, CacheError
 from agent.cache_http import cache_routes
 from agent.launch import Place
 from agent.messages import CommandReceived
 from agent.node import Node
-from runtime import footprint, wire
+from runtime import footprint, lora, wire
+from runtime.adapters import with_lora_args
 from runtime.engine import get_engine, resolve_source
 from runtime.wire import (
     CommandReply,
@@ -37,6 +40,7 @@ from runtime.wire import (
 _TAIL_LINES = 200
 _FOLLOW_POLL_S = 0.2
 _BLOCK_BYTES = 64 * 1024
+ADAPTER_FETCH_S = 60.0  # whoever adds a model waits for its answer
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -111,8 +115,9 @@ class _Endpoints:
         if spec.engine != "stub":
             with contextlib.suppress(CacheError, ValueError):  # `inspect` says what is wrong
                 folder = await self._node.cache.where(spec.source)
-        found = await asyncio.to_thread(inspect, spec, self._node.place, folder)
-        return _json(found)
+        adapters, problems = await fetch_adapters(self._node.cache, spec)
+        found = await asyncio.to_thread(inspect, spec, self._node.place, folder, adapters)
+        return _json(replace(found, problems=(*found.problems, *problems)))
 
     async def logs(self, request: web.Request) -> web.StreamResponse:
         replica_id = request.match_info["replica_id"]
@@ -152,16 +157,20 @@ class _Endpoints:
                 return
 
 
-def inspect(spec: ModelSpec, place: Place, folder: Path | None) -> Inspection:
+def inspect(
+    spec: ModelSpec, place: Place, folder: Path | None, adapters: dict[str, Path] | None = None
+) -> Inspection:
     """What this node thinks of a spec, whose model is in `folder` if it need not be pulled.
 
-    Blocks, on an engine's argument parser for a while.
+    `adapters`: the folders of those that are here. Blocks, on an engine's argument parser for a
+    while.
     """
     problems, checked_against = get_engine(spec.engine).check_args(
         spec, place.python, place.cache_dir
     )
     estimate: MemoryEstimate | None = None
     estimate_error: str | None = None
+    rank = 0
     try:
         model_path = str(folder or resolve_source(spec, place.model_dir)[0])
     except ValueError as error:
@@ -171,8 +180,11 @@ def inspect(spec: ModelSpec, place: Place, folder: Path | None) -> Inspection:
             SpecProblem(field="source", message=str(error), value=spec.source),
         ]
     else:
+        found, rank = lora.check(spec, Path(model_path), adapters or {})
+        problems = [*problems, *found]
         try:
-            estimate = footprint.estimate(spec, model_path, place.device_kind)
+            whole = with_lora_args(spec, rank)
+            estimate = footprint.estimate(whole, model_path, place.device_kind)
         except ValueError as error:
             estimate_error = str(error)
     return Inspection(
@@ -180,7 +192,37 @@ def inspect(spec: ModelSpec, place: Place, folder: Path | None) -> Inspection:
         estimate=estimate,
         estimate_error=estimate_error,
         checked_against=checked_against,
+        lora_rank=rank,
     )
+
+
+async def fetch_adapters(
+    cache: ModelCache, spec: ModelSpec
+) -> tuple[dict[str, Path], list[SpecProblem]]:
+    """The folders of a spec's adapters, fetched first if need be, and what is wrong with others.
+
+    One that can't be had for now is a problem only where its rank must be known.
+    """
+    folders: dict[str, Path] = {}
+    problems: list[SpecProblem] = []
+
+    async def fetch(name: str, source: str) -> None:
+        try:
+            folders[name] = await asyncio.wait_for(cache.ensure(source), ADAPTER_FETCH_S)
+            return
+        except TimeoutError:
+            passes, words = True, f"is still being fetched after {ADAPTER_FETCH_S:g} s"
+        except CacheError as error:
+            passes, words = error.kind in PASSING, str(error)
+        except ValueError as error:
+            passes, words = False, str(error)
+        if not passes or lora.declared_rank(spec) is None:
+            fix = "try again later, or declare engine_args.max_lora_rank" if passes else None
+            problem = SpecProblem(field=f"adapters.{name}", value=source, message=words, fix=fix)
+            problems.append(problem)
+
+    await asyncio.gather(*(fetch(name, source) for name, source in spec.adapters.items()))
+    return folders, problems
 
 
 def _tail(path: Path, lines: int) -> tuple[bytes, int]:

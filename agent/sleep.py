@@ -65,7 +65,18 @@ class Controls:
         """As `post`."""
         return await self._call("GET", path, None, timeout_s)
 
+    async def tell(self, path: str, body: object) -> None:
+        """A `post` whose answer is not JSON, or does not matter. Raises EngineError."""
+        await self._send("POST", path, body, _ASK_S)
+
     async def _call(self, method: str, path: str, body: object, timeout_s: float) -> Any:
+        text = await self._send(method, path, body, timeout_s)
+        try:
+            return msgspec.json.decode(text) if text else None
+        except msgspec.DecodeError:
+            raise EngineError(f"{method} {path} answers no JSON: {text[:100]!r}") from None
+
+    async def _send(self, method: str, path: str, body: object, timeout_s: float) -> bytes:
         timeout = aiohttp.ClientTimeout(total=timeout_s)
         try:
             async with self._session.request(
@@ -77,10 +88,7 @@ class Controls:
         if reply.status != 200:
             shown = text[:300].decode(errors="replace")
             raise EngineError(f"{method} {path} answers {reply.status}: {shown}", reply.status)
-        try:
-            return msgspec.json.decode(text) if text else None
-        except msgspec.DecodeError:
-            raise EngineError(f"{method} {path} answers no JSON: {text[:100]!r}") from None
+        return text
 
 
 async def is_sleeping(controls: Controls) -> bool | None:

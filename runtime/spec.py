@@ -13,6 +13,7 @@ from typing import Any
 import msgspec
 import yaml
 
+from runtime.adapters import flat_name
 from runtime.models import parse_ref
 from runtime.prewarm import schedule_problems
 from runtime.schema import SchemaError, check
@@ -80,11 +81,11 @@ def name_clashes(specs: Iterable[ModelSpec]) -> list[SpecProblem]:
     owner: dict[str, str] = {}
     problems = []
     for spec in specs:
-        for name in spec.names():
+        for name in (*spec.names(), *spec.adapter_names()):
             if name in owner:
                 problems.append(
                     SpecProblem(
-                        field="aliases" if name != spec.name else "name",
+                        field=_names_field(spec, name),
                         value=name,
                         message=f"is already a name of model {owner[name]!r}",
                         fix="choose another",
@@ -92,6 +93,13 @@ def name_clashes(specs: Iterable[ModelSpec]) -> list[SpecProblem]:
                 )
             owner.setdefault(name, spec.name)
     return problems
+
+
+def _names_field(spec: ModelSpec, name: str) -> str:
+    """Where a spec says that it answers to `name`."""
+    if name == spec.name:
+        return "name"
+    return "aliases" if name in spec.aliases else "adapters"
 
 
 def json_schema(refs: str = "#/$defs/{name}") -> dict[str, Any]:
@@ -143,7 +151,7 @@ def _prefix(problem: SpecProblem, where: str) -> SpecProblem:
     return msgspec.structs.replace(problem, field=f"{where}.{problem.field}")
 
 
-def _source_problems(source: str) -> Iterable[SpecProblem]:
+def _source_problems(source: str, field: str = "source") -> Iterable[SpecProblem]:
     scheme, colon, rest = source.partition(":")
     message = fix = ""
     if source.startswith("~"):
@@ -164,7 +172,23 @@ def _source_problems(source: str) -> Iterable[SpecProblem]:
             text = str(error).removeprefix(f"{source!r} ")
             message, _, fix = text.partition("; ")
     if message:
-        yield SpecProblem(field="source", value=source, message=message, fix=fix)
+        yield SpecProblem(field=field, value=source, message=message, fix=fix)
+
+
+def _adapter_problems(spec: ModelSpec) -> Iterable[SpecProblem]:
+    for name, source in spec.adapters.items():
+        if not source:
+            yield SpecProblem(
+                field=f"adapters.{name}", value=source, message="names no source",
+                fix="write a local folder, hf:org/name[@revision] or s3://bucket/path",
+            )  # fmt: skip
+        yield from _source_problems(source, f"adapters.{name}")
+    for key, value in spec.engine_args.items() if spec.adapters else ():
+        if flat_name(key) == "enable_lora" and value is not True:
+            yield SpecProblem(
+                field=f"engine_args.{key}", value=value, message="but there are adapters",
+                fix="leave it out: Stoker sets it for a model that has adapters",
+            )  # fmt: skip
 
 
 def _scale_problems(spec: ModelSpec) -> Iterable[SpecProblem]:
@@ -198,6 +222,7 @@ def _semantic_problems(spec: ModelSpec) -> Iterable[SpecProblem]:
             fix=f"raise it to at least {spec.min_replicas}, or lower min_replicas",
         )  # fmt: skip
     yield from _source_problems(spec.source)
+    yield from _adapter_problems(spec)
     if (spec.device_memory_bytes or 0) > MAX_MEMORY_BYTES:
         yield SpecProblem(
             field="device_memory_bytes", value=spec.device_memory_bytes, message="is too large",
@@ -205,7 +230,8 @@ def _semantic_problems(spec: ModelSpec) -> Iterable[SpecProblem]:
         )  # fmt: skip
     yield from schedule_problems(spec.prewarm)
     yield from _scale_problems(spec)
-    if len(set(spec.names())) != len(spec.names()):
+    names = (*spec.names(), *spec.adapter_names())
+    if len(set(names)) != len(names):
         yield SpecProblem(
             field="aliases",
             value=list(spec.aliases),
@@ -213,7 +239,7 @@ def _semantic_problems(spec: ModelSpec) -> Iterable[SpecProblem]:
             fix="drop the double",
         )
     for key in spec.engine_args:
-        flat = key.lstrip("-").replace("-", "_")
+        flat = flat_name(key)
         if flat in OWNED_ENGINE_ARGS:
             yield SpecProblem(
                 field=f"engine_args.{key}", value=spec.engine_args[key],

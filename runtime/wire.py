@@ -18,6 +18,8 @@ from msgspec import Meta, Struct
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,95}$"
 ALIAS_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._:/@-]{0,191}$"
 
+ADAPTER_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
+
 Bytes = Annotated[int, Meta(ge=0)]
 Name = Annotated[
     str,
@@ -31,6 +33,15 @@ Alias = Annotated[
     Meta(
         pattern=ALIAS_PATTERN,
         description="1 to 192 letters, digits or any of . _ : / @ -, the first a letter or digit",
+    ),
+]
+
+
+AdapterName = Annotated[
+    str,
+    Meta(
+        pattern=ADAPTER_PATTERN,
+        description="1 to 64 letters, digits, '.', '_' or '-', the first a letter or digit",
     ),
 ]
 
@@ -160,6 +171,13 @@ class ModelSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         Meta(description="vllm, or stub: a labelled stand-in with modelled timings"),
     ] = "vllm"
     aliases: Annotated[tuple[Alias, ...], Meta(description="other names that mean this model")] = ()
+    adapters: Annotated[
+        dict[AdapterName, str],
+        Meta(
+            description="LoRA adapters by name, each with its source (as the model's own): `sql` of"
+            " model `m` is called as `m:sql`"
+        ),
+    ] = {}
     engine_args: Annotated[
         dict[str, Any],
         Meta(description="passed to the engine: `max_model_len: 4096` is --max-model-len 4096"),
@@ -240,10 +258,15 @@ class ModelSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         """The name and every alias."""
         return (self.name, *self.aliases)
 
+    def adapter_names(self) -> tuple[str, ...]:
+        """What callers name each adapter by: `name:adapter`."""
+        return tuple(f"{self.name}:{adapter}" for adapter in self.adapters)
+
     def launch_key(self) -> str:
         """Twelve hex digits that change when a running replica no longer matches this spec.
 
-        Only what the engine process is started with counts: changing `idle_s` restarts nothing.
+        Only what the engine process is started with counts: changing `idle_s` restarts nothing, nor
+        does another adapter, as long as the engine's own arguments have room for its rank.
         """
         launch = (
             self.name,
@@ -378,6 +401,8 @@ class Heartbeat(Struct, frozen=True, kw_only=True):
 
 class HeartbeatReply(Struct, frozen=True, kw_only=True):
     term: int  # the leader's epoch, so that an agent can fence an older one
+    # Of models that have replicas on this node: adapter -> source, all that each has now.
+    adapters: dict[str, dict[str, str]] = {}
 
 
 # ------------------------------------------------------------------------------ scheduler -> agent
@@ -480,6 +505,7 @@ class MemoryEstimate(Struct, frozen=True, kw_only=True):
     overhead_bytes: int
     total_bytes: int
     explanation: str
+    adapters_bytes: int = 0  # LoRA slots
 
 
 class Inspection(Struct, frozen=True, kw_only=True):
@@ -489,6 +515,7 @@ class Inspection(Struct, frozen=True, kw_only=True):
     estimate: MemoryEstimate | None = None
     estimate_error: str | None = None
     checked_against: str | None = None  # e.g. "vllm 0.32.0 argument parser"
+    lora_rank: int = 0  # the highest of its adapters; 0: none was read
 
 
 # ------------------------------------------------------------------------------ versions of a model
@@ -628,6 +655,7 @@ class ModelRoute(Struct, frozen=True, kw_only=True):
 
     name: str
     aliases: tuple[str, ...] = ()
+    adapters: tuple[str, ...] = ()  # names of its LoRA adapters, "name:adapter": routed alike
     warmth: Warmth = "cold"
     endpoints: tuple[Endpoint, ...] = ()
     hold_s: float = 300.0

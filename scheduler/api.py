@@ -55,6 +55,7 @@ from scheduler.plan import questions, what_if
 from scheduler.route_api import RouteApi
 from scheduler.routes import ADMIN
 from scheduler.state import Model, Node, Replica
+from scheduler.table import adapters_on
 
 log = logging.getLogger("scheduler")
 
@@ -160,7 +161,10 @@ class Api:
         heartbeat = decode_body(await request.read(), Heartbeat)
         await self.driver.hear_epoch(heartbeat.epoch)
         self.driver.apply(m.HeartbeatSeen(now=self.driver.now(), heartbeat=heartbeat))
-        return reply(HeartbeatReply(term=self.core.state.term))
+        state = self.core.state
+        return reply(
+            HeartbeatReply(term=state.term, adapters=adapters_on(state, heartbeat.node_id))
+        )
 
     async def demand(self, request: web.Request) -> web.Response:
         report = decode_body(await request.read(), DemandReport)
@@ -221,8 +225,10 @@ class Api:
         found = await inspect_spec(self.driver, spec)
         if found.problems:
             raise ApiError(422, "\n".join(map(str, found.problems)), problems=found.problems)
-        created = spec.name not in self.core.state.models
-        await self.driver.store_model(m.StoredModel(spec=spec, estimate=found.estimate))
+        before = self.core.state.models.get(spec.name)
+        created = before is None
+        stored = m.StoredModel(spec=spec, estimate=found.estimate, lora_rank=found.lora_rank)
+        await self.driver.store_model(stored.after(before.stored if before else None))
         await self.driver.routers_follow()
         view = snapshot.model(self.core, self.core.state.models[spec.name], self.driver.now())
         saved = v.Saved(
@@ -420,7 +426,8 @@ class Api:
         found = await inspect_spec(self.driver, spec)
         if found.problems:
             raise ApiError(422, "\n".join(map(str, found.problems)), problems=found.problems)
-        return m.StoredModel(spec=spec, estimate=found.estimate).effective()
+        stored = m.StoredModel(spec=spec, estimate=found.estimate, lora_rank=found.lora_rank)
+        return stored.effective()
 
     def _node(self, request: web.Request) -> Node:
         node_id = request.match_info["id"]

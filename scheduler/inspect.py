@@ -21,6 +21,7 @@ class Findings:
     estimate: MemoryEstimate | None = None
     checked_against: str | None = None
     notes: tuple[str, ...] = ()
+    lora_rank: int = 0
 
 
 async def inspect_spec(driver: Driver, spec: ModelSpec) -> Findings:
@@ -51,7 +52,7 @@ async def inspect_spec(driver: Driver, spec: ModelSpec) -> Findings:
         return Findings(problems=(problem,), notes=tuple(notes))
     if best.estimate_error and spec.engine != "stub":  # the stub has nothing to be estimated by
         notes.append(f"its memory could not be estimated: {best.estimate_error}")
-    return Findings((), best.estimate, best.checked_against, tuple(notes))
+    return Findings((), best.estimate, best.checked_against, tuple(notes), best.lora_rank)
 
 
 async def _ask(driver: Driver, address: str | None, spec: ModelSpec) -> Inspection:

@@ -7,7 +7,9 @@ Rules this file keeps: an event carries `now` (seconds of one monotonic clock); 
 from __future__ import annotations
 
 from msgspec import Struct
+from msgspec.structs import replace
 
+from runtime.adapters import with_lora_args
 from runtime.footprints import Footprint
 from runtime.wire import (
     AgentCommand,
@@ -27,13 +29,21 @@ class StoredModel(Struct, frozen=True, kw_only=True):
 
     spec: ModelSpec
     estimate: MemoryEstimate | None = None
+    lora_rank: int = 0  # the highest that its adapters had since it has any
+
+    def after(self, before: StoredModel | None) -> StoredModel:
+        """In place of `before`: an adapter that goes leaves its engines' room for its rank."""
+        if before is None or not (self.spec.adapters and before.spec.adapters):
+            return self
+        return replace(self, lora_rank=max(self.lora_rank, before.lora_rank))
 
     def effective(self) -> ModelSpec:
-        """The spec with the estimate filled in where no size was declared."""
-        if self.spec.device_memory_bytes is not None or self.estimate is None:
-            return self.spec
-        fields = {name: getattr(self.spec, name) for name in self.spec.__struct_fields__}
-        return ModelSpec(**{**fields, "device_memory_bytes": self.estimate.total_bytes})
+        """The spec with the estimate filled in where no size was declared, and what its engine
+        needs for adapters."""
+        spec = with_lora_args(self.spec, self.lora_rank)
+        if spec.device_memory_bytes is not None or self.estimate is None:
+            return spec
+        return replace(spec, device_memory_bytes=self.estimate.total_bytes)
 
 
 # ------------------------------------------------------------------------------------- events

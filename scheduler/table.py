@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from runtime.wire import CacheRule, Endpoint, ModelRoute, Warmth
 from scheduler.ladder import START_RUNGS, step_name
-from scheduler.state import Model, Stage
+from scheduler.state import ClusterState, Model, Stage
 
 
 def model_route(model: Model, now: float) -> ModelRoute:
@@ -26,7 +26,8 @@ def model_route(model: Model, now: float) -> ModelRoute:
     )
     why, retry_after_s = (None, None) if endpoints else refusal(model, now)
     return ModelRoute(
-        name=spec.name, aliases=spec.aliases, warmth=warmth(model, now),
+        name=spec.name, aliases=spec.aliases, adapters=spec.adapter_names(),
+        warmth=warmth(model, now),
         endpoints=endpoints, target_concurrency=spec.target_concurrency,
         hold_s=spec.hold_s, max_queue=spec.max_queue,
         refusal=why, retry_after_s=retry_after_s,
@@ -40,8 +41,21 @@ def _cache_rule(model: Model) -> CacheRule | None:
     caching = model.spec.response_cache
     if caching is None:
         return None
-    revision = f"{model.spec.name} {model.launch_key}"
+    adapters = sorted(model.spec.adapters.items())  # they come and go without a restart
+    revision = f"{model.spec.name} {model.launch_key} {adapters}"
     return CacheRule(ttl_s=caching.ttl_s, shared=caching.shared, revision=revision)
+
+
+def adapters_on(state: ClusterState, node_id: str) -> dict[str, dict[str, str]]:
+    """What a node's agent must know of LoRA adapters: for `HeartbeatReply.adapters`."""
+    found = {}
+    node = state.nodes.get(node_id)
+    for replica in node.replicas.values() if node else ():
+        model = state.models.get(replica.model)
+        # One that was started with adapters, or may have been, is told that it has none any more.
+        if model and (model.spec.adapters or replica.spec is None or replica.spec.adapters):
+            found[model.name] = model.spec.adapters
+    return found
 
 
 def _eta_s(model: Model, now: float) -> float | None:

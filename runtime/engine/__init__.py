@@ -65,6 +65,7 @@ class LaunchContext(Struct, frozen=True, kw_only=True):
     python: str  # the interpreter vLLM is installed in
     cache_dir: str  # node-local and kept: compile caches live below it
     load_format: str | None = None  # of the weights; None: the engine's own, or the spec's
+    adapter_index: str = ""  # the file of `adapter_index`, of a model that may have adapters
 
 
 class AsleepModel(Struct, frozen=True, kw_only=True):

@@ -24,6 +24,8 @@ import uvloop
 from aiohttp import web
 
 from runtime.engine import guard
+from runtime.engine.adapter_index import Index, from_environment
+from runtime.engine.stub_adapters import StubAdapters
 from runtime.engine.stub_api import Api, error_response
 from runtime.engine.stub_engine import StubArgs
 from runtime.engine.stub_sleep import StubSleep
@@ -43,11 +45,15 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 class Stub:
     """One stub server's state."""
 
-    def __init__(self, names: tuple[str, ...], args: StubArgs, keys: guard.Keys) -> None:
+    def __init__(
+        self, names: tuple[str, ...], args: StubArgs, keys: guard.Keys, index: Index | None = None
+    ) -> None:
+        """`index`: of the adapters, where it takes any."""
         self._args = args
         self._keys = keys
         self._activity = guard.Activity()
-        self._api = Api(names, args)
+        adapters = StubAdapters(index if args.enable_lora else None)
+        self._api = Api(names, args, adapters)
         self._sleep = StubSleep(args, self._api)
         self._ready = False
         self._begun = 0
@@ -160,7 +166,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         args = msgspec.json.decode(options.args, type=StubArgs)
     except msgspec.DecodeError as error:
         parser.error(f"argument --args: {error}")
-    stub = Stub(tuple(options.names), args, guard.keys_from(os.environ))
+    index = from_environment(os.environ)
+    stub = Stub(tuple(options.names), args, guard.keys_from(os.environ), index)
     web.run_app(
         stub.app(),
         host=options.host,

@@ -19,7 +19,9 @@ import msgspec
 from aiohttp import web
 from msgspec import Meta, Struct
 
+from runtime.engine.adapter_index import RETRY_AFTER_S, NotYet
 from runtime.engine.guard import Activity
+from runtime.engine.stub_adapters import StubAdapters
 from runtime.engine.stub_engine import StubArgs
 
 FINGERPRINT = "stoker-stub"
@@ -68,6 +70,10 @@ class EmbeddingRequest(Struct, kw_only=True):
     encoding_format: str = "float"
 
 
+class UnloadRequest(Struct, kw_only=True):
+    lora_name: str
+
+
 class TokenizeRequest(Struct, kw_only=True):
     model: str | None = None
     prompt: str | None = None
@@ -83,6 +89,7 @@ class Answer(Struct, frozen=True, kw_only=True):
     created: int
     words: tuple[str, ...]
     prompt_tokens: int
+    fingerprint: str = FINGERPRINT
 
     def usage(self) -> dict[str, int]:
         count = len(self.words)
@@ -99,7 +106,7 @@ class Answer(Struct, frozen=True, kw_only=True):
             "object": f"{kind}.chunk" if self.chat and chunk else kind,
             "created": self.created,
             "model": self.model,
-            "system_fingerprint": FINGERPRINT,
+            "system_fingerprint": self.fingerprint,
             "choices": choices,
         }
 
@@ -121,8 +128,9 @@ class Answer(Struct, frozen=True, kw_only=True):
 class Api:
     """The routes, and what they have counted."""
 
-    def __init__(self, names: tuple[str, ...], args: StubArgs) -> None:
+    def __init__(self, names: tuple[str, ...], args: StubArgs, adapters: StubAdapters) -> None:
         self._names = names
+        self._adapters = adapters
         self._args = args
         self._started = int(time.time())
         self._ids = itertools.count()
@@ -137,6 +145,7 @@ class Api:
             web.post("/v1/completions", _checked(CompletionRequest, self._completion)),
             web.post("/v1/embeddings", _checked(EmbeddingRequest, self._embeddings)),
             web.post("/tokenize", _checked(TokenizeRequest, self._tokenize)),
+            web.post("/v1/unload_lora_adapter", _checked(UnloadRequest, self._unload)),
         ]
 
     def metrics(self, activity: Activity, sleep_level: int) -> str:
@@ -168,7 +177,11 @@ class Api:
             }
             for name in self._names
         ]
-        return _json({"object": "list", "data": cards})
+        adapters = [
+            {"id": name, "object": "model", "root": path, "parent": self._names[0]}
+            for name, path in self._adapters.loaded.items()
+        ]
+        return _json({"object": "list", "data": [*cards, *adapters]})
 
     async def _chat(self, request: web.Request, body: ChatRequest) -> web.StreamResponse:
         limit = body.max_completion_tokens or body.max_tokens
@@ -194,7 +207,7 @@ class Api:
         spoken: str,
         prompt_tokens: int,
     ) -> web.StreamResponse:
-        if refusal := self._unknown_model(body.model):
+        if refusal := await self._unknown_model(body.model):
             return refusal
         words = ["!"] if self.gibberish else spoken.split() or ["stub"]
         chosen = itertools.islice(itertools.cycle(words), limit or self._args.max_tokens)
@@ -205,6 +218,7 @@ class Api:
             created=int(time.time()),
             words=tuple(word if i == 0 else f" {word}" for i, word in enumerate(chosen)),
             prompt_tokens=prompt_tokens,
+            fingerprint=FINGERPRINT if body.model in self._names else f"{FINGERPRINT}+{body.model}",
         )
         self._prompt_tokens += prompt_tokens
         if body.stream:
@@ -242,7 +256,7 @@ class Api:
         return response
 
     async def _embeddings(self, request: web.Request, body: EmbeddingRequest) -> web.StreamResponse:
-        if refusal := self._unknown_model(body.model):
+        if refusal := await self._unknown_model(body.model):
             return refusal
         one = isinstance(body.input, str) or (body.input and isinstance(body.input[0], int))
         inputs = [body.input] if one else list(body.input)
@@ -261,9 +275,22 @@ class Api:
         ids = [zlib.crc32(word.encode()) % 50_000 for word in text.split()]
         return _json({"count": len(ids), "max_model_len": MAX_MODEL_LEN, "tokens": ids})
 
-    def _unknown_model(self, model: str) -> web.Response | None:
+    async def _unload(self, request: web.Request, body: UnloadRequest) -> web.StreamResponse:
+        name = body.lora_name
+        if not self._adapters.unload(name):
+            return error_response(404, f"The lora adapter '{name}' cannot be found.")
+        return web.Response(text=f"Success: LoRA adapter '{name}' removed successfully.")
+
+    async def _unknown_model(self, model: str) -> web.Response | None:
         if model in self._names:
             return None
+        try:
+            if await self._adapters.load(model):
+                return None
+        except NotYet as error:
+            late = error_response(503, str(error), "ServiceUnavailableError")
+            late.headers["Retry-After"] = str(RETRY_AFTER_S)
+            return late
         return error_response(404, f"The model `{model}` does not exist.", "NotFoundError", "model")
 
 

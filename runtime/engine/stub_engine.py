@@ -10,7 +10,15 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta, Struct
 
-from runtime.engine import AsleepModel, Launch, LaunchContext, Preload, exits, guard
+from runtime.engine import (
+    AsleepModel,
+    Launch,
+    LaunchContext,
+    Preload,
+    adapter_index,
+    exits,
+    guard,
+)
 from runtime.wire import DeviceKind, ModelSpec, SpecProblem
 
 Seconds = Annotated[float, Meta(ge=0, description="seconds, 0 or more")]
@@ -32,6 +40,10 @@ class StubArgs(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     rungs: tuple[Literal[1, 2], ...] = (1, 2)  # the sleep levels it has
     residue_bytes: Bytes = 0  # modelled: held on each device while asleep
     host_bytes: Bytes = 0  # modelled: host memory of the weights, asleep at level 1
+    # As vLLM's; every adapter that was asked for stays loaded, since none takes memory.
+    enable_lora: bool = False
+    max_loras: Count = 1
+    max_lora_rank: Count = 16
     # Answer nonsense after every wake, not only after one in the wrong order.
     wake_gibberish: bool = False
     # Instead of becoming ready, end as vLLM does when that happens.
@@ -60,6 +72,8 @@ class StubEngine:
             guard.CONTROL_KEY_ENV: ctx.control_key,
             "PYTHONPATH": str(Path(__file__).parents[2]),
         }
+        if ctx.adapter_index:
+            env |= adapter_index.environment(ctx.adapter_index, args.max_lora_rank)
         return Launch(argv=argv, env=env, health_path="/health")
 
     def preload(self, python: str, cache_dir: str, kind: DeviceKind) -> Preload | None:

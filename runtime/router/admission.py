@@ -121,7 +121,7 @@ class Admission:
     def __init__(self, max_in_flight: int | None = None) -> None:
         self._max_in_flight = max_in_flight or sys.maxsize
         self.table: RouteTable | None = None
-        self._route: dict[str, ModelRoute] = {}  # by name and by alias
+        self._route: dict[str, ModelRoute] = {}  # by name, alias and adapter
         self._models: dict[str, _Model] = {}
         self._requests: dict[str, _Request] = {}
         self._loads: dict[str, _Load] = {}  # by replica id
@@ -137,7 +137,9 @@ class Admission:
     def routes(self, table: RouteTable, now: float) -> list[Forward | Refused]:
         """Route by `table` from now on; what no longer has to wait is returned, oldest first."""
         self.table, before = table, self._route
-        self._route = {alias: route for route in table.models for alias in route.aliases}
+        self._route = {
+            name: route for route in table.models for name in (*route.aliases, *route.adapters)
+        }
         self._route |= {route.name: route for route in table.models}
         listed = {e.replica_id for route in table.models for e in route.endpoints}
         self._breaker.keep_only(listed)

@@ -175,19 +175,21 @@ class Api:
     async def _models(self, request: web.Request) -> web.Response:
         models = self._table().models
         routes = self._proxy.gate.versions.listed(models)
-        return _listing(r for r in (*models, *routes) if _sees(request, r))
+        return _listing(request, (*models, *routes))
 
     async def _model(self, request: web.Request) -> web.Response:
-        return _json(_shown(self._visible(request, request.match_info["model"])))
+        name = request.match_info["model"]
+        return _json(_card(self._visible(request, name), name))
 
     async def _own_models(self, request: web.Request) -> web.Response:
-        return _listing((self._visible(request, request.match_info["model"]),))
+        return _listing(request, (self._visible(request, request.match_info["model"]),))
 
     async def _own_model(self, request: web.Request) -> web.Response:
         own = self._visible(request, request.match_info["model"])
-        if self._route(request.match_info["name"]).name != own.name:
+        name = request.match_info["name"]
+        if self._route(name).name != own.name:
             raise ApiError(404, "model_not_found", f"only model {own.name!r} is served here")
-        return _json(_shown(own))
+        return _json(_card(own, name))
 
     def _visible(self, request: web.Request, model: str) -> ModelRoute:
         """A model that the caller's key reaches. Raises ApiError (403, 404)."""
@@ -217,7 +219,7 @@ class Api:
         for route in routes:
             if model in (route.name, *route.aliases):
                 return route
-        known = (n for r in (*table.models, *routes) for n in (r.name, *r.aliases))
+        known = (n for r in (*table.models, *routes) for n in (r.name, *r.aliases, *r.adapters))
         message = unknown_model(model, known)
         raise ApiError(404, "model_not_found", message, param="model")
 
@@ -339,11 +341,25 @@ def _shown(route: ModelRoute) -> dict[str, Any]:
 
 
 def _sees(request: web.Request, route: ModelRoute) -> bool:
-    return sees(request[CALLER], (route.name, *route.aliases))
+    return sees(request[CALLER], (route.name, *route.aliases, *route.adapters))
 
 
-def _listing(routes: Iterable[ModelRoute]) -> web.Response:
-    return _json({"object": "list", "data": [_shown(route) for route in routes]})
+def _card(route: ModelRoute, name: str) -> dict[str, Any]:
+    """What is shown of `name`, which may be one of its adapters."""
+    shown = _shown(route)
+    if name in route.adapters:
+        shown |= {"id": name, "aliases": (), "parent": route.name}
+    return shown
+
+
+def _listing(request: web.Request, routes: Iterable[ModelRoute]) -> web.Response:
+    """All that the caller may call; adapters too."""
+    caller, cards = request[CALLER], []
+    for route in routes:
+        own = (route.name, *route.aliases)
+        cards += [_shown(route)] if sees(caller, own) else []
+        cards += [_card(route, n) for n in route.adapters if sees(caller, (n, *own))]
+    return _json({"object": "list", "data": cards})
 
 
 def _json(value: Any) -> web.Response:

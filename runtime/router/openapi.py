@@ -238,5 +238,6 @@ def _model_schema() -> _Json:
             "owned_by": {"type": "string"},
             "warmth": {"type": "string"},
             "aliases": {"type": "array", "items": {"type": "string"}},
+            "parent": {"type": "string"},  # of an adapter: its base
         },
     }

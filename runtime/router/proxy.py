@@ -21,7 +21,7 @@ import msgspec
 
 from runtime.engine.guard import CLOSED, CLOSED_HEADER
 from runtime.router.access_log import AccessLog
-from runtime.router.admission import Decision, Forward, Held, Refused
+from runtime.router.admission import RETRY_AFTER_S, Decision, Forward, Held, Refused
 from runtime.router.call import ANONYMOUS, Call, Caller
 from runtime.router.client import Client
 from runtime.router.errors import ApiError, sse_error
@@ -161,9 +161,8 @@ class Proxy:
         wait_s = None
         if route is not None:
             if len(route.endpoints) > 1 and route.affinity == "prefix":
-                keys = keys_of(
-                    call.path, call.headers, call.body, call.head, route.name, caller.tenant
-                )
+                name = call.model if call.model in route.adapters else route.name
+                keys = keys_of(call.path, call.headers, call.body, call.head, name, caller.tenant)
             if not route.endpoints or self.gate.waiting(route.name):
                 wait_s = patience_s(call.headers, call.streams)
         return Wish(caller.tenant, caller.priority, tokens, keys, wait_s, caller.weight)
@@ -358,6 +357,8 @@ class _Exchange:
                 raise UpstreamError("the replica refused this router's key", delivered=True)
             if reply.status == 503 and _is_closed(reply.headers):
                 raise UpstreamError(CLOSED, delivered=False)  # held until it wakes, or elsewhere
+            if reply.status == 404 and (late := self._adapter_late(forward)):
+                return await self._refuse(late)
             reply.meter = outcome.meter = meter = Meter() if self._asked is None else Recorder()
             first = await reply.read()
             outcome.ttft_s = self._loop.time() - self._began_at
@@ -393,6 +394,17 @@ class _Exchange:
         content_type = headers.get(b"content-type", b"application/json")
         kept = Kept(content_type, body, self._loop.time(), rule.ttl_s)
         self._proxy.cache.keep(asked, kept)
+
+    def _adapter_late(self, forward: Forward) -> Refused | None:
+        """Why a replica does not know an adapter that the table lists: it was started without."""
+        model = self._call.model
+        route = self._proxy.gate.find(model)
+        if route is None or model not in route.adapters:
+            return None
+        message = f"no replica of {route.name!r} takes adapters yet: one that does will replace it"
+        return Refused(
+            forward.request_id, 503, "adapter_not_ready", message, RETRY_AFTER_S, "model"
+        )
 
 
 def _is_closed(headers: Headers) -> bool:

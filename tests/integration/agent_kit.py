@@ -112,6 +112,7 @@ class FakeScheduler:
         self.heartbeats: list[Heartbeat] = []
         self.term = 1
         self.refusing = False
+        self.adapters: dict[str, dict[str, str]] = {}  # model -> adapter -> source
         self.url = ""
         app = web.Application()
         app.add_routes([web.post("/internal/heartbeat", self._heartbeat)])
@@ -123,7 +124,7 @@ class FakeScheduler:
         if self.refusing:
             return web.json_response({"error": {"message": "not the leader"}}, status=503)
         self.heartbeats.append(heartbeat)
-        reply = HeartbeatReply(term=self.term)
+        reply = HeartbeatReply(term=self.term, adapters=self.adapters)
         return web.Response(body=wire.encode(reply), content_type="application/json")
 
     async def open(self) -> None:

@@ -96,6 +96,19 @@ async def test_chat_completions_embeddings(stack: Stack, client: AsyncOpenAI) ->
     assert all("sk-client" not in str(received.headers) for received in engine.received)
 
 
+async def test_a_replica_that_does_not_know_an_adapter_yet_is_no_404(stack: Stack) -> None:
+    """It was started before its model had adapters: the table is ahead of it."""
+    engine = await stack.engine(kit.unary(b'{"error":{}}', "404 Not Found"))
+    await stack.serve("m", engine, adapters=("m:sql",))
+    async with httpx.AsyncClient(base_url=stack.url) as http:
+        late = await http.post("/v1/completions", json={"model": "m:sql", "prompt": "a"})
+        lost = await http.post("/v1/completions", json={"model": "m", "prompt": "a"})
+    assert (late.status_code, late.headers["Retry-After"]) == (503, "5")
+    assert late.json()["error"]["code"] == "adapter_not_ready"
+    assert lost.status_code == 404, "the engine's own answers are not touched"
+    assert len(engine.received) == 2
+
+
 async def test_streaming_chat(stack: Stack, client: AsyncOpenAI) -> None:
     await stack.serve("m", await stack.engine(engine_like))
     stream = await client.chat.completions.create(model="m", messages=MESSAGES, stream=True)

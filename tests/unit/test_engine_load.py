@@ -6,6 +6,7 @@ import pytest
 
 from agent.engine_load import EngineLoad, read_load
 from runtime.engine.guard import Activity
+from runtime.engine.stub_adapters import StubAdapters
 from runtime.engine.stub_api import Api
 from runtime.engine.stub_engine import StubArgs
 
@@ -43,7 +44,7 @@ def test_the_stub_fills_its_modelled_cache():
     activity = Activity()
     for _ in range(5):
         activity.begin()
-    api = Api(("m",), StubArgs(kv_requests=4))
+    api = Api(("m",), StubArgs(kv_requests=4), StubAdapters(None))
     assert read_load(api.metrics(activity, 0)) == EngineLoad(kv_cache_usage=1.0, waiting=1)
-    api = Api(("m",), StubArgs(kv_requests=10))
+    api = Api(("m",), StubArgs(kv_requests=10), StubAdapters(None))
     assert read_load(api.metrics(activity, 0)) == EngineLoad(kv_cache_usage=0.5, waiting=0)

@@ -25,7 +25,7 @@ PURE = (
     "scheduler/warm.py", "scheduler/prewarms.py", "scheduler/plan.py", "scheduler/scaling.py",
     "scheduler/windows.py", "scheduler/forecast.py",
     "scheduler/warming.py",
-    "runtime/footprints.py",
+    "runtime/footprints.py", "runtime/adapters.py",
     "agent/core.py", "agent/messages.py", "agent/replica.py", "agent/transitions.py",
     "agent/canary.py", "agent/phases.py", "agent/cache_policy.py",
     "agent/staging_policy.py", "agent/host_ram.py", "agent/load_format.py",

@@ -1,0 +1,68 @@
+"""The files of a checkpoint: which hold its weights, and what their headers say.
+
+Rules this file keeps: only headers are read; what is no safetensors file is named, with the reason.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from pathlib import Path
+
+from msgspec import Struct
+
+_MAX_HEADER_BYTES = 100 * 2**20  # safetensors' own limit
+
+
+class Tensor(Struct, frozen=True):
+    """One tensor as its file declares it."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    size_bytes: int
+
+
+def shards(folder: Path) -> list[Path]:
+    """The files that make up the model; an index decides, since some repositories hold it twice."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (ValueError, KeyError, AttributeError):
+            raise ValueError(f"{index} is not a safetensors index") from None
+        return [folder / name for name in sorted(names)]
+    files = sorted(folder.glob("*.safetensors"))
+    return [f for f in files if not f.name.startswith("consolidated")] or files
+
+
+def read_header(file: Path) -> list[Tensor]:
+    """The tensors of a safetensors file. Raises ValueError for a file that is none, or cut off."""
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as stream:
+            (length,) = struct.unpack("<Q", stream.read(8))
+            if length > min(size, _MAX_HEADER_BYTES):
+                raise ValueError(f"it declares a header of {length} bytes")
+            header = json.loads(stream.read(length))
+        header.pop("__metadata__", None)
+        due = max((about["data_offsets"][1] for about in header.values()), default=0)
+        tensors = [_tensor(name, about) for name, about in header.items()]
+    except FileNotFoundError:
+        raise ValueError(f"{file} is missing") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
+        raise ValueError(f"{file} is not a safetensors file: {error!r}") from None
+    if due > size - 8 - length:
+        left = size - 8 - length
+        raise ValueError(f"{file} is cut off: {left} bytes of tensors where {due} are due")
+    return tensors
+
+
+def _tensor(name: str, about: dict[str, list[int]]) -> Tensor:
+    begin, end = about["data_offsets"]
+    return Tensor(name, str(about["dtype"]), tuple(about["shape"]), end - begin)
+
+
+def shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """The shape of every tensor of a model; empty without safetensors. Raises ValueError."""
+    return {t.name: t.shape for file in shards(folder) for t in read_header(file)}
