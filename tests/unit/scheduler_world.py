@@ -52,6 +52,7 @@ class FakeReplica:
     used_at: float | None = None
     sleep_level: int = 0
     wake_s: float | None = None
+    engine_waiting: int | None = None
 
 
 @dataclass
@@ -161,6 +162,7 @@ class FakeNode:
                     rungs=self.rungs, sleep_level=r.sleep_level, wake_s=r.wake_s,
                     residue_bytes=self.residue if r.phase == "asleep" else 0,
                     disabled=self.disabled.get(r.start.spec.name, {}),
+                    engine_waiting=r.engine_waiting,
                 )
                 for replica_id, r in self.replicas.items()
             ),
@@ -179,6 +181,7 @@ class World:
         self.table = None
         self.waiting: dict[str, int] = {}
         self.flying: dict[str, int] = {}  # replica_id -> requests
+        self.background: set[str] = set()  # models whose requests are all in no hurry
         self.router_seq = 0
         self.router_acks = True
         self.decided: list[m.Decided] = []
@@ -290,6 +293,8 @@ class World:
                         ModelDemand(
                             model=n, waiting=self.waiting.get(n, 0), in_flight=flying.get(n, 0),
                             idle_for_s=0.0, oldest_wait_s=self.wait_s.get(n, 0.0),
+                            background=(n in self.background)
+                            * (self.waiting.get(n, 0) + flying.get(n, 0)),
                         )
                         for n in sorted(names)
                     ),
