@@ -34,10 +34,12 @@ _FORMS = {
 }
 _ERRORS = {
     "400": "the request is not understood; the field is named",
+    "401": "this router wants an API key, and got none or a wrong one",
+    "403": "the API key may not do this",
     "404": "there is no such model or path; close names are listed",
     "408": "the body did not arrive in time",
     "413": "the body is too large",
-    "429": "too many requests wait for this model; see Retry-After",
+    "429": "too many requests wait for this model, or the key's limit is reached; see Retry-After",
     "502": "the engine failed before it answered",
     "503": "the model cannot be served now; see Retry-After",
     "504": "the model was not ready, or the engine not done, in time",
@@ -73,9 +75,14 @@ def document(version: str) -> _Json:
             "license": {"name": "Apache-2.0", "identifier": "Apache-2.0"},
         },
         "servers": [{"url": "/"}],
+        "security": [{"key": []}, {"x-api-key": []}, {}],
         "paths": paths,
         "components": {
-            "schemas": {"Error": _error_schema(), "Model": _model_schema(), **jobs.schemas()}
+            "schemas": {"Error": _error_schema(), "Model": _model_schema(), **jobs.schemas()},
+            "securitySchemes": {
+                "key": {"type": "http", "scheme": "bearer"},
+                "x-api-key": {"type": "apiKey", "in": "header", "name": "X-Api-Key"},
+            },
         },
     }
 
@@ -154,14 +161,23 @@ def _reads() -> dict[str, _Json]:
     }
     one = {"$ref": "#/components/schemas/Model"}
     return {
-        "/v1/models": _read("models", "Every model", "application/json", models, "503"),
-        "/v1/models/{model}": _read("model", "One model", "application/json", one, "404", "503"),
+        "/v1/models": _read("models", "Every model", "application/json", models, "401", "503"),
+        "/v1/models/{model}": _read(
+            "model", "One model", "application/json", one, "401", "403", "404", "503"
+        ),
         "/models/{model}/v1/models": _read(
-            "own_models", "The model of this base URL", "application/json", models, "404", "503"
+            "own_models",
+            "The model of this base URL",
+            "application/json",
+            models,
+            "401",
+            "403",
+            "404",
+            "503",
         ),
         "/healthz": _read("healthz", "Whether the process is alive", "text/plain"),
         "/readyz": _readyz(),
-        "/metrics": _read("metrics", "Prometheus' exposition", "text/plain"),
+        "/metrics": _read("metrics", "Prometheus' exposition", "text/plain", None, "401"),
         "/openapi.json": _read("openapi", "This document", "application/json", {"type": "object"}),
         "/docs": _read("docs", "This document as a page", "text/html"),
     }
