@@ -25,7 +25,7 @@ class Caller:
     weight: float = 1.0
     accounts: tuple[Account, ...] = ()
     scopes: tuple[Scope, ...] = (ANY,)
-    known: dict[tuple[str, str], bool] = field(default_factory=dict)  # answers of `keys.may`
+    known: dict[tuple[str, ...], bool] = field(default_factory=dict)  # answers of `keys.may`
 
 
 ANONYMOUS = Caller()

@@ -189,13 +189,13 @@ def rate_headers(caller: Caller, now: float) -> list[tuple[bytes, bytes]]:
     return []
 
 
-def may(caller: Caller, names: Iterable[str], model: str, path: str) -> bool:
+def may(caller: Caller, names: tuple[str, ...], model: str, path: str) -> bool:
     """Whether the caller may call `path` (without query) for `model`, which goes by `names` too."""
-    known = caller.known.get((model, path))
+    known = caller.known.get((*names, model, path))
     if known is None:
         known = all(_allows(scope, (model, *names), path) for scope in caller.scopes)
         if len(caller.known) < _ANSWERS:
-            caller.known[model, path] = known
+            caller.known[*names, model, path] = known
     return known
 
 

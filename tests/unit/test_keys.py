@@ -131,6 +131,13 @@ def test_scopes_of_key_and_tenant_both_count() -> None:
     assert not sees(caller, ("qwen-8b",))
 
 
+def test_an_alias_that_is_new_is_not_what_it_was_when_nobody_had_it() -> None:
+    caller = keys(stored(scope=Scope(models=("llama-*",)))).identify(TOKEN, 0.0)
+    assert not may(caller, (), "fast", "/v1/completions")
+    assert may(caller, ("llama-8b",), "fast", "/v1/completions")
+    assert not may(caller, ("qwen",), "fast", "/v1/completions")
+
+
 def test_priority_and_weight_come_from_the_tenant_unless_the_key_says() -> None:
     tenant = Tenant(name="acme", priority="low", weight=3.0)
     ring = keys(stored(), stored(OTHER, priority="high"), tenants=(tenant,))
