@@ -150,7 +150,8 @@ class Adapters:
             self._fetch_missing()
             await asyncio.gather(*map(self._follow, list(self._models)))
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._poked.wait(), LOOK_S)
+                async with asyncio.timeout(LOOK_S):
+                    await self._poked.wait()
 
     def _fetch_missing(self) -> None:
         now = time.monotonic()

@@ -241,7 +241,8 @@ class ModelCache:
             if pull is None or left_s <= 0 or (offer and len(offer.files) > seen):
                 return offer
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(pull.changed(), left_s)
+                async with asyncio.timeout(left_s):
+                    await pull.changed()
 
     def _pulling(self, ref: ModelRef) -> Pull | None:
         found = self._pulls.get(ref.text)

@@ -77,9 +77,8 @@ class CompileShare:
         )
         self._starts[replica_id] = _Start(compiled, time.time())
         try:
-            found = await asyncio.wait_for(
-                asyncio.to_thread(self._store.fetch, compiled.key), _FETCH_S
-            )
+            async with asyncio.timeout(_FETCH_S):
+                found = await asyncio.to_thread(self._store.fetch, compiled.key)
         except (Unsafe, OSError, TimeoutError) as error:
             self._count("refused")
             words = str(error) or f"it took longer than {_FETCH_S:.0f} s"

@@ -93,7 +93,8 @@ class Held:
     async def returncode(self, timeout_s: float) -> int | None:
         """As of Popen, once it has ended; None if its parent died or says nothing."""
         try:
-            answer = await asyncio.wait_for(self._read(NUMBER.size), timeout_s)
+            async with asyncio.timeout(timeout_s):
+                answer = await self._read(NUMBER.size)
         except TimeoutError:
             return None
         return int(NUMBER.unpack(answer)[0]) if len(answer) == NUMBER.size else None
@@ -146,7 +147,8 @@ class Launcher:
         )
         held = _ask(sock, msgspec.json.encode(request), output)
         try:
-            await asyncio.wait_for(held.forked(), FORK_TIMEOUT_S)
+            async with asyncio.timeout(FORK_TIMEOUT_S):
+                await held.forked()
         except TimeoutError:
             held.drop()
             words = f"the launcher did not fork within {FORK_TIMEOUT_S:.0f} s"
@@ -250,7 +252,8 @@ class _Parent:
         if self._failed:
             raise CannotFork("died", f"the launcher could not be started; see {self._log}")
         try:
-            await asyncio.wait_for(self._changed.wait(), READY_TIMEOUT_S)
+            async with asyncio.timeout(READY_TIMEOUT_S):
+                await self._changed.wait()
         except TimeoutError:
             words = f"the launcher was not ready within {READY_TIMEOUT_S:.0f} s"
             raise CannotFork("not_ready", words) from None
@@ -336,7 +339,8 @@ class _Parent:
         loop = asyncio.get_running_loop()
         sock.setblocking(False)
         try:
-            data = await asyncio.wait_for(loop.sock_recv(sock, 65536), _IMPORT_TIMEOUT_S)
+            async with asyncio.timeout(_IMPORT_TIMEOUT_S):
+                data = await loop.sock_recv(sock, 65536)
         except (TimeoutError, OSError):
             data = b""
         self._failed = not data

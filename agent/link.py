@@ -74,7 +74,8 @@ class SchedulerLink:
             self._poked.clear()
             await self.send()
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._poked.wait(), self._interval_s)
+                async with asyncio.timeout(self._interval_s):
+                    await self._poked.wait()
 
     async def send(self) -> bool:
         """One heartbeat, to the leader we know or else to the one the registry names."""
@@ -121,7 +122,8 @@ class SchedulerLink:
 
     async def _find(self) -> str:
         try:
-            entry = await asyncio.wait_for(self._registry.get(self._leader_key), _LOOKUP_TIMEOUT_S)
+            async with asyncio.timeout(_LOOKUP_TIMEOUT_S):
+                entry = await self._registry.get(self._leader_key)
         except (RegistryError, TimeoutError) as error:
             raise _NotAccepted(f"the registry does not answer: {error}") from None
         if entry is None:

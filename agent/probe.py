@@ -97,7 +97,8 @@ class Prober:
             else:
                 return
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._poked.wait(), pause_s)
+                async with asyncio.timeout(pause_s):
+                    await self._poked.wait()
 
     async def _probe_start(self) -> None:
         if await is_healthy(self._session, self._target):

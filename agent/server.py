@@ -208,7 +208,8 @@ async def fetch_adapters(
 
     async def fetch(name: str, source: str) -> None:
         try:
-            folders[name] = await asyncio.wait_for(cache.ensure(source), ADAPTER_FETCH_S)
+            async with asyncio.timeout(ADAPTER_FETCH_S):
+                folders[name] = await cache.ensure(source)
             return
         except TimeoutError:
             passes, words = True, f"is still being fetched after {ADAPTER_FETCH_S:g} s"

@@ -135,7 +135,8 @@ class Stager:
             await self._let_go()
             self._dropped_rounds = self._dropped_rounds + 1 if dropped else 0
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._poked.wait(), pause_s(self._dropped_rounds))
+                async with asyncio.timeout(pause_s(self._dropped_rounds)):
+                    await self._poked.wait()
 
     async def _hold_one(self, source: str, limit_bytes: int) -> bool:
         """Whether the kernel had dropped some of what was all there before."""

@@ -102,7 +102,8 @@ class DeviceWatch:
         """Returns once the devices show no memory of those pids, or with a warning if they
         still do after a while."""
         try:
-            await asyncio.wait_for(self._until_free(replica_id), _FREE_S)
+            async with asyncio.timeout(_FREE_S):
+                await self._until_free(replica_id)
         except TimeoutError:
             used_bytes = self._replica_bytes.get(replica_id, 0)
             log.warning(

@@ -71,7 +71,8 @@ class PartProcess:
             # It died instead of ending. Its engines outlive it, and an agent ends them best.
             await self._spawn()
             with contextlib.suppress(Died, TimeoutError):
-                await asyncio.wait_for(self._wait_url(), _HURRY_S)
+                async with asyncio.timeout(_HURRY_S):
+                    await self._wait_url()
             await self._end_process(hurry)
 
     async def _end_process(self, hurry: asyncio.Event) -> None:

@@ -48,4 +48,5 @@ def _say_unregistered(attempt: int, service: Service) -> None:
 async def withdraw(registry: Registry, service: Service) -> None:
     """Leave the registry, if it answers."""
     with contextlib.suppress(RegistryError, TimeoutError):
-        await asyncio.wait_for(registry.deregister(service.service_id), FAREWELL_S)
+        async with asyncio.timeout(FAREWELL_S):
+            await registry.deregister(service.service_id)

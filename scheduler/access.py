@@ -193,7 +193,8 @@ class Access:
         """The table as soon as it is newer than `version`; None if it is not within `wait_s`."""
         if self._version <= version:
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._changed.wait(), wait_s)
+                async with asyncio.timeout(wait_s):
+                    await self._changed.wait()
         return self.table if self._version > version else None
 
     # ------------------------------------------------------------------------------- use

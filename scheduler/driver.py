@@ -150,7 +150,8 @@ class Driver:
         deadline = self.now() + wait_s
         while self.leads and (self.table is None or self.table.version <= version):
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._table_changed.wait(), deadline - self.now())
+                async with asyncio.timeout(deadline - self.now()):
+                    await self._table_changed.wait()
                 continue
             return None
         return self.table if self.leads else None
@@ -428,7 +429,8 @@ class Driver:
     async def _renew(self, lock: Lock, renewed_at: float) -> float:
         """When it was last renewed. A registry that is down for less than the ttl costs nothing."""
         try:
-            await asyncio.wait_for(lock.renew(), LEADER_TTL_S / 3)
+            async with asyncio.timeout(LEADER_TTL_S / 3):
+                await lock.renew()
         except (RegistryError, TimeoutError) as error:
             if self.now() - renewed_at > LEADER_TTL_S:
                 raise RegistryError(f"the leader lock could not be renewed: {error}") from error

@@ -107,6 +107,8 @@ def violations(path: str, source: str) -> list[str]:
             found.append(f"{path}: {part} may not import {module}")
         if ONE_IMPORTER.get(top, path) != path:
             found.append(f"{path}: only {ONE_IMPORTER[top]} may import {module}")
+    if "asyncio.wait_for(" in source:  # on Python 3.11 it can swallow a cancellation
+        found.append(f"{path}: asyncio.timeout ends what asyncio.wait_for may let run on")
     if path in PURE:
         for module in impure_imports(tree):
             if module.split(".")[0] in IMPURE_MODULES:
