@@ -5,7 +5,9 @@
 Every server is a process of its own, one worker each; phases alternate between the servers, and
 each figure is the median of its rounds. CPU is user + system of the proxy's whole process tree:
 the figure to trust where client, proxy and engine share few cores. LiteLLM gets the unary load
-only. Last comes the overload: an engine of known capacity, four times as many requests.
+only. Ours checks a key that is held to every limit, and counts; beside it run one that lets
+anybody in, and one that writes an access log too. Last comes the overload: an engine of known
+capacity, four times as many requests.
 """
 
 from __future__ import annotations
@@ -171,8 +173,11 @@ def start_all(stack: contextlib.ExitStack, folder: Path, quick: bool) -> list[Ta
         except Missing as reason:
             print(f"*** NO ROWS FOR {name}: {reason}", file=sys.stderr)
     naive = python_server("naive aiohttp", "naive_proxy.py", origin.port)
-    ours = python_server("ours", "our_router.py", origin.port, folder / "ours")
-    return [*targets, stack.enter_context(naive), stack.enter_context(ours)]
+    ours = [
+        python_server(name, "our_router.py", origin.port, folder / kind, kind)
+        for name, kind in (("ours, no keys", "open"), ("ours, access log", "log"), ("ours", "keys"))
+    ]
+    return [*targets, *map(stack.enter_context, (naive, *ours))]
 
 
 def main() -> None:

@@ -25,14 +25,16 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import psutil
 import uvloop
 
-from bench.lib.http_load import request
+from bench.lib.http_load import KEY, SCARCE_KEY, request
 from bench.lib.peers import python_server
 from bench.lib.report import Row, print_report
 
 CALLERS = 16
 PAUSE_S = 0.05
 TIMEOUT_S = 30.0
-PATH = b"POST /v1/chat/completions HTTP/1.1\r\nHost: soak\r\n"
+POST = b"POST /v1/chat/completions HTTP/1.1\r\nHost: soak\r\n"
+PATH = POST + b"Authorization: Bearer %b\r\n" % KEY.encode()
+BODY = b"Content-Length: 17\r\n\r\n" + b'{"model":"bench"}'
 RUBBISH = (
     b"\x16\x03\x01\x02\x00\x01\x00",
     b"GET / HTTP/9.9\r\n\r\n",
@@ -44,6 +46,9 @@ RUBBISH = (
     PATH + b"Content-Length: 9\r\n\r\nnot json!",
     PATH + b"Content-Length: 16\r\n\r\n" + b'{"model":"none"}',
     PATH + b"Content-Length: 13\r\n\r\n" + b'{"model":"be\xff',
+    POST + BODY,  # no key
+    POST + b"X-Api-Key: sk-stoker-nobodyknow-secret\r\n" + BODY,
+    POST + b"Authorization: Bearer %b\r\n" % (KEY[:-1].encode() + b"x") + BODY,
     PATH + b"Content-Type: multipart/form-data; boundary=b\r\nContent-Length: 5\r\n\r\n--b\r\n",
 )
 
@@ -113,6 +118,18 @@ class Day:
             async with asyncio.timeout(0.5):
                 self._count(await reader.readuntil(b"\r\n\r\n"))
 
+    async def over_limit(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """A key that may call ten times a minute: it is told when to come back."""
+        headers = b"Authorization: Bearer %b\r\n" % SCARCE_KEY.encode()
+        for _ in range(5):
+            writer.write(POST + headers + BODY)
+            head = await reader.readuntil(b"\r\n\r\n")
+            self._count(head)
+            refused = head.startswith(b"HTTP/1.1 429 ")
+            self.wrong += refused and b"\r\nRetry-After: " not in head
+            length = int(head.lower().split(b"content-length:", 1)[1].split(b"\r\n", 1)[0])
+            await reader.readexactly(length)
+
     async def _answer(self, reader: asyncio.StreamReader) -> None:
         head = await reader.readuntil(b"\r\n\r\n")
         self._count(head)
@@ -124,7 +141,10 @@ class Day:
         self.statuses[int(head.split()[1])] += 1
 
 
-KINDS = ("unary", "unary", "chunked", "pipelined", "stream", "slow_reader", "hang_up", "rubbish")
+KINDS = (
+    "unary", "unary", "chunked", "pipelined", "stream", "slow_reader", "hang_up", "rubbish",
+    "over_limit",
+)  # fmt: skip
 
 
 async def caller(day: Day, until: float) -> None:
@@ -146,7 +166,9 @@ def still_in_flight(port: int) -> float:
     """Requests that the router counts as under way, once it had a moment."""
     deadline = time.monotonic() + 10
     while True:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
+        asked = urllib.request.Request(f"http://127.0.0.1:{port}/metrics")
+        asked.add_header("Authorization", "Bearer t")  # our_router's cluster token
+        with urllib.request.urlopen(asked, timeout=10) as answer:
             lines = answer.read().decode().splitlines()
         left = sum(
             float(line.rpartition(" ")[2])
@@ -169,7 +191,7 @@ def main() -> None:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="stoker-soak-")))
         engine = stack.enter_context(python_server("engine", "http_origin.py"))
         router = stack.enter_context(
-            python_server("ours", "our_router.py", engine.port, folder / "ours")
+            python_server("ours", "our_router.py", engine.port, folder / "ours", "log")
         )
         memory = psutil.Process(router.pid)
         day = Day(router.port)

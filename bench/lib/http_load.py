@@ -15,9 +15,12 @@ import time
 
 import uvloop
 
+# What every proxy is asked with: it has the form of a key of ours, LiteLLM takes it as its own.
+KEY = "sk-stoker-benchbench-" + "b" * 43
+SCARCE_KEY = "sk-stoker-scarcescar-" + "s" * 43  # of ours: ten calls a minute
 _HEAD = (
     "POST /v1/chat/completions HTTP/1.1\r\nHost: bench\r\nContent-Type: application/json\r\n"
-    "Accept: */*\r\nUser-Agent: bench\r\nAuthorization: Bearer sk-bench\r\nContent-Length: {}\r\n"
+    f"Accept: */*\r\nUser-Agent: bench\r\nAuthorization: Bearer {KEY}\r\nContent-Length: {{}}\r\n"
     "\r\n"
 )
 _FLAGS = {

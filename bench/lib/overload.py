@@ -30,7 +30,13 @@ def rows(seconds: float) -> list[Row]:
         engine = stack.enter_context(python_server("engine", "http_origin.py", SLOTS, SERVICE_S))
         router = stack.enter_context(
             python_server(
-                "ours", "our_router.py", engine.port, Path(folder) / "o", SLOTS + AHEAD, QUEUE
+                "ours",
+                "our_router.py",
+                engine.port,
+                Path(folder) / "o",
+                "keys",
+                SLOTS + AHEAD,
+                QUEUE,
             )
         )
         _load(router, 1.0 * CAPACITY, 2.0)

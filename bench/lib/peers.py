@@ -16,6 +16,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from bench.lib.http_load import KEY
+
 LIB = Path(__file__).parent
 NGINX = "/usr/sbin/nginx"
 VERSIONS = {"vllm-router": "vllm-router==0.1.17", "litellm": "litellm[proxy]==1.108.7"}
@@ -41,7 +43,7 @@ LITELLM_CONF = """
 model_list:
   - model_name: bench
     litellm_params: {{model: openai/bench, api_base: "http://127.0.0.1:{origin}/v1", api_key: x}}
-general_settings: {{master_key: sk-bench}}
+general_settings: {{master_key: {key}}}
 litellm_settings: {{telemetry: false}}
 """
 
@@ -143,7 +145,7 @@ def litellm(origin: int, folder: Path, may_install: bool) -> Iterator[Target]:
     """LiteLLM's proxy: one worker, its key check on."""
     program = _installed("litellm", may_install) / "litellm"
     port, conf, log = free_port(), folder / "litellm.yaml", folder / "litellm.log"
-    conf.write_text(LITELLM_CONF.format(origin=origin))
+    conf.write_text(LITELLM_CONF.format(origin=origin, key=KEY))
     argv = (program, "--config", conf, "--host", "127.0.0.1", "--port", port)
     env = {
         **os.environ, "LITELLM_LOCAL_MODEL_COST_MAP": "True", "LITELLM_LOG": "ERROR",
