@@ -1,4 +1,5 @@
-"""A closed-loop HTTP load: `python http_load.py PORT CONNECTIONS SECONDS unary|stream|paced|slow`.
+"""A closed-loop HTTP load: `python http_load.py PORT CONNECTIONS SECONDS unary|stream|paced|slow
+[KEY]`.
 
 Raw protocols on uvloop, so that the load takes as little of the host as it can. Prints one JSON
 object: requests, errors, seconds, and p50_ms and p99_ms of the time to a whole answer, or of a
@@ -20,7 +21,7 @@ KEY = "sk-stoker-benchbench-" + "b" * 43
 SCARCE_KEY = "sk-stoker-scarcescar-" + "s" * 43  # of ours: ten calls a minute
 _HEAD = (
     "POST /v1/chat/completions HTTP/1.1\r\nHost: bench\r\nContent-Type: application/json\r\n"
-    f"Accept: */*\r\nUser-Agent: bench\r\nAuthorization: Bearer {KEY}\r\nContent-Length: {{}}\r\n"
+    "Accept: */*\r\nUser-Agent: bench\r\nAuthorization: Bearer {}\r\nContent-Length: {}\r\n"
     "\r\n"
 )
 _FLAGS = {
@@ -32,18 +33,18 @@ _FLAGS = {
 _EVENTS = {"stream": 64, "paced": 64, "slow": 50}
 
 
-def request(kind: str) -> bytes:
+def request(kind: str, key: str = KEY) -> bytes:
     """A chat request of about 500 bytes."""
     text = "z" * 260
     body = f'{{"model":"bench","messages":[{{"role":"user","content":"{text}"}}]{_FLAGS[kind]}}}'
-    return (_HEAD.format(len(body)) + body).encode()
+    return (_HEAD.format(key, len(body)) + body).encode()
 
 
 class Client(asyncio.Protocol):
     """One connection: the next request goes out when the last answer is whole."""
 
     def __init__(self, kind: str, until: float, times: list[float], begin_after_s: float) -> None:
-        self._request = request(kind)
+        self._request = request(kind, *sys.argv[5:6])
         self._kind = kind
         self._events = _EVENTS.get(kind, 0)
         self._until = until

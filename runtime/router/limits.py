@@ -16,9 +16,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from runtime.access import Limits, Used
+from runtime.access import NO_LIMITS, Limits, Used
 
 DAY_S = 86400.0
+_Names = tuple[bytes, bytes, bytes]
+_HEADERS = (b"x-ratelimit-limit-%b", b"x-ratelimit-remaining-%b", b"x-ratelimit-reset-%b")
+_REQUESTS: _Names = tuple(name % b"requests" for name in _HEADERS)  # type: ignore[assignment]
+_TOKENS: _Names = tuple(name % b"tokens" for name in _HEADERS)  # type: ignore[assignment]
 
 
 class Over(NamedTuple):
@@ -65,23 +69,33 @@ class Account:
 
     name: str  # "key:<id>" or "tenant:<name>"
     limits: Limits
-    used: Used = field(default_factory=Used)
+    requests: int = 0  # plain numbers, as each call changes them
+    tokens: int = 0
+    gpu_ms: int = 0
+    in_flight: int = 0
     peers: Used = field(default_factory=Used)
     changed: bool = False  # since the last report
     _requests: Bucket | None = None
     _tokens: Bucket | None = None
     _heard: Used | None = None
 
+    @property
+    def used(self) -> Used:
+        """This router's own use."""
+        return Used(self.requests, self.tokens, self.gpu_ms, self.in_flight)
+
     def limit(self, limits: Limits, now: float) -> None:
         """Hold it to `limits` from now on; what was used of a limit that stays is not forgotten."""
-        self.limits = limits
+        self.limits = NO_LIMITS if limits == NO_LIMITS else limits
         self._requests = _bucket(self._requests, limits.requests_per_min, now)
         self._tokens = _bucket(self._tokens, limits.tokens_per_min, now)
 
     def over(self, tokens: int, day_left_s: float, now: float) -> Over | None:
         """The limit that one more request of about `tokens` would go beyond."""
         limits = self.limits
-        in_flight = self.used.in_flight + self.peers.in_flight
+        if limits is NO_LIMITS:
+            return None
+        in_flight = self.in_flight + self.peers.in_flight
         if limits.concurrent is not None and in_flight >= limits.concurrent:
             text = f"{limits.concurrent} requests at one time (concurrent)"
             return self._over("concurrency_limit", text, 1.0)
@@ -99,11 +113,11 @@ class Account:
 
     def _over_day(self, day_left_s: float) -> Over | None:
         limits = self.limits
-        tokens = self.used.tokens + self.peers.tokens
+        tokens = self.tokens + self.peers.tokens
         if limits.tokens_per_day is not None and tokens >= limits.tokens_per_day:
             text = f"{limits.tokens_per_day} tokens a day (tokens_per_day)"
             return self._over("quota_exceeded", text, day_left_s)
-        gpu_s = (self.used.gpu_ms + self.peers.gpu_ms) / 1000
+        gpu_s = (self.gpu_ms + self.peers.gpu_ms) / 1000
         if limits.gpu_s_per_day is not None and gpu_s >= limits.gpu_s_per_day:
             text = f"{limits.gpu_s_per_day:g} GPU-seconds a day (gpu_s_per_day)"
             return self._over("quota_exceeded", text, day_left_s)
@@ -115,16 +129,16 @@ class Account:
 
     def begin(self, tokens: int, again: bool = False) -> None:
         """A request that takes about `tokens` was let in; `again`: it was counted before."""
-        used, new = self.used, 0 if again else 1
-        self.used = used._replace(requests=used.requests + new, in_flight=used.in_flight + 1)
+        new = 0 if again else 1
+        self.requests += new
+        self.in_flight += 1
         self._pay(new, tokens)
 
     def end(self, expected: int, tokens: int, gpu_ms: int) -> None:
         """It is over: it took `tokens`, where `expected` were paid for."""
-        used = self.used
-        self.used = Used(
-            used.requests, used.tokens + tokens, used.gpu_ms + gpu_ms, used.in_flight - 1
-        )
+        self.tokens += tokens
+        self.gpu_ms += gpu_ms
+        self.in_flight -= 1
         self._pay(0, tokens - expected)
 
     def _pay(self, requests: int, tokens: int) -> None:
@@ -156,22 +170,26 @@ class Account:
 
     def turn(self) -> None:
         """A new day has begun."""
-        self.used = Used(in_flight=self.used.in_flight)
+        self.requests = self.tokens = self.gpu_ms = 0
         self.peers = Used(in_flight=self.peers.in_flight)
         self._heard = None
 
     def headers(self, now: float) -> list[tuple[bytes, bytes]]:
         """The usual `x-ratelimit-*`; nothing where there is no limit a minute."""
         out: list[tuple[bytes, bytes]] = []
-        for word, bucket in ((b"requests", self._requests), (b"tokens", self._tokens)):
-            if bucket is not None:
-                bucket.fill(now)
-                out += [
-                    (b"x-ratelimit-limit-" + word, b"%d" % bucket.limit),
-                    (b"x-ratelimit-remaining-" + word, b"%d" % max(0, int(bucket.level))),
-                    (b"x-ratelimit-reset-" + word, b"%.3fs" % bucket.full_in_s),
-                ]
+        if self._requests is not None:
+            _show(self._requests, _REQUESTS, now, out)
+        if self._tokens is not None:
+            _show(self._tokens, _TOKENS, now, out)
         return out
+
+
+def _show(bucket: Bucket, names: _Names, now: float, out: list[tuple[bytes, bytes]]) -> None:
+    bucket.fill(now)
+    limit, remaining, reset = names
+    out.append((limit, b"%d" % bucket.limit))
+    out.append((remaining, b"%d" % max(0, int(bucket.level))))
+    out.append((reset, b"%.3fs" % bucket.full_in_s))
 
 
 def _bucket(old: Bucket | None, limit: int | None, now: float) -> Bucket | None:
