@@ -1,6 +1,7 @@
 """Real pynvml over a stand-in for NVIDIA's library: every figure, and all that goes wrong."""
 
 import os
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -144,9 +145,11 @@ def test_an_old_driver_without_the_new_symbols(
 
 
 def test_our_memory_is_not_foreign_and_is_measured_per_replica(
-    reader: Callable[..., Reader], state: Path
+    reader: Callable[..., Reader], state: Path, request: pytest.FixtureRequest
 ) -> None:
-    ours, other, foreign = os.getpid(), os.getppid(), 1
+    sleeper = subprocess.Popen(["sleep", "60"])
+    request.addfinalizer(sleeper.kill)
+    ours, other, foreign = os.getpid(), sleeper.pid, 1
     write(
         state,
         GPU,
