@@ -53,6 +53,8 @@ def up(
             assert stack.urls is not None
             await _add(stack.urls, specs)
             _say_ready(stack.urls, folder, as_json)
+            if not config.router.lets_anonymous_in():
+                notice("callers need an API key: `stoker key create TENANT` makes one")
             await stack.broken()
 
     run_until_signal(main)

@@ -298,6 +298,8 @@ def ask(url: str, token: str, model: str = "tiny") -> requests.Response:
 
 
 def test_a_keys_whole_life_by_the_cli(cluster: Cluster) -> None:
+    told = (cluster.state_dir.parent / "state.up.log").read_text()
+    assert "callers need an API key" in told
     token = cluster.stoker("key", "create", "acme", "--note", "ci", "--model", "tiny").strip()
     assert token.startswith(KEY_PREFIX)
     key_id = token[len(KEY_PREFIX) :][:10]
