@@ -155,6 +155,19 @@ class ResponseCaching(Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     ] = False
 
 
+class Batching(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Calls that arrive one by one are sent to the engine together."""
+
+    max_batch_size: Annotated[int, Meta(ge=2, le=1024, description="calls in one request")] = 32
+    max_wait_ms: Annotated[
+        float, Meta(gt=0, le=1000, description="how long the first of them waits for others")
+    ] = 5.0
+    endpoints: Annotated[
+        tuple[Literal["embeddings", "completions"], ...],
+        Meta(min_length=1, description="which calls; completions only where they are not streamed"),
+    ] = ("embeddings",)
+
+
 class ModelSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One model as its owner declares it. `runtime.spec` reads and checks it."""
 
@@ -252,6 +265,11 @@ class ModelSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
             description="answers to exact repeats are kept (embeddings; temperature 0 or a seed);"
             " left out: none are"
         ),
+    ] = None
+
+    batching: Annotated[
+        Batching | None,
+        Meta(description="calls that arrive one by one share a request to the engine; off"),
     ] = None
 
     def names(self) -> tuple[str, ...]:
@@ -667,6 +685,7 @@ class ModelRoute(Struct, frozen=True, kw_only=True):
     affinity: Literal["prefix", "off"] = "prefix"
     target_concurrency: int = 16
     cache: CacheRule | None = None
+    batching: Batching | None = None
 
 
 class RouteTable(Struct, frozen=True, kw_only=True):

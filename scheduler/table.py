@@ -33,7 +33,7 @@ def model_route(model: Model, now: float) -> ModelRoute:
         refusal=why, retry_after_s=retry_after_s,
         waiting_for=None if endpoints else waiting_for(model),
         eta_s=None if endpoints else _eta_s(model, now), affinity=spec.affinity,
-        cache=_cache_rule(model),
+        cache=_cache_rule(model), batching=spec.batching,
     )  # fmt: skip
 
 

@@ -15,6 +15,8 @@ from multidict import CIMultiDict
 from runtime.router.call import Caller
 from runtime.router.upstream import Headers, Reply
 
+MAX_ANSWER_BYTES = 64 * 2**20  # that `Collected` keeps
+
 CALLER = web.RequestKey("caller", Caller)  # whoever serves a request by aiohttp finds it there
 
 
@@ -36,6 +38,38 @@ class Client(Protocol):
 
     def break_off(self) -> None:
         """End the connection so that the answer cannot be taken for a whole one."""
+
+
+class Collected:
+    """Keeps the whole answer, for a call of the router's own."""
+
+    def __init__(self) -> None:
+        self.begun = False
+        self.whole = True
+        self.too_large = False
+        self.status = 0
+        self.headers: Headers = []
+        self.body = bytearray()
+
+    async def begin(self, status: int, headers: Headers) -> None:
+        self.begun = True
+        self.status = status
+        self.headers = headers
+
+    async def write(self, data: bytes) -> None:
+        if len(self.body) + len(data) > MAX_ANSWER_BYTES:
+            self.too_large = True
+            raise ConnectionResetError("the answer is too large to be kept")
+        self.body += data
+
+    async def relay(self, reply: Reply, first: bytes) -> None:
+        data = first
+        while data:
+            await self.write(data)
+            data = await reply.read()
+
+    def break_off(self) -> None:
+        self.whole = False
 
 
 class AiohttpClient:

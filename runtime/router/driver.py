@@ -106,6 +106,7 @@ async def run_router(
         await runner.cleanup()
         await jobs.close()
         proxy.routed.close()
+        proxy.batcher.close()
         gate.close()
         upstream.close()
         await observing.aclose()

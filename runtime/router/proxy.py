@@ -22,6 +22,7 @@ import msgspec
 from runtime.engine.guard import CLOSED, CLOSED_HEADER
 from runtime.router.access_log import AccessLog
 from runtime.router.admission import RETRY_AFTER_S, Decision, Forward, Held, Refused
+from runtime.router.batcher import Batcher
 from runtime.router.call import ANONYMOUS, Call, Caller
 from runtime.router.client import Client
 from runtime.router.errors import ApiError, sse_error
@@ -81,6 +82,7 @@ class Proxy:
         self.access_log: AccessLog | None = None  # one of them, for who answers without us
         self.tracer: Tracer | None = None
         self.routed = Routed(self)
+        self.batcher = Batcher(self)
 
     async def serve(self, call: Call, client: Client) -> None:
         """Answer `client`. Raises ApiError while it has been told nothing."""
@@ -95,7 +97,7 @@ class Proxy:
             if caller is not ANONYMOUS:
                 self._let_in(call, wish.tokens)
                 charged = True
-            if not await exchange.replay():
+            if not await exchange.replay() and not await exchange.share():
                 decision = self.gate.arrive(call.model, wish)
                 await exchange.run(decision)
             status = exchange.status
@@ -116,6 +118,16 @@ class Proxy:
             self._tell(outcome)
             if charged:
                 self._settle(caller, wish.tokens, exchange)
+
+    async def carry(self, call: Call, client: Client) -> _Exchange:
+        """Serve a call of the router's own: nobody is charged, nothing is counted."""
+        exchange = _Exchange(self, call, client)
+        decision = self.gate.arrive(call.model, self._wish(call))
+        try:
+            await exchange.run(decision)
+        finally:
+            self.gate.leave(decision.request_id)
+        return exchange
 
     def _settle(self, caller: Caller, expected: int, exchange: _Exchange) -> None:
         """Charge what was taken: what the engine said, or else what was expected."""
@@ -193,8 +205,8 @@ class _Exchange:
     """The state of one call."""
 
     __slots__ = (
-        "_asked", "_began_at", "_call", "_client", "_loop", "_proxy", "_rule", "gpu_s", "outcome",
-        "status",
+        "_asked", "_batching", "_began_at", "_call", "_client", "_loop", "_proxy", "_rule", "gpu_s",
+        "outcome", "status",
     )  # fmt: skip
 
     def __init__(self, proxy: Proxy, call: Call, client: Client) -> None:
@@ -205,6 +217,7 @@ class _Exchange:
         self._began_at = self._loop.time()
         route = proxy.gate.find(call.model)
         self._rule = route.cache if route is not None else None
+        self._batching = route.batching if route is not None else None
         self._asked: Wanted | None = None  # of the cache
         self.outcome = Outcome(call, route, self._began_at)
         if proxy.tracer is not None:
@@ -236,6 +249,31 @@ class _Exchange:
         ]
         await self._client.begin(200, headers + self._rate_headers())
         await self._client.write(kept.body)
+        return True
+
+    async def share(self) -> bool:
+        """Whether the answer came by a request that others shared."""
+        rule, call = self._batching, self._call
+        if rule is None or call.streams:
+            return False
+        answer = await self._proxy.batcher.ask(rule, call)
+        if answer is None:
+            return False
+        outcome = self.outcome
+        self.status, self.gpu_s = answer.status, answer.gpu_s
+        outcome.replica_id, outcome.held_s = answer.replica_id, answer.held_s
+        outcome.ttft_s = self._loop.time() - self._began_at
+        outcome.meter = Meter()
+        outcome.meter.feed(answer.body)
+        if self._asked is not None and answer.status == 200:
+            self._keep(b"application/json", answer.body, self._asked)
+        headers = [
+            (b"Content-Type", b"application/json"),
+            (b"Content-Length", b"%d" % len(answer.body)),
+            *_own_headers(call),
+        ]
+        await self._client.begin(answer.status, headers + self._rate_headers())
+        await self._client.write(answer.body)
         return True
 
     def _rate_headers(self) -> Headers:
@@ -375,7 +413,7 @@ class _Exchange:
             try:
                 await client.relay(reply, first)
                 if isinstance(meter, Recorder):
-                    self._keep(reply, meter)
+                    self._keep_whole(reply, meter)
             except UpstreamError as error:
                 log.warning("request %s: broken off: %s", call.request_id, error)
                 outcome.error = BROKEN_OFF
@@ -383,16 +421,19 @@ class _Exchange:
         finally:
             reply.close()
 
-    def _keep(self, reply: Reply, recorder: Recorder) -> None:
+    def _keep_whole(self, reply: Reply, recorder: Recorder) -> None:
         """The whole answer has passed: it may be given again."""
-        body, asked, rule = recorder.body(), self._asked, self._rule
-        if body is None or asked is None or rule is None or reply.status != 200:
+        body = recorder.body()
+        if body is None or self._asked is None or reply.status != 200:
             return
         headers = {name.lower(): value for name, value in reply.headers}
         if b"content-encoding" in headers:
             return
-        content_type = headers.get(b"content-type", b"application/json")
-        kept = Kept(content_type, body, self._loop.time(), rule.ttl_s)
+        self._keep(headers.get(b"content-type", b"application/json"), body, self._asked)
+
+    def _keep(self, content_type: bytes, body: bytes, asked: Wanted) -> None:
+        assert self._rule is not None
+        kept = Kept(content_type, body, self._loop.time(), self._rule.ttl_s)
         self._proxy.cache.keep(asked, kept)
 
     def _adapter_late(self, forward: Forward) -> Refused | None:

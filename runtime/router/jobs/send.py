@@ -13,15 +13,14 @@ from collections.abc import Awaitable, Callable
 from typing import NamedTuple
 
 from runtime.router.call import Call
+from runtime.router.client import MAX_ANSWER_BYTES, Collected
 from runtime.router.errors import ApiError
 from runtime.router.jobs.plan import Item, Key, Plan, Verdict
 from runtime.router.jobs.store import StoreError
 from runtime.router.proxy import Proxy
-from runtime.router.upstream import Headers, Reply
+from runtime.router.upstream import Headers
 
 log = logging.getLogger("stoker.router.jobs")
-
-MAX_ANSWER_BYTES = 64 * 2**20
 
 
 class Sent(NamedTuple):
@@ -34,50 +33,19 @@ class Sent(NamedTuple):
     retry_after_s: float = 0.0
 
 
-class Collected:
-    """The `Client` of a call whose answer is kept."""
-
-    def __init__(self) -> None:
-        self.begun = False
-        self.whole = True
-        self.too_large = False
-        self.status = 0
-        self.headers: Headers = []
-        self.body = bytearray()
-
-    async def begin(self, status: int, headers: Headers) -> None:
-        self.begun = True
-        self.status = status
-        self.headers = headers
-
-    async def write(self, data: bytes) -> None:
-        if len(self.body) + len(data) > MAX_ANSWER_BYTES:
-            self.too_large = True
-            raise ConnectionResetError("the answer is too large to be kept")
-        self.body += data
-
-    async def relay(self, reply: Reply, first: bytes) -> None:
-        data = first
-        while data:
-            await self.write(data)
-            data = await reply.read()
-
-    def break_off(self) -> None:
-        self.whole = False
-
-    def sent(self) -> Sent:
-        """The verdict on what came."""
-        if self.too_large:
-            message = f"the answer has more than {MAX_ANSWER_BYTES} bytes"
-            return Sent("answered", error=ApiError(502, "answer_too_large", message))
-        if not self.whole or not self.begun:
-            message = "the engine's answer broke off"
-            return Sent("broken", error=ApiError(502, "replica_failed", message))
-        if self.status in (429, 503):
-            message = f"the engine answered with status {self.status}"
-            error = ApiError(self.status, "engine_busy", message)
-            return Sent("refused", error=error, retry_after_s=_retry_after_s(self.headers))
-        return Sent("answered", self.status, bytes(self.body))
+def _sent(client: Collected) -> Sent:
+    """The verdict on what came."""
+    if client.too_large:
+        message = f"the answer has more than {MAX_ANSWER_BYTES} bytes"
+        return Sent("answered", error=ApiError(502, "answer_too_large", message))
+    if not client.whole or not client.begun:
+        message = "the engine's answer broke off"
+        return Sent("broken", error=ApiError(502, "replica_failed", message))
+    if client.status in (429, 503):
+        message = f"the engine answered with status {client.status}"
+        error = ApiError(client.status, "engine_busy", message)
+        return Sent("refused", error=error, retry_after_s=_retry_after_s(client.headers))
+    return Sent("answered", client.status, bytes(client.body))
 
 
 async def send(proxy: Proxy, call: Call) -> Sent:
@@ -90,7 +58,7 @@ async def send(proxy: Proxy, call: Call) -> Sent:
         return _refused(error)
     except ConnectionError:
         pass  # `client` knows why
-    return client.sent()
+    return _sent(client)
 
 
 def _refused(error: ApiError) -> Sent:

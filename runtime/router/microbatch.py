@@ -1,0 +1,117 @@
+"""Calls that may share one request to an engine, and how its answer is taken apart again. Pure.
+
+Rules this file keeps:
+- only calls that differ in nothing but their one text (or list of tokens) share a request;
+- each caller gets its own part, whole, as if it had been alone; an answer that has not exactly one
+  part for each is used for nobody;
+- bytes that need no change are not changed: a vector keeps every digit.
+
+An engine tells tokens for all together. They are divided by the bytes of each call's text (and, for
+what was written, of each answer's), rounded so that they add up. Example: 10 tokens for texts of 30
+and 70 bytes are 3 and 7.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import msgspec
+
+from runtime.wire import Batching
+
+_FIELDS = {"/v1/embeddings": ("embeddings", "input"), "/v1/completions": ("completions", "prompt")}
+_decode = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
+_items = msgspec.json.Decoder(list[msgspec.Raw]).decode
+_usage = msgspec.json.Decoder(dict[str, Any]).decode
+_encode = msgspec.json.Encoder().encode
+
+
+class Part(NamedTuple):
+    """One call's share of a request."""
+
+    alike: bytes  # calls of the same may share one
+    field: str
+    text: bytes  # raw JSON
+    body: dict[str, msgspec.Raw]
+
+
+def part_of(rule: Batching, path: str, body: bytes) -> Part | None:
+    """None: this call has to go alone."""
+    kind, field = _FIELDS.get(path, ("", ""))
+    if kind not in rule.endpoints:
+        return None
+    try:
+        fields = _decode(body)
+    except msgspec.DecodeError:
+        return None
+    text = bytes(fields.get(field, b""))
+    one_list = text.startswith(b"[") and text.count(b"[") == 1 and b'"' not in text
+    if not (text.startswith(b'"') or (one_list and len(text) > 2)):
+        return None
+    if bytes(fields.get("n", b"1")) not in (b"1", b"null") or "best_of" in fields:
+        return None
+    alike = b"\0".join(
+        name.encode() + b"\0" + bytes(value) for name, value in sorted(fields.items())
+        if name != field
+    )  # fmt: skip
+    return Part(path.encode() + b"\0" + alike, field, text, fields)
+
+
+def merged(parts: Sequence[Part]) -> bytes:
+    """The body of the one request."""
+    first = parts[0]
+    texts = msgspec.Raw(b"[" + b",".join(part.text for part in parts) + b"]")
+    return _encode({**first.body, first.field: texts})
+
+
+def split(path: str, answer: bytes, parts: Sequence[Part]) -> list[bytes] | None:
+    """Each call's own answer, in the order of `parts`; None: it cannot be taken apart."""
+    items_name = "data" if path == "/v1/embeddings" else "choices"
+    try:
+        whole = _decode(answer)
+        items = list(map(_decode, _items(whole[items_name])))
+        by_index = {int(bytes(item["index"])): item for item in items}
+        usage = _usage(whole["usage"]) if "usage" in whole else None
+    except (msgspec.DecodeError, KeyError, ValueError):
+        return None
+    if len(items) != len(parts) or sorted(by_index) != list(range(len(parts))):
+        return None
+    sizes = [len(part.text) for part in parts]
+    written = [len(bytes(by_index[i].get("text", b""))) for i in range(len(parts))]
+    usages = [None] * len(parts) if usage is None else _usages(usage, sizes, written)
+    return [
+        _encode(
+            whole
+            | {items_name: [by_index[i] | {"index": msgspec.Raw(b"0")}]}
+            | ({} if usages[i] is None else {"usage": usages[i]})
+        )
+        for i in range(len(parts))
+    ]  # fmt: skip
+
+
+def _usages(usage: dict[str, Any], sizes: list[int], written: list[int]) -> list[Any]:
+    prompt = shares(_count(usage, "prompt_tokens"), sizes)
+    completion = shares(_count(usage, "completion_tokens"), written)
+    return [
+        usage
+        | {"prompt_tokens": p, "total_tokens": p + c}
+        | ({"completion_tokens": c} if "completion_tokens" in usage else {})
+        for p, c in zip(prompt, completion, strict=True)
+    ]
+
+
+def _count(usage: dict[str, Any], name: str) -> int:
+    value = usage.get(name)
+    return value if isinstance(value, int) else 0
+
+
+def shares(total: int, sizes: Sequence[int]) -> list[int]:
+    """`total` by size, in whole numbers that add up (largest remainders get what is left)."""
+    weight = sum(sizes) or len(sizes)
+    exact = [total * (size if sum(sizes) else 1) / weight for size in sizes]
+    out = [int(share) for share in exact]
+    order = sorted(range(len(sizes)), key=lambda i: (out[i] - exact[i], i))
+    for i in order[: total - sum(out)]:
+        out[i] += 1
+    return out
