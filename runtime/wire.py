@@ -272,6 +272,14 @@ class ModelSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         Meta(description="calls that arrive one by one share a request to the engine; off"),
     ] = None
 
+    hedge_after_ms: Annotated[
+        Annotated[float, Meta(gt=0, le=60000)] | None,
+        Meta(
+            description="embeddings, scores and ranks that take longer are asked of a second"
+            " replica too, within the retry budget; left out: never"
+        ),
+    ] = None
+
     def names(self) -> tuple[str, ...]:
         """The name and every alias."""
         return (self.name, *self.aliases)
@@ -686,6 +694,7 @@ class ModelRoute(Struct, frozen=True, kw_only=True):
     target_concurrency: int = 16
     cache: CacheRule | None = None
     batching: Batching | None = None
+    hedge_after_s: float | None = None
 
 
 class RouteTable(Struct, frozen=True, kw_only=True):

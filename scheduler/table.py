@@ -34,6 +34,7 @@ def model_route(model: Model, now: float) -> ModelRoute:
         waiting_for=None if endpoints else waiting_for(model),
         eta_s=None if endpoints else _eta_s(model, now), affinity=spec.affinity,
         cache=_cache_rule(model), batching=spec.batching,
+        hedge_after_s=spec.hedge_after_ms / 1000 if spec.hedge_after_ms else None,
     )  # fmt: skip
 
 

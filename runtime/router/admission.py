@@ -190,6 +190,27 @@ class Admission:
         shed, self._shed = self._shed, []
         return shed
 
+    def hedge(self, request_id: str, second_id: str, now: float) -> Forward | None:
+        """Send a request that is in flight to another replica too, as `second_id`; None: there is
+        none free, or too many were sent twice already. It is over with `finished`."""
+        request = self._requests[request_id]
+        route, state = self._route.get(request.model), self._models[request.model]
+        if route is None or request.replica_id is None or state.waiting:
+            return None
+        first = request.replica_id
+        breaker = self._breaker
+
+        def shunned(replica_id: str, now: float) -> bool:
+            return replica_id == first or breaker.avoided(replica_id, now)
+
+        endpoint = self._least_loaded(route, state, now, _most(route, request.wish), shunned)
+        if endpoint is None or not self._budget.take(now):
+            return None
+        self._seq += 1
+        second = _Request(second_id, self._seq, request.model, now, request.wish)
+        self._requests[second_id] = second
+        return self._forward(second, state, endpoint, now)
+
     def answered(self, request_id: str, now: float, status: int) -> list[Forward | Refused]:
         """The first byte of its answer came, with this HTTP status; who may go on thereby.
 

@@ -73,6 +73,10 @@ class Gate:
         decision = self._admission.failed(request_id, now, reason, delivered)
         return self._noting_wait(decision, model)
 
+    def hedge(self, request_id: str) -> Forward | None:
+        """Send it to a second replica as well, under an id of its own, if that may be."""
+        return self._admission.hedge(request_id, str(next(self._ids)), self.loop.time())
+
     def answered(self, request_id: str, status: int) -> None:
         """The first byte of its answer came."""
         released = self._admission.answered(request_id, self.loop.time(), status)

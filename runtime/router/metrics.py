@@ -10,7 +10,7 @@ Rules this file keeps:
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from itertools import accumulate
 
@@ -101,6 +101,7 @@ class Metrics(Collector):
         self._gate = gate
         self._cache = cache
         self._series: defaultdict[tuple[str, str], _Series] = defaultdict(_Series)
+        self.hedged: Counter[tuple[str, str]] = Counter()  # by model and result
         self.connections = 0  # open ones, kept by the front
         self._registry = CollectorRegistry()
         self._registry.register(self)
@@ -191,6 +192,13 @@ class Metrics(Collector):
             asked.add_metric([model, "hit"], counts.hits)
             asked.add_metric([model, "miss"], counts.misses)
         yield asked
+        hedged = CounterMetricFamily(
+            "stoker_router_hedged_requests", "Requests sent to a second replica too",
+            labels=["model", "result"],
+        )  # fmt: skip
+        for labels, count in self.hedged.items():
+            hedged.add_metric(labels, count)
+        yield hedged
         yield CounterMetricFamily(
             "llm_response_cache_evicted", "Answers that made room", value=self._cache.evicted
         )

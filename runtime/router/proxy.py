@@ -28,6 +28,7 @@ from runtime.router.client import Client
 from runtime.router.errors import ApiError, sse_error
 from runtime.router.fairness import Wish
 from runtime.router.gate import Gate
+from runtime.router.hedge import HEDGED, first_of
 from runtime.router.keys import Keys, may, rate_headers
 from runtime.router.limits import GpuShare
 from runtime.router.metrics import Metrics
@@ -38,6 +39,7 @@ from runtime.router.response_cache import ENTRY_BYTES, Kept, ResponseCache, Want
 from runtime.router.routed import Routed
 from runtime.router.upstream import Headers, Reply, Upstream, UpstreamError, UpstreamTimeout
 from runtime.router.usage import Meter
+from runtime.wire import Endpoint, ModelRoute
 
 if TYPE_CHECKING:  # it needs packages that need not be there
     from runtime.router.tracing import Tracer
@@ -205,8 +207,8 @@ class _Exchange:
     """The state of one call."""
 
     __slots__ = (
-        "_asked", "_batching", "_began_at", "_call", "_client", "_loop", "_proxy", "_rule", "gpu_s",
-        "outcome", "status",
+        "_asked", "_batching", "_began_at", "_call", "_client", "_hedge_after_s", "_loop", "_proxy",
+        "_rule", "gpu_s", "outcome", "status",
     )  # fmt: skip
 
     def __init__(self, proxy: Proxy, call: Call, client: Client) -> None:
@@ -218,6 +220,7 @@ class _Exchange:
         route = proxy.gate.find(call.model)
         self._rule = route.cache if route is not None else None
         self._batching = route.batching if route is not None else None
+        self._hedge_after_s = _hedge_after_s(route, call)
         self._asked: Wanted | None = None  # of the cache
         self.outcome = Outcome(call, route, self._began_at)
         if proxy.tracer is not None:
@@ -383,43 +386,66 @@ class _Exchange:
 
     async def _forward(self, forward: Forward) -> None:
         """Send to the replica and relay. Raises UpstreamError while it can be tried elsewhere."""
-        call, endpoint, client = self._call, forward.endpoint, self._client
-        outcome = self.outcome
-        outcome.replica_id = endpoint.replica_id
-        headers = _sent_headers(call, endpoint.key)
-        if outcome.trace is not None:
-            headers = outcome.trace.sent(headers, endpoint)
-        reply = await self._proxy.upstream.post(endpoint.base_url, call.path, headers, call.body)
-        try:
-            if reply.status == 401:  # our key, not the caller's: the table is behind the replica
-                raise UpstreamError("the replica refused this router's key", delivered=True)
-            if reply.status == 503 and _is_closed(reply.headers):
-                raise UpstreamError(CLOSED, delivered=False)  # held until it wakes, or elsewhere
-            if reply.status == 404 and (late := self._adapter_late(forward)):
-                return await self._refuse(late)
-            reply.meter = outcome.meter = meter = Meter() if self._asked is None else Recorder()
-            first = await reply.read()
-            outcome.ttft_s = self._loop.time() - self._began_at
-            self._proxy.gate.answered(forward.request_id, reply.status)
-            self.status = reply.status
-            if not client.begun:
-                headers_back = _returned_headers(reply.headers, call)
-                headers_back += self._rate_headers()
-                if self._asked is not None:
-                    headers_back.append((CACHE_HEADER, b"miss"))
-                await client.begin(reply.status, headers_back)
-            elif reply.status != 200:
-                return await self._send_early(sse_error(await _error_of(reply, first)))
+        if self._hedge_after_s is None:
+            reply = await self._post(forward.endpoint)
             try:
-                await client.relay(reply, first)
-                if isinstance(meter, Recorder):
-                    self._keep_whole(reply, meter)
-            except UpstreamError as error:
-                log.warning("request %s: broken off: %s", call.request_id, error)
-                outcome.error = BROKEN_OFF
-                client.break_off()
+                return await self._relay(forward, reply)
+            finally:
+                reply.close()
+        gate, metrics = self._proxy.gate, self._proxy.metrics
+        heard, reply, twice = await first_of(gate, forward, self._post, self._hedge_after_s)
+        if twice:
+            metrics.hedged[self.outcome.model, "lost" if heard is forward else "won"] += 1
+        try:
+            await self._relay(heard, reply)
+        except UpstreamError as error:
+            if heard is forward:
+                raise
+            message = f"model {self._call.model!r}: {error.reason}"
+            raise ApiError(502, "replica_failed", message) from None
         finally:
             reply.close()
+            if heard is not forward:
+                gate.leave(heard.request_id)
+
+    async def _post(self, endpoint: Endpoint) -> Reply:
+        """Send to the replica; its answer's head."""
+        call, trace = self._call, self.outcome.trace
+        headers = _sent_headers(call, endpoint.key)
+        if trace is not None:
+            headers = trace.sent(headers, endpoint)
+        return await self._proxy.upstream.post(endpoint.base_url, call.path, headers, call.body)
+
+    async def _relay(self, forward: Forward, reply: Reply) -> None:
+        """Hand the answer to the client. Raises UpstreamError while it has been told nothing."""
+        call, client, outcome = self._call, self._client, self.outcome
+        outcome.replica_id = forward.endpoint.replica_id
+        if reply.status == 401:  # our key, not the caller's: the table is behind the replica
+            raise UpstreamError("the replica refused this router's key", delivered=True)
+        if reply.status == 503 and _is_closed(reply.headers):
+            raise UpstreamError(CLOSED, delivered=False)  # held until it wakes, or elsewhere
+        if reply.status == 404 and (late := self._adapter_late(forward)):
+            return await self._refuse(late)
+        reply.meter = outcome.meter = meter = Meter() if self._asked is None else Recorder()
+        first = await reply.read()
+        outcome.ttft_s = self._loop.time() - self._began_at
+        self._proxy.gate.answered(forward.request_id, reply.status)
+        self.status = reply.status
+        if not client.begun:
+            headers = _returned_headers(reply.headers, call) + self._rate_headers()
+            if self._asked is not None:
+                headers.append((CACHE_HEADER, b"miss"))
+            await client.begin(reply.status, headers)
+        elif reply.status != 200:
+            return await self._send_early(sse_error(await _error_of(reply, first)))
+        try:
+            await client.relay(reply, first)
+            if isinstance(meter, Recorder):
+                self._keep_whole(reply, meter)
+        except UpstreamError as error:
+            log.warning("request %s: broken off: %s", call.request_id, error)
+            outcome.error = BROKEN_OFF
+            client.break_off()
 
     def _keep_whole(self, reply: Reply, recorder: Recorder) -> None:
         """The whole answer has passed: it may be given again."""
@@ -446,6 +472,12 @@ class _Exchange:
         return Refused(
             forward.request_id, 503, "adapter_not_ready", message, RETRY_AFTER_S, "model"
         )
+
+
+def _hedge_after_s(route: ModelRoute | None, call: Call) -> float | None:
+    if route is None or route.hedge_after_s is None or call.streams or call.path not in HEDGED:
+        return None
+    return route.hedge_after_s
 
 
 def _is_closed(headers: Headers) -> bool:

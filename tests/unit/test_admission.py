@@ -298,6 +298,16 @@ class Machine(RuleBasedStateMachine):
             self.apply(self.admission.failed(request_id, self.now, "died", delivered))
 
     @rule(data=st.data())
+    def hedge(self, data: st.DataObject) -> None:
+        if self.flying:
+            request_id = data.draw(st.sampled_from(sorted(self.flying)))
+            second = self.admission.hedge(request_id, str(self.count + 1), self.now)
+            if second is not None:
+                self.count += 1
+                assert second.endpoint.replica_id != self.flying[request_id]
+                self.apply(second)
+
+    @rule(data=st.data())
     def finished(self, data: st.DataObject) -> None:
         here = sorted([*self.flying, *self.held])
         if here:
