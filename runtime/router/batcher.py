@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("stoker.router")
 
 _HEADERS = ((b"Content-Type", b"application/json"),)
-_Key = tuple[str, str, bytes, int]
+_Key = tuple[str, str, tuple[tuple[str, bytes], ...], int]
 
 
 class Answer(NamedTuple):

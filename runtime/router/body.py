@@ -16,7 +16,7 @@ from aiohttp.base_protocol import BaseProtocol
 from aiohttp.http_exceptions import HttpProcessingError
 from msgspec import UNSET, Struct
 
-from runtime.router.errors import ApiError
+from runtime.router.errors import NOT_JSON, ApiError
 
 _FORM_FIELDS = ("model", "stream")
 _SENT = ("prompt", "messages", "input")
@@ -65,7 +65,7 @@ def read_head(body: bytes) -> Head:
 def _head(body: bytes) -> Head:
     try:
         return _read_head(body)
-    except msgspec.DecodeError as error:
+    except NOT_JSON as error:
         raise _not_json(error) from None
 
 
@@ -125,7 +125,7 @@ def invocation(body: bytes, model: str, stream: bool | None) -> Invocation:
 def _fields(body: bytes) -> dict[str, msgspec.Raw]:
     try:
         return _read_fields(body)
-    except msgspec.DecodeError as error:
+    except NOT_JSON as error:
         raise _not_json(error) from None
 
 
@@ -133,7 +133,7 @@ def _raw(value: str | bool) -> msgspec.Raw:
     return msgspec.Raw(msgspec.json.encode(value))
 
 
-def _not_json(error: msgspec.DecodeError) -> ApiError:
+def _not_json(error: Exception) -> ApiError:
     return ApiError(400, "invalid_json", f"the body is not a JSON object: {error}")
 
 

@@ -18,9 +18,11 @@ from typing import Any, NamedTuple
 
 import msgspec
 
+from runtime.router.errors import NOT_JSON
 from runtime.wire import Batching
 
 _FIELDS = {"/v1/embeddings": ("embeddings", "input"), "/v1/completions": ("completions", "prompt")}
+_ALONE = {"best_of", "prompt_embeds"}
 _decode = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 _items = msgspec.json.Decoder(list[msgspec.Raw]).decode
 _usage = msgspec.json.Decoder(dict[str, Any]).decode
@@ -30,7 +32,7 @@ _encode = msgspec.json.Encoder().encode
 class Part(NamedTuple):
     """One call's share of a request."""
 
-    alike: bytes  # calls of the same may share one
+    alike: tuple[tuple[str, bytes], ...]  # calls of the same may share one
     field: str
     text: bytes  # raw JSON
     body: dict[str, msgspec.Raw]
@@ -43,19 +45,20 @@ def part_of(rule: Batching, path: str, body: bytes) -> Part | None:
         return None
     try:
         fields = _decode(body)
-    except msgspec.DecodeError:
+    except NOT_JSON:
         return None
     text = bytes(fields.get(field, b""))
     one_list = text.startswith(b"[") and text.count(b"[") == 1 and b'"' not in text
     if not (text.startswith(b'"') or (one_list and len(text) > 2)):
         return None
-    if bytes(fields.get("n", b"1")) not in (b"1", b"null") or "best_of" in fields:
+    if bytes(fields.get("n", b"1")) not in (b"1", b"null") or not _ALONE.isdisjoint(fields):
         return None
-    alike = b"\0".join(
-        name.encode() + b"\0" + bytes(value) for name, value in sorted(fields.items())
-        if name != field
-    )  # fmt: skip
-    return Part(path.encode() + b"\0" + alike, field, text, fields)
+    if bytes(fields.get("encoding_format", b"")) == b'"bytes"':
+        return None
+    others = sorted((name, bytes(value)) for name, value in fields.items() if name != field)
+    # Pairs, not one text: no name that a caller makes up can pass for another's fields.
+    alike = (("", path.encode()), (field, text[:1]), *others)
+    return Part(alike, field, text, fields)
 
 
 def merged(parts: Sequence[Part]) -> bytes:
@@ -73,7 +76,7 @@ def split(path: str, answer: bytes, parts: Sequence[Part]) -> list[bytes] | None
         items = list(map(_decode, _items(whole[items_name])))
         by_index = {int(bytes(item["index"])): item for item in items}
         usage = _usage(whole["usage"]) if "usage" in whole else None
-    except (msgspec.DecodeError, KeyError, ValueError):
+    except (*NOT_JSON, KeyError, ValueError):
         return None
     if len(items) != len(parts) or sorted(by_index) != list(range(len(parts))):
         return None

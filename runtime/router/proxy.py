@@ -25,7 +25,7 @@ from runtime.router.admission import RETRY_AFTER_S, Decision, Forward, Held, Ref
 from runtime.router.batcher import Batcher
 from runtime.router.call import ANONYMOUS, Call, Caller
 from runtime.router.client import Client
-from runtime.router.errors import ApiError, sse_error
+from runtime.router.errors import NOT_JSON, ApiError, sse_error
 from runtime.router.fairness import Wish
 from runtime.router.gate import Gate
 from runtime.router.hedge import HEDGED, first_of
@@ -548,7 +548,7 @@ async def _error_of(reply: Reply, data: bytes) -> dict[str, object]:
         body += data
     try:
         raw = msgspec.json.decode(body)
-    except msgspec.DecodeError:
+    except NOT_JSON:
         raw = None
     if isinstance(raw, dict) and isinstance(raw.get("error"), dict):
         return raw

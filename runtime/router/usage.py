@@ -15,6 +15,8 @@ from typing import Annotated, NamedTuple
 import msgspec
 from msgspec import Meta, Struct
 
+from runtime.router.errors import NOT_JSON
+
 # Behind `usage` there are few bytes, but for logprobs of the prompt or its text where asked for.
 JSON_BYTES = 256 * 1024
 STREAM_BYTES = 16 * 1024
@@ -175,7 +177,7 @@ def _last(end: bytes, *, stream: bool) -> tuple[int | None, int, int]:
 def _decoded(rest: bytes) -> _Tokens | None:
     try:
         return _outer(b"{" + rest).usage
-    except msgspec.DecodeError:
+    except NOT_JSON:
         return None
 
 
@@ -183,5 +185,5 @@ def _decoded_nested(rest: bytes) -> _Tokens | None:
     """Within an object of the event: a response that was completed, a message that begins."""
     try:
         return _nested(b'{"x":{' + rest).x.usage
-    except msgspec.DecodeError:
+    except NOT_JSON:
         return None

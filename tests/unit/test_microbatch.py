@@ -56,10 +56,30 @@ def test_calls_that_differ_in_anything_else_do_not_share() -> None:
     assert len({part.alike for part in parts}) == 4
 
 
-texts = st.one_of(st.text(max_size=20), st.lists(st.integers(0, 9999), min_size=1, max_size=5))
+def test_no_name_of_a_field_passes_for_another_callers_fields() -> None:
+    """Found in review: joined by NUL, which a JSON name may hold, these two were alike."""
+    odd = b'{"model":"m","prompt":"x","temperature\\u00000\\u0000top_p":1}'
+    plain = b'{"model":"m","prompt":"y","temperature":0,"top_p":1}'
+    assert part_of(BOTH, COMPLETE, odd).alike != part_of(BOTH, COMPLETE, plain).alike
 
 
-@given(st.lists(texts, min_size=2, max_size=8), st.booleans(), st.randoms())
+def test_a_text_and_a_list_of_tokens_do_not_share() -> None:
+    text, tokens = (part_of(BOTH, EMBED, body(input=value)) for value in ("a", [1, 2]))
+    assert text.alike != tokens.alike
+
+
+@pytest.mark.parametrize("fields", [{"prompt_embeds": "x"}, {"encoding_format": "bytes"}])
+def test_what_no_answer_could_be_taken_apart_of_goes_alone(fields: dict[str, Any]) -> None:
+    assert part_of(BOTH, EMBED, body(input="a", **fields)) is None
+
+
+several = st.one_of(
+    st.lists(st.text(max_size=20), min_size=2, max_size=8),
+    st.lists(st.lists(st.integers(0, 9999), min_size=1, max_size=5), min_size=2, max_size=8),
+)
+
+
+@given(several, st.booleans(), st.randoms())
 def test_each_gets_its_own_part_whatever_the_texts(
     inputs: list[Any], embeds: bool, random: Any
 ) -> None:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from runtime.router.body import read_head
-from runtime.router.errors import ApiError
+from runtime.router.errors import NOT_JSON, ApiError
 from runtime.router.jobs.shapes import json_or_text
 
 ENDPOINTS = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/responses")
@@ -56,7 +56,7 @@ def read_line(text: bytes, endpoint: str) -> Line | Problem:
     """One line of an input file for a batch of `endpoint`."""
     try:
         read = _read(text)
-    except msgspec.DecodeError as error:
+    except NOT_JSON as error:
         return Problem("invalid_json_line", f"is not a JSON object: {error}")
     name = read.custom_id
     if not isinstance(name, str) or not 0 < len(name) <= MAX_CUSTOM_ID:

@@ -12,7 +12,7 @@ from aiohttp import web
 from runtime.config import RouterConfig
 from runtime.router.call import Caller
 from runtime.router.client import CALLER
-from runtime.router.errors import ApiError
+from runtime.router.errors import NOT_JSON, ApiError
 from runtime.router.jobs import signing
 
 MAX_BODY_BYTES = 64 * 1024
@@ -39,7 +39,7 @@ async def body_of(request: web.Request, kind: type[T], read_s: float) -> T:
         named = _FIELD.search(str(error))
         param = named.group(1) if named else None
         raise ApiError(400, "invalid_field", f"{param or 'body'}: {error}", param=param) from None
-    except (msgspec.DecodeError, web.RequestPayloadError) as error:
+    except (*NOT_JSON, web.RequestPayloadError) as error:
         message = f"the body is not a JSON object: {error}"
         raise ApiError(400, "invalid_json", message) from None
 

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from runtime.router.errors import NOT_JSON
+
 if TYPE_CHECKING:
     from runtime.router.jobs.batch_rows import BatchRow
     from runtime.router.jobs.file_rows import FileRow
@@ -106,7 +108,7 @@ def json_or_text(body: bytes) -> Any:
     try:
         body.decode()  # within strings the next line takes any bytes
         return msgspec.Raw(msgspec.json.format(body, indent=-1))
-    except (msgspec.DecodeError, UnicodeDecodeError):
+    except NOT_JSON:
         return body.decode("utf-8", "replace")
 
 
