@@ -36,12 +36,19 @@ class Over(NamedTuple):
 class Bucket:
     """`limit` a minute. Example: 60 a minute, 60 spent at 0 s: at 10 s there are 10 again."""
 
-    __slots__ = ("_at", "level", "limit")
+    __slots__ = ("_at", "level", "limit", "shown")
 
     def __init__(self, limit: int, now: float) -> None:
+        self._at = now
         self.limit = limit
         self.level = float(limit)
-        self._at = now
+        self.shown = b"%d" % limit  # as a header has it
+
+    def change(self, limit: int) -> None:
+        """Another limit; what was spent of the old one stays spent."""
+        self.level += limit - self.limit
+        self.limit = limit
+        self.shown = b"%d" % limit
 
     def fill(self, now: float) -> None:
         """Time has passed."""
@@ -187,9 +194,10 @@ class Account:
 def _show(bucket: Bucket, names: _Names, now: float, out: list[tuple[bytes, bytes]]) -> None:
     bucket.fill(now)
     limit, remaining, reset = names
-    out.append((limit, b"%d" % bucket.limit))
-    out.append((remaining, b"%d" % max(0, int(bucket.level))))
-    out.append((reset, b"%.3fs" % bucket.full_in_s))
+    level = bucket.level
+    out.append((limit, bucket.shown))
+    out.append((remaining, b"%d" % (level if level > 0 else 0)))
+    out.append((reset, b"%ds" % -(-bucket.full_in_s // 1)))
 
 
 def _bucket(old: Bucket | None, limit: int | None, now: float) -> Bucket | None:
@@ -198,8 +206,7 @@ def _bucket(old: Bucket | None, limit: int | None, now: float) -> Bucket | None:
     if old is None:
         return Bucket(limit, now)
     old.fill(now)
-    spent = old.limit - old.level
-    old.limit, old.level = limit, limit - spent
+    old.change(limit)
     return old
 
 

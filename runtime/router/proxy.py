@@ -91,15 +91,15 @@ class Proxy:
         ways = self.gate.versions.ways
         if call.model in ways and call.attempt is None:
             return await self.routed.serve(ways[call.model], call, client)
-        caller = call.caller
-        wish, decision, charged = self._wish(call), None, False
-        exchange = _Exchange(self, call, client)
+        caller, route = call.caller, self.gate.find(call.model)
+        wish, decision, charged = self._wish(call, route), None, False
+        exchange = _Exchange(self, call, client, route)
         outcome, status = exchange.outcome, HUNG_UP  # unless it gets further
         try:
             if caller is not ANONYMOUS:
-                self._let_in(call, wish.tokens)
+                self._let_in(call, route, wish.tokens)
                 charged = True
-            if not await exchange.replay() and not await exchange.share():
+            if exchange.has_no_short_cut or not await exchange.by_a_short_cut():
                 decision = self.gate.arrive(call.model, wish)
                 await exchange.run(decision)
             status = exchange.status
@@ -123,8 +123,9 @@ class Proxy:
 
     async def carry(self, call: Call, client: Client) -> _Exchange:
         """Serve a call of the router's own: nobody is charged, nothing is counted."""
-        exchange = _Exchange(self, call, client)
-        decision = self.gate.arrive(call.model, self._wish(call))
+        route = self.gate.find(call.model)
+        exchange = _Exchange(self, call, client, route)
+        decision = self.gate.arrive(call.model, self._wish(call, route))
         try:
             await exchange.run(decision)
         finally:
@@ -153,10 +154,10 @@ class Proxy:
         if outcome.trace is not None:
             outcome.trace.end()
 
-    def _let_in(self, call: Call, tokens: int) -> None:
+    def _let_in(self, call: Call, route: ModelRoute | None, tokens: int) -> None:
         """Charge a caller with a key. Raises ApiError (403, 429): then nothing was charged."""
         path = call.path.partition("?")[0]
-        attempt, route = call.attempt, self.gate.find(call.model)
+        attempt = call.attempt
         name, asked = route.name if route else call.model, call.model
         if attempt is not None:  # who may call a route may call what it leads to
             name, asked = attempt.route, attempt.asked
@@ -166,10 +167,10 @@ class Proxy:
         again = attempt is not None and attempt.again
         self.keys.begin(call.caller, tokens, self.gate.loop.time(), again)
 
-    def _wish(self, call: Call) -> Wish:
+    def _wish(self, call: Call, route: ModelRoute | None) -> Wish:
         """Keys of the prompt are made only where there is a choice of replicas, and how long the
         caller waits is looked for only where it may have to."""
-        caller, route = call.caller, self.gate.find(call.model)
+        caller = call.caller
         tokens = tokens_of(len(call.body), call.head)
         keys: tuple[int, ...] = ()
         wait_s = None
@@ -211,13 +212,12 @@ class _Exchange:
         "_rule", "gpu_s", "outcome", "status",
     )  # fmt: skip
 
-    def __init__(self, proxy: Proxy, call: Call, client: Client) -> None:
+    def __init__(self, proxy: Proxy, call: Call, client: Client, route: ModelRoute | None) -> None:
         self._proxy = proxy
         self._call = call
         self._client = client
         self._loop = proxy.gate.loop
         self._began_at = self._loop.time()
-        route = proxy.gate.find(call.model)
         self._rule = route.cache if route is not None else None
         self._batching = route.batching if route is not None else None
         self._hedge_after_s = _hedge_after_s(route, call)
@@ -228,7 +228,16 @@ class _Exchange:
         self.status = HUNG_UP
         self.gpu_s = 0.0
 
-    async def replay(self) -> bool:
+    @property
+    def has_no_short_cut(self) -> bool:
+        """Neither are answers kept of this model, nor do its calls share requests."""
+        return self._rule is None and self._batching is None
+
+    async def by_a_short_cut(self) -> bool:
+        """Whether the answer was there already, or came by a request that others shared."""
+        return await self._replay() or await self._share()
+
+    async def _replay(self) -> bool:
         """Whether the answer was one that is kept."""
         if self._rule is None or self._client.begun:
             return False
@@ -254,7 +263,7 @@ class _Exchange:
         await self._client.write(kept.body)
         return True
 
-    async def share(self) -> bool:
+    async def _share(self) -> bool:
         """Whether the answer came by a request that others shared."""
         rule, call = self._batching, self._call
         if rule is None or call.streams:
@@ -284,13 +293,14 @@ class _Exchange:
         return [] if caller is ANONYMOUS else rate_headers(caller, self._loop.time())
 
     async def run(self, decision: Decision) -> None:
+        send = self._timed if self._proxy.keys.any else self._forward
         while True:
             if isinstance(decision, Held):
                 decision = await self._held(decision)
             if isinstance(decision, Refused):
                 return await self._refuse(decision)
             try:
-                return await self._timed(decision)
+                return await send(decision)
             except UpstreamTimeout as error:  # it works on it: another replica would do no better
                 self._warn(decision, error)
                 message = f"model {self._call.model!r}: {error.reason}"
@@ -373,9 +383,7 @@ class _Exchange:
     # -------------------------------------------------------------------------------- forwarding
 
     async def _timed(self, forward: Forward) -> None:
-        """Forward, and note the share of the replica's time where somebody pays for it."""
-        if not self._proxy.keys.any:
-            return await self._forward(forward)
+        """Forward, and note the share of the replica's time: somebody pays for it."""
         shares, replica_id = self._proxy.shares, forward.endpoint.replica_id
         reading = shares.begin(replica_id, self._loop.time())
         try:
