@@ -687,6 +687,7 @@ class ModelRoute(Struct, frozen=True, kw_only=True):
     hold_s: float = 300.0
     max_queue: int = 1024
     refusal: str | None = None  # set: why no request can be served, and none is held
+    refusal_final: bool = False  # waiting does not change it, only who runs the cluster
     retry_after_s: float | None = None
     waiting_for: str | None = None  # in words, shown to those who wait: "starting on gpu-1"
     eta_s: float | None = None

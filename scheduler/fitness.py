@@ -64,6 +64,22 @@ def could_run(node: Node, spec: ModelSpec, need: int) -> bool:
     return room >= spec.tensor_parallel_size
 
 
+def suits(node: Node, spec: ModelSpec, need: int) -> bool:
+    """Whether the node could run it were it up and open to new replicas, all its devices healthy
+    and nothing of others on them: waiting may help."""
+    if node.heartbeat is None or not runs_engine(node, spec) or not has_labels(node, spec):
+        return False
+    rules, least = spec.placement, spec.placement.min_compute_capability or 0.0
+    room = sum(
+        1
+        for device in node.devices.values()
+        if device.memory_total_bytes >= need
+        and (not rules.devices or any(fnmatchcase(device.name, p) for p in rules.devices))
+        and (device.compute_capability or 0.0) >= least
+    )
+    return room >= spec.tensor_parallel_size
+
+
 def together(
     node: Node, choices: Sequence[tuple[float, str]], count: int
 ) -> tuple[str, ...] | None:

@@ -18,7 +18,7 @@ from runtime.wire import ModelRoute, RouteTable
 from scheduler import autoscale
 from scheduler import messages as m
 from scheduler.eviction import standing
-from scheduler.fitness import why_never
+from scheduler.fitness import suits, why_never
 from scheduler.ladder import resting_place
 from scheduler.moves import Settings
 from scheduler.nodes import Nodes
@@ -152,9 +152,7 @@ class Planning(Nodes):
         return True
 
     def _refuse(self, model: Model, reason: str, cause: str, now: float) -> None:
-        if model.unfit != reason:
-            model.unfit = reason
-            self._dirty.add(model.name)
+        if self._set_unfit(model, reason):
             self._record("refuse", model.name, reason, now, cause=cause)
 
     def _plan(self, model: Model, fit: Fit, cause: str, now: float) -> None:
@@ -311,17 +309,25 @@ class Planning(Nodes):
         return route is not None and route.refusal is not None
 
     def _recheck_unfit(self) -> None:
-        for name, model in self.state.models.items():
+        for model in self.state.models.values():
             if model.unfit is None:
                 continue
-            unfit = why_never(self.state, model)
-            if unfit != model.unfit:
-                model.unfit = unfit
-                self._dirty.add(name)
+            self._set_unfit(model, why_never(self.state, model))
 
     def _judge(self, model: Model) -> None:
         """Whether it could ever run, as far as the nodes are known."""
-        model.unfit = why_never(self.state, model) if self._nodes_known() else None
+        self._set_unfit(model, why_never(self.state, model) if self._nodes_known() else None)
+
+    def _set_unfit(self, model: Model, reason: str | None) -> bool:
+        """Whether that is news."""
+        final = reason is not None and not any(
+            suits(node, model.spec, model.booked_bytes()) for node in self.state.nodes.values()
+        )
+        if (reason, final) == (model.unfit, model.unfit_final):
+            return False
+        model.unfit, model.unfit_final = reason, final
+        self._dirty.add(model.name)
+        return True
 
 
 def _look_again_s(model: Model, desired: Desired, coming: int) -> float:

@@ -49,7 +49,8 @@ class Model:
     problem: str | None = None  # why the last start failed
     footprints: dict[Key, Footprint] = field(default_factory=dict)
     footprint: Footprint | None = None  # the one that was measured last for this launch key
-    unfit: str | None = None  # why no node could ever run it
+    unfit: str | None = None  # why no node could run it
+    unfit_final: bool = False  # nor could any known one, were all of them up, healthy and open
     waiting_for: str | None = None  # why it is not placed yet
     first_token_s: float | None = None  # of the last request that was held, as a router told
     rest_at: float = 0.0  # before this no idle timer of it can be over

@@ -30,7 +30,8 @@ def model_route(model: Model, now: float) -> ModelRoute:
         warmth=warmth(model, now),
         endpoints=endpoints, target_concurrency=spec.target_concurrency,
         hold_s=spec.hold_s, max_queue=spec.max_queue,
-        refusal=why, retry_after_s=retry_after_s,
+        refusal=why, refusal_final=why is not None and final(model),
+        retry_after_s=retry_after_s,
         waiting_for=None if endpoints else waiting_for(model),
         eta_s=None if endpoints else _eta_s(model, now), affinity=spec.affinity,
         cache=_cache_rule(model), batching=spec.batching,
@@ -79,10 +80,15 @@ def _eta_s(model: Model, now: float) -> float | None:
 def refusal(model: Model, now: float) -> tuple[str | None, float | None]:
     """Why requests for a cold model are turned away, and when to come back."""
     if model.unfit is not None:
-        return model.unfit, 30.0
+        return model.unfit, None if final(model) else 30.0
     if model.blocked_until > now:
         return f"it did not start: {model.problem}", round(model.blocked_until - now, 1)
     return None, None
+
+
+def final(model: Model) -> bool:
+    """Whether what `refusal` says stays so until somebody changes the model or the nodes."""
+    return model.unfit is not None and model.unfit_final
 
 
 def warmth(model: Model, now: float) -> Warmth:

@@ -198,6 +198,33 @@ def test_what_can_never_fit_is_refused_with_the_reason() -> None:
     assert world.route("b").refusal is None
 
 
+def test_a_refusal_that_waiting_cannot_change_is_final_and_says_no_time() -> None:
+    world = World(one_gpu())
+    world.put(spec("huge", 80))
+    route = world.route("huge")
+    assert (route.refusal is not None, route.refusal_final, route.retry_after_s) == (
+        True, True, None,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("why", ["down", "cordoned", "foreign"])
+def test_a_refusal_that_passes_once_a_known_node_is_free_again_is_not_final(why: str) -> None:
+    large = FakeNode("n2", {"g0": 100 * GIB})
+    world = World(one_gpu(), large)
+    if why == "down":
+        large.up = False
+    elif why == "cordoned":
+        world.apply(m.CordonSet(now=world.now, node_id="n2", cordoned=True))
+    else:
+        large.foreign["g0"] = 60 * GIB
+    world.run(60)
+    world.put(spec("huge", 80))
+    route = world.route("huge")
+    assert (route.refusal is not None, route.refusal_final, route.retry_after_s) == (
+        True, False, 30.0,
+    )  # fmt: skip
+
+
 def test_the_vllm_engine_is_never_placed_on_simulated_devices() -> None:
     node = one_gpu()
     world = World(node)
