@@ -4,7 +4,6 @@ a cold start, a warm call, and an eviction. Nothing is asserted that was not see
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import sys
 import time
 from asyncio.subprocess import PIPE
@@ -23,7 +22,7 @@ from runtime.wire import DeviceReport, ModelSpec
 from scheduler.views import DecisionView, ReplicaView
 
 _ENGINE_S = 60.0  # how long a node may take to find its engines
-_SETTLE_S = 15.0  # how long what was done may take to be seen
+_SETTLE_S = 60.0  # how long what was done may take to be seen
 _POLL_S = 0.2
 _MAX_TOKENS = 24
 _PROMPT = "Tell me a story."
@@ -138,15 +137,15 @@ class Showcase:
         """(what happened, what should have but did not).
 
         Every model but the last is started, the first is asked again, and the last needs the room
-        of one of the others: that must be the one that nobody asked for longest.
+        of one of the others. Which one is the scheduler's choice: mostly the one that nobody asked
+        for longest, but one that was measured to start much more quickly goes before it.
         """
         *first, last = models
         for model in first:
             await self._call(model, "cold start")
         await self._call(first[0], "warm")
         await self._until_all_may_go(first)
-        coldest = (*first[1:], first[0])[0]
-        await self._call(last, *(f"cold start, {how}" for how in _made_room(coldest)))
+        await self._call(last, *(f"cold start, {how}" for m in first for how in _made_room(m)))
         return self._rows, self._problems
 
     async def _call(self, model: str, *expected: str) -> None:
@@ -168,13 +167,16 @@ class Showcase:
 
     async def _until_all_may_go(self, models: list[str]) -> None:
         """Until each has served for the dwell time and is idle: then the scheduler can choose."""
-        with waiting("giving each a moment"), contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(_SETTLE_S):
-                while True:
-                    mine = [r for r in await self._replicas() if r.model in models]
-                    if all(self._may_go(r) for r in mine):
-                        return
-                    await asyncio.sleep(_POLL_S)
+        stay: list[str] = []
+        with waiting("giving each a moment"):
+            deadline = time.monotonic() + _SETTLE_S
+            while time.monotonic() < deadline:
+                mine = [r for r in await self._replicas() if r.model in models]
+                stay = [r.model for r in mine if not self._may_go(r)]
+                if not stay:
+                    return
+                await asyncio.sleep(_POLL_S)
+        self._problems.append(f"not idle {_SETTLE_S:.0f} s after their calls: {', '.join(stay)}")
 
     def _may_go(self, replica: ReplicaView) -> bool:
         return replica.since_s > self._dwell_s and not replica.in_flight
