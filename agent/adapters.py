@@ -27,6 +27,7 @@ from typing import Any
 from agent.cache import ModelCache
 from agent.cache_errors import CacheError
 from agent.sleep import Controls, EngineError
+from runtime import places
 from runtime.adapters import takes_adapters
 from runtime.wire import ModelSpec
 
@@ -113,7 +114,7 @@ class Adapters:
     # ------------------------------------------------------------------ the files
 
     def _file(self, model: str) -> Path:
-        return self._folder / f"{model}.json"
+        return places.below(self._folder, f"{model}.json")
 
     def _write(self, model: str) -> None:
         entries = {

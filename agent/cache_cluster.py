@@ -16,9 +16,9 @@ from collections.abc import Callable, Collection
 import aiohttp
 
 from agent.cache_policy import PeerOffer
-from runtime import wire
+from runtime import places, wire
 from runtime.models import ModelRef, Offer, model_id
-from runtime.registry import Lock, Registry, RegistryError, Service
+from runtime.registry import Lock, Registry, RegistryError
 
 log = logging.getLogger("stoker.agent")
 
@@ -72,7 +72,7 @@ class Cluster:
         except RegistryError as error:
             log.warning("the registry does not answer (%s); asking the peers known before", error)
             return self._known
-        urls = (_url(service) for service in services)
+        urls = (places.base_url(service.address, service.port) for service in services)
         self._known = tuple(u for u in urls if u != self._own_url())
         return self._known
 
@@ -90,7 +90,7 @@ class Cluster:
     async def _offer(self, peer: str, ref: ModelRef, seen: int, wait_s: float) -> Offer | None:
         try:
             async with self._session.get(
-                f"{peer}/agent/cache/offer",
+                places.url(peer, "agent", "cache", "offer"),
                 params={
                     "source": ref.source,
                     "asked": ref.asked,
@@ -138,9 +138,4 @@ class Cluster:
             log.warning("%s is not pinned for other nodes: %s", ref.text, error)
 
     def _key(self, kind: str, ref: ModelRef) -> str:
-        return f"{self._prefix}/cache/{kind}/{model_id(ref.source, ref.asked)}"
-
-
-def _url(service: Service) -> str:
-    host = f"[{service.address}]" if ":" in service.address else service.address
-    return f"http://{host}:{service.port}"
+        return places.key(self._prefix, "cache", kind, model_id(ref.source, ref.asked))

@@ -14,6 +14,7 @@ import http.client
 import os
 import queue
 import socket
+import stat
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,6 +25,7 @@ from msgspec import Struct
 
 from agent.cache_errors import SourceError
 from agent.cache_policy import is_wanted
+from runtime import places
 from runtime.models import check_path
 
 SUMS_FILE = "SHA256SUMS"  # as sha256sum writes it: a folder may say what its files must be
@@ -96,11 +98,13 @@ class Origin(Source, Protocol):
 
 
 class FolderSource:
-    """A model in a mounted folder."""
+    """A model in a mounted folder, below the store `root`: no link out of that is followed."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, root: Path) -> None:
         self.name = f"the folder {folder}"
         self._folder = folder
+        self._root = root
+        self._below = folder.relative_to(root).as_posix()
         self._open: dict[str, int] = {}
         self._lock = threading.Lock()
 
@@ -112,14 +116,28 @@ class FolderSource:
             raise self._failed(error) from None
         return make_listing("", files)
 
-    def _paths(self) -> Iterator[Path]:
+    def _paths(self) -> Iterator[str]:
+        """Each file's path below the folder. A folder that links meet twice is read once."""
+        seen = set()
         for folder, folders, names in os.walk(self._folder, followlinks=True):
-            folders[:] = sorted(name for name in folders if not name.startswith("."))
-            yield from (Path(folder) / name for name in sorted(names) if name != SUMS_FILE)
+            real = os.path.realpath(folder)
+            folders[:] = [] if real in seen else sorted(n for n in folders if n[0] != ".")
+            below = Path(folder).relative_to(self._folder)
+            yield from (
+                ()
+                if real in seen
+                else ((below / name).as_posix() for name in sorted(names) if name != SUMS_FILE)
+            )
+            seen.add(real)
 
-    def _file(self, path: Path, sums: dict[str, str]) -> RemoteFile:
-        found = path.stat()
-        name = path.relative_to(self._folder).as_posix()
+    def _file(self, name: str, sums: dict[str, str]) -> RemoteFile:
+        file = self._opened(name)
+        try:
+            found = os.fstat(file)
+        finally:
+            os.close(file)
+        if not stat.S_ISREG(found.st_mode):
+            raise SourceError("bad_source", f"{self.name}: {name} is no plain file; remove it")
         check = f"sha256:{sums[name]}" if name in sums else ""
         return RemoteFile(
             path=name, size_bytes=found.st_size, check=check, tag=str(found.st_mtime_ns)
@@ -127,11 +145,14 @@ class FolderSource:
 
     def _sums(self) -> dict[str, str]:
         try:
-            lines = (self._folder / SUMS_FILE).read_text(encoding="utf-8").splitlines()
+            with os.fdopen(self._opened(SUMS_FILE), encoding="utf-8") as file:
+                lines = file.read().splitlines()
         except FileNotFoundError:
             return {}
         except OSError as error:
             raise self._failed(error) from None
+        except UnicodeDecodeError:
+            raise SourceError("bad_source", f"{self.name}: {SUMS_FILE} is no text") from None
         pairs = (line.split(maxsplit=1) for line in lines if line.strip())
         return {name.lstrip("*").removeprefix("./"): sha.lower() for sha, name in pairs}
 
@@ -154,8 +175,14 @@ class FolderSource:
     def _fd(self, path: str) -> int:
         with self._lock:
             if path not in self._open:
-                self._open[path] = os.open(self._folder / path, os.O_RDONLY | os.O_CLOEXEC)
+                self._open[path] = self._opened(path)
             return self._open[path]
+
+    def _opened(self, path: str) -> int:
+        try:
+            return places.open_inside(self._root, self._below, path)
+        except places.Outside as error:
+            raise SourceError("bad_source", f"{error}; put the file itself there") from None
 
     def _failed(self, error: OSError) -> SourceError:
         return SourceError(
@@ -208,9 +235,8 @@ class PeerSource:
         self, connection: http.client.HTTPConnection, file: RemoteFile, start: int, view: memoryview
     ) -> None:
         wanted = {"Range": f"bytes={start}-{start + len(view) - 1}"}
-        connection.request(
-            "GET", f"/agent/cache/blobs/{file.sha256}", headers=self._headers | wanted
-        )
+        path = places.url("", "agent", "cache", "blobs", str(file.sha256))
+        connection.request("GET", path, headers=self._headers | wanted)
         response = connection.getresponse()
         if response.status != 206 or response.length != len(view):
             raise self._refused(response, file)

@@ -30,7 +30,8 @@ import msgspec
 from msgspec import Struct
 
 from agent.cache_policy import Held
-from runtime.models import Manifest, ModelFile, ModelRef, check_path
+from runtime import places
+from runtime.models import Manifest, ModelFile, ModelRef
 
 log = logging.getLogger("stoker.agent")
 
@@ -89,7 +90,7 @@ class Store:
             for file in stored.manifest.files:
                 if self._blobs.get(file.sha256) != file.size_bytes:
                     raise ValueError(f"{file.path} is missing or cut off")
-                if not (self.snapshot(model_id) / check_path(file.path)).is_file():
+                if not places.below(self.snapshot(model_id), file.path).is_file():
                     raise ValueError(f"{file.path} is not in its folder")
         except ValueError as error:
             log.warning("cached model %s is damaged and forgotten: %s", path.stem, error)
@@ -114,13 +115,13 @@ class Store:
 
     def snapshot(self, model_id: str) -> Path:
         """The folder that an engine loads it from."""
-        return self.folder / "snapshots" / model_id
+        return places.below(self.folder, "snapshots", model_id)
 
     def blob(self, sha256: str) -> Path | None:
         """The checked file of that content, if it is here."""
         with self._lock:
             known = sha256 in self._blobs and sha256 not in self._loose
-        return self.folder / "blobs" / sha256 if known else None
+        return self._blob(sha256) if known else None
 
     def held(self) -> list[Held]:
         """Every model, for eviction."""
@@ -160,7 +161,7 @@ class Store:
     def keep(self, part: Path, file: ModelFile) -> None:
         """Make a checked `part` a blob."""
         part.chmod(0o444)
-        os.replace(part, self.folder / "blobs" / file.sha256)
+        os.replace(part, self._blob(file.sha256))
         with self._lock:
             self._blobs[file.sha256] = file.size_bytes
             self._loose.discard(file.sha256)
@@ -169,7 +170,7 @@ class Store:
         """Whether the blob is here and whole; what an earlier process left is hashed."""
         if self.blob(sha256):
             return True
-        path = self.folder / "blobs" / sha256
+        path = self._blob(sha256)
         if sha256 not in self._blobs or _hash(path) != sha256:
             self._drop([sha256])
             return False
@@ -185,9 +186,9 @@ class Store:
         staging = self.folder / "tmp" / f"{manifest.model_id}.new"
         shutil.rmtree(staging, ignore_errors=True)
         for file in manifest.files:
-            name = staging / check_path(file.path)
+            name = places.below(staging, file.path)
             name.parent.mkdir(parents=True, exist_ok=True)
-            os.link(self.folder / "blobs" / file.sha256, name)
+            os.link(self._blob(file.sha256), name)
         os.rename(staging, target)
 
     def add(self, manifest: Manifest, asked: str) -> None:
@@ -214,7 +215,7 @@ class Store:
         try:
             if stored := self.models.get(model_id):
                 for file in stored.manifest.files:
-                    _sync(self.folder / "blobs" / file.sha256)
+                    _sync(self._blob(file.sha256))
                 self._write(model_id)
         except FileNotFoundError:
             if model_id in self.models:  # else it was removed meanwhile
@@ -261,7 +262,7 @@ class Store:
     def _drop(self, blobs: Collection[str]) -> None:
         with self._lock:
             for sha256 in blobs:
-                (self.folder / "blobs" / sha256).unlink(missing_ok=True)
+                self._blob(sha256).unlink(missing_ok=True)
                 self._blobs.pop(sha256, None)
                 self._loose.discard(sha256)
 
@@ -289,7 +290,9 @@ class Store:
         found = []
         for file in manifest.files:
             try:
-                whole = _hash(self.snapshot(manifest.model_id) / file.path) == file.sha256
+                whole = (
+                    _hash(places.below(self.snapshot(manifest.model_id), file.path)) == file.sha256
+                )
             except OSError:
                 whole = False
             if not whole:
@@ -302,7 +305,10 @@ class Store:
             self._loose.update(blobs)
 
     def _record(self, model_id: str) -> Path:
-        return self.folder / "models" / f"{model_id}.json"
+        return places.below(self.folder, "models", f"{model_id}.json")
+
+    def _blob(self, sha256: str) -> Path:
+        return places.below(self.folder, "blobs", sha256)
 
 
 def _blobs(manifest: Manifest) -> dict[str, int]:

@@ -12,9 +12,10 @@ from pathlib import Path
 
 from msgspec import Struct
 
-from agent.cache_errors import CacheError
+from agent.cache_errors import CacheError, SourceError
 from agent.cache_sources import FolderSource, Origin
-from runtime.models import CacheConfig, ModelRef, parse_ref
+from runtime import places
+from runtime.models import CacheConfig, ModelRef, local_parts, parse_ref
 
 
 class Wanted(Struct, frozen=True, kw_only=True):
@@ -32,14 +33,18 @@ def look(source: str, config: CacheConfig, model_dir: Path) -> Path | Wanted:
     Raises CacheError for a folder that is not there, ValueError for a source that can't be one.
     """
     ref = parse_ref(source)
-    if ref is None and (model_dir / source).is_dir() and not Path(source).is_absolute():
-        return (model_dir / source).resolve()
+    if ref is None and not Path(source).is_absolute():
+        local = places.below(model_dir, *local_parts(source))
+        if local.is_dir():
+            return local.resolve()
     folder = _shared(ref, source, config.shared_dir)
     if folder is not None and folder.is_dir():
+        found = FolderSource(folder, Path(config.shared_dir).absolute())
         if not config.copy_shared:
+            _check_links(found)
             return folder
-        wanted, found = ref or ModelRef(source=str(folder)), folder
-        return Wanted(ref=wanted, direct=True, origin=lambda _: FolderSource(found), folder=found)
+        wanted = ref or ModelRef(source=str(folder))
+        return Wanted(ref=wanted, direct=True, origin=lambda _: found, folder=folder)
     if ref is not None:
         remote = ref
         return Wanted(ref=ref, direct=False, origin=lambda revision: open_origin(remote, revision))
@@ -60,14 +65,24 @@ def _shared(ref: ModelRef | None, source: str, shared_dir: str) -> Path | None:
     if not shared_dir:
         return None
     root = Path(shared_dir).absolute()
-    if ref is None:
-        folder = root / source
-        inside = folder.is_relative_to(root) and folder != root and ".." not in folder.parts
-        return folder if inside else None
-    if not ref.source.startswith("hf:"):
-        return None
-    name = ref.source.removeprefix("hf:")
-    return root / (name if ref.asked == "main" else f"{name}@{ref.asked}")
+    if ref is not None:
+        name = ref.source.removeprefix("hf:")
+        whole = name if ref.asked == "main" else f"{name}@{ref.asked}"
+        return places.below(root, whole) if ref.source.startswith("hf:") else None
+    path = Path(source)
+    if path.is_absolute():
+        if not path.is_relative_to(root):
+            return None
+        path = path.relative_to(root)
+    return places.below(root, *path.parts) if path.parts else None
+
+
+def _check_links(folder: FolderSource) -> None:
+    """Raises CacheError where a link leads out of the shared store: an engine would follow it."""
+    try:
+        folder.listing()
+    except SourceError as error:
+        raise CacheError(error.kind, str(error)) from None
 
 
 def open_origin(ref: ModelRef, revision: str | None) -> Origin:
@@ -82,10 +97,10 @@ def open_origin(ref: ModelRef, revision: str | None) -> Origin:
 
 
 def _missing(source: str, config: CacheConfig, model_dir: Path) -> CacheError:
-    places = [model_dir / source, Path(source)]
+    folders = [model_dir.joinpath(source), Path(source)]
     if config.shared_dir:
-        places.insert(1, Path(config.shared_dir) / source)
-    looked = " or ".join(dict.fromkeys(str(place) for place in places))
+        folders.insert(1, Path(config.shared_dir).joinpath(source))
+    looked = " or ".join(dict.fromkeys(map(str, folders)))
     return CacheError(
         "not_found",
         f"source {source!r} is not a folder on this node (looked for {looked}); put the model"

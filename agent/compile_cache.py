@@ -27,15 +27,20 @@ import tarfile
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
+from typing import IO
 
 import msgspec
 from msgspec import Struct
+
+from runtime import places
+from runtime.models import Sha256, Size
 
 FOLDER = ".compiled"
 _KNOWN = "compiled"  # of the cache_dir: keys that were fetched or shared already
 _PARTS = ("vllm/torch_compile_cache", "inductor", "triton")  # of the cache_dir
 _MOST_BYTES = 4 * 2**30
 _READ_BYTES = 2**20
+_MOST_ENTRY_BYTES = 2**20
 _VERSION_TIMEOUT_S = 60.0
 _TORCH_VERSION = "import importlib.metadata as m; print(m.version('torch'))"
 
@@ -66,8 +71,8 @@ class Entry(Struct, frozen=True, kw_only=True):
     """<key>.json"""
 
     compiled: Compiled
-    sha256: str
-    size_bytes: int
+    sha256: Sha256
+    size_bytes: Size
 
 
 class CompileStore:
@@ -86,12 +91,15 @@ class CompileStore:
 
         Raises Unsafe, OSError.
         """
-        if (self._cache_dir / _KNOWN / key).exists():
+        if places.below(self._cache_dir, _KNOWN, key).exists():
             return 0
         try:
-            entry = msgspec.json.decode(self._entry_path(key).read_bytes(), type=Entry)
+            with self._opened(f"{key}.json") as file:
+                entry = msgspec.json.decode(file.read(_MOST_ENTRY_BYTES), type=Entry)
         except FileNotFoundError:
             return None
+        except places.Outside as error:
+            raise Unsafe(str(error)) from None
         except ValueError as error:
             raise Unsafe(f"{self._entry_path(key)} is damaged: {error}") from None
         with self._folder() as folder:
@@ -134,7 +142,7 @@ class CompileStore:
     def _know(self, key: str) -> None:
         folder = self._cache_dir / _KNOWN
         folder.mkdir(exist_ok=True)
-        (folder / key).touch()
+        places.below(folder, key).touch()
 
     def _named(self, log_text: str) -> list[Path]:
         """vLLM's folders that the log speaks of."""
@@ -142,29 +150,41 @@ class CompileStore:
         names = re.findall(
             rf"{re.escape(str(root))}/((?:torch_aot_compile/)?[0-9a-f]{{6,64}})\b", log_text
         )
-        return [root / name for name in dict.fromkeys(names)]
+        return [places.below(root, name) for name in dict.fromkeys(names)]
 
     def _files(self, folders: list[Path]) -> Iterator[Path]:
-        for folder in [*folders, *(self._cache_dir / part for part in _PARTS[1:])]:
+        for folder in [*folders, *(places.below(self._cache_dir, part) for part in _PARTS[1:])]:
             for path in sorted(folder.rglob("*")):
-                if path.is_file() and not path.is_symlink() and path.suffix != ".lock":
+                if path.is_file() and path.suffix != ".lock" and self._is_own(path):
                     yield path
+
+    def _is_own(self, path: Path) -> bool:
+        """Whether no link leads to it: an engine may have left one to anything it can read."""
+        return path.resolve() == self._cache_dir.resolve() / path.relative_to(self._cache_dir)
 
     def _copy(self, entry: Entry, target: Path) -> None:
         if entry.size_bytes > _MOST_BYTES:
             raise Unsafe(f"the archive of {entry.sha256} has {entry.size_bytes} bytes")
         source = self._archive_path(entry.sha256)
         try:
-            shutil.copyfile(source, target)
+            with self._opened(source.name) as file, target.open("wb") as copy:
+                if os.fstat(file.fileno()).st_size != entry.size_bytes:
+                    raise Unsafe(f"{source} does not have the size that its entry says")
+                shutil.copyfileobj(file, copy, _READ_BYTES)
         except FileNotFoundError:
             raise Unsafe(f"{source} is missing") from None
+        except places.Outside as error:
+            raise Unsafe(str(error)) from None
         if _hash(target) != entry.sha256:
             raise Unsafe(f"{source} does not have the content that its name says")
 
     def _settle(self, files: Path) -> int:
         new = 0
         for path in sorted(p for p in files.rglob("*") if p.is_file()):
-            target = self._cache_dir / path.relative_to(files)
+            try:
+                target = places.inside(self._cache_dir, path.relative_to(files).as_posix())
+            except places.Outside as error:
+                raise Unsafe(str(error)) from None
             target.parent.mkdir(parents=True, exist_ok=True)
             if not target.exists():
                 path.rename(target)
@@ -179,10 +199,13 @@ class CompileStore:
             yield Path(name)
 
     def _entry_path(self, key: str) -> Path:
-        return self._shared / f"{key}.json"
+        return places.below(self._shared, f"{key}.json")
 
     def _archive_path(self, sha256: str) -> Path:
-        return self._shared / f"{sha256}.tar.gz"
+        return places.below(self._shared, f"{sha256}.tar.gz")
+
+    def _opened(self, name: str) -> IO[bytes]:
+        return os.fdopen(places.open_inside(self._shared, name), "rb")
 
 
 def unpack(archive: Path, target: Path) -> None:
@@ -231,6 +254,8 @@ def _hash(path: Path) -> str:
 
 
 def _write(path: Path, data: bytes) -> None:
-    part = path.with_name(f".{path.name}-{os.getpid()}")
-    part.write_bytes(data)
-    part.replace(path)
+    handle, name = tempfile.mkstemp(prefix=".new-", dir=path.parent)  # a name nobody can guess
+    with os.fdopen(handle, "wb") as file:
+        file.write(data)
+    os.chmod(name, 0o644)
+    os.replace(name, path)

@@ -17,7 +17,6 @@ Rules this file keeps:
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Mapping
 
 from agent import replica as state
@@ -48,6 +47,7 @@ from agent.messages import (
 from agent.replica import MEMORY_PHASES, SERVED_PHASES, SLEEP_PHASES, Replica, rung_name
 from agent.transitions import Transitions
 from runtime.wire import (
+    REPLICA_ID,
     AgentCommand,
     ModelSpec,
     ReplicaReport,
@@ -62,7 +62,6 @@ HUNG_S = 30.0  # a ready or sleeping engine whose health fails this long is kill
 SLEEP_S = 60.0  # a sleep that takes longer, once it is its turn, has failed
 WAKE_S = 120.0  # and so has such a wake
 STATUS_S = 6.0  # how long after its grace time a drain may wait to hear of its requests
-ID_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")  # it names files
 
 
 class AgentCore(Transitions):
@@ -154,8 +153,8 @@ class AgentCore(Transitions):
             self._out.append(Refused(f"{replica_id} is {known.phase}; start a new replica id"))
         elif replica_id in self._ended:
             self._out.append(Refused(f"{replica_id} was stopped before; start a new replica id"))
-        elif not ID_PATTERN.fullmatch(replica_id):
-            self._out.append(Refused(f"{replica_id!r} is no replica id: use {ID_PATTERN.pattern}"))
+        elif not REPLICA_ID.fullmatch(replica_id):
+            self._out.append(Refused(f"{replica_id!r} is no replica id: use {REPLICA_ID.pattern}"))
         elif not known:
             self.replicas[replica_id] = Replica(command, "starting", now)
             self._changed(replica_id)

@@ -24,9 +24,10 @@ from agent.cache import open_cache
 from agent.devices import open_devices
 from agent.link import SchedulerLink
 from agent.messages import ShutdownRequested, TermSeen, Tick
-from agent.node import Node, advertised_host, url
+from agent.node import Node, advertised_host
 from agent.records import Records
 from agent.server import make_app
+from runtime import places
 from runtime.config import Config
 from runtime.registration import keep_registered, withdraw
 from runtime.registry import Registry, Service
@@ -92,7 +93,7 @@ class _Agent:
         link = SchedulerLink(
             self._session,
             self._registry,
-            leader_key=f"{config.registry.prefix}/leader",
+            leader_key=places.key(config.registry.prefix, "leader"),
             token=config.cluster_token,
             interval_s=config.agent.heartbeat_s,
             build=node.heartbeat,
@@ -102,7 +103,7 @@ class _Agent:
             try:
                 await node.devices.read()
                 async with _serve(node, config) as port:
-                    node.address = url(advertised_host(config), port)
+                    node.address = places.base_url(advertised_host(config), port)
                     await node.adopt()
                     service = _service(config, port)
                     loops = self._loops(node, link, service)

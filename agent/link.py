@@ -16,7 +16,7 @@ from collections.abc import Callable
 import aiohttp
 from msgspec import Struct
 
-from runtime import wire
+from runtime import places, wire
 from runtime.registry import Registry, RegistryError
 from runtime.wire import Heartbeat, HeartbeatReply
 
@@ -106,7 +106,7 @@ class SchedulerLink:
     async def _post(self, url: str) -> None:
         try:
             async with self._session.post(
-                f"{url}/internal/heartbeat",
+                places.url(url, "internal", "heartbeat"),
                 data=wire.encode(self._build()),
                 headers=self._headers | {"Content-Type": "application/json"},
                 timeout=_POST_TIMEOUT,

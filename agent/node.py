@@ -28,7 +28,7 @@ from agent import messages, process
 from agent.adapters import Adapters
 from agent.cache import ModelCache
 from agent.canary import Canary
-from agent.core import ID_PATTERN, AgentCore
+from agent.core import AgentCore
 from agent.devices import DeviceSource
 from agent.engine_load import EngineLoad
 from agent.host_watch import HostWatch
@@ -48,9 +48,10 @@ from agent.sleep import Controls, is_sleeping
 from agent.staging import Stager
 from agent.supervisor import Supervisor
 from agent.watch import DeviceWatch
+from runtime import places
 from runtime.config import Config
 from runtime.engine import Launch, get_engine
-from runtime.wire import Heartbeat, ReplicaPhase, ReplicaReport
+from runtime.wire import REPLICA_ID, Heartbeat, ReplicaPhase, ReplicaReport
 
 log = logging.getLogger("stoker.agent")
 
@@ -358,7 +359,7 @@ class Node:
         host = self.config.agent.host
         return Target(
             replica_id=replica_id,
-            base_url=url("127.0.0.1" if host in _WILDCARDS else host, record.port),
+            base_url=places.base_url("127.0.0.1" if host in _WILDCARDS else host, record.port),
             health_path=record.health_path,
             control_key=record.control_key,
         )
@@ -448,7 +449,7 @@ class Node:
         load = probe[0].load if probe else EngineLoad()
         return msgspec.structs.replace(
             report,
-            base_url=url(advertised_host(self.config), record.port),
+            base_url=places.base_url(advertised_host(self.config), record.port),
             key=record.route_key,
             pid=record.leader.pid,
             memory_used_bytes=self.devices.used_bytes(report.replica_id),
@@ -462,7 +463,7 @@ class Node:
     def log_path(self, replica_id: str) -> Path | None:
         """The log of a replica, also of one that ended lately; None if there is none. It may not
         be written yet."""
-        if not ID_PATTERN.fullmatch(replica_id):
+        if not REPLICA_ID.fullmatch(replica_id):
             return None
         path = self._supervisor.log_path(replica_id)
         return path if self.runs(replica_id) or path.exists() else None
@@ -591,11 +592,6 @@ class Node:
 def advertised_host(config: Config) -> str:
     """The host name or address that others reach this node by."""
     return config.agent.advertise_host or config.agent.host
-
-
-def url(host: str, port: int) -> str:
-    """The HTTP base URL of a host name or address."""
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 @contextlib.contextmanager

@@ -18,6 +18,9 @@ from pathlib import Path
 
 from msgspec import Struct
 
+from runtime import places
+from runtime.wire import REPLICA_ID
+
 REPLICA_MARK = "STOKER_REPLICA_ID"
 NODE_MARK = "STOKER_NODE_ID"
 STATE_MARK = "STOKER_STATE_DIR"  # tells two agents of one node id apart, as tests run them
@@ -120,7 +123,8 @@ def _mark_of(pid: int, owner: Owner) -> str | None:
     )
     if environ.get(NODE_MARK) != owner.node_id or environ.get(STATE_MARK) != owner.state_dir:
         return None
-    return environ.get(REPLICA_MARK)
+    replica_id = environ.get(REPLICA_MARK, "")  # it names files, and a process may change its own
+    return replica_id if REPLICA_ID.fullmatch(replica_id) else None
 
 
 def scan(owner: Owner, leaders: Mapping[str, Leader]) -> dict[str, set[int]]:
@@ -198,7 +202,7 @@ class Cgroups:
     def add(self, replica_id: str, pid: int) -> None:
         """Move a process, and all that it starts from now on, into the replica's cgroup."""
         if self._parent:
-            folder = self._parent / replica_id
+            folder = places.below(self._parent, replica_id)
             with contextlib.suppress(OSError):  # the marks find it all the same
                 folder.mkdir(parents=True, exist_ok=True)
                 (folder / "cgroup.procs").write_text(str(pid))
@@ -208,7 +212,7 @@ class Cgroups:
         if not self._parent:
             return set()
         try:
-            listed = (self._parent / replica_id / "cgroup.procs").read_text().split()
+            listed = places.below(self._parent, replica_id, "cgroup.procs").read_text().split()
         except OSError:
             return set()
         return {int(pid) for pid in listed if start_ticks(int(pid)) is not None}
@@ -217,7 +221,7 @@ class Cgroups:
         """Remove an empty cgroup; one that is not empty or not there is left alone."""
         if self._parent:
             with contextlib.suppress(OSError):
-                (self._parent / replica_id).rmdir()
+                places.below(self._parent, replica_id).rmdir()
 
     def close(self) -> None:
         """Remove the parent if no replica is left in it."""

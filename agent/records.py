@@ -21,6 +21,7 @@ from agent.canary import Canary
 from agent.load_format import Known
 from agent.messages import Saved
 from agent.process import Leader
+from runtime import places
 from runtime.wire import StartRung
 
 log = logging.getLogger("stoker.agent")
@@ -141,7 +142,7 @@ class Records:
         self._lock.close()
 
     def _file(self, replica_id: str) -> Path:
-        return self._folder / f"{replica_id}.json"
+        return places.below(self._folder, f"{replica_id}.json")
 
     @staticmethod
     def _write(path: Path, content: Struct) -> None:

@@ -21,6 +21,7 @@ from typing import BinaryIO
 from agent import process
 from agent.launcher import Held
 from agent.process import Cgroups, Leader, Owner
+from runtime import places
 
 log = logging.getLogger("stoker.agent")
 
@@ -242,7 +243,7 @@ class Supervisor:
 
     def log_path(self, replica_id: str) -> Path:
         """Where the engine's output goes."""
-        return self._logs / f"{replica_id}.log"
+        return places.below(self._logs, f"{replica_id}.log")
 
     def log_tail(self, replica_id: str) -> str:
         """The end of what the current start has written, at most 64 KiB."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any, Generic, TypeVar
-from urllib.parse import quote
 
 import aiohttp
 import click
@@ -13,6 +12,7 @@ import msgspec
 from msgspec import Struct
 
 from runtime.access import KeySpec, Tenant
+from runtime.places import url
 from runtime.wire import ModelSpec, RouteRule
 from scheduler import access_api, cache_api, route_views, views
 
@@ -35,20 +35,20 @@ class AdminError(click.ClickException):
 
 
 @asynccontextmanager
-async def open_admin(url: str, token: str) -> AsyncIterator[Admin]:
-    """A client of the admin API at `url`, closed at the end."""
+async def open_admin(address: str, token: str) -> AsyncIterator[Admin]:
+    """A client of the admin API at `address`, closed at the end."""
     headers = {"Authorization": f"Bearer {token}"} if token else {}
     timeout = aiohttp.ClientTimeout(total=120, sock_connect=5)
     async with aiohttp.ClientSession(headers=headers, timeout=timeout) as session:
-        yield Admin(session, url)
+        yield Admin(session, address)
 
 
 class Admin:
     """Every call raises AdminError, whose message is fit for an operator."""
 
-    def __init__(self, session: aiohttp.ClientSession, url: str) -> None:
+    def __init__(self, session: aiohttp.ClientSession, address: str) -> None:
         self._session = session
-        self._url = url.rstrip("/")
+        self._url = address.rstrip("/")
 
     async def health(self) -> Reply[views.Health]:
         return await self._call("GET", "/healthz", views.Health)
@@ -57,7 +57,7 @@ class Admin:
         return await self._call("GET", "/admin/models", views.Models)
 
     async def model(self, name: str) -> Reply[views.ModelView]:
-        return await self._call("GET", f"/admin/models/{_part(name)}", views.ModelView)
+        return await self._call("GET", url("", "admin", "models", name), views.ModelView)
 
     async def add(self, spec: ModelSpec) -> Reply[views.Saved]:
         """Add a model; AdminError with status 409 if its name is taken."""
@@ -65,25 +65,25 @@ class Admin:
 
     async def put(self, spec: ModelSpec) -> Reply[views.Saved]:
         """Add or change a model."""
-        path = f"/admin/models/{_part(spec.name)}"
+        path = url("", "admin", "models", spec.name)
         return await self._call("PUT", path, views.Saved, body=spec)
 
     async def remove(self, name: str) -> None:
-        await self._request("DELETE", f"/admin/models/{_part(name)}")
+        await self._request("DELETE", url("", "admin", "models", name))
 
     async def load(self, name: str, replicas: int) -> Reply[views.ModelView]:
         body = views.LoadBody(replicas=replicas)
         return await self._call(
-            "POST", f"/admin/models/{_part(name)}/load", views.ModelView, body=body
+            "POST", url("", "admin", "models", name, "load"), views.ModelView, body=body
         )
 
     async def unload(self, name: str) -> Reply[views.ModelView]:
-        return await self._call("POST", f"/admin/models/{_part(name)}/unload", views.ModelView)
+        return await self._call("POST", url("", "admin", "models", name, "unload"), views.ModelView)
 
     async def pin(self, name: str, pinned: bool) -> Reply[views.ModelView]:
         body = views.PinBody(pinned=pinned)
         return await self._call(
-            "POST", f"/admin/models/{_part(name)}/pin", views.ModelView, body=body
+            "POST", url("", "admin", "models", name, "pin"), views.ModelView, body=body
         )
 
     async def replicas(self) -> Reply[views.Replicas]:
@@ -107,7 +107,9 @@ class Admin:
         return await self._call("GET", "/admin/coldstarts", views.ColdStarts, query=query)
 
     async def footprint(self, name: str) -> Reply[views.Footprints]:
-        return await self._call("GET", f"/admin/models/{_part(name)}/footprint", views.Footprints)
+        return await self._call(
+            "GET", url("", "admin", "models", name, "footprint"), views.Footprints
+        )
 
     async def caches(self, node: str | None) -> Reply[cache_api.Caches]:
         query = {"node": node} if node else {}
@@ -125,25 +127,25 @@ class Admin:
         return await self._call("POST", "/admin/cache/verify", cache_api.Verdicts, query=query)
 
     async def prewarm(self, name: str, body: views.PrewarmBody) -> Reply[views.ModelView]:
-        path = f"/admin/models/{_part(name)}/prewarm"
+        path = url("", "admin", "models", name, "prewarm")
         return await self._call("POST", path, views.ModelView, body=body)
 
     async def set_node(self, node_id: str, action: str) -> Reply[views.NodeView]:
         """`action`: cordon or uncordon."""
-        return await self._call("POST", f"/admin/nodes/{_part(node_id)}/{action}", views.NodeView)
+        return await self._call("POST", url("", "admin", "nodes", node_id, action), views.NodeView)
 
     async def drain(self, node_id: str, deadline_s: float) -> Reply[views.NodeView]:
         body = views.DrainBody(deadline_s=deadline_s)
-        path = f"/admin/nodes/{_part(node_id)}/drain"
+        path = url("", "admin", "nodes", node_id, "drain")
         return await self._call("POST", path, views.NodeView, body=body)
 
     async def quarantine(self, node_id: str, device_id: str, reason: str) -> Reply[views.NodeView]:
         body = views.QuarantineBody(reason=reason)
-        path = f"/admin/nodes/{_part(node_id)}/devices/{_part(device_id)}/quarantine"
+        path = url("", "admin", "nodes", node_id, "devices", device_id, "quarantine")
         return await self._call("POST", path, views.NodeView, body=body)
 
     async def release(self, node_id: str, device_id: str) -> Reply[views.NodeView]:
-        path = f"/admin/nodes/{_part(node_id)}/devices/{_part(device_id)}/release"
+        path = url("", "admin", "nodes", node_id, "devices", device_id, "release")
         return await self._call("POST", path, views.NodeView)
 
     async def plan(self, body: views.PlanBody) -> Reply[views.Plan]:
@@ -153,21 +155,21 @@ class Admin:
         return await self._call("GET", "/admin/routes", route_views.Routes)
 
     async def route(self, name: str) -> Reply[route_views.RouteView]:
-        return await self._call("GET", f"/admin/routes/{_part(name)}", route_views.RouteView)
+        return await self._call("GET", url("", "admin", "routes", name), route_views.RouteView)
 
     async def put_route(self, rule: RouteRule) -> Reply[route_views.RouteView]:
         """Add or change a route."""
-        path = f"/admin/routes/{_part(rule.name)}"
+        path = url("", "admin", "routes", rule.name)
         return await self._call("PUT", path, route_views.RouteView, body=rule)
 
     async def remove_route(self, name: str) -> None:
-        await self._request("DELETE", f"/admin/routes/{_part(name)}")
+        await self._request("DELETE", url("", "admin", "routes", name))
 
     async def change_route(
         self, name: str, action: str, body: Struct
     ) -> Reply[route_views.RouteView]:
         """`action`: switch, promote or rollback; the route as it is then."""
-        path = f"/admin/routes/{_part(name)}/{action}"
+        path = url("", "admin", "routes", name, action)
         return await self._call("POST", path, route_views.RouteView, body=body)
 
     async def audit(self, limit: int, route: str | None) -> Reply[route_views.Audit]:
@@ -178,32 +180,32 @@ class Admin:
         return await self._call("GET", "/admin/keys", access_api.Keys)
 
     async def key(self, key_id: str) -> Reply[access_api.KeyView]:
-        return await self._call("GET", f"/admin/keys/{_part(key_id)}", access_api.KeyView)
+        return await self._call("GET", url("", "admin", "keys", key_id), access_api.KeyView)
 
     async def create_key(self, spec: KeySpec) -> Reply[access_api.NewKey]:
         return await self._call("POST", "/admin/keys", access_api.NewKey, body=spec)
 
     async def put_key(self, key_id: str, spec: KeySpec) -> Reply[access_api.KeyView]:
-        path = f"/admin/keys/{_part(key_id)}"
+        path = url("", "admin", "keys", key_id)
         return await self._call("PUT", path, access_api.KeyView, body=spec)
 
     async def rotate_key(self, key_id: str, grace_s: float) -> Reply[access_api.NewKey]:
         body = access_api.RotateBody(grace_s=grace_s)
-        path = f"/admin/keys/{_part(key_id)}/rotate"
+        path = url("", "admin", "keys", key_id, "rotate")
         return await self._call("POST", path, access_api.NewKey, body=body)
 
     async def revoke_key(self, key_id: str) -> None:
-        await self._request("DELETE", f"/admin/keys/{_part(key_id)}")
+        await self._request("DELETE", url("", "admin", "keys", key_id))
 
     async def tenants(self) -> Reply[access_api.Tenants]:
         return await self._call("GET", "/admin/tenants", access_api.Tenants)
 
     async def put_tenant(self, tenant: Tenant) -> Reply[Tenant]:
-        path = f"/admin/tenants/{_part(tenant.name)}"
+        path = url("", "admin", "tenants", tenant.name)
         return await self._call("PUT", path, Tenant, body=tenant)
 
     async def remove_tenant(self, name: str) -> None:
-        await self._request("DELETE", f"/admin/tenants/{_part(name)}")
+        await self._request("DELETE", url("", "admin", "tenants", name))
 
     async def tokens(self) -> Reply[access_api.Tokens]:
         return await self._call("GET", "/admin/tokens", access_api.Tokens)
@@ -212,7 +214,7 @@ class Admin:
         return await self._call("POST", "/admin/tokens", access_api.NewToken, body=body)
 
     async def revoke_token(self, token_id: str) -> None:
-        await self._request("DELETE", f"/admin/tokens/{_part(token_id)}")
+        await self._request("DELETE", url("", "admin", "tokens", token_id))
 
     async def use(self, day: str | None) -> Reply[access_api.Use]:
         query = {"day": day} if day else {}
@@ -223,11 +225,11 @@ class Admin:
 
     async def logs(self, replica_id: str, tail: int, follow: bool) -> AsyncIterator[bytes]:
         """The engine's output, line by line; with `follow` until the replica is gone."""
-        url = f"{self._url}/admin/replicas/{_part(replica_id)}/logs"
+        where = url(self._url, "admin", "replicas", replica_id, "logs")
         query = {"tail": str(tail), "follow": str(int(follow))}
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=5)
         try:
-            async with self._session.get(url, params=query, timeout=timeout) as response:
+            async with self._session.get(where, params=query, timeout=timeout) as response:
                 if response.status >= 400:
                     raise _refused(response.status, await response.read())
                 async for line in response.content:
@@ -273,27 +275,27 @@ class Admin:
         return answer
 
     async def _send(
-        self, url: str, method: str, path: str, body: Struct | None, query: dict[str, str] | None
+        self,
+        address: str,
+        method: str,
+        path: str,
+        body: Struct | None,
+        query: dict[str, str] | None,
     ) -> tuple[int, bytes]:
         data = None if body is None else msgspec.json.encode(body)
         headers = {} if body is None else {"Content-Type": "application/json"}
         try:
             async with self._session.request(
-                method, f"{url}{path}", data=data, headers=headers, params=query
+                method, f"{address}{path}", data=data, headers=headers, params=query
             ) as response:
                 return response.status, await response.read()
         except (aiohttp.ClientError, TimeoutError, ValueError) as error:
-            raise _unreachable(url, error) from None
+            raise _unreachable(address, error) from None
 
 
-def _unreachable(url: str, error: Exception) -> AdminError:
+def _unreachable(address: str, error: Exception) -> AdminError:
     reason = str(error) or type(error).__name__
-    return AdminError(f"can't reach the scheduler at {url}: {reason}. Is it running?")
-
-
-def _part(name: str) -> str:
-    """A name as one part of a path: an alias may hold slashes."""
-    return quote(name, safe="")
+    return AdminError(f"can't reach the scheduler at {address}: {reason}. Is it running?")
 
 
 def _error(answer: bytes) -> views.ErrorBody | None:

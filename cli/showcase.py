@@ -18,6 +18,7 @@ from cli.ask import Answer, ask_body
 from cli.client import Admin
 from cli.invoke import stream_with_status
 from cli.text import size, waiting
+from runtime.places import url
 from runtime.wire import DeviceReport, ModelSpec
 from scheduler.views import DecisionView, ReplicaView
 
@@ -102,7 +103,7 @@ async def _until_routed(router: str, names: list[str]) -> None:
     deadline = time.monotonic() + _SETTLE_S
     async with aiohttp.ClientSession() as session:
         while time.monotonic() < deadline:
-            async with session.get(f"{router}/v1/models") as answer:
+            async with session.get(url(router, "v1", "models")) as answer:
                 listed = await answer.json()
             if set(names) <= {model["id"] for model in listed.get("data", ())}:
                 return

@@ -19,6 +19,7 @@ from msgspec.structs import replace
 from cli.part_process import Died, PartProcess
 from cli.upfiles import check_port, claim, write_config, write_up_file
 from cli.where import UpFile
+from runtime.places import url
 
 if TYPE_CHECKING:
     from runtime.config import Config
@@ -119,7 +120,7 @@ class Stack:
             while True:
                 with contextlib.suppress(AdminError, aiohttp.ClientError):
                     nodes = (await admin.nodes()).value.nodes
-                    async with http.get(f"{urls.router}/readyz") as answer:
+                    async with http.get(url(urls.router, "readyz")) as answer:
                         if answer.status == 200 and any(n.state == "ready" for n in nodes):
                             return urls
                 await asyncio.sleep(_POLL_S)

@@ -118,6 +118,7 @@ class Where:
                 f"no cluster found: nothing runs in {up_state_dir()}, and there is no config file."
                 f" Start one with `stoker up`, or name one with --{what} URL and --token TOKEN"
             )
+        from runtime import places
         from runtime.registries import open_registry
         from runtime.registry import RegistryError
 
@@ -125,13 +126,13 @@ class Where:
         registry = open_registry(config)
         try:
             if what == "admin":
-                entry = await registry.get(f"{config.registry.prefix}/leader")
+                entry = await registry.get(places.key(config.registry.prefix, "leader"))
                 if entry is not None:
                     return msgspec.json.decode(entry.value, type=_Leader).url
             else:
                 services, _ = await registry.services("stoker-router")
                 if services:
-                    return f"http://{services[0].address}:{services[0].port}"
+                    return places.base_url(services[0].address, services[0].port)
         except RegistryError as error:
             raise click.ClickException(f"can't ask the registry: {error}") from None
         finally:

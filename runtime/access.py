@@ -168,7 +168,8 @@ def token_id(token: str, prefix: str) -> str | None:
     if not token.startswith(prefix):
         return None
     found = token[len(prefix) : len(prefix) + ID_CHARS]
-    return found if token[len(prefix) + ID_CHARS :].startswith("-") else None
+    plain = found.isascii() and found.isalnum()  # it names an entry of the registry
+    return found if plain and token[len(prefix) + ID_CHARS :].startswith("-") else None
 
 
 def opens(token: str, stored: StoredKey, wall_s: float) -> bool:

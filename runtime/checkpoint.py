@@ -11,6 +11,8 @@ from pathlib import Path
 
 from msgspec import Struct
 
+from runtime import places
+
 _MAX_HEADER_BYTES = 100 * 2**20  # safetensors' own limit
 
 
@@ -29,9 +31,9 @@ def shards(folder: Path) -> list[Path]:
     if index.is_file():
         try:
             names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        except (ValueError, KeyError, AttributeError):
+        except (ValueError, KeyError, AttributeError, TypeError):
             raise ValueError(f"{index} is not a safetensors index") from None
-        return [folder / name for name in sorted(names)]
+        return [places.below(folder, str(name)) for name in sorted(names)]
     files = sorted(folder.glob("*.safetensors"))
     return [f for f in files if not f.name.startswith("consolidated")] or files
 

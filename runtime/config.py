@@ -18,7 +18,7 @@ from msgspec import Meta, Struct
 
 from runtime.models import CacheConfig
 from runtime.schema import SchemaError, check
-from runtime.wire import SpecProblem
+from runtime.wire import NODE_PATTERN, SpecProblem
 
 DEFAULT_FILE = "/etc/stoker/stoker.toml"
 
@@ -117,7 +117,9 @@ class SchedulerConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 class AgentConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The node agent."""
 
-    node_id: str = ""  # default: the host's name
+    node_id: Annotated[
+        str, Meta(pattern=f"^$|{NODE_PATTERN}", description="default: the host's name")
+    ] = ""
     host: str = "127.0.0.1"
     port: Port = 8082
     advertise_host: str | None = None  # what others reach this node by; default: host
@@ -166,7 +168,7 @@ class Config(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
     state_dir: str = "/var/lib/stoker"
     cluster_token: str = ""
-    log_format: Annotated[str, Meta(pattern="^(text|json)$")] = "text"
+    log_format: Literal["text", "json"] = "text"
     registry: RegistryConfig = RegistryConfig()
     router: RouterConfig = RouterConfig()
     scheduler: SchedulerConfig = SchedulerConfig()

@@ -10,6 +10,7 @@ that an entry follows a host that became slower or faster.
 from __future__ import annotations
 
 import math
+import re
 
 from msgspec import Struct
 from msgspec.structs import replace
@@ -30,7 +31,7 @@ class Key(Struct, frozen=True):
 
     def path(self) -> str:
         """Its place below `<prefix>/footprints/` in the registry."""
-        version = self.engine_version.replace("/", "_")
+        version = re.sub(r"[^A-Za-z0-9.+-]", "_", self.engine_version)  # an agent's word
         return f"{self.model}/{self.launch_key}-{self.engine}-{version}-{self.device_kind}"
 
 

@@ -15,11 +15,15 @@ from typing import Annotated, Literal
 
 from msgspec import Meta, Struct
 
-Sha256 = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
+from runtime import places
+
+Sha256 = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}$(?!\n)")]
 Size = Annotated[int, Meta(ge=0)]
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-_HUB_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?")
+_HUB_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}(/[A-Za-z0-9][A-Za-z0-9._-]{0,95})?")
+_REVISION = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+-]{0,127}(/[A-Za-z0-9_][A-Za-z0-9._+-]{0,127})*")
+_BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,62}")
 
 
 class CacheConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -65,19 +69,40 @@ class ModelRef(Struct, frozen=True, kw_only=True):
 def parse_ref(source: str) -> ModelRef | None:
     """The remote source that `source` names; None where it is a folder.
 
-    Raises ValueError for a hub name or an S3 address that can't be one.
+    Raises ValueError for a source that can't be one, whatever its kind: it names files and
+    addresses.
     """
     if source.startswith("hf:"):
-        name, _, revision = source.removeprefix("hf:").partition("@")
+        name, at, revision = source.removeprefix("hf:").partition("@")
         if not _HUB_NAME.fullmatch(name):
             raise ValueError(f"{source!r} is no hub model; write hf:org/name or hf:org/name@rev")
+        if at and not _REVISION.fullmatch(revision):
+            raise ValueError(
+                f"{source!r} names no revision; write a branch, a tag or a commit after the @"
+            )
         return ModelRef(source=f"hf:{name}", asked=revision or "main")
     if source.startswith("s3://"):
         bucket, _, prefix = source.removeprefix("s3://").strip("/").partition("/")
-        if not bucket or not prefix:
+        if not _BUCKET.fullmatch(bucket) or not _is_plain(prefix):
             raise ValueError(f"{source!r} names no model; write s3://bucket/path/of/the/model")
         return ModelRef(source=f"s3://{bucket}/{prefix}")
+    if not _is_plain("/".join(local_parts(source))):
+        raise ValueError(f"{source!r} is no plain path; write it without '..'")
     return None
+
+
+def local_parts(source: str) -> tuple[str, ...]:
+    """The names in the path of a folder, without what stands for the root."""
+    path = PurePosixPath(source)
+    return path.parts[1:] if path.is_absolute() else path.parts
+
+
+def _is_plain(path: str) -> bool:
+    try:
+        places.below("", path)
+    except places.Outside:
+        return False
+    return True
 
 
 class ModelFile(Struct, frozen=True, kw_only=True):
@@ -86,6 +111,9 @@ class ModelFile(Struct, frozen=True, kw_only=True):
     path: str  # below the model's folder, with '/'
     sha256: Sha256
     size_bytes: Size
+
+    def __post_init__(self) -> None:
+        check_path(self.path)  # also of what another node, or our own disk, says
 
 
 class Manifest(Struct, frozen=True, kw_only=True):
@@ -114,9 +142,8 @@ def model_id(source: str, revision: str) -> str:
 
 def check_path(path: str) -> str:
     """`path` if it stays inside a model's folder. Raises ValueError if not."""
-    parts = PurePosixPath(path).parts
-    if not parts or path.startswith("/") or ".." in parts or "\0" in path or "\\" in path:
-        raise ValueError(f"a file of the model is called {path!r}, which leaves its folder")
+    if not _is_plain(path):
+        raise ValueError(f"a file of the model is called {path[:200]!r}, which leaves its folder")
     return path
 
 

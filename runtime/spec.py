@@ -33,6 +33,7 @@ OWNED_ENGINE_ARGS = {
     "kv_cache_memory_bytes": "set `device_memory_bytes`",
 }
 
+_SOURCES = "write a local folder, hf:org/name[@revision] or s3://bucket/path"
 MAX_MEMORY_BYTES = 2**60  # more than any host has
 
 
@@ -151,14 +152,17 @@ def _prefix(problem: SpecProblem, where: str) -> SpecProblem:
     return msgspec.structs.replace(problem, field=f"{where}.{problem.field}")
 
 
-def _source_problems(source: str, field: str = "source") -> Iterable[SpecProblem]:
+def source_problems(source: str, field: str = "source") -> Iterable[SpecProblem]:
+    """What is wrong with a source as it is written, whatever is there."""
     scheme, colon, rest = source.partition(":")
     message = fix = ""
-    if source.startswith("~"):
+    if not source:
+        message, fix = "names no source", _SOURCES
+    elif source.startswith("~"):
         message, fix = "starts with '~'", "write the whole path: no shell reads it"
     elif colon and "/" not in scheme and scheme not in ("hf", "s3"):
         message = f"has the unknown scheme {scheme!r}"
-        fix = "use a local folder, hf:org/name[@revision] or s3://bucket/path"
+        fix = _SOURCES
     elif scheme == "hf" and not rest.partition("@")[0].strip("/"):
         message, fix = "names no repository", "write hf:org/name or hf:org/name@revision"
     elif scheme == "hf" and rest.endswith("@"):
@@ -177,12 +181,7 @@ def _source_problems(source: str, field: str = "source") -> Iterable[SpecProblem
 
 def _adapter_problems(spec: ModelSpec) -> Iterable[SpecProblem]:
     for name, source in spec.adapters.items():
-        if not source:
-            yield SpecProblem(
-                field=f"adapters.{name}", value=source, message="names no source",
-                fix="write a local folder, hf:org/name[@revision] or s3://bucket/path",
-            )  # fmt: skip
-        yield from _source_problems(source, f"adapters.{name}")
+        yield from source_problems(source, f"adapters.{name}")
     for key, value in spec.engine_args.items() if spec.adapters else ():
         if flat_name(key) == "enable_lora" and value is not True:
             yield SpecProblem(
@@ -221,7 +220,7 @@ def _semantic_problems(spec: ModelSpec) -> Iterable[SpecProblem]:
             message=f"is below min_replicas ({spec.min_replicas})",
             fix=f"raise it to at least {spec.min_replicas}, or lower min_replicas",
         )  # fmt: skip
-    yield from _source_problems(spec.source)
+    yield from source_problems(spec.source)
     yield from _adapter_problems(spec)
     if (spec.device_memory_bytes or 0) > MAX_MEMORY_BYTES:
         yield SpecProblem(

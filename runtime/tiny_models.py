@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from runtime import places
 from runtime.wire import NAME_PATTERN
 
 MAX_MODEL_LEN = 2048
@@ -39,7 +40,7 @@ def write_model(root: Path, name: str) -> Path:
     """
     if not re.fullmatch(NAME_PATTERN, name):
         raise ValueError(f"{name!r} is not a model name: use letters, digits, '.', '_' and '-'")
-    target = root / name
+    target = places.below(root, name)
     if all((target / file).is_file() for file in _FILES):
         return target
     root.mkdir(parents=True, exist_ok=True)

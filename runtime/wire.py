@@ -10,15 +10,17 @@ Rules this file keeps:
 from __future__ import annotations
 
 import hashlib
+import re
 from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 from msgspec import Meta, Struct
 
-NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,95}$"
-ALIAS_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._:/@-]{0,191}$"
-
-ADAPTER_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
+# Python's `$` also matches before a last newline: `(?!\n)` is what JSON Schema's `$` means.
+NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,95}$(?!\n)"
+ALIAS_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._:/@-]{0,191}$(?!\n)"
+ADAPTER_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$(?!\n)"
+REPLICA_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")  # it names files and addresses
 
 Bytes = Annotated[int, Meta(ge=0)]
 Name = Annotated[
@@ -45,6 +47,23 @@ AdapterName = Annotated[
     ),
 ]
 
+
+# They name entries of the registry, and segments of the admin API's addresses.
+NODE_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._:-]{0,252}$(?!\n)"
+NodeId = Annotated[
+    str,
+    Meta(
+        pattern=NODE_PATTERN,
+        description="letters, digits, '.', '_', ':' or '-', the first a letter or digit",
+    ),
+]
+DeviceId = Annotated[
+    str,
+    Meta(
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._: -]{0,252}$(?!\n)",
+        description="letters, digits, spaces, '.', '_', ':' or '-', the first a letter or digit",
+    ),
+]
 
 Floor = Literal["hot", "asleep", "staged"]
 
@@ -339,7 +358,7 @@ ReplicaPhase = Literal[
 class DeviceReport(Struct, frozen=True, kw_only=True):
     """One device as the node sees it now. A figure the device does not give is None."""
 
-    device_id: str  # the NVML uuid, or "cpu:<node>", or a declared name
+    device_id: DeviceId  # the NVML uuid, or "cpu:<node>", or a declared name
     index: int
     kind: DeviceKind
     name: str
@@ -405,7 +424,7 @@ class CachedModel(Struct, frozen=True, kw_only=True):
 class Heartbeat(Struct, frozen=True, kw_only=True):
     """A node's whole truth, sent every second and at once when a replica changes phase."""
 
-    node_id: str
+    node_id: NodeId
     boot_id: int  # grows with every start of the agent
     seq: int  # grows with every heartbeat of one boot
     address: str  # the agent's own HTTP base URL
@@ -551,7 +570,7 @@ class Inspection(Struct, frozen=True, kw_only=True):
 
 SEMVER_PATTERN = (
     r"^(0|[1-9]\d*)\.(0|[1-9]\d*)\.(0|[1-9]\d*)"
-    r"(-[0-9A-Za-z-]+(\.[0-9A-Za-z-]+)*)?(\+[0-9A-Za-z-]+(\.[0-9A-Za-z-]+)*)?$"
+    r"(-[0-9A-Za-z-]+(\.[0-9A-Za-z-]+)*)?(\+[0-9A-Za-z-]+(\.[0-9A-Za-z-]+)*)?$(?!\n)"
 )
 
 
@@ -604,7 +623,7 @@ class RouteRule(Struct, frozen=True, kw_only=True):
     sticky: Annotated[
         str,
         Meta(
-            pattern=r"^(off|user|header:[A-Za-z0-9-]+)$",
+            pattern=r"^(off|user|header:[A-Za-z0-9-]+)$(?!\n)",
             description="who meets the same target each time: off, user (the body's), header:NAME",
         ),
     ] = "off"

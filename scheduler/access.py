@@ -18,6 +18,7 @@ from typing import TypeVar
 
 import msgspec
 
+from runtime import places
 from runtime.access import (
     ADMIN_PREFIX,
     ID_CHARS,
@@ -81,7 +82,7 @@ class Access:
         self._tell_routers()
 
     async def _list(self, folder: str, kind: type[_Kind]) -> list[_Kind]:
-        entries, _ = await self._registry.list(f"{self._prefix}/{folder}/")
+        entries, _ = await self._registry.list(self._key(*folder.split("/")) + "/")
         found = []
         for entry in entries:
             try:
@@ -150,10 +151,13 @@ class Access:
         del self.tokens[public_id]
 
     async def _put(self, folder: str, name: str, value: msgspec.Struct) -> None:
-        await self._registry.put(f"{self._prefix}/{folder}/{name}", msgspec.json.encode(value))
+        await self._registry.put(self._key(*folder.split("/"), name), msgspec.json.encode(value))
 
     async def _delete(self, folder: str, name: str) -> None:
-        await self._registry.delete(f"{self._prefix}/{folder}/{name}")
+        await self._registry.delete(self._key(folder, name))
+
+    def _key(self, *segments: str) -> str:
+        return places.key(self._prefix, *segments)
 
     async def admin(self, token: str, leads: bool) -> StoredToken | None:
         """Whose `token` is. One that stands by asks the registry, so it may raise RegistryError."""
@@ -162,7 +166,7 @@ class Access:
             return None
         stored = self.tokens.get(public_id)
         if not leads:
-            entry = await self._registry.get(f"{self._prefix}/tokens/{public_id}")
+            entry = await self._registry.get(self._key("tokens", public_id))
             stored = decode(entry.value, StoredToken) if entry else None
         if stored is None or not hmac.compare_digest(digest(token), stored.digest):
             return None
@@ -229,9 +233,10 @@ class Access:
 
     async def _forget_old(self) -> None:
         oldest = time.strftime("%Y-%m-%d", time.gmtime(time.time() - KEEP_DAYS * 86400))
-        entries, _ = await self._registry.list(f"{self._prefix}/usage/")
+        below = self._key("usage") + "/"
+        entries, _ = await self._registry.list(below)
         for entry in entries:
-            if entry.key.removeprefix(f"{self._prefix}/usage/")[:10] < oldest:
+            if entry.key.removeprefix(below)[:10] < oldest:
                 await self._registry.delete(entry.key)
 
     async def usage_on(self, day: str) -> dict[str, Used]:

@@ -20,11 +20,13 @@ from aiohttp import web
 from prometheus_client import CollectorRegistry, generate_latest
 
 from runtime.access import ROLES, Role, RouterUsage
+from runtime.places import url
 from runtime.prewarm import Ask
 from runtime.registry import RegistryError
 from runtime.schema import SchemaError, check
-from runtime.spec import json_schema, name_clashes, parse_spec
+from runtime.spec import json_schema, name_clashes, parse_spec, source_problems
 from runtime.wire import (
+    REPLICA_ID,
     DemandReport,
     Heartbeat,
     HeartbeatReply,
@@ -324,6 +326,8 @@ class Api:
     async def replica_logs(self, request: web.Request) -> web.StreamResponse:
         """Passed through from the agent that has them; a stopped replica's stay readable."""
         replica_id = request.match_info["id"]
+        if not REPLICA_ID.fullmatch(replica_id):
+            raise unknown("replica", replica_id, list(self.core.state.replicas))
         query = {
             "tail": str(int(number(request, "tail", 200))),
             "follow": "1" if request.query.get("follow") == "1" else "0",
@@ -335,10 +339,10 @@ class Api:
             address = self.driver.agent_address(node_id)
             if address is None:
                 continue
-            url = f"{address}/agent/replicas/{replica_id}/logs"
+            where = url(address, "agent", "replicas", replica_id, "logs")
             timeout = aiohttp.ClientTimeout(total=None, connect=5)
             try:
-                async with self.driver.http.get(url, params=query, timeout=timeout) as upstream:
+                async with self.driver.http.get(where, params=query, timeout=timeout) as upstream:
                     if upstream.status == 200:
                         return await _pass_on(request, upstream)
                     error = f"node {node_id}: HTTP {upstream.status}"
@@ -449,6 +453,7 @@ class Api:
 
     async def pull_model(self, request: web.Request) -> web.Response:
         body = await read_body(request, CachePullBody)
+        _check_source(body.model)
         nodes = [self._known_node(node_id) for node_id in body.nodes] or self._caches.live_nodes()
         if body.count is not None:
             if not 1 <= body.count <= len(nodes):
@@ -553,7 +558,13 @@ def _cached_model(request: web.Request) -> str:
     model = request.query.get("model", "")
     if not model:
         raise ApiError(400, "model: say which, as it was asked for, e.g. ?model=hf:org/name")
+    _check_source(model)
     return model
+
+
+def _check_source(source: str) -> None:
+    if problems := tuple(source_problems(source, "model")):
+        raise ApiError(422, "\n".join(map(str, problems)), problems=problems)
 
 
 async def _plan_body(request: web.Request) -> v.PlanBody:

@@ -14,6 +14,7 @@ import msgspec
 from msgspec import Struct
 
 from runtime.models import CacheView, PullBody, PullView, VerifyReport
+from runtime.places import url
 from scheduler.driver import Driver
 
 ANSWER_S = 10.0
@@ -85,7 +86,7 @@ class CacheClient:
 
     async def view(self, nodes: Sequence[str]) -> Caches:
         async def one(node_id: str) -> NodeCache:
-            body, error = await self._ask("GET", node_id, "")
+            body, error = await self._ask("GET", node_id)
             cache = msgspec.json.decode(body, type=CacheView) if body else None
             return NodeCache(node_id=node_id, cache=cache, error=error)
 
@@ -95,7 +96,7 @@ class CacheClient:
         data = msgspec.json.encode(PullBody(model=body.model, refresh=body.refresh))
 
         async def one(node_id: str) -> NodePull:
-            answer, error = await self._ask("POST", node_id, "/pull", data=data)
+            answer, error = await self._ask("POST", node_id, "pull", data=data)
             pull = msgspec.json.decode(answer, type=PullView) if answer else None
             return NodePull(node_id=node_id, pull=pull, error=error)
 
@@ -103,7 +104,7 @@ class CacheClient:
 
     async def remove(self, model: str, nodes: Sequence[str]) -> Removals:
         async def one(node_id: str) -> NodeRemoval:
-            answer, error = await self._ask("DELETE", node_id, "", query={"model": model})
+            answer, error = await self._ask("DELETE", node_id, query={"model": model})
             freed = msgspec.json.decode(answer)["freed_bytes"] if answer else 0
             return NodeRemoval(node_id=node_id, freed_bytes=freed, error=error)
 
@@ -112,7 +113,7 @@ class CacheClient:
     async def verify(self, model: str, nodes: Sequence[str]) -> Verdicts:
         async def one(node_id: str) -> NodeVerdict:
             answer, error = await self._ask(
-                "POST", node_id, "/verify", query={"model": model}, limit_s=VERIFY_S
+                "POST", node_id, "verify", query={"model": model}, limit_s=VERIFY_S
             )
             report = msgspec.json.decode(answer, type=VerifyReport) if answer else None
             return NodeVerdict(node_id=node_id, report=report, error=error)
@@ -120,15 +121,15 @@ class CacheClient:
         return Verdicts(nodes=tuple(await asyncio.gather(*map(one, nodes))))
 
     async def _ask(
-        self, method: str, node_id: str, path: str, *, data: bytes | None = None,
+        self, method: str, node_id: str, *path: str, data: bytes | None = None,
         query: dict[str, str] | None = None, limit_s: float = ANSWER_S,
     ) -> tuple[bytes, str | None]:  # fmt: skip
         """(the body of a good answer, or why there is none)."""
-        url = f"{self._driver.agent_address(node_id)}/agent/cache{path}"
+        where = url(self._driver.agent_address(node_id) or "", "agent", "cache", *path)
         timeout = aiohttp.ClientTimeout(total=limit_s, connect=3)
         try:
             async with self._driver.http.request(
-                method, url, data=data, params=query, timeout=timeout
+                method, where, data=data, params=query, timeout=timeout
             ) as response:
                 body = await response.read()
         except (aiohttp.ClientError, TimeoutError) as problem:

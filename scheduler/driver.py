@@ -18,6 +18,7 @@ import msgspec
 import tenacity
 from aiohttp import web
 
+from runtime import places
 from runtime.config import Config
 from runtime.footprints import Footprint, Key
 from runtime.prewarm import Ask, floor_at
@@ -206,9 +207,8 @@ class Driver:
         if address is not None:
             timeout = aiohttp.ClientTimeout(total=COMMAND_TIMEOUT_S)
             try:
-                async with self.http.post(
-                    f"{address}/agent/commands", data=msgspec.json.encode(command), timeout=timeout
-                ) as response:
+                where, body = places.url(address, "agent", "commands"), msgspec.json.encode(command)
+                async with self.http.post(where, data=body, timeout=timeout) as response:
                     body = await response.read()
                     if response.status == 200:
                         answer = decode(body, CommandReply)
@@ -228,7 +228,7 @@ class Driver:
     # ------------------------------------------------------------------------------- stored state
 
     def key(self, *parts: str) -> str:
-        return "/".join([self.prefix, *parts])
+        return places.key(self.prefix, *parts)
 
     async def store_model(self, stored: m.StoredModel) -> None:
         """Keep a model, then tell the core. Raises RegistryError."""
@@ -303,7 +303,7 @@ class Driver:
             self._learned.clear()
             unsaved, self._unsaved = self._unsaved, {}
             for key, footprint in unsaved.items():
-                path = self.key("footprints", key.path())
+                path = self.key("footprints", *key.path().split("/"))
                 try:
                     if self.leads:
                         await self.registry.put(path, msgspec.json.encode(footprint))
@@ -471,7 +471,7 @@ async def run_scheduler(
         site = web.TCPSite(runner, config.scheduler.host, config.scheduler.port)
         await site.start()
         host, port = runner.addresses[0][:2]
-        driver.url = config.scheduler.advertise_url or f"http://{host}:{port}"
+        driver.url = config.scheduler.advertise_url or places.base_url(host, port)
         service = Service(
             service_id=f"stoker-scheduler-{config.node_id()}-{port}", name="stoker-scheduler",
             address=host, port=port,

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import aiohttp
 
+from runtime.places import url
 from runtime.wire import Inspection, MemoryEstimate, ModelSpec, SpecProblem, decode, encode
 from scheduler.driver import Driver
 
@@ -57,8 +58,8 @@ async def inspect_spec(driver: Driver, spec: ModelSpec) -> Findings:
 
 async def _ask(driver: Driver, address: str | None, spec: ModelSpec) -> Inspection:
     timeout = aiohttp.ClientTimeout(total=INSPECT_TIMEOUT_S, connect=3)
-    url = f"{address}/agent/inspect"
-    async with driver.http.post(url, data=encode(spec), timeout=timeout) as response:
+    where = url(address or "", "agent", "inspect")
+    async with driver.http.post(where, data=encode(spec), timeout=timeout) as response:
         body = await response.read()
         if response.status != 200:
             raise ValueError(f"HTTP {response.status}: {body[:200].decode(errors='replace')}")

@@ -16,6 +16,8 @@ from typing import Protocol
 
 from msgspec import Struct
 
+from runtime import places
+from runtime.models import local_parts, parse_ref
 from runtime.wire import DeviceKind, ModelSpec, SpecProblem
 
 # What `explain_exit` may call the end of an engine.
@@ -144,7 +146,10 @@ def resolve_source(spec: ModelSpec, model_dir: str) -> tuple[str, str | None]:
         return repository, revision or None
     if source.startswith("s3://") or spec.engine == "stub":
         return source, None
-    candidates = [Path(model_dir) / source, Path(source)]
+    parse_ref(source)  # says what can be no path
+    candidates = [places.below(model_dir, *local_parts(source)), Path(source)]
+    if Path(source).is_absolute():
+        del candidates[0]
     for folder in candidates:
         if folder.is_dir():
             return str(folder.resolve()), None

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from aiohttp import web
 
+from runtime import places
 from runtime.config import Config, RouterConfig
 from runtime.registration import keep_registered, withdraw
 from runtime.registry import Registry, Service
@@ -93,7 +94,7 @@ async def run_router(
                 front, sock=listener, backlog=_BACKLOG
             )
             if on_ready is not None:
-                on_ready(f"http://{_url_host(settings.host)}:{port}")
+                on_ready(places.base_url(settings.host, port))
             async with _background(jobs.run()):
                 await stop.wait()
             api.draining = True
@@ -161,10 +162,6 @@ def _limits(settings: RouterConfig) -> Limits:
 def _listen(host: str, port: int, shared: bool) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     return socket.create_server((host, port), family=family, backlog=_BACKLOG, reuse_port=shared)
-
-
-def _url_host(host: str) -> str:
-    return f"[{host}]" if ":" in host else host
 
 
 @contextlib.asynccontextmanager

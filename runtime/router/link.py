@@ -23,7 +23,7 @@ import aiohttp
 import msgspec
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, wait_random_exponential
 
-from runtime import wire
+from runtime import places, wire
 from runtime.access import KeyTable, PeerUsage, RouterUsage
 from runtime.registry import Registry, RegistryError
 from runtime.router import table_file
@@ -70,7 +70,7 @@ class Link:
         self._gate = gate
         self._keys = keys
         self._registry = registry
-        self._leader_key = f"{prefix}/leader"
+        self._leader_key = places.key(prefix, "leader")
         self._headers = {"Authorization": f"Bearer {token}"}
         self._router_id = router_id
         self._folder = folder
@@ -95,7 +95,7 @@ class Link:
         self._turn_day()
 
     def _kept(self, name: str, kind: type[table_file.Table]) -> table_file.Table | None:
-        file = self._folder / f"{name}.json"
+        file = places.below(self._folder, f"{name}.json")
         try:
             return table_file.load(file, kind)
         except (OSError, ValueError) as error:
@@ -135,9 +135,8 @@ class Link:
         since = self._since[name]
         timeout = aiohttp.ClientTimeout(total=POLL_S + TIMEOUT_S, sock_connect=TIMEOUT_S)
         query = {"since": str(since), "wait_s": f"{POLL_S:g}"}
-        async with session.get(
-            f"{leader.url}/internal/{name}", params=query, timeout=timeout
-        ) as response:
+        where = places.url(leader.url, "internal", name)
+        async with session.get(where, params=query, timeout=timeout) as response:
             body = await response.read()
         if self._leader != leader:
             return None  # the tie broke while we waited; what came may be an old leader's
@@ -160,7 +159,7 @@ class Link:
         return table
 
     async def _keep(self, name: str, table: msgspec.Struct) -> None:
-        file = self._folder / f"{name}.json"
+        file = places.below(self._folder, f"{name}.json")
         try:
             await asyncio.to_thread(table_file.save, file, table)
         except OSError as error:
@@ -210,9 +209,9 @@ class Link:
     async def _post(
         self, session: aiohttp.ClientSession, leader: _Leader, name: str, message: msgspec.Struct
     ) -> bytes:
-        url = f"{leader.url}/internal/{name}"
+        where = places.url(leader.url, "internal", name)
         timeout = aiohttp.ClientTimeout(total=TIMEOUT_S)
-        async with session.post(url, data=wire.encode(message), timeout=timeout) as response:
+        async with session.post(where, data=wire.encode(message), timeout=timeout) as response:
             body = await response.read()
         if response.status >= 300:
             raise LinkError(f"the scheduler answered /internal/{name} with {response.status}")

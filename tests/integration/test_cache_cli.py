@@ -44,6 +44,6 @@ def test_pull_list_verify_and_remove(tmp_path: Path, shared: Path) -> None:
 
 def test_a_model_nobody_has_is_an_error_in_words(tmp_path: Path, shared: Path) -> None:
     with running(tmp_path / "state", "--devices", "simulated:1x24GiB") as cluster:
-        assert "names no model" in cluster.stoker("cache", "pull", "s3://bucket")
+        assert "names no model" in cluster.stoker("cache", "pull", "s3://bucket", status=1)
         (node,) = cluster.admin("GET", "/admin/cache")["nodes"]
         assert node["cache"]["used_bytes"] == 0

@@ -195,3 +195,39 @@ async def test_a_store_that_is_damaged_costs_no_start(tmp_path):
 def test_sharing_without_a_store_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"cache\.share_compile = true needs .* cache\.shared_dir"):
         share_of(tmp_path, "a", share_compile=True)
+
+
+def test_a_link_in_the_shared_store_or_in_the_cache_leads_nowhere(nodes, tmp_path):
+    """An engine may leave links in its cache; others may in the store."""
+    (a, at_a), (b, at_b) = nodes
+    secret = tmp_path / "secret"
+    secret.write_text("cluster_token")
+    since = time.time()
+    log = compile_on(a)
+    (a / HASH / "link").symlink_to(secret)
+    (a / HASH / "folder").symlink_to(tmp_path)
+    at_a.push(COMPILED, log, since)
+    (b / "inductor").mkdir(parents=True)
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (b / "inductor" / "ab").symlink_to(outside)
+    with pytest.raises(Unsafe, match="leads out of"):
+        at_b.fetch(COMPILED.key)
+    assert list(outside.iterdir()) == []
+    entry = tmp_path / "shared" / FOLDER / f"{COMPILED.key}.json"
+    entry.rename(tmp_path / "entry.json")
+    entry.symlink_to(tmp_path / "entry.json")
+    with pytest.raises(Unsafe, match="leads out of"):
+        at_b.fetch(COMPILED.key)
+    with tarfile.open(next((tmp_path / "shared" / FOLDER).glob("*.tar.gz"))) as tar:
+        assert not any("link" in name or "folder" in name for name in tar.getnames())
+
+
+def test_an_entry_whose_digest_is_a_path_is_damaged(nodes, tmp_path):
+    (a, at_a), (_, at_b) = nodes
+    at_a.push(COMPILED, compile_on(a), 0)
+    entry = tmp_path / "shared" / FOLDER / f"{COMPILED.key}.json"
+    told = msgspec.json.decode(entry.read_bytes())
+    entry.write_bytes(msgspec.json.encode({**told, "sha256": "../../secret"}))
+    with pytest.raises(Unsafe, match="damaged"):
+        at_b.fetch(COMPILED.key)

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
+from urllib.parse import quote
 
 import aiohttp
 import msgspec
@@ -13,6 +14,7 @@ import pytest
 from aiohttp import web
 from jsonschema import Draft202012Validator
 from openapi_spec_validator import validate
+from yarl import URL
 
 from runtime.config import Config, RegistryConfig, SchedulerConfig
 from runtime.embedded import EmbeddedRegistry
@@ -32,6 +34,7 @@ from runtime.wire import (
     decode_command,
     encode,
 )
+from scheduler.access import Access
 from scheduler.driver import run_scheduler
 from scheduler.routes import ADMIN
 
@@ -49,6 +52,7 @@ class Agent:
     refuse: str | None = None
     epoch: int = 0
     inspection: Inspection = field(default_factory=Inspection)
+    asked: list[str] = field(default_factory=list)  # but for commands and inspections
 
     async def commands(self, request: web.Request) -> web.Response:
         assert request.headers["Authorization"] == f"Bearer {TOKEN}"
@@ -63,7 +67,12 @@ class Agent:
     async def inspect(self, request: web.Request) -> web.Response:
         return web.Response(body=encode(self.inspection))
 
+    async def other(self, request: web.Request) -> web.Response:
+        self.asked.append(request.raw_path)
+        return web.Response(status=404)
+
     async def logs(self, request: web.Request) -> web.Response:
+        self.asked.append(request.raw_path)
         if request.match_info["id"] == "gone-1-1":
             return web.Response(status=404)
         return web.Response(text=f"log of {request.match_info['id']} tail={request.query['tail']}")
@@ -165,6 +174,7 @@ async def agent() -> AsyncIterator[Agent]:
     app.router.add_post("/agent/commands", fake.commands)
     app.router.add_post("/agent/inspect", fake.inspect)
     app.router.add_get("/agent/replicas/{id}/logs", fake.logs)
+    app.router.add_route("*", "/{rest:.*}", fake.other)
     runner = web.AppRunner(app)
     await runner.setup()
     await web.TCPSite(runner, "127.0.0.1", 0).start()
@@ -534,3 +544,62 @@ async def test_a_leader_of_a_new_registry_outranks_the_one_its_agents_remember(
         await client.demand(1, a=1)
         await until(lambda: agent.replicas, "the agent was told to start")
         assert next(iter(agent.replicas.values())).epoch == 8
+
+
+@pytest.mark.parametrize(
+    "replica_id",
+    ["../../agent/cache?x=", "../../agent/cache/offer?source=hf:a/b&asked=main&x=", "..", "a/b",
+     "a?b", "a#b", "a%2Fb", "a b", "x" * 201, "-a", "\u00e4", "a\n"],
+)  # fmt: skip
+async def test_a_replicas_log_is_all_that_its_address_reaches(
+    tmp_path, agent, registry, session, replica_id
+) -> None:
+    """A viewer's word in the address must not become another GET of the agent."""
+    async with scheduler(tmp_path, registry) as url:
+        client = Client(url, session)
+        await leading(client, agent)
+        agent.asked.clear()
+        address = f"{url}/admin/replicas/{quote(replica_id, safe='')}/logs"
+        async with session.get(
+            URL(address, encoded=True), headers={"Authorization": f"Bearer {TOKEN}"}
+        ) as response:
+            assert response.status == 404, await response.text()
+        assert agent.asked == []
+
+
+@pytest.mark.parametrize(
+    "model",
+    ["hf:org/name@v1/../../../etc", "hf:../x", "s3://bucket/a/../../b", "../etc", "/models/../etc",
+     "hf:org/name@v1?x=", "", "a\u0000b"],
+)  # fmt: skip
+async def test_a_source_that_leaves_its_place_reaches_no_cache(
+    tmp_path, agent, registry, session, model
+) -> None:
+    async with scheduler(tmp_path, registry) as url:
+        client = Client(url, session)
+        await leading(client, agent)
+        agent.asked.clear()
+        status, body = await client("POST", "/admin/cache/pull", {"model": model})
+        assert (status, body["error"]["problems"][0]["field"]) == (422, "model")
+        for method, path in (("DELETE", "/admin/cache"), ("POST", "/admin/cache/verify")):
+            status, _ = await client(method, f"{path}?model={quote(model, safe='')}")
+            assert status in (400, 422)
+        assert agent.asked == []
+
+
+async def test_a_token_names_no_other_entry_of_the_registry(tmp_path, registry, session) -> None:
+    """One that stands by looks a token up in the registry by the id within it."""
+    asked = []
+    get = registry.get
+
+    async def noted(key: str):
+        asked.append(key)
+        return await get(key)
+
+    registry.get = noted
+    access = Access(registry, "stoker", lambda: 0.0)
+    for word in ("../leader0", "?recurse00", "a/b/c/d/e/", "leader%00x", "." * 10, "a" * 9 + "\n"):
+        assert await access.admin(f"stoker-admin-{word}-{'x' * 43}", leads=False) is None
+    assert asked == []
+    assert await access.admin(f"stoker-admin-abcdefghij-{'x' * 43}", leads=False) is None
+    assert asked == ["stoker/tokens/abcdefghij"]

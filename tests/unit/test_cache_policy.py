@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -204,9 +205,32 @@ def test_refs() -> None:
     assert (ref.source, ref.asked, ref.text) == ("hf:org/name", "main", "hf:org/name@main")
     assert parse_ref("hf:org/name@v1").asked == "v1"
     assert parse_ref("s3://bucket/a/b/").text == "s3://bucket/a/b"
-    for bad in ("hf:", "hf:../x", "hf:a/b/c", "s3://bucket", "s3:///x"):
-        with pytest.raises(ValueError, match="write"):
-            parse_ref(bad)
+    assert parse_ref("hf:org/name@refs/pr/1").asked == "refs/pr/1"
+
+
+@pytest.mark.parametrize("bad", [
+    "hf:", "hf:../x", "hf:a/b/c", "hf:a/b\n", "hf:" + "a" * 200,
+    "hf:a/b@", "hf:a/b@v1/../../../etc", "hf:a/b@..", "hf:a/b@/etc", "hf:a/b@v1/", "hf:a/b@v1\n",
+    "hf:a/b@v1?x", "hf:a/b@a//b", "hf:a/b@.hidden", "hf:a/b@" + "v" * 129,
+    "s3://bucket", "s3:///x", "s3://b/../x", "s3://bucket/a/../../x", "s3://bucket/a//b",
+    "s3://bucket/a\n", "s3://bu?cket/a", "s3://../a", "s3://bucket/./a",
+    "../x", "a/../../etc", "/models/../etc", "a\0b", "a\nb", "x" * 256, "a\\b", "\udcff",
+])  # fmt: skip
+def test_a_source_that_could_name_another_place_is_none(bad: str) -> None:
+    with pytest.raises(ValueError, match="write"):
+        parse_ref(bad)
+
+
+@pytest.mark.parametrize("path", ["../x", "/etc/passwd", "a//b", "", "a/./b", "a\nb"])
+def test_a_file_that_leaves_its_folder_is_in_no_manifest_or_offer(path: str) -> None:
+    with pytest.raises(ValueError, match="leaves its folder"):
+        ModelFile(path=path, sha256="0" * 64, size_bytes=1)
+    told = msgspec.json.encode(
+        {"source": "hf:a/b", "revision": "r", "complete": True, "size_bytes": 1,
+         "files": [{"path": path, "sha256": "0" * 64, "size_bytes": 1}]}
+    )  # fmt: skip
+    with pytest.raises(msgspec.ValidationError, match="leaves its folder"):
+        msgspec.json.decode(told, type=Offer)
 
 
 def test_model_ids_differ_by_source_and_revision_and_name_a_folder() -> None:

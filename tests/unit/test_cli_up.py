@@ -14,13 +14,18 @@ from cli.showcase import plan
 from cli.upfiles import check_port, claim, make_config, toml_text, write_config
 from cli.where import Where
 from runtime.config import AgentConfig, Config, RegistryConfig, RouterConfig, load
-from runtime.wire import DeviceReport
+from runtime.wire import NODE_PATTERN, DeviceReport
 from tests.unit.cli_kit import GIB, stoker
 
 text = st.text(st.characters(exclude_categories=["Cs"]), max_size=30)
 
 
-@given(text, text, st.none() | text, st.dictionaries(text, text, max_size=3))
+@given(
+    text,
+    st.from_regex(f"^$|{NODE_PATTERN}"),
+    st.none() | text,
+    st.dictionaries(text, text, max_size=3),
+)
 def test_a_written_config_is_read_as_it_was(
     tmp_path_factory: pytest.TempPathFactory,
     token: str,

@@ -5,7 +5,7 @@ import struct
 
 import pytest
 
-from runtime import footprint
+from runtime import checkpoint, footprint
 from runtime.footprint import GIB, estimate, kv_shape, weights_bytes
 from runtime.wire import ModelSpec
 
@@ -106,6 +106,16 @@ def test_weights_count_in_the_type_they_are_loaded_as(model):
     quantized = {**LLAMA_8B, "quantization_config": {"quant_method": "fp8"}}
     assert weights_bytes(folder, quantized) == 4400
     assert weights_bytes(model(LLAMA_8B, [100], dtype="F8_E4M3"), LLAMA_8B) == 100
+
+
+@pytest.mark.parametrize("name", ["../../etc/passwd", "/etc/passwd", "..", 7, ["x"]])
+def test_an_index_names_only_files_of_its_own_folder(model, name):
+    """It is the word of whoever made the checkpoint."""
+    folder = model(LLAMA_8B)
+    index = {"weight_map": {"a": name}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=r"not a path inside|not a safetensors index|is missing"):
+        [checkpoint.read_header(file) for file in checkpoint.shards(folder)]
 
 
 def test_an_index_decides_which_files_count(model):
