@@ -28,6 +28,7 @@ from runtime.engine.adapter_index import Index, from_environment
 from runtime.engine.stub_adapters import StubAdapters
 from runtime.engine.stub_api import Api, error_response
 from runtime.engine.stub_engine import StubArgs
+from runtime.engine.stub_protocols import Protocols
 from runtime.engine.stub_sleep import StubSleep
 
 DRAIN_S = 3600.0  # the agent's grace time is what ends a drain; this only has to be longer
@@ -69,6 +70,7 @@ class Stub:
                 web.get("/metrics", self._metrics),
                 *self._sleep.routes(),
                 *self._api.routes(),
+                *Protocols(self._api).routes(),
             ]
         )
         return app

@@ -141,11 +141,11 @@ class Api:
     def routes(self) -> list[web.RouteDef]:
         return [
             web.get("/v1/models", self._models),
-            web.post("/v1/chat/completions", _checked(ChatRequest, self._chat)),
-            web.post("/v1/completions", _checked(CompletionRequest, self._completion)),
-            web.post("/v1/embeddings", _checked(EmbeddingRequest, self._embeddings)),
-            web.post("/tokenize", _checked(TokenizeRequest, self._tokenize)),
-            web.post("/v1/unload_lora_adapter", _checked(UnloadRequest, self._unload)),
+            web.post("/v1/chat/completions", checked(ChatRequest, self._chat)),
+            web.post("/v1/completions", checked(CompletionRequest, self._completion)),
+            web.post("/v1/embeddings", checked(EmbeddingRequest, self._embeddings)),
+            web.post("/tokenize", checked(TokenizeRequest, self._tokenize)),
+            web.post("/v1/unload_lora_adapter", checked(UnloadRequest, self._unload)),
         ]
 
     def metrics(self, activity: Activity, sleep_level: int) -> str:
@@ -181,7 +181,7 @@ class Api:
             {"id": name, "object": "model", "root": path, "parent": self._names[0]}
             for name, path in self._adapters.loaded.items()
         ]
-        return _json({"object": "list", "data": [*cards, *adapters]})
+        return json_response({"object": "list", "data": [*cards, *adapters]})
 
     async def _chat(self, request: web.Request, body: ChatRequest) -> web.StreamResponse:
         limit = body.max_completion_tokens or body.max_tokens
@@ -207,29 +207,35 @@ class Api:
         spoken: str,
         prompt_tokens: int,
     ) -> web.StreamResponse:
-        if refusal := await self._unknown_model(body.model):
+        if refusal := await self.unknown_model(body.model):
             return refusal
-        words = ["!"] if self.gibberish else spoken.split() or ["stub"]
-        chosen = itertools.islice(itertools.cycle(words), limit or self._args.max_tokens)
-        answer = Answer(
-            chat=chat,
-            id=f"{'chatcmpl' if chat else 'cmpl'}-stub-{next(self._ids)}",
-            model=body.model,
-            created=int(time.time()),
-            words=tuple(word if i == 0 else f" {word}" for i, word in enumerate(chosen)),
-            prompt_tokens=prompt_tokens,
-            fingerprint=FINGERPRINT if body.model in self._names else f"{FINGERPRINT}+{body.model}",
-        )
-        self._prompt_tokens += prompt_tokens
+        answer = self.compose(body.model, limit, spoken, prompt_tokens, chat)
         if body.stream:
             usage = bool(body.stream_options and body.stream_options.include_usage)
             return await self._stream(request, answer, usage)
-        async for _ in self._paced(answer):
+        async for _ in self.paced(answer):
             pass
         whole = answer.body([answer.choice("".join(answer.words), "length")])
-        return _json({**whole, "usage": answer.usage()})
+        return json_response({**whole, "usage": answer.usage()})
 
-    async def _paced(self, answer: Answer) -> AsyncIterator[str]:
+    def compose(
+        self, model: str, limit: int | None, spoken: str, prompt_tokens: int, chat: bool
+    ) -> Answer:
+        """What is answered to a prompt that says `spoken`, in `limit` words; it is counted."""
+        words = ["!"] if self.gibberish else spoken.split() or ["stub"]
+        chosen = itertools.islice(itertools.cycle(words), limit or self._args.max_tokens)
+        self._prompt_tokens += prompt_tokens
+        return Answer(
+            chat=chat,
+            id=f"{'chatcmpl' if chat else 'cmpl'}-stub-{next(self._ids)}",
+            model=model,
+            created=int(time.time()),
+            words=tuple(word if i == 0 else f" {word}" for i, word in enumerate(chosen)),
+            prompt_tokens=prompt_tokens,
+            fingerprint=FINGERPRINT if model in self._names else f"{FINGERPRINT}+{model}",
+        )
+
+    async def paced(self, answer: Answer) -> AsyncIterator[str]:
         """The answer's words, each when it is due."""
         await asyncio.sleep(self._args.ttft_s)
         for index, word in enumerate(answer.words):
@@ -245,7 +251,7 @@ class Api:
         await response.prepare(request)
         last = len(answer.words) - 1
         index = 0
-        async for word in self._paced(answer):
+        async for word in self.paced(answer):
             choice = answer.delta(word, "length" if index == last else None, index == 0)
             await response.write(_event(answer.body([choice], chunk=True)))
             index += 1
@@ -256,7 +262,7 @@ class Api:
         return response
 
     async def _embeddings(self, request: web.Request, body: EmbeddingRequest) -> web.StreamResponse:
-        if refusal := await self._unknown_model(body.model):
+        if refusal := await self.unknown_model(body.model):
             return refusal
         one = isinstance(body.input, str) or (body.input and isinstance(body.input[0], int))
         inputs = [body.input] if one else list(body.input)
@@ -268,12 +274,12 @@ class Api:
             for i, text in enumerate(["!"] * len(inputs) if self.gibberish else inputs)
         ]
         usage = {"prompt_tokens": count, "total_tokens": count}
-        return _json({"object": "list", "data": data, "model": body.model, "usage": usage})
+        return json_response({"object": "list", "data": data, "model": body.model, "usage": usage})
 
     async def _tokenize(self, request: web.Request, body: TokenizeRequest) -> web.StreamResponse:
         text = body.prompt if body.prompt is not None else " ".join(m.text() for m in body.messages)
         ids = [zlib.crc32(word.encode()) % 50_000 for word in text.split()]
-        return _json({"count": len(ids), "max_model_len": MAX_MODEL_LEN, "tokens": ids})
+        return json_response({"count": len(ids), "max_model_len": MAX_MODEL_LEN, "tokens": ids})
 
     async def _unload(self, request: web.Request, body: UnloadRequest) -> web.StreamResponse:
         name = body.lora_name
@@ -281,7 +287,8 @@ class Api:
             return error_response(404, f"The lora adapter '{name}' cannot be found.")
         return web.Response(text=f"Success: LoRA adapter '{name}' removed successfully.")
 
-    async def _unknown_model(self, model: str) -> web.Response | None:
+    async def unknown_model(self, model: str) -> web.Response | None:
+        """The 404 for a model that is not served here; None: it is."""
         if model in self._names:
             return None
         try:
@@ -299,15 +306,15 @@ def error_response(
 ) -> web.Response:
     """An error in OpenAI's shape, as vLLM words them."""
     error = {"message": message, "type": kind, "param": param, "code": status}
-    return _json({"error": error}, status)
+    return json_response({"error": error}, status)
 
 
-def _checked(
+def checked(
     kind: type[T], handler: Callable[[web.Request, T], Any]
 ) -> Callable[[web.Request], Any]:
     """`handler` with the body decoded as `kind`; a body that is none is a 400."""
 
-    async def checked(request: web.Request) -> web.StreamResponse:
+    async def decoded(request: web.Request) -> web.StreamResponse:
         try:
             body = msgspec.json.decode(await request.read(), type=kind)
         except msgspec.DecodeError as error:
@@ -315,10 +322,11 @@ def _checked(
         response: web.StreamResponse = await handler(request, body)
         return response
 
-    return checked
+    return decoded
 
 
-def _json(body: object, status: int = 200) -> web.Response:
+def json_response(body: object, status: int = 200) -> web.Response:
+    """`body` as JSON."""
     data = msgspec.json.encode(body)
     return web.Response(status=status, body=data, content_type="application/json")
 
