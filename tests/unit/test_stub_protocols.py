@@ -2,6 +2,7 @@
 
 import json
 
+from tests.unit.test_engine_stub import running
 
 PROMPT = {"role": "user", "content": "alpha beta"}
 
@@ -66,7 +67,7 @@ async def test_responses_whole_and_streamed():
 
 
 async def test_what_a_request_must_have_is_named():
-    async with running() as engine:
-        async with engine.http.post("/v1/messages", json={"model": "m", "messages": []}) as answer:
-            assert answer.status == 400
-            assert "max_tokens" in await answer.text()
+    body = {"model": "m", "messages": [PROMPT]}
+    async with running() as engine, engine.http.post("/v1/messages", json=body) as answer:
+        assert answer.status == 400
+        assert "max_tokens" in await answer.text()
