@@ -16,7 +16,7 @@ from collections.abc import Callable, Collection
 import aiohttp
 
 from agent.cache_policy import PeerOffer
-from runtime import places, wire
+from runtime import outside, places
 from runtime.models import ModelRef, Offer, model_id
 from runtime.registry import Lock, Registry, RegistryError
 
@@ -101,7 +101,7 @@ class Cluster:
                 timeout=aiohttp.ClientTimeout(total=_ASK_TIMEOUT_S + wait_s),
             ) as answer:
                 if answer.status == 200:
-                    return wire.decode(await answer.read(), Offer)
+                    return outside.decode(await answer.read(), Offer)
                 if answer.status in (401, 403):
                     log.warning("%s refuses this node's cluster_token; is it the same there?", peer)
         except (aiohttp.ClientError, TimeoutError, ValueError) as error:

@@ -14,7 +14,7 @@ from msgspec import Struct
 from agent.cache import ModelCache
 from agent.cache_errors import CacheError
 from agent.cache_send import send_file
-from runtime import wire
+from runtime import outside, wire
 from runtime.models import ModelRef, PullBody
 
 _MAX_WAIT_S = 30.0
@@ -63,7 +63,7 @@ class _Endpoints:
 
     async def pull(self, request: web.Request) -> web.Response:
         """PullBody -> PullView with 202, or 204 where there is nothing to pull."""
-        body = wire.decode(await request.read(), PullBody)
+        body = outside.decode(await request.read(), PullBody)
         pull = await self._cache.pull(body.model, body.refresh)
         return _json(pull.view(), 202) if pull else web.Response(status=204)
 

@@ -16,7 +16,7 @@ from collections.abc import Callable
 import aiohttp
 from msgspec import Struct
 
-from runtime import places, wire
+from runtime import outside, places, wire
 from runtime.registry import Registry, RegistryError
 from runtime.wire import Heartbeat, HeartbeatReply
 
@@ -114,7 +114,7 @@ class SchedulerLink:
                 body = await reply.read()
                 if reply.status != 200:
                     raise _NotAccepted(f"{url} answers {reply.status}: {body[:200]!r}")
-                if not self._on_reply(wire.decode(body, HeartbeatReply)):
+                if not self._on_reply(outside.decode(body, HeartbeatReply)):
                     raise _NotAccepted(f"{url} leads no more")
         except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
             raise _NotAccepted(f"{url}: {error or type(error).__name__}") from None
@@ -129,6 +129,6 @@ class SchedulerLink:
         if entry is None:
             raise _NotAccepted("no scheduler leads yet")
         try:
-            return wire.decode(entry.value, Leader).url.rstrip("/")
+            return outside.decode(entry.value, Leader).url.rstrip("/")
         except ValueError as error:
             raise _NotAccepted(f"{self._leader_key} holds no leader: {error}") from None

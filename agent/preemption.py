@@ -20,9 +20,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import aiohttp
-import msgspec
 from msgspec import Struct
 
+from runtime import outside
 from runtime.config import AgentConfig
 
 log = logging.getLogger("stoker.agent")
@@ -52,7 +52,7 @@ def read_notice(text: str, grace_s: float, now: datetime) -> float | None:
     except ValueError:
         pass
     try:
-        until = datetime.fromisoformat(msgspec.json.decode(words, type=_Action).time)
+        until = datetime.fromisoformat(outside.decode(words, _Action).time)
     except ValueError:
         return grace_s
     return max(0.0, ((until if until.tzinfo else until.replace(tzinfo=UTC)) - now).total_seconds())

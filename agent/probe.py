@@ -15,7 +15,7 @@ from msgspec import Struct
 
 from agent.engine_load import EngineLoad, read_load
 from agent.messages import HealthChanged, StatusSeen
-from runtime import wire
+from runtime import outside
 from runtime.wire import ReplicaPhase
 
 _STATUS_PATH = "/stoker/status"
@@ -130,7 +130,7 @@ class Prober:
         target = self._target
         asked_at = time.monotonic()
         try:
-            status = wire.decode(await self._ask(_STATUS_PATH), _Status)
+            status = outside.decode(await self._ask(_STATUS_PATH), _Status)
         except _FAILURES:
             return  # the health check and the drain's grace time judge it
         self._in_flight = status.in_flight

@@ -26,10 +26,11 @@ from agent.cache_http import cache_routes
 from agent.launch import Place
 from agent.messages import CommandReceived
 from agent.node import Node
-from runtime import footprint, lora, wire
+from runtime import footprint, lora, outside, wire
 from runtime.adapters import with_lora_args
 from runtime.engine import get_engine, resolve_source
 from runtime.wire import (
+    AgentCommand,
     CommandReply,
     Inspection,
     MemoryEstimate,
@@ -37,6 +38,7 @@ from runtime.wire import (
     SpecProblem,
 )
 
+_read_command: Callable[[bytes], AgentCommand] = outside.reader(AgentCommand, "a command")
 _TAIL_LINES = 200
 _FOLLOW_POLL_S = 0.2
 _BLOCK_BYTES = 64 * 1024
@@ -93,9 +95,9 @@ class _Endpoints:
 
     async def command(self, request: web.Request) -> web.Response:
         try:
-            command = wire.decode_command(await request.read())
+            command = _read_command(await request.read())
         except ValueError as error:
-            return _refusal(400, f"not a command: {error}")
+            return _refusal(400, f"the body {error}")
         refused = self._node.apply(CommandReceived(now=time.monotonic(), command=command))
         reply = CommandReply(
             ok=refused is None,
@@ -107,9 +109,9 @@ class _Endpoints:
 
     async def inspect(self, request: web.Request) -> web.Response:
         try:
-            spec = wire.decode(await request.read(), ModelSpec)
+            spec = outside.decode(await request.read(), ModelSpec)
         except ValueError as error:
-            return _refusal(400, f"not a model spec: {error}")
+            return _refusal(400, f"the body {error}")
         self._node.stager.see(spec.source)
         folder = None
         if spec.engine != "stub":

@@ -17,13 +17,14 @@ from contextlib import suppress
 from typing import Any
 
 import aiohttp
-import msgspec
 from msgspec import Struct
 
 from agent import canary
 from agent.canary import Canary
 from agent.watch import DeviceWatch
+from runtime import outside
 from runtime.engine import guard
+from runtime.outside import OutsideError
 from runtime.wire import StartReplica
 
 FREE_S = 10.0  # how long freed device memory may take to be seen free
@@ -72,8 +73,8 @@ class Controls:
     async def _call(self, method: str, path: str, body: object, timeout_s: float) -> Any:
         text = await self._send(method, path, body, timeout_s)
         try:
-            return msgspec.json.decode(text) if text else None
-        except msgspec.DecodeError:
+            return outside.json_document(text) if text else None
+        except OutsideError:
             raise EngineError(f"{method} {path} answers no JSON: {text[:100]!r}") from None
 
     async def _send(self, method: str, path: str, body: object, timeout_s: float) -> bytes:

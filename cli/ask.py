@@ -11,7 +11,8 @@ from typing import Any
 
 import aiohttp
 import click
-import msgspec
+
+from runtime import outside
 
 
 @dataclass
@@ -100,7 +101,7 @@ def _note_wait(answer: Answer, text: str, on_wait: Callable[[str], None]) -> Non
 
 def _take(answer: Answer, data: str, at_s: float, on_text: Callable[[str], None]) -> None:
     try:
-        event = msgspec.json.decode(data)
+        event = outside.json_document(data.encode())
     except ValueError:
         raise RouterError(f"the answer holds a line that is not JSON: {data[:200]}") from None
     if event.get("error"):
@@ -128,7 +129,7 @@ def _message(body: Any) -> str | None:
 
 def _refused(status: int, answer: bytes) -> RouterError:
     try:
-        message = _message(msgspec.json.decode(answer))
+        message = _message(outside.json_document(answer))
     except ValueError:
         message = None
     return RouterError(message or f"status {status}: {answer[:300].decode(errors='replace')}")

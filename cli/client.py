@@ -11,6 +11,7 @@ import click
 import msgspec
 from msgspec import Struct
 
+from runtime import outside
 from runtime.access import KeySpec, Tenant
 from runtime.places import url
 from runtime.wire import ModelSpec, RouteRule
@@ -248,7 +249,7 @@ class Admin:
     ) -> Reply[T]:
         answer = await self._request(method, path, body, query)
         try:
-            return Reply(answer, msgspec.json.decode(answer, type=kind))
+            return Reply(answer, outside.decode(answer, kind))
         except ValueError as error:
             raise AdminError(
                 f"{self._url}{path} answered something else than the admin API does: {error}"
@@ -300,7 +301,7 @@ def _unreachable(address: str, error: Exception) -> AdminError:
 
 def _error(answer: bytes) -> views.ErrorBody | None:
     try:
-        return msgspec.json.decode(answer, type=views.Error).error
+        return outside.decode(answer, views.Error).error
     except ValueError:
         return None
 

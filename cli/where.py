@@ -14,6 +14,8 @@ import click
 import msgspec
 from msgspec import Struct
 
+from runtime import outside
+
 if TYPE_CHECKING:
     from cli.client import Admin
     from runtime.config import Config
@@ -128,7 +130,7 @@ class Where:
             if what == "admin":
                 entry = await registry.get(places.key(config.registry.prefix, "leader"))
                 if entry is not None:
-                    return msgspec.json.decode(entry.value, type=_Leader).url
+                    return outside.decode(entry.value, _Leader).url
             else:
                 services, _ = await registry.services("stoker-router")
                 if services:

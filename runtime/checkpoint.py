@@ -5,13 +5,12 @@ Rules this file keeps: only headers are read; what is no safetensors file is nam
 
 from __future__ import annotations
 
-import json
 import struct
 from pathlib import Path
 
 from msgspec import Struct
 
-from runtime import places
+from runtime import outside, places
 
 _MAX_HEADER_BYTES = 100 * 2**20  # safetensors' own limit
 
@@ -30,7 +29,7 @@ def shards(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         try:
-            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+            names = set(outside.model_json(index.read_bytes())["weight_map"].values())
         except (ValueError, KeyError, AttributeError, TypeError):
             raise ValueError(f"{index} is not a safetensors index") from None
         return [places.below(folder, str(name)) for name in sorted(names)]
@@ -46,7 +45,7 @@ def read_header(file: Path) -> list[Tensor]:
             (length,) = struct.unpack("<Q", stream.read(8))
             if length > min(size, _MAX_HEADER_BYTES):
                 raise ValueError(f"it declares a header of {length} bytes")
-            header = json.loads(stream.read(length))
+            header = outside.model_json(stream.read(length))
         header.pop("__metadata__", None)
         due = max((about["data_offsets"][1] for about in header.values()), default=0)
         tensors = [_tensor(name, about) for name, about in header.items()]

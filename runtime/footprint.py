@@ -33,7 +33,6 @@ block), `v1/kv_cache_interface.py` (page sizes), `config/model.py` (`get_num_kv_
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from pathlib import Path
@@ -41,7 +40,7 @@ from typing import Any
 
 from msgspec import Struct
 
-from runtime import checkpoint
+from runtime import checkpoint, outside
 from runtime.engine.vllm_args import flat_args, human_int
 from runtime.wire import DeviceKind, MemoryEstimate, ModelSpec
 
@@ -159,11 +158,11 @@ def overhead_bytes(weights: int, device_kind: DeviceKind, tensor_parallel_size: 
 def read_config(folder: Path) -> dict[str, Any]:
     """The model's config.json. Raises ValueError where there is none, or it is no JSON object."""
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = outside.model_json((folder / "config.json").read_bytes())
     except FileNotFoundError:
         raise ValueError(f"{folder} has no config.json") from None
     except ValueError as error:
-        raise ValueError(f"{folder / 'config.json'} is not valid JSON: {error}") from None
+        raise ValueError(f"{folder / 'config.json'} {error}") from None
     if not isinstance(config, dict):
         raise ValueError(f"{folder / 'config.json'} is not a JSON object")
     return config

@@ -8,12 +8,11 @@ Rules this file keeps:
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
 
-from runtime import checkpoint, footprint
+from runtime import checkpoint, footprint, outside
 from runtime.adapters import RANKS, flat_name, room_for
 from runtime.wire import ModelSpec, SpecProblem
 
@@ -29,11 +28,11 @@ _PEFT_PREFIX = "base_model.model."
 def read_config(folder: Path) -> dict[str, Any]:
     """The adapter's adapter_config.json. Raises ValueError saying why it is no LoRA adapter."""
     try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        config = outside.model_json((folder / CONFIG).read_bytes())
     except FileNotFoundError:
         raise ValueError(f"{folder} has no {CONFIG}: it is no LoRA adapter") from None
     except (OSError, ValueError) as error:
-        raise ValueError(f"{folder / CONFIG} cannot be read: {error}") from None
+        raise ValueError(f"{folder / CONFIG} {error}") from None
     kind = config.get("peft_type") if isinstance(config, dict) else None
     if kind != "LORA":
         raise ValueError(f"{folder / CONFIG} is of peft_type {kind!r}, not LORA")

@@ -5,16 +5,16 @@ A file holds one model, or a list of them, or a mapping with the key `models`.
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import msgspec
-import yaml
 
+from runtime import outside
 from runtime.adapters import flat_name
 from runtime.models import parse_ref
+from runtime.outside import OutsideError
 from runtime.prewarm import schedule_problems
 from runtime.schema import SchemaError, check
 from runtime.wire import ModelSpec, SpecProblem
@@ -126,26 +126,10 @@ def json_schema(refs: str = "#/$defs/{name}") -> dict[str, Any]:
 def parse_text(text: str, suffix: str) -> object:
     """A YAML, TOML or JSON document. Raises SchemaError that names line and column."""
     try:
-        # JSON is YAML, so one parser reads both.
-        return tomllib.loads(text) if suffix == ".toml" else yaml.load(text, _StrictLoader)
-    except (tomllib.TOMLDecodeError, yaml.YAMLError) as error:
-        problem = SpecProblem(field="document", message=f"cannot be read: {error}")
-        raise SchemaError([problem]) from None
-
-
-class _StrictLoader(yaml.SafeLoader):
-    """YAML in which no key may stand twice: the second would silently win."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if key.value in seen and key.tag != "tag:yaml.org,2002:merge":
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"found the key {key.value!r} twice", key.start_mark
-                )
-            if isinstance(key.value, str):
-                seen.add(key.value)
-        return super().construct_mapping(node, deep)
+        found: object = outside.document(text, suffix)
+        return found
+    except OutsideError as error:
+        raise SchemaError([SpecProblem(field="document", message=str(error))]) from None
 
 
 def _prefix(problem: SpecProblem, where: str) -> SpecProblem:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta, Struct
@@ -727,20 +727,7 @@ class RouteTable(Struct, frozen=True, kw_only=True):
 
 # ------------------------------------------------------------------------------ codec
 
-T = TypeVar("T")
-
 
 def encode(message: Struct) -> bytes:
     """A message as JSON bytes."""
     return msgspec.json.encode(message)
-
-
-def decode(data: bytes | str, kind: type[T]) -> T:
-    """JSON into `kind`. Raises ValueError (msgspec.ValidationError) naming the offending path."""
-    return msgspec.json.decode(data, type=kind)
-
-
-def decode_command(data: bytes | str) -> AgentCommand:
-    """JSON into the command its `type` names. Raises ValueError as `decode` does."""
-    command: AgentCommand = msgspec.json.decode(data, type=AgentCommand)
-    return command

@@ -35,8 +35,8 @@ from runtime.access import (
     digest,
     token_id,
 )
+from runtime.outside import decode
 from runtime.registry import Registry, RegistryError
-from runtime.wire import decode
 from scheduler.usage import BootUsage, Usage
 
 log = logging.getLogger("scheduler")

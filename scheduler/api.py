@@ -19,6 +19,7 @@ import msgspec
 from aiohttp import web
 from prometheus_client import CollectorRegistry, generate_latest
 
+from runtime import outside
 from runtime.access import ROLES, Role, RouterUsage
 from runtime.places import url
 from runtime.prewarm import Ask
@@ -60,6 +61,13 @@ from scheduler.state import Model, Node, Replica
 from scheduler.table import adapters_on
 
 log = logging.getLogger("scheduler")
+
+
+class _Leader(msgspec.Struct):
+    """Of the registry's leader key."""
+
+    url: str | None = None
+
 
 VERSION = installed_version("stoker-serve")
 MAX_WAIT_S = 60.0
@@ -153,7 +161,7 @@ class Api:
 
     async def _not_leading(self) -> NoReturn:
         entry = await self.driver.registry.get(self.driver.key("leader"))
-        leader = msgspec.json.decode(entry.value).get("url") if entry else None
+        leader = outside.decode(entry.value, _Leader).url if entry else None
         leader = None if leader == self.driver.url else leader
         raise ApiError(503, "this scheduler is not the leader", leader=leader)
 

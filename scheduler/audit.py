@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from runtime.outside import decode
 from runtime.registry import RegistryError
-from runtime.wire import decode, encode
+from runtime.wire import encode
 from scheduler.route_views import AuditEntry
 
 if TYPE_CHECKING:

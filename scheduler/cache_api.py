@@ -13,9 +13,12 @@ import aiohttp
 import msgspec
 from msgspec import Struct
 
+from runtime import outside
 from runtime.models import CacheView, PullBody, PullView, VerifyReport
+from runtime.outside import OutsideError
 from runtime.places import url
 from scheduler.driver import Driver
+from scheduler.views import Error
 
 ANSWER_S = 10.0
 VERIFY_S = 3600.0  # every byte is read again
@@ -74,6 +77,12 @@ class Verdicts(Struct, frozen=True, kw_only=True):
     nodes: tuple[NodeVerdict, ...]
 
 
+class _Freed(Struct):
+    """An agent's answer to a removal."""
+
+    freed_bytes: int
+
+
 class CacheClient:
     """The caches of a driver's nodes."""
 
@@ -87,7 +96,7 @@ class CacheClient:
     async def view(self, nodes: Sequence[str]) -> Caches:
         async def one(node_id: str) -> NodeCache:
             body, error = await self._ask("GET", node_id)
-            cache = msgspec.json.decode(body, type=CacheView) if body else None
+            cache = outside.decode(body, CacheView) if body else None
             return NodeCache(node_id=node_id, cache=cache, error=error)
 
         return Caches(nodes=tuple(await asyncio.gather(*map(one, nodes))))
@@ -97,7 +106,7 @@ class CacheClient:
 
         async def one(node_id: str) -> NodePull:
             answer, error = await self._ask("POST", node_id, "pull", data=data)
-            pull = msgspec.json.decode(answer, type=PullView) if answer else None
+            pull = outside.decode(answer, PullView) if answer else None
             return NodePull(node_id=node_id, pull=pull, error=error)
 
         return Pulls(nodes=tuple(await asyncio.gather(*map(one, nodes))))
@@ -105,7 +114,7 @@ class CacheClient:
     async def remove(self, model: str, nodes: Sequence[str]) -> Removals:
         async def one(node_id: str) -> NodeRemoval:
             answer, error = await self._ask("DELETE", node_id, query={"model": model})
-            freed = msgspec.json.decode(answer)["freed_bytes"] if answer else 0
+            freed = outside.decode(answer, _Freed).freed_bytes if answer else 0
             return NodeRemoval(node_id=node_id, freed_bytes=freed, error=error)
 
         return Removals(nodes=tuple(await asyncio.gather(*map(one, nodes))))
@@ -115,7 +124,7 @@ class CacheClient:
             answer, error = await self._ask(
                 "POST", node_id, "verify", query={"model": model}, limit_s=VERIFY_S
             )
-            report = msgspec.json.decode(answer, type=VerifyReport) if answer else None
+            report = outside.decode(answer, VerifyReport) if answer else None
             return NodeVerdict(node_id=node_id, report=report, error=error)
 
         return Verdicts(nodes=tuple(await asyncio.gather(*map(one, nodes))))
@@ -137,6 +146,6 @@ class CacheClient:
         if response.status < 300:
             return body, None
         try:
-            return b"", str(msgspec.json.decode(body)["error"]["message"])
-        except (ValueError, KeyError, TypeError):
+            return b"", outside.decode(body, Error).error.message
+        except OutsideError:
             return b"", f"HTTP {response.status}: {body[:200].decode(errors='replace')}"

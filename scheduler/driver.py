@@ -21,10 +21,11 @@ from aiohttp import web
 from runtime import places
 from runtime.config import Config
 from runtime.footprints import Footprint, Key
+from runtime.outside import decode
 from runtime.prewarm import Ask, floor_at
 from runtime.registration import keep_registered, withdraw
 from runtime.registry import Entry, Lock, Registry, RegistryError, Service
-from runtime.wire import AgentCommand, CommandReply, RouteTable, StageModels, decode
+from runtime.wire import AgentCommand, CommandReply, RouteTable, StageModels
 from scheduler import messages as m
 from scheduler.access import Access
 from scheduler.core import Core

@@ -10,8 +10,10 @@ from typing import Any, TypeVar
 import msgspec
 from aiohttp import web
 
+from runtime import outside
+from runtime.outside import OutsideError
 from runtime.schema import SchemaError, check, close_names
-from runtime.wire import SpecProblem, decode, encode
+from runtime.wire import SpecProblem, encode
 from scheduler import views as v
 
 S = TypeVar("S", bound=msgspec.Struct)
@@ -54,16 +56,16 @@ def bad(field: str, value: Any, message: str, fix: str) -> ApiError:
 
 def decode_body(data: bytes, kind: type[S]) -> S:
     try:
-        return decode(data, kind)
-    except ValueError as error:
-        raise ApiError(400, f"the body is not a {kind.__name__}: {error}") from None
+        return outside.decode(data, kind)
+    except OutsideError as error:
+        raise ApiError(400, f"the body {error}") from None
 
 
 async def read_json(request: web.Request) -> Any:
     try:
-        return msgspec.json.decode(await request.read() or b"{}")
-    except ValueError as error:
-        raise ApiError(400, f"the body is not JSON: {error}") from None
+        return outside.json_document(await request.read() or b"{}")
+    except OutsideError as error:
+        raise ApiError(400, f"the body {error}") from None
 
 
 async def read_body(request: web.Request, kind: type[S]) -> S:

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 import aiohttp
 
+from runtime.outside import decode
 from runtime.places import url
-from runtime.wire import Inspection, MemoryEstimate, ModelSpec, SpecProblem, decode, encode
+from runtime.wire import Inspection, MemoryEstimate, ModelSpec, SpecProblem, encode
 from scheduler.driver import Driver
 
 INSPECT_TIMEOUT_S = 120.0  # the first look imports vLLM once to read its own option table

@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING
 from msgspec import Struct
 from msgspec.structs import replace
 
+from runtime.outside import decode
 from runtime.registry import RegistryError
 from runtime.rules import model_problems, place_problems, uses, with_share, without_canary
-from runtime.wire import DemandReport, ModelSpec, RouteRule, decode, encode
+from runtime.wire import DemandReport, ModelSpec, RouteRule, encode
 from scheduler import messages as m
 from scheduler.audit import AuditTrail
 from scheduler.canary import Counts, Observed, judge

@@ -77,7 +77,7 @@ class Index:
             text = (Path(folder) / "adapter_config.json").read_text(encoding="utf-8")
             config: dict[str, Any] = json.loads(text)
             rank = max(config["r"], *(config.get("rank_pattern") or {}).values(), 0)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise NotYet(f"adapter {name} can't be read: {error!r}") from None
         if rank > self._max_rank:
             here = f"this engine has room for {self._max_rank}, and is being replaced"

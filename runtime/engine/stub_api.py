@@ -19,10 +19,12 @@ import msgspec
 from aiohttp import web
 from msgspec import Meta, Struct
 
+from runtime import outside
 from runtime.engine.adapter_index import RETRY_AFTER_S, NotYet
 from runtime.engine.guard import Activity
 from runtime.engine.stub_adapters import StubAdapters
 from runtime.engine.stub_engine import StubArgs
+from runtime.outside import OutsideError
 
 FINGERPRINT = "stoker-stub"
 MAX_MODEL_LEN = 4096
@@ -313,12 +315,13 @@ def checked(
     kind: type[T], handler: Callable[[web.Request, T], Any]
 ) -> Callable[[web.Request], Any]:
     """`handler` with the body decoded as `kind`; a body that is none is a 400."""
+    read: Callable[[bytes], T] = outside.reader(kind)
 
     async def decoded(request: web.Request) -> web.StreamResponse:
         try:
-            body = msgspec.json.decode(await request.read(), type=kind)
-        except msgspec.DecodeError as error:
-            return error_response(400, f"invalid request body: {error}")
+            body = read(await request.read())
+        except OutsideError as error:
+            return error_response(400, f"invalid request body: it {error}")
         response: web.StreamResponse = await handler(request, body)
         return response
 

@@ -18,13 +18,21 @@ from typing import Any
 import msgspec
 from aiohttp import web
 
+from runtime import outside
 from runtime.engine.stub_api import Api, error_response
 from runtime.engine.stub_engine import StubArgs
+from runtime.outside import OutsideError
 
 _TAGS = frozenset({"weights", "kv_cache"})
 _ABORT = "aborted by sleep"
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+class _Rpc(msgspec.Struct):
+    """Of a collective_rpc, what is read."""
+
+    method: str
 
 
 class StubSleep:
@@ -103,8 +111,8 @@ class StubSleep:
 
     async def _collective_rpc(self, request: web.Request) -> web.Response:
         try:
-            method = msgspec.json.decode(await request.read(), type=dict)["method"]
-        except (msgspec.DecodeError, KeyError):
+            method = outside.decode(await request.read(), _Rpc).method
+        except OutsideError:
             return error_response(400, "Missing 'method' in request body")
         if method != "reload_weights" or "weights" in self._asleep:
             return error_response(500, f"{method!r} failed", "InternalServerError")

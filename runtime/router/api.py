@@ -138,7 +138,7 @@ class Api:
     async def _serve(
         self, request: web.Request, path: str, body: bytes, head: bodies.Head
     ) -> web.StreamResponse:
-        streams = head.stream and path.partition("?")[0] in STREAMS
+        streams = bool(head.stream) and path.partition("?")[0] in STREAMS
         client = AiohttpClient(request)
         request_id, headers = request[_REQUEST_ID], request.raw_headers
         call = Call(

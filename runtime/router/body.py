@@ -7,16 +7,19 @@ they were written, digits and escapes included.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import msgspec
 from aiohttp import BodyPartReader, MultipartReader, StreamReader
 from aiohttp.base_protocol import BaseProtocol
 from aiohttp.http_exceptions import HttpProcessingError
-from msgspec import UNSET, Struct
+from msgspec import Struct
 
-from runtime.router.errors import NOT_JSON, ApiError
+from runtime import outside
+from runtime.outside import OutsideError
+from runtime.router.errors import ApiError
 
 _FORM_FIELDS = ("model", "stream")
 _SENT = ("prompt", "messages", "input")
@@ -25,22 +28,24 @@ _TARGETS = {
     "messages": "/v1/chat/completions",
     "input": "/v1/embeddings",
 }
+_HINT_BYTES = 1024  # of a value that is not of the type that is expected of it
 
 
 class Head(Struct):
     """What the router reads of a JSON body; after `read_head` the first two are checked.
 
-    The others are hints, whatever they hold: the engine judges them. All other fields are skipped.
+    The others are hints, None where they are of another type: the engine judges them. All other
+    fields are skipped.
     """
 
-    model: Any = UNSET
-    stream: Any = None
-    user: Any = None
-    prompt_cache_key: Any = None
-    max_tokens: Any = None
-    max_completion_tokens: Any = None
-    temperature: Any = None
-    seed: Any = None
+    model: str = ""
+    stream: bool | None = None
+    user: str | None = None
+    prompt_cache_key: str | None = None
+    max_tokens: int | None = None
+    max_completion_tokens: int | None = None
+    temperature: int | float | bool | None = None
+    seed: int | None = None
 
 
 class Invocation(NamedTuple):
@@ -51,22 +56,76 @@ class Invocation(NamedTuple):
     head: Head
 
 
-_read_head = msgspec.json.Decoder(Head).decode
-_read_fields = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
+_read_head: Callable[[bytes], Head] = outside.reader(Head)
+_read_odd: Any = outside.reader(
+    msgspec.defstruct(
+        "_Odd", [(name, msgspec.Raw, msgspec.Raw()) for name in Head.__struct_fields__]
+    )
+)
+_read_model: Any = outside.reader(str)
+_read_stream: Any = outside.reader(bool | None)
+_HINTS: Any = {
+    "user": outside.reader(str),
+    "prompt_cache_key": outside.reader(str),
+    "max_tokens": outside.reader(int),
+    "max_completion_tokens": outside.reader(int),
+    "temperature": outside.reader(int | float | bool),
+    "seed": outside.reader(int),
+}
 
 
 def read_head(body: bytes) -> Head:
     """The head of a JSON body. Raises ApiError (400) naming `model` or `stream`."""
-    head = _head(body)
-    head.model, head.stream = _model(head.model), _stream(head.stream)
+    try:
+        head = _read_head(body)
+    except OutsideError as error:
+        if error.field is None:
+            raise _not_json(error) from None
+        head = _odd_head(body)
+    return checked(head)
+
+
+def checked(head: Head) -> Head:
+    """`head`, if it names a model. Raises ApiError (400)."""
+    if not head.model:
+        raise ApiError(400, "missing_field", "the body has no model; add it", param="model")
+    check_model(head.model)
     return head
 
 
-def _head(body: bytes) -> Head:
+def _odd_head(body: bytes) -> Head:
+    """The head of a body in which a value has another type than is expected."""
     try:
-        return _read_head(body)
-    except NOT_JSON as error:
+        raw = _read_odd(body)
+    except OutsideError as error:
         raise _not_json(error) from None
+    head = Head()
+    for name, read in _HINTS.items():
+        value = bytes(getattr(raw, name))
+        if 0 < len(value) <= _HINT_BYTES:
+            with contextlib.suppress(OutsideError):
+                setattr(head, name, read(value))
+    if raw.model:
+        head.model = _field(raw.model, _read_model, "model", "a model's name")
+    if raw.stream:
+        head.stream = _field(raw.stream, _read_stream, "stream", "true or false")
+    return head
+
+
+def _field(raw: msgspec.Raw, read: Any, name: str, wanted: str) -> Any:
+    value = bytes(raw)
+    try:
+        return read(value)
+    except OutsideError:
+        message = f"{name} must be {wanted}, got {_shown(value)}"
+        raise ApiError(400, "invalid_field", message, param=name) from None
+
+
+def check_model(name: str) -> None:
+    """Raises ApiError (400) for what can be no model's name, before anything looks for it."""
+    problem = outside.name_problem(name)
+    if problem is not None:
+        raise ApiError(400, "invalid_field", f"model {problem}", param="model")
 
 
 async def read_form(body: bytes, headers: Mapping[str, str]) -> Head:
@@ -81,7 +140,7 @@ async def read_form(body: bytes, headers: Mapping[str, str]) -> Head:
         message = f"the multipart body cannot be read: {error}"
         raise ApiError(400, "invalid_body", message) from None
     stream = found.get("stream", "").lower() in ("true", "1")
-    return Head(model=_model(found.get("model", UNSET)), stream=stream)
+    return checked(Head(model=found.get("model", ""), stream=stream))
 
 
 def _stream_of(body: bytes) -> StreamReader:
@@ -124,8 +183,8 @@ def invocation(body: bytes, model: str, stream: bool | None) -> Invocation:
 
 def _fields(body: bytes) -> dict[str, msgspec.Raw]:
     try:
-        return _read_fields(body)
-    except NOT_JSON as error:
+        return outside.fields(body)
+    except OutsideError as error:
         raise _not_json(error) from None
 
 
@@ -133,26 +192,9 @@ def _raw(value: str | bool) -> msgspec.Raw:
     return msgspec.Raw(msgspec.json.encode(value))
 
 
-def _not_json(error: Exception) -> ApiError:
-    return ApiError(400, "invalid_json", f"the body is not a JSON object: {error}")
+def _not_json(error: OutsideError) -> ApiError:
+    return ApiError(400, "invalid_json", f"the body {error}")
 
 
-def _model(value: Any) -> str:
-    if value is UNSET:
-        raise ApiError(400, "missing_field", "the body has no model; add it", param="model")
-    if not isinstance(value, str) or not value:
-        message = f"model must be a model's name, got {_shown(value)}"
-        raise ApiError(400, "invalid_field", message, param="model")
-    return value
-
-
-def _stream(value: Any) -> bool:
-    if value is None or isinstance(value, bool):
-        return bool(value)
-    message = f"stream must be true or false, got {_shown(value)}"
-    raise ApiError(400, "invalid_field", message, param="stream")
-
-
-def _shown(value: Any) -> str:
-    text = msgspec.json.encode(value).decode()
-    return text if len(text) <= 80 else text[:80] + "…"
+def _shown(value: bytes) -> str:
+    return value[:80].decode(errors="replace") + ("…" if len(value) > 80 else "")

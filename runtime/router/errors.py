@@ -17,10 +17,6 @@ _TYPES = {
 }  # fmt: skip
 
 
-# What msgspec raises for bytes that are no JSON, or are not in UTF-8.
-NOT_JSON = (msgspec.DecodeError, UnicodeDecodeError)
-
-
 class ApiError(Exception):
     """A call that ends with `status`; `retry_after_s` becomes a Retry-After header."""
 

@@ -23,7 +23,7 @@ import aiohttp
 import msgspec
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, wait_random_exponential
 
-from runtime import places, wire
+from runtime import outside, places, wire
 from runtime.access import KeyTable, PeerUsage, RouterUsage
 from runtime.registry import Registry, RegistryError
 from runtime.router import table_file
@@ -150,7 +150,7 @@ class Link:
             log.info("tied to the scheduler at %s again", leader.url)
         if response.status == 204:
             return None
-        table = wire.decode(body, kind)
+        table = outside.decode(body, kind)
         if since and table.version <= since:
             log.warning("ignored table %d of %s: %d is in force", table.version, name, since)
             await asyncio.sleep(0.1)  # a scheduler that repeats itself must not make us spin
@@ -199,7 +199,7 @@ class Link:
         self._tell_all = True  # unless this arrives
         body = await self._post(session, leader, "usage", use)
         self._tell_all = False
-        self._keys.hear(wire.decode(body, PeerUsage), self._gate.loop.time())
+        self._keys.hear(outside.decode(body, PeerUsage), self._gate.loop.time())
 
     def _turn_day(self) -> None:
         wall_s = time.time()
@@ -249,7 +249,7 @@ class Link:
             raise LinkError(f"the registry cannot be asked for the leader: {error}") from None
         if entry is None:
             raise LinkError(f"the registry has no leader ({self._leader_key})")
-        leader = msgspec.json.decode(entry.value, type=_Leader)
+        leader = outside.decode(entry.value, _Leader)
         if self._last_known is not None and leader.term < self._last_known.term:
             raise LinkError(f"the registry names a leader of the old term {leader.term}")
         self._last_known = leader

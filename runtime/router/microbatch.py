@@ -13,19 +13,19 @@ and 70 bytes are 3 and 7.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import msgspec
 
-from runtime.router.errors import NOT_JSON
+from runtime import outside
+from runtime.outside import OutsideError
 from runtime.wire import Batching
 
 _FIELDS = {"/v1/embeddings": ("embeddings", "input"), "/v1/completions": ("completions", "prompt")}
 _ALONE = {"best_of", "prompt_embeds"}
-_decode = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
-_items = msgspec.json.Decoder(list[msgspec.Raw]).decode
-_usage = msgspec.json.Decoder(dict[str, Any]).decode
+_items: Callable[[bytes], list[msgspec.Raw]] = outside.reader(list[msgspec.Raw])
+_usage: Callable[[bytes], dict[str, Any]] = outside.reader(dict[str, Any])
 _encode = msgspec.json.Encoder().encode
 
 
@@ -44,8 +44,8 @@ def part_of(rule: Batching, path: str, body: bytes) -> Part | None:
     if kind not in rule.endpoints:
         return None
     try:
-        fields = _decode(body)
-    except NOT_JSON:
+        fields = outside.fields(body)
+    except OutsideError:
         return None
     text = bytes(fields.get(field, b""))
     one_list = text.startswith(b"[") and text.count(b"[") == 1 and b'"' not in text
@@ -72,11 +72,11 @@ def split(path: str, answer: bytes, parts: Sequence[Part]) -> list[bytes] | None
     """Each call's own answer, in the order of `parts`; None: it cannot be taken apart."""
     items_name = "data" if path == "/v1/embeddings" else "choices"
     try:
-        whole = _decode(answer)
-        items = list(map(_decode, _items(whole[items_name])))
+        whole = outside.fields(answer)
+        items = [outside.fields(bytes(item)) for item in _items(bytes(whole[items_name]))]
         by_index = {int(bytes(item["index"])): item for item in items}
-        usage = _usage(whole["usage"]) if "usage" in whole else None
-    except (*NOT_JSON, KeyError, ValueError):
+        usage = _usage(bytes(whole["usage"])) if "usage" in whole else None
+    except (KeyError, ValueError):
         return None
     if len(items) != len(parts) or sorted(by_index) != list(range(len(parts))):
         return None

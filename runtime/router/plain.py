@@ -218,7 +218,7 @@ class PlainConnection(asyncio.Protocol):
         path = cast(str, self._path)
         call = Call(
             self._id or self._front.request_id(), head.model, path, self._fields, body,
-            head.stream and path in STREAMS, head, caller, address=self._address,
+            bool(head.stream) and path in STREAMS, head, caller, address=self._address,
         )  # fmt: skip
         self._raw = []
         self._raw_bytes = 0

@@ -17,15 +17,15 @@ import logging
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-import msgspec
-
+from runtime import outside
 from runtime.engine.guard import CLOSED, CLOSED_HEADER
+from runtime.outside import OutsideError
 from runtime.router.access_log import AccessLog
 from runtime.router.admission import RETRY_AFTER_S, Decision, Forward, Held, Refused
 from runtime.router.batcher import Batcher
 from runtime.router.call import ANONYMOUS, Call, Caller
 from runtime.router.client import Client
-from runtime.router.errors import NOT_JSON, ApiError, sse_error
+from runtime.router.errors import ApiError, sse_error
 from runtime.router.fairness import Wish
 from runtime.router.gate import Gate
 from runtime.router.hedge import HEDGED, first_of
@@ -555,8 +555,8 @@ async def _error_of(reply: Reply, data: bytes) -> dict[str, object]:
         data = await reply.read()
         body += data
     try:
-        raw = msgspec.json.decode(body)
-    except NOT_JSON:
+        raw = outside.json_document(body)
+    except OutsideError:
         raw = None
     if isinstance(raw, dict) and isinstance(raw.get("error"), dict):
         return raw

@@ -12,7 +12,7 @@ from typing import TypeVar
 
 import msgspec
 
-from runtime import wire
+from runtime import outside, wire
 
 Table = TypeVar("Table", bound=msgspec.Struct)
 
@@ -33,6 +33,6 @@ def save(path: Path, table: msgspec.Struct) -> None:
 def load(path: Path, kind: type[Table]) -> Table | None:
     """The table of `path`, or None where there is none. Raises OSError or ValueError."""
     try:
-        return wire.decode(path.read_bytes(), kind)
+        return outside.decode(path.read_bytes(), kind)
     except FileNotFoundError:
         return None

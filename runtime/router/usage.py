@@ -10,12 +10,13 @@ Rules this file keeps:
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Annotated, NamedTuple
 
-import msgspec
 from msgspec import Meta, Struct
 
-from runtime.router.errors import NOT_JSON
+from runtime import outside
+from runtime.outside import OutsideError
 
 # Behind `usage` there are few bytes, but for logprobs of the prompt or its text where asked for.
 JSON_BYTES = 256 * 1024
@@ -77,8 +78,8 @@ class _Nested(Struct):
     x: _Outer
 
 
-_outer = msgspec.json.Decoder(_Outer).decode
-_nested = msgspec.json.Decoder(_Nested).decode
+_outer: Callable[[bytes], _Outer] = outside.reader(_Outer)
+_nested: Callable[[bytes], _Nested] = outside.reader(_Nested)
 
 
 class Meter:
@@ -177,7 +178,7 @@ def _last(end: bytes, *, stream: bool) -> tuple[int | None, int, int]:
 def _decoded(rest: bytes) -> _Tokens | None:
     try:
         return _outer(b"{" + rest).usage
-    except NOT_JSON:
+    except OutsideError:
         return None
 
 
@@ -185,5 +186,5 @@ def _decoded_nested(rest: bytes) -> _Tokens | None:
     """Within an object of the event: a response that was completed, a message that begins."""
     try:
         return _nested(b'{"x":{' + rest).x.usage
-    except NOT_JSON:
+    except OutsideError:
         return None

@@ -17,7 +17,7 @@ from aiohttp import web
 
 from agent import process
 from agent.process import Cgroups, Owner
-from runtime import wire
+from runtime import outside, wire
 from runtime.config import AgentConfig, Config, SchedulerConfig
 from runtime.registry import Registry
 from runtime.wire import (
@@ -120,7 +120,7 @@ class FakeScheduler:
 
     async def _heartbeat(self, request):
         assert request.headers["Authorization"] == f"Bearer {TOKEN}"
-        heartbeat = wire.decode(await request.read(), Heartbeat)
+        heartbeat = outside.decode(await request.read(), Heartbeat)
         if self.refusing:
             return web.json_response({"error": {"message": "not the leader"}}, status=503)
         self.heartbeats.append(heartbeat)
@@ -219,7 +219,7 @@ class Client:
         ) as reply:
             text = await reply.read()
         known = reply.status in (200, 409)
-        return reply.status, wire.decode(text, CommandReply) if known else text
+        return reply.status, outside.decode(text, CommandReply) if known else text
 
     async def ok(self, agent_url: str, command) -> CommandReply:
         status, reply = await self.send(agent_url, command)

@@ -20,7 +20,7 @@ import msgspec
 import uvloop
 from aiohttp import web
 
-from runtime import wire
+from runtime import outside, wire
 from runtime.access import KeyTable, RouterUsage, StoredKey, Tenant
 from runtime.config import Config, RouterConfig
 from runtime.registry import Entry, RegistryError, Service
@@ -148,13 +148,13 @@ class Scheduler:
         return web.Response(body=wire.encode(table()))
 
     async def _usage(self, request: web.Request) -> web.Response:
-        told = wire.decode(await request.read(), RouterUsage)
+        told = outside.decode(await request.read(), RouterUsage)
         now = asyncio.get_running_loop().time()
         return web.Response(body=wire.encode(self.usage.tell(told, now)))
 
     async def _demand(self, request: web.Request) -> web.Response:
         assert request.headers["Authorization"] == f"Bearer {TOKEN}"
-        self.reports.append(wire.decode(await request.read(), DemandReport))
+        self.reports.append(outside.decode(await request.read(), DemandReport))
         return web.Response(status=204)
 
 

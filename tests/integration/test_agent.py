@@ -36,7 +36,7 @@ import agent.driver
 from agent.devices import open_devices
 from agent.driver import run_agent
 from agent.process import Owner
-from runtime import wire
+from runtime import outside, wire
 from runtime.embedded import EmbeddedRegistry
 from runtime.registry import RegistryError
 from runtime.wire import Inspection
@@ -510,7 +510,7 @@ async def test_a_spec_is_inspected(launch, client):
             f"{node.url}/agent/inspect", data=wire.encode(model), headers=bearer(TOKEN)
         ) as reply:
             assert reply.status == 200
-            return wire.decode(await reply.read(), Inspection)
+            return outside.decode(await reply.read(), Inspection)
 
     good = await inspect(spec(start_s=1.0))
     assert good.problems == ()

@@ -16,9 +16,11 @@ from jsonschema import Draft202012Validator
 from openapi_spec_validator import validate
 from yarl import URL
 
+from runtime import outside
 from runtime.config import Config, RegistryConfig, SchedulerConfig
 from runtime.embedded import EmbeddedRegistry
 from runtime.wire import (
+    AgentCommand,
     CommandReply,
     DemandReport,
     DeviceReport,
@@ -30,8 +32,6 @@ from runtime.wire import (
     RouteTable,
     SpecProblem,
     StartReplica,
-    decode,
-    decode_command,
     encode,
 )
 from scheduler.access import Access
@@ -56,7 +56,7 @@ class Agent:
 
     async def commands(self, request: web.Request) -> web.Response:
         assert request.headers["Authorization"] == f"Bearer {TOKEN}"
-        command = decode_command(await request.read())
+        command: AgentCommand = outside.decode(await request.read(), AgentCommand)
         if isinstance(command, StartReplica) and self.refuse is None:
             self.replicas[command.replica_id] = command
         elif not isinstance(command, StartReplica):
@@ -134,7 +134,7 @@ class Client:
         url = f"{self.url}/internal/routes?since={since}&wait_s={wait_s}"
         async with self.session.get(url, headers=headers) as response:
             raw = await response.read()
-            return decode(raw, RouteTable) if response.status == 200 else None
+            return outside.decode(raw, RouteTable) if response.status == 200 else None
 
 
 async def until(condition: Callable[[], object], what: str, limit_s: float = 60.0) -> None:

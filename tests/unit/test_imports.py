@@ -25,7 +25,7 @@ PURE = (
     "scheduler/warm.py", "scheduler/prewarms.py", "scheduler/plan.py", "scheduler/scaling.py",
     "scheduler/windows.py", "scheduler/forecast.py",
     "scheduler/warming.py",
-    "runtime/footprints.py", "runtime/adapters.py",
+    "runtime/footprints.py", "runtime/adapters.py", "runtime/outside.py",
     "agent/core.py", "agent/messages.py", "agent/replica.py", "agent/transitions.py",
     "agent/canary.py", "agent/phases.py", "agent/cache_policy.py",
     "agent/staging_policy.py", "agent/host_ram.py", "agent/load_format.py",
@@ -180,10 +180,10 @@ def test_a_planted_violation_is_found(path: str, source: str) -> None:
 @pytest.mark.parametrize(
     ("path", "source"),
     [
-        ("scheduler/api.py", "import asyncio\nfrom runtime.wire import decode"),
+        ("scheduler/api.py", "import asyncio\nfrom runtime.wire import encode"),
         ("scheduler/core.py", "from scheduler.state import ClusterState\nimport dataclasses"),
         ("scheduler/sim/faults.py", "from random import Random\nRandom('seed 1')"),
-        ("runtime/router/api.py", "from . import proxy\nfrom ..wire import decode"),
+        ("runtime/router/api.py", "from . import proxy\nfrom ..wire import encode"),
         ("agent/nvml.py", "import pynvml"),
         ("runtime/registries.py", "from runtime.consul import ConsulRegistry"),
         ("cli/main.py", "from agent.driver import run_agent\nimport scheduler.driver"),

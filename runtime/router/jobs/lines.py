@@ -7,12 +7,15 @@ Rules this file keeps:
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import msgspec
 
+from runtime import outside
+from runtime.outside import OutsideError
 from runtime.router.body import read_head
-from runtime.router.errors import NOT_JSON, ApiError
+from runtime.router.errors import ApiError
 from runtime.router.jobs.shapes import json_or_text
 
 ENDPOINTS = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/responses")
@@ -43,30 +46,40 @@ class Problem(NamedTuple):
 
 
 class _Read(msgspec.Struct):
-    custom_id: Any = None
-    method: Any = None
-    url: Any = None
+    custom_id: str | None = None
+    method: str | None = None
+    url: str | None = None
     body: msgspec.Raw = msgspec.Raw()
 
 
-_read = msgspec.json.Decoder(_Read).decode
+_HEAD = ("custom_id", "method", "url")
+_read: Callable[[bytes], _Read] = outside.reader(_Read)
 
 
 def read_line(text: bytes, endpoint: str) -> Line | Problem:
     """One line of an input file for a batch of `endpoint`."""
     try:
         read = _read(text)
-    except NOT_JSON as error:
-        return Problem("invalid_json_line", f"is not a JSON object: {error}")
-    name = read.custom_id
-    if not isinstance(name, str) or not 0 < len(name) <= MAX_CUSTOM_ID:
-        wanted = f"custom_id must be 1 to {MAX_CUSTOM_ID} characters, unique within the file"
-        return Problem("missing_required_parameter", wanted, "custom_id")
+    except OutsideError as error:
+        if error.field in _HEAD:
+            return _wrong(error.field, endpoint)
+        return Problem("invalid_json_line", str(error))
+    if not read.custom_id or len(read.custom_id) > MAX_CUSTOM_ID:
+        return _wrong("custom_id", endpoint)
     if read.method != "POST":
-        return Problem("invalid_method", 'method must be "POST"', "method")
+        return _wrong("method", endpoint)
     if read.url != endpoint:
-        return Problem("invalid_url", f"url must be {endpoint!r}, the batch's endpoint", "url")
-    return _with_body(name, bytes(read.body))
+        return _wrong("url", endpoint)
+    return _with_body(read.custom_id, bytes(read.body))
+
+
+def _wrong(field: str, endpoint: str) -> Problem:
+    if field == "custom_id":
+        wanted = f"custom_id must be 1 to {MAX_CUSTOM_ID} characters, unique within the file"
+        return Problem("missing_required_parameter", wanted, field)
+    if field == "method":
+        return Problem("invalid_method", 'method must be "POST"', field)
+    return Problem("invalid_url", f"url must be {endpoint!r}, the batch's endpoint", field)
 
 
 def _with_body(custom_id: str, body: bytes) -> Line | Problem:

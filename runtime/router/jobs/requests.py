@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import asyncio
-import re
 from typing import Any, TypeVar
 
 import msgspec
 from aiohttp import web
 
+from runtime import outside
 from runtime.config import RouterConfig
+from runtime.outside import OutsideError
 from runtime.router.call import Caller
 from runtime.router.client import CALLER
-from runtime.router.errors import NOT_JSON, ApiError
+from runtime.router.errors import ApiError
 from runtime.router.jobs import signing
 
 MAX_BODY_BYTES = 64 * 1024
 
 T = TypeVar("T")
-_FIELD = re.compile(r"`\$\.([\w.\[\]]+)`")
 
 
 def caller_of(request: web.Request) -> Caller:
@@ -32,16 +32,15 @@ async def body_of(request: web.Request, kind: type[T], read_s: float) -> T:
         raise ApiError(413, "body_too_large", f"this body has at most {MAX_BODY_BYTES} bytes")
     try:
         async with asyncio.timeout(read_s):
-            return msgspec.json.decode(await request.read(), type=kind)
+            return outside.decode(await request.read(), kind)
     except TimeoutError:
         raise ApiError(408, "body_timeout", f"the body did not arrive in {read_s:g}s") from None
-    except msgspec.ValidationError as error:
-        named = _FIELD.search(str(error))
-        param = named.group(1) if named else None
-        raise ApiError(400, "invalid_field", f"{param or 'body'}: {error}", param=param) from None
-    except (*NOT_JSON, web.RequestPayloadError) as error:
-        message = f"the body is not a JSON object: {error}"
-        raise ApiError(400, "invalid_json", message) from None
+    except OutsideError as error:
+        code = "invalid_json" if error.field is None else "invalid_field"
+        message = f"the body {error}"
+        raise ApiError(400, code, message, param=error.field) from None
+    except web.RequestPayloadError as error:
+        raise ApiError(400, "invalid_body", f"the body cannot be read: {error}") from None
 
 
 def limit_of(request: web.Request, default: int, most: int) -> int:

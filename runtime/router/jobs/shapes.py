@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from runtime.router.errors import NOT_JSON
+from runtime import outside
+from runtime.outside import OutsideError
 
 if TYPE_CHECKING:
     from runtime.router.jobs.batch_rows import BatchRow
@@ -106,9 +107,8 @@ def event(kind: str, of: str, data: dict[str, Any], now: float) -> tuple[str, by
 def json_or_text(body: bytes) -> Any:
     """An answer's body as one line of JSON, its numbers as they were written; else as text."""
     try:
-        body.decode()  # within strings the next line takes any bytes
-        return msgspec.Raw(msgspec.json.format(body, indent=-1))
-    except NOT_JSON:
+        return outside.one_line(body)
+    except OutsideError:
         return body.decode("utf-8", "replace")
 
 
