@@ -1,12 +1,15 @@
 #!/usr/bin/env bash
-# Regenerates requirements/{base,dev,cpu,vllm}.txt from pyproject.toml: every package pinned, for Linux
-# x86-64 and Python 3.11. It resolves without installing anything.
+# Regenerates requirements/*.txt from pyproject.toml: every package pinned, for Linux x86-64 and
+# Python 3.11, with the hashes of all files of that release. It resolves without installing anything.
 #
 #   scripts/lock.sh            all of them
 #   scripts/lock.sh cpu dev    only these (the versions still agree with each other)
+#   scripts/lock.sh hashes     the hashes anew, for the versions that are there
 #
 # dev and cpu hold base too, so one file is enough to install from. base, dev and cpu agree on every
-# version, so that they can share an environment; vllm is for GPU hosts and agrees with dev.
+# version, so that they can share an environment; vllm is for GPU hosts and agrees with dev. cpu is
+# without torch: that is torch-cpu (PyTorch's own build, which no package index has hashes of), or
+# torch-cuda where that cannot be had. build is what the package itself is built with.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-.venv/bin/python}
@@ -42,26 +45,59 @@ PY
     LC_ALL=C sort -f "$work/out" >"$output"
 }
 
+write() { # name: reads requirements from stdin, and adds the hashes
+    grep == >"$work/pinned"
+    {
+        echo "# Made by scripts/lock.sh; do not edit."
+        "$PYTHON" -m uv pip compile -q --no-deps --generate-hashes --no-header --no-annotate \
+            --python-version 3.11 "$work/pinned"
+    } >"$work/hashed"
+    mv "$work/hashed" "requirements/$1.txt"
+    echo "requirements/$1.txt: $(grep -c == "requirements/$1.txt") packages"
+}
+
+pins() { sed -n 's/ *\\$//; /^[^# ].*==/p' "requirements/$1.txt"; } # name: prints its requirements
+
 lock() { # name, pip option ...: reads requirements from stdin
     local name=$1
     shift
     resolve "$work/$name.txt" "$@"
-    {
-        echo "# Made by scripts/lock.sh; do not edit."
-        if [ "$name" = cpu ]; then grep -viE "^($UNWANTED)==" "$work/cpu.txt"; else cat "$work/$name.txt"; fi
-    } >"requirements/$name.txt"
-    echo "requirements/$name.txt: $(grep -c == "requirements/$name.txt") packages"
+    write "$name" <"$work/$name.txt"
 }
 
+lock_cpu() { # cpu and torch-cpu, for one resolution holds both
+    wanted cpu | resolve "$work/cpu.txt" -c "$work/all.txt"
+    grep -viE "^($UNWANTED|torch)==" "$work/cpu.txt" | write cpu
+    {
+        echo "# Made by scripts/lock.sh; do not edit. Without a hash: see scripts/setup.sh."
+        grep '^torch==' "$work/cpu.txt"
+    } >requirements/torch-cpu.txt
+    grep -i '^setuptools==' "$work/cpu.txt" | write build
+}
+
+lock_vllm() { # vllm and torch-cuda, a part of it
+    # A CPU build of torch in the local package sources must not win here. dev's versions bind, so
+    # that the tests can run on a GPU host too.
+    pins dev >"$work/dev-pins"
+    { wanted vllm; echo 'torch!=2.13.0+cpu'; } | resolve "$work/vllm.txt" -c "$work/dev-pins"
+    write vllm <"$work/vllm.txt"
+    pins vllm >"$work/vllm-pins"
+    grep '^torch==' "$work/vllm-pins" | resolve "$work/torch.txt" -c "$work/vllm-pins"
+    grep -E '^(torch|triton|cuda-|nvidia-)' "$work/torch.txt" | write torch-cuda
+}
+
+if [ "$*" = hashes ]; then
+    for name in base build cpu dev torch-cuda vllm; do pins "$name" | write "$name"; done
+    exit
+fi
 names=${*:-base dev cpu vllm}
 wanted cpu dev | resolve "$work/all.txt"
 for name in $names; do
     case $name in
     base) wanted | lock base -c "$work/all.txt" ;;
-    dev | cpu) wanted "$name" | lock "$name" -c "$work/all.txt" ;;
-    # A CPU build of torch in the local package sources must not win here. dev's versions bind, so
-    # that the tests can run on a GPU host too.
-    vllm) { wanted vllm; echo 'torch!=2.13.0+cpu'; } | lock vllm -c requirements/dev.txt ;;
+    dev) wanted dev | lock dev -c "$work/all.txt" ;;
+    cpu) lock_cpu ;;
+    vllm) lock_vllm ;;
     *) echo "lock: there is no lock file $name; choose base, dev, cpu or vllm" >&2; exit 2 ;;
     esac
 done

@@ -10,10 +10,15 @@
 # VENV             where it goes (default: .venv)
 # ENGINE           vllm or cpu, instead of looking for a GPU
 # TORCH_INDEX_URL  where the CPU build of torch is, if your package index does not have it
+#                  (default: PyTorch's public index of CPU builds)
+#
+# Packages are installed by the hashes in requirements/, whatever index they come from; torch's CPU
+# build alone has none there, since PyTorch builds it anew for its own index.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 VENV=${VENV:-.venv}
+PYTORCH_CPU_INDEX=https://download.pytorch.org/whl/cpu
 TORCH_INDEX_URL=${TORCH_INDEX_URL:-}
 export PYTHONNOUSERSITE=1 PIP_USER=0 PIP_DISABLE_PIP_VERSION_CHECK=1
 unset PYTHONPATH PYTHONHOME
@@ -57,31 +62,59 @@ make_venv() {
 
 pip_install() { "$VENV/bin/python" -m pip install -qq --no-deps "$@"; }
 
-install_torch_cpu() { # the CPU build, from the configured index or from torch's own
-    local torch
-    torch=$(grep '^torch==' requirements/cpu.txt)
+# The CPU build of torch where an index has it, else the one for NVIDIA GPUs, which runs on a CPU too.
+install_torch() {
+    local torch index=${TORCH_INDEX_URL:-$PYTORCH_CPU_INDEX}
+    torch=$(grep '^torch==' requirements/torch-cpu.txt)
     if pip_install "$torch" 2>/dev/null; then
         return
     fi
-    [ -n "$TORCH_INDEX_URL" ] ||
-        fail "the configured package index has no $torch, torch's CPU build; set TORCH_INDEX_URL to" \
-            "PyTorch's own index of CPU builds (its installation page names it) and run this again"
-    pip_install --extra-index-url "$TORCH_INDEX_URL" "$torch" ||
-        fail "$torch can't be installed from TORCH_INDEX_URL=$TORCH_INDEX_URL"
+    say "your package index has no $torch; trying $index"
+    # A host that drops packets must not cost more than seconds.
+    if pip_install --timeout 15 --retries 1 --index-url "$index" "$torch" 2>/dev/null; then
+        return
+    fi
+    [ -z "$TORCH_INDEX_URL" ] || fail "$torch can't be installed from TORCH_INDEX_URL=$TORCH_INDEX_URL"
+    say "$index has none either, or can't be reached: installing torch as it is for NVIDIA GPUs, about 3 GB"
+    pip_install -r requirements/torch-cuda.txt ||
+        fail "torch can't be installed: neither $torch, from your package index or $index, nor" \
+            "requirements/torch-cuda.txt; set TORCH_INDEX_URL to an index that has $torch"
+}
+
+cuda_of_torch() { # prints the CUDA version that the installed torch was built for, or nothing
+    "$VENV/bin/python" - <<'PY'
+import importlib.util, pathlib, runpy
+found = importlib.util.find_spec("torch")  # importing it would take seconds
+if found is not None and found.origin is not None:
+    print(runpy.run_path(str(pathlib.Path(found.origin).with_name("version.py"))).get("cuda") or "")
+PY
+}
+
+refuse_torch_without_cuda() {
+    [ -n "$(cuda_of_torch)" ] ||
+        fail "torch $("$VENV/bin/python" -c 'import importlib.metadata as m; print(m.version("torch"))')" \
+            "in $VENV was built without CUDA, and vLLM can't use an NVIDIA GPU with it: remove $VENV," \
+            "take CPU builds out of your package sources (see \`pip config list\`), and run this again;" \
+            "or set ENGINE=cpu to leave the GPU alone"
 }
 
 install() { # base | cpu | vllm | dev
     say "installing requirements/$1.txt"
     case $1 in
-    base) pip_install -r requirements/base.txt && pip_install -e . ;;
-    cpu) install_torch_cpu && pip_install -r requirements/cpu.txt ;;
+    base)
+        pip_install -r requirements/base.txt -r requirements/build.txt
+        pip_install --no-build-isolation -e .
+        ;;
+    cpu) pip_install -r requirements/cpu.txt && install_torch ;;
+    vllm) pip_install -r requirements/vllm.txt && refuse_torch_without_cuda ;;
     *) pip_install -r "requirements/$1.txt" ;;
     esac
 }
 
 stamp_of() { # base | cpu | vllm | dev: prints what a finished install of it is known by
     local files=("requirements/$1.txt")
-    [ "$1" != base ] || files+=(pyproject.toml)
+    [ "$1" != base ] || files+=(requirements/build.txt pyproject.toml)
+    [ "$1" != cpu ] || files+=(requirements/torch-{cpu,cuda}.txt)
     { echo "$PWD"; cat "${files[@]}"; } | sha256sum | cut -d ' ' -f 1
 }
 
