@@ -50,13 +50,14 @@ write() { # name: reads requirements from stdin, and adds the hashes
     {
         echo "# Made by scripts/lock.sh; do not edit."
         "$PYTHON" -m uv pip compile -q --no-deps --generate-hashes --no-header --no-annotate \
-            --python-version 3.11 "$work/pinned"
+            --python-version 3.11 "$work/pinned" |
+            sed -E 's/^torch==([0-9.]+ )/torch===\1/' # 2.13.0+cpu is no match, wherever it lies
     } >"$work/hashed"
     mv "$work/hashed" "requirements/$1.txt"
     echo "requirements/$1.txt: $(grep -c == "requirements/$1.txt") packages"
 }
 
-pins() { sed -n 's/ *\\$//; /^[^# ].*==/p' "requirements/$1.txt"; } # name: prints its requirements
+pins() { sed -n 's/ *\\$//; s/===/==/; /^[^# ].*==/p' "requirements/$1.txt"; } # name
 
 lock() { # name, pip option ...: reads requirements from stdin
     local name=$1
