@@ -112,12 +112,16 @@ class _Endpoints:
             spec = outside.decode(await request.read(), ModelSpec)
         except ValueError as error:
             return _refusal(400, f"the body {error}")
-        self._node.stager.see(spec.source)
+        fetch = request.query.get("fetch", "1") != "0"  # a plan changes nothing here
+        if fetch:
+            self._node.stager.see(spec.source)
         folder = None
         if spec.engine != "stub":
             with contextlib.suppress(CacheError, ValueError):  # `inspect` says what is wrong
                 folder = await self._node.cache.where(spec.source)
-        adapters, problems = await fetch_adapters(self._node.cache, spec)
+        adapters, problems = await (fetch_adapters if fetch else adapters_here)(
+            self._node.cache, spec
+        )
         found = await asyncio.to_thread(inspect, spec, self._node.place, folder, adapters)
         return _json(replace(found, problems=(*found.problems, *problems)))
 
@@ -226,6 +230,18 @@ async def fetch_adapters(
 
     await asyncio.gather(*(fetch(name, source) for name, source in spec.adapters.items()))
     return folders, problems
+
+
+async def adapters_here(
+    cache: ModelCache, spec: ModelSpec
+) -> tuple[dict[str, Path], list[SpecProblem]]:
+    """The folders of a spec's adapters that are on this node; what is not here is no problem."""
+    folders: dict[str, Path] = {}
+    for name, source in spec.adapters.items():
+        with contextlib.suppress(CacheError, ValueError):
+            if folder := await cache.where(source):
+                folders[name] = folder
+    return folders, []
 
 
 def _tail(path: Path, lines: int) -> tuple[bytes, int]:

@@ -232,7 +232,7 @@ class Api:
         if clashes := name_clashes([*others, spec]):
             raise ApiError(409, "\n".join(map(str, clashes)), problems=tuple(clashes))
         self.driver.rules.refuse_model(spec)
-        found = await inspect_spec(self.driver, spec)
+        found = await inspect_spec(self.driver, spec, fetch=True)
         if found.problems:
             raise ApiError(422, "\n".join(map(str, found.problems)), problems=found.problems)
         before = self.core.state.models.get(spec.name)
@@ -435,7 +435,7 @@ class Api:
 
     async def _sized(self, spec: ModelSpec) -> ModelSpec:
         """With its estimated size where none is declared."""
-        found = await inspect_spec(self.driver, spec)
+        found = await inspect_spec(self.driver, spec, fetch=False)
         if found.problems:
             raise ApiError(422, "\n".join(map(str, found.problems)), problems=found.problems)
         stored = m.StoredModel(spec=spec, estimate=found.estimate, lora_rank=found.lora_rank)

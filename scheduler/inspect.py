@@ -26,13 +26,16 @@ class Findings:
     lora_rank: int = 0
 
 
-async def inspect_spec(driver: Driver, spec: ModelSpec) -> Findings:
-    """Problems make the spec unacceptable; notes do not."""
+async def inspect_spec(driver: Driver, spec: ModelSpec, *, fetch: bool) -> Findings:
+    """Problems make the spec unacceptable; notes do not.
+
+    `fetch`: nodes may fetch what they need to know more, such as an adapter for its rank.
+    """
     best: Inspection | None = None
     notes: list[str] = []
     for node in [n for n in driver.core.state.nodes.values() if n.live][:MAX_NODES]:
         try:
-            answer = await _ask(driver, driver.agent_address(node.node_id), spec)
+            answer = await _ask(driver, driver.agent_address(node.node_id), spec, fetch)
         except (aiohttp.ClientError, TimeoutError, ValueError) as error:
             notes.append(f"node {node.node_id} could not check it: {error or type(error).__name__}")
             continue
@@ -57,9 +60,9 @@ async def inspect_spec(driver: Driver, spec: ModelSpec) -> Findings:
     return Findings((), best.estimate, best.checked_against, tuple(notes), best.lora_rank)
 
 
-async def _ask(driver: Driver, address: str | None, spec: ModelSpec) -> Inspection:
+async def _ask(driver: Driver, address: str | None, spec: ModelSpec, fetch: bool) -> Inspection:
     timeout = aiohttp.ClientTimeout(total=INSPECT_TIMEOUT_S, connect=3)
-    where = url(address or "", "agent", "inspect")
+    where = url(address or "", "agent", "inspect", fetch=int(fetch))
     async with driver.http.post(where, data=encode(spec), timeout=timeout) as response:
         body = await response.read()
         if response.status != 200:

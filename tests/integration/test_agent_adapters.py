@@ -205,3 +205,27 @@ async def test_an_inspection_pulls_an_adapter_to_read_its_rank(launch, client, h
     assert found.lora_rank == 8
     (problem,) = found.problems
     assert problem.field == "adapters.none"
+
+
+async def test_an_inspection_for_a_plan_pulls_nothing(launch, client, hub):
+    """An operator may ask what would happen, not have every node fetch what they name."""
+    node = await launch()
+    asked_before = list(hub.calls)
+    asked = msgspec.structs.replace(spec(), adapters={"sql": SQL, "none": "hf:org/none"})
+
+    async def inspect(fetch: int) -> Inspection:
+        async with client.session.post(
+            f"{node.url}/agent/inspect?fetch={fetch}",
+            data=msgspec.json.encode(asked),
+            headers=bearer(TOKEN),
+        ) as got:
+            return msgspec.json.decode(await got.read(), type=Inspection)
+
+    found = await inspect(0)
+    assert (found.problems, found.lora_rank) == ((), 0)
+    assert hub.calls == asked_before
+    async with client.session.get(f"{node.url}/agent/cache", headers=bearer(TOKEN)) as got:
+        assert msgspec.json.decode(await got.read(), type=CacheView).pulls == ()
+    hub.open_door.set()
+    await inspect(1)
+    assert (await inspect(0)).lora_rank == 8, "what is here is read"

@@ -52,7 +52,7 @@ class Agent:
     refuse: str | None = None
     epoch: int = 0
     inspection: Inspection = field(default_factory=Inspection)
-    asked: list[str] = field(default_factory=list)  # but for commands and inspections
+    asked: list[str] = field(default_factory=list)  # but for commands
 
     async def commands(self, request: web.Request) -> web.Response:
         assert request.headers["Authorization"] == f"Bearer {TOKEN}"
@@ -65,6 +65,7 @@ class Agent:
         return web.Response(body=encode(reply))
 
     async def inspect(self, request: web.Request) -> web.Response:
+        self.asked.append(request.raw_path)
         return web.Response(body=encode(self.inspection))
 
     async def other(self, request: web.Request) -> web.Response:
@@ -603,3 +604,17 @@ async def test_a_token_names_no_other_entry_of_the_registry(tmp_path, registry, 
     assert asked == []
     assert await access.admin(f"stoker-admin-abcdefghij-{'x' * 43}", leads=False) is None
     assert asked == ["stoker/tokens/abcdefghij"]
+
+
+async def test_a_plan_asks_nodes_to_fetch_nothing(tmp_path, agent, registry, session) -> None:
+    async with scheduler(tmp_path, registry) as url:
+        client = Client(url, session)
+        await leading(client, agent)
+        agent.asked.clear()
+        spec = {**A, "name": "zz", "adapters": {"x": "hf:attacker/adapter"}}
+        status, body = await client("POST", "/admin/plan", {"add": spec})
+        assert status == 200, body
+        assert agent.asked == ["/agent/inspect?fetch=0"]
+        status, body = await client("PUT", "/admin/models/zz", spec)
+        assert status == 201, body
+        assert agent.asked == ["/agent/inspect?fetch=0", "/agent/inspect?fetch=1"]
