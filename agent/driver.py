@@ -202,7 +202,9 @@ def _see_term(node: Node, reply: HeartbeatReply) -> bool:
 async def _serve(node: Node, config: Config) -> AsyncIterator[int]:
     """Answer HTTP; yields the port."""
     runner = web.AppRunner(
-        make_app(node, config.cluster_token), access_log=None, shutdown_timeout=1.0
+        make_app(node, config.cluster_token, config.metrics_token),
+        access_log=None,
+        shutdown_timeout=1.0,
     )
     await runner.setup()
     try:

@@ -1,6 +1,7 @@
 """The node agent's HTTP endpoints. They decide nothing.
 
-Every route but /healthz needs `Authorization: Bearer <cluster_token>`, where there is one.
+Every route but /healthz needs `Authorization: Bearer <cluster_token>`, where there is one; for
+/metrics, metrics_token will do.
 """
 
 from __future__ import annotations
@@ -47,10 +48,10 @@ ADAPTER_FETCH_S = 60.0  # whoever adds a model waits for its answer
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
-def make_app(node: Node, token: str) -> web.Application:
+def make_app(node: Node, token: str, metrics_token: str = "") -> web.Application:
     """The agent's HTTP application."""
     endpoints = _Endpoints(node)
-    app = web.Application(middlewares=[_guard(token)], client_max_size=2**20)
+    app = web.Application(middlewares=[_guard(token, metrics_token)], client_max_size=2**20)
     app.add_routes(
         [
             web.get("/healthz", endpoints.healthz),
@@ -64,14 +65,17 @@ def make_app(node: Node, token: str) -> web.Application:
     return app
 
 
-def _guard(token: str) -> Middleware:
+def _guard(token: str, metrics_token: str) -> Middleware:
     expected = f"Bearer {token}".encode()
+    scraper = f"Bearer {metrics_token}".encode()
 
     @web.middleware
     async def guard(request: web.Request, handler: Handler) -> web.StreamResponse:
         given = request.headers.get("Authorization", "").encode(errors="surrogateescape")
         # Without a token the agent listens on loopback only: the driver sees to it.
         allowed = not token or hmac.compare_digest(given, expected)
+        if metrics_token and request.path == "/metrics":
+            allowed = allowed or hmac.compare_digest(given, scraper)
         if not allowed and request.path != "/healthz":
             return _refusal(401, "this route needs 'Authorization: Bearer <cluster_token>'")
         return await handler(request)

@@ -314,7 +314,9 @@ def _leader(answer: bytes) -> str | None:
 def _refused(status: int, answer: bytes) -> AdminError:
     error = _error(answer)
     if status == 401:
-        return AdminError("the scheduler refused the token; give the right --token", status)
+        return AdminError(
+            "the scheduler refused the token; give the right one by --token-file", status
+        )
     if error is None:
         text: Any = answer[:300].decode(errors="replace").strip()
         return AdminError(f"the scheduler answered status {status}: {text or 'nothing'}", status)

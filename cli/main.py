@@ -8,6 +8,7 @@ import sys
 from typing import cast
 
 import click
+from click.core import ParameterSource
 
 # command -> where it is, and its line in `stoker --help` (a test compares it with the command's)
 COMMANDS = {
@@ -85,18 +86,37 @@ class LazyGroup(click.Group):
 @click.option("--config", metavar="FILE", help="TOML settings; default /etc/stoker/stoker.toml.")
 @click.option("--admin", metavar="URL", envvar="STOKER_ADMIN", help="The scheduler's admin API.")
 @click.option("--router", metavar="URL", envvar="STOKER_ROUTER", help="A router's address.")
-@click.option("--token", envvar="STOKER_CLUSTER_TOKEN", help="The cluster's or an admin token.")
+@click.option(
+    "--token",
+    envvar="STOKER_CLUSTER_TOKEN",
+    help="The cluster's or an admin token; others on this host can read it: use --token-file.",
+)
+@click.option(
+    "--token-file",
+    metavar="FILE",
+    envvar="STOKER_TOKEN_FILE",
+    help="A file that holds the token; '-' reads it from standard input.",
+)
 @click.version_option(package_name="stoker-serve", prog_name="stoker")
 @click.pass_context
-def stoker(ctx: click.Context, /, **options: str | None) -> None:
+def stoker(ctx: click.Context, /, token_file: str | None, **options: str | None) -> None:
     """Serverless LLM inference on bare GPU hosts.
 
-    Which cluster a command talks to: --admin, --router and --token; else the one --config names;
-    else the one that `stoker up` runs in this folder (its state is in .stoker, or
-    $STOKER_STATE_DIR); else the one /etc/stoker/stoker.toml names.
+    Which cluster a command talks to: --admin, --router and --token-file (or STOKER_CLUSTER_TOKEN);
+    else the one --config names; else the one that `stoker up` runs in this folder (its state is in
+    .stoker, or $STOKER_STATE_DIR); else the one /etc/stoker/stoker.toml names.
     """
-    from cli.where import Where
+    from cli.where import Where, read_token
 
+    given = ctx.get_parameter_source("token")
+    if given is ParameterSource.COMMANDLINE:
+        click.echo(
+            "Warning: others on this host can read --token in the list of processes: use"
+            " --token-file FILE, or set STOKER_CLUSTER_TOKEN",
+            err=True,
+        )
+    elif token_file:
+        options["token"] = read_token(token_file)
     ctx.obj = Where(**options)
 
 

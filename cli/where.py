@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 UP_STATE_DIR = ".stoker"
 UP_FILE = "up.json"
+MAX_TOKEN_CHARS = 4096
 
 T = TypeVar("T")
 
@@ -44,6 +45,18 @@ class _Leader(Struct):
 def up_state_dir() -> Path:
     """Where `stoker up` keeps its state: $STOKER_STATE_DIR, else ./.stoker."""
     return Path(os.environ.get("STOKER_STATE_DIR") or UP_STATE_DIR)
+
+
+def read_token(path: str) -> str:
+    """The token in a file, or on standard input for "-". Raises click.UsageError."""
+    try:
+        with click.open_file(path, encoding="utf-8") as file:
+            token = str(file.read(MAX_TOKEN_CHARS + 1)).strip()
+    except (OSError, ValueError) as error:
+        raise click.UsageError(f"--token-file: can't read {path}: {error}") from None
+    if not token or len(token) > MAX_TOKEN_CHARS or not (token.isascii() and token.isprintable()):
+        raise click.UsageError(f"--token-file: {path} holds no token; write it there on one line")
+    return token
 
 
 def read_up_file(state_dir: Path) -> UpFile | None:
@@ -118,7 +131,8 @@ class Where:
         if not self._has_config():
             raise click.ClickException(
                 f"no cluster found: nothing runs in {up_state_dir()}, and there is no config file."
-                f" Start one with `stoker up`, or name one with --{what} URL and --token TOKEN"
+                f" Start one with `stoker up`, or name one with --{what} URL and"
+                " --token-file FILE"
             )
         from runtime import places
         from runtime.registries import open_registry

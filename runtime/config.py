@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import socket
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -20,6 +20,7 @@ from runtime.models import CacheConfig
 from runtime.schema import SchemaError, check
 from runtime.wire import NODE_PATTERN, SpecProblem
 
+MIN_SECRET_CHARS = 16
 DEFAULT_FILE = "/etc/stoker/stoker.toml"
 
 Port = Annotated[int, Meta(ge=0, le=65535, description="a TCP port; 0 picks a free one")]
@@ -64,9 +65,6 @@ class RouterConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     cache_bytes: Annotated[
         int, Meta(ge=0, description="memory of one worker for kept answers (response_cache)")
     ] = 64 * 2**20
-    metrics_token: Annotated[
-        str, Meta(description="opens /metrics where callers need keys; the cluster token does too")
-    ] = ""
     access_log: Annotated[
         str, Meta(description="a file for one JSON line a call; '-': standard output; '': none")
     ] = ""
@@ -168,6 +166,9 @@ class Config(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
     state_dir: str = "/var/lib/stoker"
     cluster_token: str = ""
+    metrics_token: Annotated[
+        str, Meta(description="opens /metrics of every part and nothing else; for scrapers")
+    ] = ""
     log_format: Literal["text", "json"] = "text"
     registry: RegistryConfig = RegistryConfig()
     router: RouterConfig = RouterConfig()
@@ -211,7 +212,24 @@ def load(
             raw.setdefault(section, {})[field] = value
         else:
             raw[section] = value
-    return check(raw, Config, "config")
+    config = check(raw, Config, "config")
+    if problems := [*_weak("cluster_token", config), *_weak("metrics_token", config)]:
+        raise SchemaError(problems, "config")
+    return config
+
+
+def _weak(field: str, config: Config) -> Iterator[SpecProblem]:
+    """Why a secret is none; the secret itself is not told."""
+    secret: str = getattr(config, field)
+    if not secret:
+        return
+    message = None
+    if len(secret) < MIN_SECRET_CHARS:
+        message = f"has {len(secret)} characters, fewer than {MIN_SECRET_CHARS}"
+    elif not (secret.isascii() and secret.isprintable()) or secret != secret.strip():
+        message = "can't be sent in a header: it has other characters than printable ASCII"
+    if message:
+        yield SpecProblem(field=field, message=message, fix="use e.g. `openssl rand -hex 32`")
 
 
 def _read(path: str | Path | None) -> dict[str, Any]:

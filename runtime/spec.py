@@ -5,6 +5,7 @@ A file holds one model, or a list of them, or a mapping with the key `models`.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,8 @@ OWNED_ENGINE_ARGS = {
     "kv_cache_memory_bytes": "set `device_memory_bytes`",
 }
 
+_ARG_NAME = re.compile(r"(--)?[A-Za-z][A-Za-z0-9_-]*(\.[A-Za-z0-9_-]+)*")
+_NUMBER = re.compile(r"-\d+(\.\d+)?")
 _SOURCES = "write a local folder, hf:org/name[@revision] or s3://bucket/path"
 MAX_MEMORY_BYTES = 2**60  # more than any host has
 
@@ -197,6 +200,31 @@ def _scale_problems(spec: ModelSpec) -> Iterable[SpecProblem]:
             )  # fmt: skip
 
 
+def _arg_problems(key: str, value: object) -> Iterable[SpecProblem]:
+    """An argument is one flag and its values: neither may be read as another flag."""
+    field, message, fix = f"engine_args.{key}", "", ""
+    flat = flat_name(key).partition(".")[0].removeprefix("no_")
+    if not _ARG_NAME.fullmatch(key):
+        message, fix = "is no name of an argument", "write e.g. max_model_len"
+    elif flat in OWNED_ENGINE_ARGS:
+        message, fix = "is set by Stoker", OWNED_ENGINE_ARGS[flat]
+    elif any(_is_flag(word) for word in _words(value)):
+        message = "holds what an engine would read as another flag"
+        fix = "write each argument under its own name; only a number may begin with '-'"
+    if message:
+        yield SpecProblem(field=field, value=value, message=message, fix=fix)
+
+
+def _words(value: object) -> Iterable[str]:
+    """The words of a list, which an engine gets one by one; other values are part of one word."""
+    if isinstance(value, list | tuple):
+        yield from (word for word in value if isinstance(word, str))
+
+
+def _is_flag(word: str) -> bool:
+    return word.startswith("-") and not _NUMBER.fullmatch(word)
+
+
 def _semantic_problems(spec: ModelSpec) -> Iterable[SpecProblem]:
     if spec.max_replicas < spec.min_replicas:
         yield SpecProblem(
@@ -221,10 +249,5 @@ def _semantic_problems(spec: ModelSpec) -> Iterable[SpecProblem]:
             message="repeats a name",
             fix="drop the double",
         )
-    for key in spec.engine_args:
-        flat = flat_name(key)
-        if flat in OWNED_ENGINE_ARGS:
-            yield SpecProblem(
-                field=f"engine_args.{key}", value=spec.engine_args[key],
-                message="is set by Stoker", fix=OWNED_ENGINE_ARGS[flat],
-            )  # fmt: skip
+    for key, value in spec.engine_args.items():
+        yield from _arg_problems(key, value)

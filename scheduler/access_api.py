@@ -17,6 +17,7 @@ from scheduler.access import Access
 from scheduler.http import ApiError, bad, read_body, reply, unknown
 
 DAY_S = 86400.0
+RESERVED = ("cluster", "canary", "switch")  # who did it, in the audit trail
 
 
 class KeyView(Struct, frozen=True, kw_only=True):
@@ -178,8 +179,11 @@ class AccessApi:
 
     async def create_token(self, request: web.Request) -> web.Response:
         body = await read_body(request, TokenBody)
-        if not body.name.strip() or len(body.name) > 96:
-            raise bad("name", body.name, "is empty or too long", "say whose it is")
+        if not body.name.strip() or len(body.name) > 96 or not body.name.isprintable():
+            fix = "say whose it is, in at most 96 printable characters"
+            raise bad("name", body.name, "is empty, too long or not printable", fix)
+        if body.name.strip().casefold() in RESERVED:
+            raise bad("name", body.name, "is what the audit trail calls another", "use another")
         if body.expires_at is not None and body.expires_at <= time.time():
             raise bad("expires_at", body.expires_at, "is in the past", "use a time to come")
         stored, token = await self._access.create_token(body.role, body.name, body.expires_at)

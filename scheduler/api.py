@@ -113,6 +113,7 @@ class Api:
         self.access = AccessApi(driver.access)
         self.rules = RouteApi(driver)
         self._open = {(r.method, r.path) for r in ADMIN if r.open}
+        self._standby = {(r.method, r.path) for r in ADMIN if r.standby}
         self._needs = {(r.method, r.path): r.needs for r in ADMIN}
         self._audited = {
             (r.method, r.path): r.handler.partition(".")[2]
@@ -130,8 +131,9 @@ class Api:
         resource = request.match_info.route.resource
         path = resource.canonical if resource is not None else ""
         if (request.method, path) not in self._open and resource is not None:
-            await self._check_token(request, self._needs.get((request.method, path)))
-            if not self.driver.leads:
+            if not (path == "/metrics" and self._is_scraper(request)):
+                await self._check_token(request, self._needs.get((request.method, path)))
+            if not self.driver.leads and (request.method, path) not in self._standby:
                 await self._not_leading()
         response: web.StreamResponse = await handler(request)
         if response.status < 400 and (request.method, path) in self._audited:
@@ -143,6 +145,12 @@ class Api:
         book = self.driver.rules
         async with book.lock:
             await book.audit.note(request[WHO], action, request.path, "by the admin API")
+
+    def _is_scraper(self, request: web.Request) -> bool:
+        token = self.driver.config.metrics_token
+        given = request.headers.get("Authorization", "").removeprefix("Bearer ")
+        sent = given.encode(errors="surrogateescape")
+        return bool(token) and hmac.compare_digest(sent, token.encode())
 
     async def _check_token(self, request: web.Request, needs: Role | None) -> None:
         """`needs`: the least role; None where only the cluster's own token counts."""

@@ -35,7 +35,8 @@ class Route:
     also_status: int | None = None
     errors: tuple[int, ...] = ()
     query: dict[str, dict[str, Any]] = field(default_factory=dict)
-    open: bool = False  # served without a token, by a scheduler that stands by too
+    open: bool = False  # served without a token
+    standby: bool = False  # served by a scheduler that stands by too; what is open always is
     role: Role | None = None
 
     @property
@@ -253,6 +254,9 @@ ADMIN = (
         "GET", "/readyz", "readyz", "Does this scheduler lead and know its nodes", "it does",
         v.Health, open=True,
     ),
-    Route("GET", "/metrics", "metrics", "Prometheus metrics", "the metrics", str, open=True),
-    Route("GET", "/openapi.json", "openapi", "This document", "the document", dict, open=True),
+    Route(
+        "GET", "/metrics", "metrics", "Prometheus metrics (metrics_token opens them too)",
+        "the metrics", str, standby=True,
+    ),
+    Route("GET", "/openapi.json", "openapi", "This document", "the document", dict, standby=True),
 )  # fmt: skip

@@ -256,7 +256,7 @@ class Api:
             return
         token = given_token(request.headers.get("Authorization", "").encode())
         if not any(t and hmac.compare_digest(token.encode(), t.encode()) for t in self._scrapers):
-            message = "send router.metrics_token, or the cluster token, as a bearer token"
+            message = "send metrics_token, or the cluster token, as a bearer token"
             raise ApiError(401, "invalid_api_key", message)
 
     @web.middleware

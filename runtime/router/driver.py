@@ -69,7 +69,7 @@ async def run_router(
     worker, siblings = worker_index(), None
     if worker is not None:
         siblings = Siblings(Path(config.state_dir), worker, settings.workers)
-    scrapers = (settings.metrics_token, config.cluster_token)
+    scrapers = (config.metrics_token, config.cluster_token)
     jobs = Jobs(config, proxy)
     api = Api(proxy, settings.max_body_bytes, settings.read_timeout_s, jobs, siblings, scrapers)
     runner, front = await _servers(settings, api, proxy)

@@ -31,6 +31,7 @@ from runtime.wire import (
 
 DEADLINE_S = 60.0  # far more than a calm machine needs: a busy one shall not fail a test
 TOKEN = "the-cluster-token"
+SCRAPER = "a-scrapers-token"
 NODE = "test-node"
 DEVICE = f"simulated:{NODE}:0"
 RUN_AGENT = Path(__file__).with_name("run_agent.py")
@@ -54,6 +55,7 @@ def make_config(folder: Path, **agent) -> Config:
     return Config(
         state_dir=str(folder / "state"),
         cluster_token=TOKEN,
+        metrics_token=SCRAPER,
         agent=AgentConfig(**agent),
         scheduler=SchedulerConfig(drain_grace_s=20.0),
     )

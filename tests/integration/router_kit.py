@@ -28,7 +28,7 @@ from runtime.router.driver import run_router
 from runtime.wire import DemandReport, Endpoint, ModelRoute, RouteRule, RouteTable
 from scheduler.usage import Usage
 
-TOKEN = "cluster-token"
+TOKEN = "the-cluster-token"
 KEY = "engine-secret"
 DEADLINE_S = 20.0
 

@@ -16,6 +16,7 @@ import pytest
 from agent_kit import (
     DEVICE,
     NODE,
+    SCRAPER,
     TOKEN,
     AgentProcess,
     Client,
@@ -195,6 +196,9 @@ async def test_who_may_call_it(launch, client):
     for path, expected in {"/healthz": 200, "/metrics": 401}.items():
         async with client.session.get(node.url + path) as reply:
             assert reply.status == expected
+    for path, expected in {"/metrics": 200, "/agent/cache": 401, "/agent/commands": 401}.items():
+        async with client.session.get(node.url + path, headers=bearer(SCRAPER)) as reply:
+            assert reply.status == expected, "a scraper's token opens the metrics alone"
 
 
 # ------------------------------------------------------------------------------ failures

@@ -53,7 +53,11 @@ def test_two_models_take_turns_by_sleeping_and_every_turn_is_explained(cluster: 
     shown = cluster.stoker("footprint", "a")
     assert "declared" in shown
     assert "wake-1" in shown
-    metrics = requests.get(f"{cluster.up['admin']}/metrics", timeout=10).text
+    metrics = requests.get(
+        f"{cluster.up['admin']}/metrics",
+        headers={"Authorization": f"Bearer {cluster.up['token']}"},
+        timeout=10,
+    ).text
     assert 'stoker_cold_start_seconds_count{outcome="ready",rung="asleep-1"} 1.0' in metrics
 
 

@@ -39,6 +39,7 @@ from scheduler.driver import run_scheduler
 from scheduler.routes import ADMIN
 
 TOKEN = "secret-token"
+SCRAPER = "a-scrapers-token"
 GIB = 2**30
 
 
@@ -148,7 +149,7 @@ async def until(condition: Callable[[], object], what: str, limit_s: float = 60.
 @contextlib.asynccontextmanager
 async def scheduler(tmp_path, registry: EmbeddedRegistry) -> AsyncIterator[str]:
     config = Config(
-        state_dir=str(tmp_path), cluster_token=TOKEN,
+        state_dir=str(tmp_path), cluster_token=TOKEN, metrics_token=SCRAPER,
         scheduler=SchedulerConfig(port=0, min_dwell_s=0.0),
         registry=RegistryConfig(file=str(tmp_path / "registry.db")),
     )  # fmt: skip
@@ -366,7 +367,7 @@ async def test_the_openapi_document_is_valid_and_describes_every_route(
     async with scheduler(tmp_path, registry) as url:
         client = Client(url, session)
         await leading(client, agent)
-        status, document = await client("GET", "/openapi.json", token="")
+        status, document = await client("GET", "/openapi.json")
         assert status == 200
         validate(document)
         assert document["openapi"].startswith("3.1")
@@ -418,6 +419,43 @@ def as_described(document, error) -> None:
     """Every refusal is the document's `Error`, and says something."""
     Draft202012Validator({"$ref": "#/components/schemas/Error", **document}).validate(error)
     assert error["error"]["message"]
+
+
+async def test_what_the_scheduler_tells_of_the_cluster_needs_a_token(
+    tmp_path, agent, registry, session
+) -> None:
+    async with scheduler(tmp_path, registry) as url:
+        client = Client(url, session)
+        await leading(client, agent)
+        for path in ("/metrics", "/openapi.json"):
+            assert (await client("GET", path, token=""))[0] == 401
+            assert (await client("GET", path, token="wrong"))[0] == 401
+        _, made = await client("POST", "/admin/tokens", {"name": "prometheus", "role": "viewer"})
+        assert (await client("GET", "/metrics", token=made["token"]))[0] == 200
+        assert (await client("GET", "/metrics", token=SCRAPER))[0] == 200
+        for path in ("/openapi.json", "/admin/models", "/internal/keys", "/metrics/"):
+            assert (await client("GET", path, token=SCRAPER))[0] in (401, 404), path
+        async with scheduler(tmp_path, registry) as other:  # it stands by
+            standing_by = Client(other, session)
+            for token in (SCRAPER, made["token"], TOKEN):
+                status, metrics = await standing_by("GET", "/metrics", token=token)
+                assert status == 200, metrics
+            assert "stoker_scheduler_leader 0.0" in metrics
+            assert (await standing_by("GET", "/metrics", token=""))[0] == 401
+
+
+@pytest.mark.parametrize(
+    "name", ["cluster", " Cluster ", "canary", "switch", "a\nb", " ", "x" * 97]
+)
+async def test_a_token_is_not_named_as_another_in_the_audit_trail(
+    tmp_path, agent, registry, session, name
+) -> None:
+    async with scheduler(tmp_path, registry) as url:
+        client = Client(url, session)
+        await leading(client, agent)
+        status, body = await client("POST", "/admin/tokens", {"name": name, "role": "admin"})
+        assert (status, body["error"]["problems"][0]["field"]) == (422, "name")
+        assert (await client("GET", "/admin/tokens"))[1]["tokens"] == []
 
 
 async def test_metrics_are_served(tmp_path, agent, registry, session) -> None:

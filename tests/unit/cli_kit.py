@@ -16,7 +16,7 @@ from click.testing import CliRunner, Result
 from runtime.wire import DeviceReport, ModelSpec
 from scheduler import views
 
-TOKEN = "right-token"
+TOKEN = "the-right-token-0"
 GIB = 2**30
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -109,11 +109,12 @@ def stoker(fake: FakeServer | None, *args: str, env: dict[str, str | None] | Non
     """Run `stoker ARGS` against the fake, as the user's shell would; nothing is inherited."""
     from cli.main import stoker as command
 
-    where = ("--admin", fake.url, "--router", fake.url, "--token", TOKEN) if fake else ()
+    where = ("--admin", fake.url, "--router", fake.url) if fake else ()
     clean = {
         "STOKER_CONFIG": None,
         "STOKER_STATE_DIR": "/nonexistent",
-        "STOKER_CLUSTER_TOKEN": None,
+        "STOKER_CLUSTER_TOKEN": TOKEN if fake else None,
+        "STOKER_TOKEN_FILE": None,
     }
     return CliRunner().invoke(command, [*where, *args], env=clean | (env or {}))
 

@@ -21,7 +21,7 @@ text = st.text(st.characters(exclude_categories=["Cs"]), max_size=30)
 
 
 @given(
-    text,
+    st.from_regex(r"[!-~]{16,40}", fullmatch=True) | st.just(""),
     st.from_regex(f"^$|{NODE_PATTERN}"),
     st.none() | text,
     st.dictionaries(text, text, max_size=3),
@@ -55,8 +55,8 @@ def test_every_up_has_a_token_of_its_own(tmp_path: Path) -> None:
 
 
 def test_a_token_that_is_set_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("STOKER_CLUSTER_TOKEN", "mine")
-    assert make_config(Where(), tmp_path, {}).cluster_token == "mine"
+    monkeypatch.setenv("STOKER_CLUSTER_TOKEN", "mine, a long one")
+    assert make_config(Where(), tmp_path, {}).cluster_token == "mine, a long one"
 
 
 def test_a_state_dir_belongs_to_one_up(tmp_path: Path) -> None:

@@ -109,3 +109,31 @@ def test_a_part_without_a_token_is_refused(tmp_path: Path) -> None:
     done = stoker(None, "agent", "--config", str(path))
     assert done.exit_code == 2
     assert "cluster_token is empty" in done.stderr
+
+
+def test_a_token_on_the_command_line_works_and_is_warned_of(fake: FakeServer) -> None:
+    done = stoker(None, "--admin", fake.url, "--token", TOKEN, "ps")
+    assert done.exit_code == 0, done.output
+    assert "--token-file" in done.stderr
+    assert TOKEN not in done.output
+    assert "Warning" not in stoker(fake, "ps").stderr
+
+
+@pytest.mark.parametrize("content", [TOKEN, f"{TOKEN}\n", f"  {TOKEN}\r\n"])
+def test_a_token_in_a_file(fake: FakeServer, tmp_path: Path, content: str) -> None:
+    path = tmp_path / "token"
+    path.write_text(content)
+    for by in ({"args": ("--token-file", str(path))}, {"env": {"STOKER_TOKEN_FILE": str(path)}}):
+        done = stoker(None, "--admin", fake.url, *by.get("args", ()), "ps", env=by.get("env", {}))
+        assert done.exit_code == 0, done.output
+        assert done.stderr == ""
+
+
+@pytest.mark.parametrize("content", [b"", b"\n", b"two\nlines", b"\xff\xfe", b"x" * 5000])
+def test_a_file_without_a_token_is_a_usage_error(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "token"
+    path.write_bytes(content)
+    for named in (path, tmp_path / "none"):
+        done = stoker(None, "--admin", "http://127.0.0.1:9", "--token-file", str(named), "ps")
+        assert done.exit_code == 2
+        assert str(named) in done.stderr

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from runtime.config import load
@@ -13,11 +15,11 @@ def test_environment_wins_over_the_file_and_overrides_win_over_both(tmp_path) ->
     path.write_text(
         'state_dir = "/s"\n[router]\nport = 1\nmax_body_bytes = "1MiB"\n[scheduler]\nport = 2\n'
     )
-    environ = {"STOKER_ROUTER_PORT": "3", "STOKER_CLUSTER_TOKEN": "t", "UNRELATED": "x"}
+    environ = {"STOKER_ROUTER_PORT": "3", "STOKER_CLUSTER_TOKEN": "t" * 16, "UNRELATED": "x"}
     config = load(path, environ, {"scheduler.port": 4, "agent.node_id": "n"})
     assert (config.router.port, config.scheduler.port, config.state_dir) == (3, 4, "/s")
     assert config.router.max_body_bytes == 2**20
-    assert config.cluster_token == "t"
+    assert config.cluster_token == "t" * 16
     assert config.node_id() == "n"
     assert str(config.registry_file()) == "/s/registry.db"
 
@@ -48,3 +50,29 @@ def test_a_file_that_is_not_toml_is_named(tmp_path) -> None:
     path.write_text("port: 1")
     with pytest.raises(SchemaError, match=r"stoker\.toml: is not valid TOML"):
         load(path, {})
+
+
+@pytest.mark.parametrize("name", ["cluster_token", "metrics_token"])
+@pytest.mark.parametrize(
+    ("secret", "words"),
+    [
+        ("x", "has 1 characters, fewer than 16"),
+        ("fifteen letters", "has 15 characters, fewer than 16"),
+        ("sixteen letters\n", "can't be sent in a header"),
+        (" a long enough one", "can't be sent in a header"),
+        ("ein langer Schlüssel", "can't be sent in a header"),
+    ],
+)
+def test_a_secret_that_is_none_is_refused_and_not_told(tmp_path, name, secret, words) -> None:
+    path = tmp_path / "stoker.toml"
+    path.write_text(f"{name} = {json.dumps(secret)}\n", encoding="utf-8")
+    for load_it in (lambda: load(path, {}), lambda: load(None, {f"STOKER_{name.upper()}": secret})):
+        with pytest.raises(SchemaError) as raised:
+            load_it()
+        assert f"{name}: {words}" in str(raised.value)
+        assert "openssl rand -hex 32" in str(raised.value)
+        assert "got" not in str(raised.value)
+
+
+def test_no_secret_is_one_that_is_left_out() -> None:
+    assert load(None, {}).cluster_token == ""

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import base64
+import socket
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from runtime.router.jobs import signing
 
@@ -77,3 +80,39 @@ def test_good_urls() -> None:
     assert signing.url_problem("https://hooks.example.com:8443/a?b=c", private=False) is None
     assert signing.url_problem("http://127.0.0.1:9/", private=True) is None
     assert signing.url_problem("file:///etc/passwd", private=True) is not None
+
+
+SHORT = [
+    "2130706433", "0x7f000001", "0x7f.1", "0X7F.0.0.1", "127.1", "127.0.1", "0177.0.0.1", "0",
+    "017700000001", "0x", "127.0.0.1.", "127.0.0.1..", "1.1", "8.8.8", "1.2.3.4.5", "256.1.1.1",
+    "08.8.8.8", "a.b.127", "example.0x7f", "localhost.", "x.localhost.", "LOCALHOST", "127%2e0.0.1",
+    "exam%70le.com", "a..b", ".a", "a" * 64, "*.com", "[::ffff:127.0.0.1]", "[::1]", "[::]",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("host", SHORT)
+def test_an_address_in_another_form_is_no_webhook(host: str) -> None:
+    """Without luck: an HTTP library may read such a host as an address, and ask no resolver."""
+    for url in (f"https://{host}/", f"https://{host}:8443/x", f"https://{host.upper()}/"):
+        assert signing.url_problem(url, private=False) is not None, url
+
+
+@pytest.mark.parametrize(
+    "host", ["hooks.example.com", "a-b.c0", "8.8.8.8", "example.com.", "x_y.de"]
+)
+def test_a_public_name_or_address_is_one(host: str) -> None:
+    assert signing.url_problem(f"https://{host}/", private=False) is None
+
+
+@given(st.integers(0, 2**32 - 1), st.sampled_from(["d", "#x", "#o"]), st.integers(1, 4))
+def test_no_form_that_the_c_library_reads_is_let_in_unless_it_is_whole(
+    value: int, form: str, parts: int
+) -> None:
+    """As inet_aton(3) has it: one to four numbers, each decimal, octal or hexadecimal."""
+    numbers = [value >> (24 - 8 * n) & 255 for n in range(parts - 1)]
+    numbers.append(value & (2 ** (32 - 8 * (parts - 1)) - 1))
+    host = ".".join(f"0{n:o}" if form == "#o" else format(n, form) for n in numbers)
+    assert socket.inet_aton(host) == value.to_bytes(4)
+    whole = parts == 4 and form == "d"
+    if not (whole and signing.is_public(host)):
+        assert signing.url_problem(f"https://{host}/", private=False) is not None

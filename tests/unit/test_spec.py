@@ -188,3 +188,44 @@ def test_a_bad_autoscale_rule_is_named(rules: dict, field: str) -> None:
     with pytest.raises(SchemaError) as error:
         parse_spec({"name": "a", "source": "/m", "autoscale": rules})
     assert [p.field for p in error.value.problems] == [field]
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        {"allowed_media_domains": ["a.com", "--middleware", "evil.mod.Class"]},
+        {"allowed_media_domains": ["a.com", "--config=x.yaml"]},
+        {"lora_modules": ["-O3"]},
+        {"lora_modules": ["-"]},
+        {"api_key=secret": True},
+        {"max_model_len=4096 --api-key": "x"},
+        {"middleware.0": "evil.mod.Class"},
+        {"no_middleware": True},
+        {"no-api-key": "x"},
+        {"-O": "3"},
+        {"": 1},
+        {"--": 1},
+        {"a\nb": 1},
+    ],
+)
+def test_an_argument_is_never_read_as_another_flag(args: dict[str, object]) -> None:
+    with pytest.raises(SchemaError) as raised:
+        parse_spec({"name": "a", "source": "/m", "engine_args": args})
+    (problem,) = raised.value.problems
+    assert problem.field == f"engine_args.{next(iter(args))}"
+    assert problem.fix
+
+
+def test_arguments_that_are_what_they_say_are_taken() -> None:
+    args = {
+        "--max-model-len": 4096, "cudagraph_capture_sizes": [-1, "-1", "-0.5", "4"],
+        "compilation_config": {"x": ["--not-a-flag"]}, "compilation_config.level": 3,
+        "chat_template": "--- a text ---", "allowed_media_domains": ["a.com", "b-c.org"],
+    }  # fmt: skip
+    assert parse_spec({"name": "a", "source": "/m", "engine_args": args}).engine_args == args
+
+
+def test_a_name_is_one_whole_line() -> None:
+    for name in ("a\n", "a\nb", "\na"):
+        with pytest.raises(SchemaError, match="name"):
+            parse_spec({"name": name, "source": "/m"})
