@@ -60,6 +60,7 @@ class Compiled(Struct, frozen=True, kw_only=True):
     torch: str
     python: str
     device: str  # its name; compute capability or machine
+    env: dict[str, str] = {}
 
     @property
     def key(self) -> str:

@@ -13,6 +13,7 @@ from msgspec import Struct
 
 from agent.process import free_port
 from runtime.engine import Launch, LaunchContext, get_engine
+from runtime.engine_policy import ENGINE_ENV, node_problems
 from runtime.wire import DeviceKind, DeviceReport, StartReplica
 
 log = logging.getLogger("stoker.agent")
@@ -26,6 +27,8 @@ class Place(Struct, frozen=True, kw_only=True):
     python: str
     model_dir: str
     cache_dir: str
+    engine_env: tuple[str, ...] = ENGINE_ENV
+    media_domains: tuple[str, ...] = ()
 
 
 class Plan(Struct, frozen=True, kw_only=True):
@@ -59,6 +62,8 @@ def make_plan(
     """
     spec = command.spec
     try:
+        if problems := node_problems(spec, place.engine_env, place.media_domains):
+            raise ValueError(f"{spec.name}: " + "; ".join(map(str, problems)))
         chosen = _chosen(command, devices)
         context = LaunchContext(
             replica_id=command.replica_id,

@@ -48,7 +48,7 @@ from agent.sleep import Controls, is_sleeping
 from agent.staging import Stager
 from agent.supervisor import Supervisor
 from agent.watch import DeviceWatch
-from runtime import places
+from runtime import engine_policy, places
 from runtime.config import Config
 from runtime.engine import Launch, get_engine
 from runtime.wire import REPLICA_ID, Heartbeat, ReplicaPhase, ReplicaReport
@@ -80,6 +80,8 @@ class Node:
             python=config.agent.engine_python or sys.executable,
             model_dir=config.agent.model_dir or str(self.state_dir / "models"),
             cache_dir=str(self.state_dir / "cache"),
+            engine_env=config.agent.engine_env,
+            media_domains=config.agent.media_domains,
         )
         self.metrics = Metrics()
         self.finished = asyncio.Event()  # shut down, and no replica is left
@@ -98,12 +100,21 @@ class Node:
         self._session = session
         self._records = records
         self._changed = changed
+        engine_env = config.agent.engine_env
         self._supervisor = Supervisor(
-            Owner(config.node_id(), str(self.state_dir)), self.state_dir / "logs", self._on_exit
+            Owner(config.node_id(), str(self.state_dir)),
+            self.state_dir / "logs",
+            self._on_exit,
+            engine_env,
         )
-        self._launcher = Launcher(
-            self.state_dir / "logs", process.base_environment(os.environ), self.state_dir
-        )
+        base = process.base_environment(os.environ, engine_env)
+        self._launcher = Launcher(self.state_dir / "logs", base, self.state_dir)
+        if lost := engine_policy.dropped(os.environ, engine_env):
+            log.warning(
+                "in this agent's environment, but not for engines: %s; see agent.engine_env, and"
+                " `env` of a model's spec",
+                ", ".join(lost),
+            )
         self.devices = DeviceWatch(devices, self._supervisor.live_pids)
         self._known: dict[str, Record] = {}
         self._starts: dict[str, asyncio.Task[None]] = {}

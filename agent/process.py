@@ -13,12 +13,13 @@ import contextlib
 import hashlib
 import os
 import socket
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from msgspec import Struct
 
 from runtime import places
+from runtime.engine_policy import ENGINE_ENV, passed
 from runtime.wire import REPLICA_ID
 
 REPLICA_MARK = "STOKER_REPLICA_ID"
@@ -59,9 +60,11 @@ class Leader(Struct, frozen=True):
     start: int
 
 
-def base_environment(environ: Mapping[str, str]) -> dict[str, str]:
+def base_environment(
+    environ: Mapping[str, str], engine_env: Sequence[str] = ENGINE_ENV
+) -> dict[str, str]:
     """What an engine gets of the agent's own environment: no secret of the agent's."""
-    return {
+    return passed(environ, engine_env) | {
         name: value
         for name, value in environ.items()
         if name.upper() in _PASSED or name.startswith(_PASSED_PREFIXES)

@@ -30,6 +30,7 @@ from agent.node import Node
 from runtime import footprint, lora, outside, wire
 from runtime.adapters import with_lora_args
 from runtime.engine import get_engine, resolve_source
+from runtime.engine_policy import node_problems
 from runtime.wire import (
     AgentCommand,
     CommandReply,
@@ -178,6 +179,7 @@ def inspect(
     problems, checked_against = get_engine(spec.engine).check_args(
         spec, place.python, place.cache_dir
     )
+    problems = [*problems, *node_problems(spec, place.engine_env, place.media_domains)]
     estimate: MemoryEstimate | None = None
     estimate_error: str | None = None
     rank = 0

@@ -22,6 +22,7 @@ from agent import process
 from agent.launcher import Held
 from agent.process import Cgroups, Leader, Owner
 from runtime import places
+from runtime.engine_policy import ENGINE_ENV
 
 log = logging.getLogger("stoker.agent")
 
@@ -55,12 +56,15 @@ class _Engine:
 class Supervisor:
     """Every engine process of one node. All methods are for the event loop's thread."""
 
-    def __init__(self, owner: Owner, logs: Path, on_exit: OnExit) -> None:
+    def __init__(
+        self, owner: Owner, logs: Path, on_exit: OnExit, engine_env: Sequence[str] = ENGINE_ENV
+    ) -> None:
         """`on_exit(replica_id, returncode)` is called once for each main process that ended; the
         code is None for an adopted one, which only its parent could ask."""
         self._owner = owner
         self._logs = logs
         self._on_exit = on_exit
+        self._engine_env = engine_env
         self._engines: dict[str, _Engine] = {}
         self._endings: set[asyncio.Task[None]] = set()
         self._cgroups = _open_cgroups(owner)
@@ -96,7 +100,7 @@ class Supervisor:
 
     def environment(self, replica_id: str, env: Mapping[str, str]) -> dict[str, str]:
         """All that an engine gets to see, `env` and the replica's marks with it."""
-        base = process.base_environment(os.environ)
+        base = process.base_environment(os.environ, self._engine_env)
         return {**base, **env, **self._owner.marks(replica_id)}
 
     def open_log(self, replica_id: str) -> BinaryIO:

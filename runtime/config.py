@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import socket
 import tomllib
+import typing
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -16,6 +17,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta, Struct
 
+from runtime.engine_policy import ENGINE_ENV
 from runtime.models import CacheConfig
 from runtime.schema import SchemaError, check
 from runtime.wire import NODE_PATTERN, SpecProblem
@@ -134,6 +136,20 @@ class AgentConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     max_restarts: Annotated[int, Meta(ge=0)] = 3  # in a row, before the agent gives up
     heartbeat_s: Seconds = 1.0
     labels: dict[str, str] = {}
+    engine_env: Annotated[
+        tuple[str, ...],
+        Meta(
+            description="patterns of the environment variables that engines may get, of a spec's"
+            " env and of the agent's own environment"
+        ),
+    ] = ENGINE_ENV
+    media_domains: Annotated[
+        tuple[str, ...],
+        Meta(
+            description="patterns of the hosts that a spec's media_domains may name, e.g."
+            " '*.example.com'; an address must be written out; left out: none"
+        ),
+    ] = ()
     host_budget_bytes: Annotated[
         Annotated[int, Meta(ge=0)] | None,
         Meta(
@@ -259,7 +275,12 @@ def _from_environ(environ: Mapping[str, str]) -> list[tuple[str, Any]]:
 
 
 def _from_text(text: str, kind: Any) -> Any:
-    """An environment variable's text as the field's type, or as it is for `check` to refuse."""
+    """An environment variable's text as the field's type, or as it is for `check` to refuse.
+
+    A list is written with commas.
+    """
+    if typing.get_origin(typing.get_args(kind)[0] if typing.get_args(kind) else kind) is tuple:
+        return [part.strip() for part in text.split(",") if part.strip()]
     try:
         return msgspec.convert(text, kind, strict=False)
     except msgspec.ValidationError:

@@ -19,6 +19,7 @@ from pathlib import Path
 from urllib.parse import quote, urlencode
 
 MAX_NAME_BYTES = 255  # what file systems allow for one name
+_HEX = re.compile(r"0[xX][0-9a-fA-F]*")
 _STEPS = ("", ".", "..")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")
 
@@ -70,6 +71,16 @@ def url(base: str, *segments: str, **query: str | int | float) -> str:
 def base_url(host: str, port: int) -> str:
     """`http://host:port`, an IPv6 address in brackets."""
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def is_numeric(host: str) -> bool:
+    """Whether a host is meant as an address, in whichever form, or is none at all.
+
+    Many libraries read `2130706433`, `0x7f.1` or `127.1` as 127.0.0.1, without asking a resolver: a
+    name whose last label is a number is such an address, or none (as URLs have it in browsers).
+    """
+    last = host.removesuffix(".").rpartition(".")[2]
+    return ":" in host or last.isdigit() or _HEX.fullmatch(last) is not None
 
 
 def key(prefix: str, *segments: str) -> str:

@@ -14,6 +14,7 @@ import msgspec
 
 from runtime import outside
 from runtime.adapters import flat_name
+from runtime.engine_policy import env_problems
 from runtime.models import parse_ref
 from runtime.outside import OutsideError
 from runtime.prewarm import schedule_problems
@@ -30,6 +31,8 @@ OWNED_ENGINE_ARGS = {
     "uds": "Stoker picks the address",
     "api_key": "engines are guarded by a per-engine secret",
     "middleware": "engines are guarded by Stoker's middleware",
+    "allowed_media_domains": "set `media_domains`",
+    "allowed_local_media_path": "requests may not name files of a node",
     "gpu_memory_utilization": "set `device_memory_bytes`",
     "kv_cache_memory_bytes": "set `device_memory_bytes`",
 }
@@ -249,5 +252,6 @@ def _semantic_problems(spec: ModelSpec) -> Iterable[SpecProblem]:
             message="repeats a name",
             fix="drop the double",
         )
+    yield from env_problems(spec.env)
     for key, value in spec.engine_args.items():
         yield from _arg_problems(key, value)

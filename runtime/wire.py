@@ -48,6 +48,21 @@ AdapterName = Annotated[
 ]
 
 
+EnvName = Annotated[
+    str,
+    Meta(
+        pattern=r"^[A-Z_][A-Z0-9_]{0,127}$(?!\n)",
+        description="1 to 128 capital letters, digits or '_', the first no digit",
+    ),
+]
+HostName = Annotated[
+    str,
+    Meta(
+        pattern=r"^[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?$(?!\n)",
+        description="a host in small letters, e.g. img.example.com",
+    ),
+]
+
 # They name entries of the registry, and segments of the admin API's addresses.
 NODE_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._:-]{0,252}$(?!\n)"
 NodeId = Annotated[
@@ -214,6 +229,21 @@ class ModelSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         dict[str, Any],
         Meta(description="passed to the engine: `max_model_len: 4096` is --max-model-len 4096"),
     ] = {}
+    env: Annotated[
+        dict[EnvName, str],
+        Meta(
+            description="environment of the engine, e.g. NCCL_P2P_DISABLE: '1'; the node's"
+            " agent.engine_env says which names it may get"
+        ),
+    ] = {}
+    media_domains: Annotated[
+        tuple[HostName, ...],
+        Meta(
+            max_length=64,
+            description="hosts that images, video and audio of requests may be fetched from, as far"
+            " as the node's agent.media_domains allows; left out: none, only data: URLs",
+        ),
+    ] = ()
     device_memory_bytes: Annotated[
         Annotated[int, Meta(gt=0)] | None,
         Meta(
@@ -319,6 +349,8 @@ class ModelSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
             self.source,
             self.engine,
             self.engine_args,
+            self.env,
+            self.media_domains,
             self.device_memory_bytes,
             self.tensor_parallel_size,
             self.sleep,

@@ -26,7 +26,7 @@ from aiohttp import web
 from runtime.engine import guard
 from runtime.engine.adapter_index import Index, from_environment
 from runtime.engine.stub_adapters import StubAdapters
-from runtime.engine.stub_api import Api, error_response
+from runtime.engine.stub_api import MEDIA_DOMAINS, Api, error_response
 from runtime.engine.stub_engine import StubArgs
 from runtime.engine.stub_protocols import Protocols
 from runtime.engine.stub_sleep import StubSleep
@@ -47,9 +47,15 @@ class Stub:
     """One stub server's state."""
 
     def __init__(
-        self, names: tuple[str, ...], args: StubArgs, keys: guard.Keys, index: Index | None = None
+        self,
+        names: tuple[str, ...],
+        args: StubArgs,
+        keys: guard.Keys,
+        index: Index | None = None,
+        media_domains: tuple[str, ...] = (),
     ) -> None:
         """`index`: of the adapters, where it takes any."""
+        self._media_domains = media_domains
         self._args = args
         self._keys = keys
         self._activity = guard.Activity()
@@ -62,6 +68,7 @@ class Stub:
     def app(self) -> web.Application:
         """The server."""
         app = web.Application(middlewares=[self._middleware], client_max_size=64 * 2**20)
+        app[MEDIA_DOMAINS] = self._media_domains
         app.on_startup.append(self._begin_start)
         app.on_response_prepare.append(_label)
         app.add_routes(
@@ -163,13 +170,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--names", nargs="+", required=True, help="the model's name and aliases")
     parser.add_argument("--args", default="{}", help="the spec's engine_args as JSON")
+    parser.add_argument("--media-domains", nargs="*", default=[], help="as in a spec")
     options = parser.parse_args(argv)
     try:
         args = msgspec.json.decode(options.args, type=StubArgs)
     except msgspec.DecodeError as error:
         parser.error(f"argument --args: {error}")
     index = from_environment(os.environ)
-    stub = Stub(tuple(options.names), args, guard.keys_from(os.environ), index)
+    keys, domains = guard.keys_from(os.environ), tuple(options.media_domains)
+    stub = Stub(tuple(options.names), args, keys, index, domains)
     web.run_app(
         stub.app(),
         host=options.host,

@@ -20,12 +20,14 @@ from aiohttp import web
 from msgspec import Meta, Struct
 
 from runtime import outside
+from runtime.engine import stub_media
 from runtime.engine.adapter_index import RETRY_AFTER_S, NotYet
 from runtime.engine.guard import Activity
 from runtime.engine.stub_adapters import StubAdapters
 from runtime.engine.stub_engine import StubArgs
 from runtime.outside import OutsideError
 
+MEDIA_DOMAINS = web.AppKey("media_domains", tuple[str, ...])
 FINGERPRINT = "stoker-stub"
 MAX_MODEL_LEN = 4096
 EMBEDDING_SIZE = 8
@@ -312,16 +314,24 @@ def error_response(
 
 
 def checked(
-    kind: type[T], handler: Callable[[web.Request, T], Any]
+    kind: type[T],
+    handler: Callable[[web.Request, T], Any],
+    shape: Callable[[web.Response], web.Response] = lambda refusal: refusal,
 ) -> Callable[[web.Request], Any]:
-    """`handler` with the body decoded as `kind`; a body that is none is a 400."""
+    """`handler` with the body decoded as `kind`; a body that is none, or that names what may not be
+    fetched, is a 400. `shape`: the protocol's, of that refusal."""
     read: Callable[[bytes], T] = outside.reader(kind)
+    any_json: Callable[[bytes], Any] = outside.reader(Any)
 
     async def decoded(request: web.Request) -> web.StreamResponse:
         try:
-            body = read(await request.read())
+            raw = await request.read()
+            body = read(raw)
+            words = b"url" in raw and stub_media.refusal(any_json(raw), request.app[MEDIA_DOMAINS])
         except OutsideError as error:
             return error_response(400, f"invalid request body: it {error}")
+        if words:
+            return shape(error_response(400, words))
         response: web.StreamResponse = await handler(request, body)
         return response
 

