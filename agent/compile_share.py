@@ -69,7 +69,6 @@ class CompileShare:
             source=spec.source,
             model_path=model_path,
             engine_args=spec.engine_args,
-            env=spec.env,
             tensor_parallel_size=spec.tensor_parallel_size,
             env=spec.env,
             vllm=engine_version,
