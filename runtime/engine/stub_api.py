@@ -327,7 +327,8 @@ def checked(
         try:
             raw = await request.read()
             body = read(raw)
-            words = b"url" in raw and stub_media.refusal(any_json(raw), request.app[MEDIA_DOMAINS])
+            domains: tuple[str, ...] = request.app[MEDIA_DOMAINS]
+            words = stub_media.refusal(any_json(raw), domains) if b"url" in raw else None
         except OutsideError as error:
             return error_response(400, f"invalid request body: it {error}")
         if words:
