@@ -20,22 +20,20 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
+from runtime.router import refusals
 from runtime.router.affinity import Affinity
 from runtime.router.breaker import REST_S, Breaker, RetryBudget
 from runtime.router.fairness import BACKGROUND, FairQueue, Wish
+from runtime.router.refusals import Refused
 from runtime.router.sketch import Sketch
-from runtime.schema import close_names
 from runtime.wire import Endpoint, ModelDemand, ModelRoute, RouteTable
 
 SUSPECT_S = REST_S  # how long a replica is left alone after its first failure
 MAX_ATTEMPTS = 3
-RETRY_AFTER_S = 5.0  # where neither the scheduler nor an estimate says better
-
-
 PLAIN = Wish()
 
 
@@ -50,17 +48,6 @@ class Held(NamedTuple):
     """The request waits; a later call returns its Forward or Refused."""
 
     request_id: str
-
-
-class Refused(NamedTuple):
-    """The request has ended; `status` is an HTTP status, `message` is for its caller."""
-
-    request_id: str
-    status: int
-    code: str
-    message: str
-    retry_after_s: float | None = None
-    param: str | None = None
 
 
 Decision = Forward | Held | Refused
@@ -159,12 +146,14 @@ class Admission:
             raise ValueError(f"request id {request_id!r} is already in use")
         route = self._route.get(model)
         if route is None:
-            return self._unknown(request_id, model)
+            if self.table is None:
+                return refusals.no_table(request_id)
+            return refusals.unknown(request_id, model, self._route)
         name = route.name
         self._arrived[name] += 1
         self._budget.request(now)
         if route.refusal is not None:
-            return _refusal(request_id, route)
+            return refusals.unavailable(request_id, route)
         state = self._models.get(name)
         if state is None:
             state = self._models[name] = _Model()
@@ -265,7 +254,7 @@ class Admission:
             for request in state.waiting.late(now) if route and state.waiting else ():
                 assert route is not None
                 self._leave(request, now)
-                expired.append(_held_too_long(request, route))
+                expired.append(refusals.held_too_long(request.request_id, route, request.wish))
         self._breaker.tick(now)
         return expired + self._release(now)
 
@@ -439,20 +428,20 @@ class Admission:
         route = self._route.get(request.model)
         if route is None:
             self._leave(request, now)
-            return _removed(request)
+            return refusals.removed(request.request_id, request.model)
         if route.refusal is not None:
             self._leave(request, now)
-            return _refusal(request.request_id, route)
+            return refusals.unavailable(request.request_id, route)
         endpoint = self._choose(route, state, now, request.wish)
         spent = endpoint is not None and delivered and request.retried
         if spent or request.attempts >= MAX_ATTEMPTS:
             self._leave(request, now)
-            return _gave_up(request, reason)
+            return refusals.gave_up(request.request_id, request.model, reason, request.attempts)
         if endpoint is None:
             return self._hold(request, route, state)
         if delivered and not self._budget.take(now):
             self._leave(request, now)
-            return _no_budget(request, reason)
+            return refusals.no_budget(request.request_id, request.model, reason)
         request.retried |= delivered
         return self._forward(request, state, endpoint, now)
 
@@ -470,7 +459,11 @@ class Admission:
         if route is None or route.refusal is not None:
             for request in list(state.waiting):
                 self._leave(request, now)
-                out.append(_refusal(request.request_id, route) if route else _removed(request))
+                out.append(
+                    refusals.unavailable(request.request_id, route)
+                    if route
+                    else refusals.removed(request.request_id, name)
+                )
             return out
         while state.waiting:
             request = state.waiting.first()
@@ -496,14 +489,14 @@ class Admission:
         if not route.endpoints and route.eta_s is not None and route.eta_s > limit_s:
             state.active_at = now
             state.wanted_until = now + min(route.eta_s, route.hold_s)
-            return _not_in_time(request_id, route, limit_s)
+            return refusals.not_in_time(request_id, route, wish)
         if len(state.waiting) < route.max_queue:
             return None
         loser = state.waiting.loser(wish)
         if loser is None:
-            return _queue_full(request_id, route)
+            return refusals.queue_full(request_id, route)
         self._leave(loser, now)
-        self._shed.append(_shed(loser.request_id, route))
+        self._shed.append(refusals.shed(loser.request_id, route))
         return None
 
     def _move_deadlines(self, route: ModelRoute, before: ModelRoute | None) -> None:
@@ -534,85 +527,7 @@ class Admission:
         load.limit += 1
         return True
 
-    def _unknown(self, request_id: str, model: str) -> Refused:
-        if self.table is None:
-            return Refused(
-                request_id, 503, "no_routes",
-                "this router has not heard from the scheduler yet", 1.0,
-            )  # fmt: skip
-        message = unknown_model(model, self._route)
-        return Refused(request_id, 404, "model_not_found", message, None, "model")
-
-
-def unknown_model(model: str, known: Iterable[str]) -> str:
-    """What a caller is told who asked for `model`, with the names they may have meant."""
-    close = close_names(model, known)
-    hint = f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
-    return f"there is no model {model!r}{hint}"
-
-
-def _wait_s(route: ModelRoute) -> float:
-    if route.retry_after_s is not None:
-        return route.retry_after_s
-    return RETRY_AFTER_S if route.eta_s is None else route.eta_s
-
-
-def _refusal(request_id: str, route: ModelRoute) -> Refused:
-    message = f"model {route.name!r} cannot be served: {route.refusal}"
-    return Refused(request_id, 503, "model_unavailable", message, _wait_s(route))
-
-
-def _queue_full(request_id: str, route: ModelRoute) -> Refused:
-    message = (
-        f"{route.max_queue} requests already wait for model {route.name!r}, its max_queue; "
-        "try again later"
-    )
-    return Refused(request_id, 429, "queue_full", message, _wait_s(route))
-
-
-def _shed(request_id: str, route: ModelRoute) -> Refused:
-    message = (
-        f"{route.max_queue} requests wait for model {route.name!r}, its max_queue, and others go "
-        "before this one; try again later"
-    )
-    return Refused(request_id, 429, "shed", message, _wait_s(route))
-
-
-def _not_in_time(request_id: str, route: ModelRoute, limit_s: float) -> Refused:
-    message = (
-        f"model {route.name!r} will take about {route.eta_s:.0f}s to be ready, longer than this "
-        f"request may wait ({limit_s:g}s); it is being made ready for a later one"
-    )
-    return Refused(request_id, 503, "not_in_time", message, route.eta_s)
-
 
 def _most(route: ModelRoute, wish: Wish) -> int:
     """Requests that one replica may have for this one to be sent there."""
     return route.target_concurrency if wish.priority <= BACKGROUND else sys.maxsize
-
-
-def _held_too_long(request: _Request, route: ModelRoute) -> Refused:
-    state = f" ({route.waiting_for})" if route.waiting_for else ""
-    message = f"model {route.name!r} was not ready within its hold_s of {route.hold_s:g}s{state}"
-    return Refused(request.request_id, 504, "hold_timeout", message, _wait_s(route))
-
-
-def _removed(request: _Request) -> Refused:
-    message = f"model {request.model!r} was removed while the request waited"
-    return Refused(request.request_id, 404, "model_not_found", message, None, "model")
-
-
-def _no_budget(request: _Request, reason: str) -> Refused:
-    message = (
-        f"model {request.model!r}: {reason}; not tried again, too many requests already were in "
-        "the last seconds"
-    )
-    return Refused(request.request_id, 503, "retry_budget_spent", message, 1.0)
-
-
-def _gave_up(request: _Request, reason: str) -> Refused:
-    message = (
-        f"model {request.model!r}: {reason}; gave up after {request.attempts} attempts "
-        "that produced no answer"
-    )
-    return Refused(request.request_id, 502, "replica_failed", message)

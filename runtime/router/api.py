@@ -1,7 +1,7 @@
 """The router's HTTP surface: OpenAI's API, `/invoke`, one base URL per model, health, metrics.
 
 Rules this file keeps:
-- every error is OpenAI-shaped and every answer carries X-Request-ID;
+- every error has the shape of its path's protocol and every answer carries X-Request-ID;
 - a path reaches an engine only below /v1, decoded, made of plain segments, and built anew here:
   no dots, no encoded slashes, never one of an engine's control routes;
 - a JSON body is passed on as it came, unless the path names the model.
@@ -24,16 +24,16 @@ from aiohttp import web
 
 from runtime.router import body as bodies
 from runtime.router.access_log import Line
-from runtime.router.admission import unknown_model
 from runtime.router.call import Call, Caller
 from runtime.router.client import CALLER, AiohttpClient
-from runtime.router.errors import ApiError
+from runtime.router.errors import ApiError, internal_error
 from runtime.router.front import RequestIds
 from runtime.router.jobs.service import Jobs
 from runtime.router.keys import given_token, sees
 from runtime.router.openapi import document, page
 from runtime.router.paths import ROOT_PATHS, STREAMS, v1_target
 from runtime.router.proxy import Proxy
+from runtime.router.refusals import unknown_model
 from runtime.router.siblings import OWN, Siblings
 from runtime.wire import ModelRoute, RouteTable
 
@@ -261,7 +261,7 @@ class Api:
 
     @web.middleware
     async def _shaped(self, request: web.Request, handler: Handler) -> web.StreamResponse:
-        """Request ids in and out, and every failure as an OpenAI error."""
+        """Request ids in and out, and every failure in its protocol's shape."""
         wish = request.headers.get("X-Request-ID", "")
         request_id = wish if _GOOD_REQUEST_ID.fullmatch(wish) else self._request_id()
         request[_REQUEST_ID] = request_id
@@ -271,15 +271,14 @@ class Api:
                 request[CALLER] = self._identify(request)
             response = await handler(request)
         except ApiError as error:
-            code, response = error.code, _error_response(error)
+            code, response = error.code, _error_response(error, request)
         except web.HTTPException as error:
             shown = _of_http(request, error)
-            code, response = shown.code, _error_response(shown)
+            code, response = shown.code, _error_response(shown, request)
         except Exception:
             log.exception("request %s failed inside the router", request_id)
-            message = "the router failed; its log has more under this request id"
-            code = "internal_error"
-            response = _error_response(ApiError(500, code, message))
+            failed = internal_error()
+            code, response = failed.code, _error_response(failed, request)
         if not response.prepared:
             response.headers["X-Request-ID"] = request_id
         access_log = self._proxy.access_log
@@ -302,10 +301,10 @@ def _of_http(request: web.Request, error: web.HTTPException) -> ApiError:
     return ApiError(error.status, "http_error", error.reason)
 
 
-def _error_response(error: ApiError) -> web.Response:
+def _error_response(error: ApiError, request: web.Request) -> web.Response:
     return web.Response(
         status=error.status,
-        body=error.body(),
+        body=error.body(request.path, request[_REQUEST_ID]),
         headers=error.headers(),
         content_type="application/json",
     )

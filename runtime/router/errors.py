@@ -1,4 +1,4 @@
-"""What a client is told when its call fails: one OpenAI-shaped error, everywhere.
+"""What a client is told when its call fails, in the protocol of its path.
 
 Rule this file keeps: a message is written for the caller; it never holds a key or an engine's URL.
 """
@@ -7,59 +7,79 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import Any
 
-import msgspec
+from runtime import outside
+from runtime.outside import OutsideError
+from runtime.router.error_shapes import Failure, last_event, read, shape_of, whole
 
-_TYPES = {
-    400: "invalid_request_error", 401: "authentication_error", 403: "permission_error",
-    404: "invalid_request_error", 429: "rate_limit_error",
-}  # fmt: skip
+# Of the 4xx, those that the same request may not meet again a little later.
+_PASSING = (408, 425, 429)
 
 
 class ApiError(Exception):
-    """A call that ends with `status`; `retry_after_s` becomes a Retry-After header."""
+    """A call that ends with `status`.
+
+    `retry_after_s`: when to come back, where that is known. `final`: coming back changes nothing;
+    None: as the status has it, so for 4xx but for timeouts and limits.
+    """
 
     def __init__(
         self,
         status: int,
-        code: str,
+        code: str | int | None,
         message: str,
         *,
         param: str | None = None,
+        kind: str | None = None,
         retry_after_s: float | None = None,
+        final: bool | None = None,
         headers: Iterable[tuple[bytes, bytes]] = (),
     ) -> None:
         super().__init__(message)
         self.status = status
-        self.code = code
+        self.code = "" if code is None else str(code)
         self.message = message
         self.param = param
         self.retry_after_s = retry_after_s
+        self.final = (400 <= status < 500 and status not in _PASSING) if final is None else final
+        self._failure = Failure(status, code, message, param, kind)
         self._headers = tuple(headers)
 
-    def payload(self) -> dict[str, Any]:
-        """The body, `{"error": {"message", "type", "param", "code"}}`."""
-        default = "server_error" if self.status >= 500 else "invalid_request_error"
-        kind = _TYPES.get(self.status, default)
-        return {
-            "error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}
-        }
+    def body(self, target: str = "", request_id: str = "") -> bytes:
+        """The body for a caller of `target`, its path; without one as OpenAI has it."""
+        return whole(shape_of(target), self._failure, request_id)
 
-    def body(self) -> bytes:
-        """The body as JSON."""
-        return msgspec.json.encode(self.payload())
+    def last_event(self, target: str, request_id: str, sent: bytes = b"") -> bytes:
+        """The end of a stream already begun; `sent` as in `error_shapes.last_event`."""
+        return last_event(shape_of(target), self._failure, request_id, sent)
 
     def headers(self) -> dict[str, str]:
-        """What it was given, and Retry-After in whole seconds, at least 1, where that is known."""
+        """What it was given, and whether and when to come back.
+
+        `x-should-retry` and `retry-after-ms` are what OpenAI's and Anthropic's clients go by;
+        Retry-After, in whole seconds, is at least 1.
+        """
         headers = {name.decode(): value.decode() for name, value in self._headers}
-        if self.retry_after_s is not None:
+        if self.final:
+            headers["x-should-retry"] = "false"
+        elif self.retry_after_s is not None:
             headers["Retry-After"] = str(max(1, math.ceil(self.retry_after_s)))
+            headers["retry-after-ms"] = str(max(1, math.ceil(self.retry_after_s * 1000)))
         if self.status == 401:
             headers["WWW-Authenticate"] = "Bearer"
         return headers
 
 
-def sse_error(payload: dict[str, Any]) -> bytes:
-    """An error as the last events of a stream whose headers have already gone out."""
-    return b"data: " + msgspec.json.encode(payload) + b"\n\ndata: [DONE]\n\n"
+def engine_error(status: int, body: bytes) -> ApiError:
+    """An engine's error answer, to be told in another shape."""
+    try:
+        failure = read(status, outside.json_document(body))
+    except OutsideError:
+        failure = read(status, None)
+    return ApiError(status, failure.code, failure.message, param=failure.param, kind=failure.kind)
+
+
+def internal_error() -> ApiError:
+    """What is told of a failure of our own."""
+    message = "the router failed; its log has more under this request id"
+    return ApiError(500, "internal_error", message)

@@ -32,6 +32,7 @@ class Wish(NamedTuple):
     affinity: tuple[int, ...] = ()  # keys of longer and longer beginnings of its prompt
     wait_s: float | None = None  # its caller waits no longer than this for a replica
     weight: float = 1.0  # the tenant's share of a busy model, against the others'
+    limit: str = ""  # what `wait_s` comes from, in words
 
 
 BACKGROUND = -1000  # this priority and below: only what nobody else wants

@@ -23,7 +23,7 @@ SWEEP_S = 1.0
 def _full() -> bytes:
     message = "this router has as many connections as it may (router.max_connections)"
     error = ApiError(503, "too_many_connections", message, retry_after_s=1.0)
-    return error_answer(error, "-").replace(b"\r\n", b"\r\nConnection: close\r\n", 1)
+    return error_answer(error, "", "-").replace(b"\r\n", b"\r\nConnection: close\r\n", 1)
 
 
 _FULL = _full()

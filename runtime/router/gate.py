@@ -9,8 +9,9 @@ import asyncio
 import itertools
 from collections.abc import Callable, Sequence
 
-from runtime.router.admission import PLAIN, Admission, Decision, Forward, Held, Refused
+from runtime.router.admission import PLAIN, Admission, Decision, Forward, Held
 from runtime.router.fairness import Wish
+from runtime.router.refusals import Refused
 from runtime.router.versions import Versions
 from runtime.wire import ModelDemand, ModelRoute, RouteTable
 

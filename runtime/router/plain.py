@@ -27,7 +27,7 @@ import httptools
 
 from runtime.router.body import read_head
 from runtime.router.call import Call
-from runtime.router.errors import ApiError
+from runtime.router.errors import ApiError, internal_error
 from runtime.router.keys import given_token
 from runtime.router.paths import PLAIN_PATHS, STREAMS
 from runtime.router.upstream import Headers, Reply
@@ -229,7 +229,7 @@ class PlainConnection(asyncio.Protocol):
         try:
             await self._front.proxy.serve(call, self)
         except ApiError as error:
-            self._send_error(error, call.request_id)
+            self._send_error(error, call)
         except ConnectionError:
             pass
         except Exception:
@@ -237,8 +237,7 @@ class PlainConnection(asyncio.Protocol):
             if self.begun:
                 self.break_off()
             else:
-                message = "the router failed; its log has more under this request id"
-                self._send_error(ApiError(500, "internal_error", message), call.request_id)
+                self._send_error(internal_error(), call)
         self._end()
 
     def _end(self) -> None:
@@ -323,10 +322,10 @@ class PlainConnection(asyncio.Protocol):
         if self._transport is not None:
             self._transport.close()
 
-    def _send_error(self, error: ApiError, request_id: str) -> None:
+    def _send_error(self, error: ApiError, call: Call) -> None:
         if self._transport is None:
             return
-        self._transport.write(error_answer(error, request_id))
+        self._transport.write(error_answer(error, call.path, call.request_id))
 
     # -- its end
 
@@ -363,9 +362,9 @@ def address_of(transport: asyncio.BaseTransport) -> str:
     return peer[0] if isinstance(peer, tuple) else ""
 
 
-def error_answer(error: ApiError, request_id: str) -> bytes:
-    """A whole answer, headers and all."""
-    body = error.body()
+def error_answer(error: ApiError, target: str, request_id: str) -> bytes:
+    """A whole answer, headers and all, for a caller of the path `target`."""
+    body = error.body(target, request_id)
     extra = "".join(f"{name}: {value}\r\n" for name, value in error.headers().items())
     reason = _REASONS.get(error.status, b"").decode()
     head = (

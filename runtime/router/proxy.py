@@ -17,15 +17,15 @@ import logging
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from runtime import outside
 from runtime.engine.guard import CLOSED, CLOSED_HEADER
-from runtime.outside import OutsideError
+from runtime.router import refusals
 from runtime.router.access_log import AccessLog
-from runtime.router.admission import RETRY_AFTER_S, Decision, Forward, Held, Refused
+from runtime.router.admission import Decision, Forward, Held
 from runtime.router.batcher import Batcher
 from runtime.router.call import ANONYMOUS, Call, Caller
 from runtime.router.client import Client
-from runtime.router.errors import ApiError, sse_error
+from runtime.router.error_shapes import shape_of
+from runtime.router.errors import ApiError, engine_error, internal_error
 from runtime.router.fairness import Wish
 from runtime.router.gate import Gate
 from runtime.router.hedge import HEDGED, first_of
@@ -33,8 +33,9 @@ from runtime.router.keys import Keys, may, rate_headers
 from runtime.router.limits import GpuShare
 from runtime.router.metrics import Metrics
 from runtime.router.outcome import BROKEN_OFF, HUNG_UP, Observer, Outcome
-from runtime.router.patience import patience_s
+from runtime.router.patience import patience
 from runtime.router.prompt import BYTES_PER_TOKEN, keys_of, tokens_of
+from runtime.router.refusals import Refused
 from runtime.router.response_cache import ENTRY_BYTES, Kept, ResponseCache, Wanted, wanted
 from runtime.router.routed import Routed
 from runtime.router.upstream import Headers, Reply, Upstream, UpstreamError, UpstreamTimeout
@@ -58,6 +59,8 @@ _NOT_SENT = _HOP_BY_HOP | {
 _NOT_RETURNED = _HOP_BY_HOP | {b"x-request-id"}
 CACHE_HEADER = b"X-Stoker-Cache"
 _ERROR_BYTES = 64 * 1024
+_FIXED = (b"content-length", b"content-encoding")  # of a body that nothing can be added to
+_OF_BODY = (b"content-type", b"content-length", b"content-encoding")
 _NAMES = 1024  # header names remembered; there are a few dozen
 
 
@@ -112,7 +115,10 @@ class Proxy:
                 raise
         except Exception:
             status, outcome.error = 500, "internal_error"
-            raise
+            if not client.begun:
+                raise
+            log.exception("request %s failed inside the router", call.request_id)
+            await exchange.break_off(internal_error())
         finally:
             if decision is not None:
                 self.gate.leave(decision.request_id)
@@ -173,14 +179,15 @@ class Proxy:
         caller = call.caller
         tokens = tokens_of(len(call.body), call.head)
         keys: tuple[int, ...] = ()
-        wait_s = None
+        waits = None
         if route is not None:
             if len(route.endpoints) > 1 and route.affinity == "prefix":
                 name = call.model if call.model in route.adapters else route.name
                 keys = keys_of(call.path, call.headers, call.body, call.head, name, caller.tenant)
             if not route.endpoints or self.gate.waiting(route.name):
-                wait_s = patience_s(call.headers, call.streams)
-        return Wish(caller.tenant, caller.priority, tokens, keys, wait_s, caller.weight)
+                waits = patience(call.headers, call.streams)
+        wait_s, limit = waits or (None, "")
+        return Wish(caller.tenant, caller.priority, tokens, keys, wait_s, caller.weight, limit)
 
 
 class Recorder(Meter):
@@ -367,13 +374,17 @@ class _Exchange:
     async def _refuse(self, refused: Refused) -> None:
         error = ApiError(
             refused.status, refused.code, refused.message,
-            param=refused.param, retry_after_s=refused.retry_after_s,
+            param=refused.param, retry_after_s=refused.retry_after_s, final=refused.final or None,
         )  # fmt: skip
         if not self._client.begun or self._is_spare():
             raise error
-        self.status = refused.status
-        self.outcome.error = refused.code
-        await self._send_early(sse_error(error.payload()))
+        self.outcome.error = error.code
+        await self._end_stream(error)
+
+    async def _end_stream(self, error: ApiError) -> None:
+        """As an event: comments have gone out, and nothing else."""
+        self.status = error.status
+        await self._client.write(error.last_event(self._call.path, self._call.request_id))
 
     def _is_spare(self) -> bool:
         """If this model can't be had, another one is tried."""
@@ -439,13 +450,13 @@ class _Exchange:
         outcome.ttft_s = self._loop.time() - self._began_at
         self._proxy.gate.answered(forward.request_id, reply.status)
         self.status = reply.status
+        if reply.status != 200 and (client.begun or self._is_foreign(reply)):
+            return await self._tell_error(reply, first)
         if not client.begun:
             headers = _returned_headers(reply.headers, call) + self._rate_headers()
             if self._asked is not None:
                 headers.append((CACHE_HEADER, b"miss"))
             await client.begin(reply.status, headers)
-        elif reply.status != 200:
-            return await self._send_early(sse_error(await _error_of(reply, first)))
         try:
             await client.relay(reply, first)
             if isinstance(meter, Recorder):
@@ -453,7 +464,43 @@ class _Exchange:
         except UpstreamError as error:
             log.warning("request %s: broken off: %s", call.request_id, error)
             outcome.error = BROKEN_OFF
-            client.break_off()
+            await self.break_off(self._broken(error), reply)
+
+    def _is_foreign(self, reply: Reply) -> bool:
+        """Whether it is an error that the path's clients can't read: Anthropic's have types, and a
+        shape, that engines use in part."""
+        return reply.status >= 400 and shape_of(self._call.path) == "anthropic"
+
+    def _broken(self, error: UpstreamError) -> ApiError:
+        message = f"model {self._call.model!r}: {error.reason}"
+        if isinstance(error, UpstreamTimeout):
+            return ApiError(504, error.limit, message)
+        return ApiError(502, "replica_failed", message)
+
+    async def _tell_error(self, reply: Reply, first: bytes) -> None:
+        """An engine's own error, for a client that would not understand it as it is."""
+        call, client = self._call, self._client
+        error = engine_error(reply.status, await _whole_error(reply, first))
+        if client.begun:
+            await self._end_stream(error)
+            return
+        body = error.body(call.path, call.request_id)
+        kept = [h for h in _returned_headers(reply.headers, call) if h[0].lower() not in _OF_BODY]
+        kept.append((b"Content-Type", b"application/json"))
+        kept.append((b"Content-Length", b"%d" % len(body)))
+        await client.begin(reply.status, kept + self._rate_headers())
+        await client.write(body)
+
+    async def break_off(self, error: ApiError, reply: Reply | None = None) -> None:
+        """An answer that is not whole, of `reply` or (None) of ours: told in its stream where an
+        event can be, and cut off."""
+        call, meter = self._call, self.outcome.meter
+        sent = meter.end() if meter is not None else b""
+        try:
+            if call.streams and (_is_open_stream(reply.headers) if reply else not sent):
+                await self._client.write(error.last_event(call.path, call.request_id, sent))
+        finally:
+            self._client.break_off()
 
     def _keep_whole(self, reply: Reply, recorder: Recorder) -> None:
         """The whole answer has passed: it may be given again."""
@@ -476,16 +523,20 @@ class _Exchange:
         route = self._proxy.gate.find(model)
         if route is None or model not in route.adapters:
             return None
-        message = f"no replica of {route.name!r} takes adapters yet: one that does will replace it"
-        return Refused(
-            forward.request_id, 503, "adapter_not_ready", message, RETRY_AFTER_S, "model"
-        )
+        return refusals.adapter_late(forward.request_id, route)
 
 
 def _hedge_after_s(route: ModelRoute | None, call: Call) -> float | None:
     if route is None or route.hedge_after_s is None or call.streams or call.path not in HEDGED:
         return None
     return route.hedge_after_s
+
+
+def _is_open_stream(headers: Headers) -> bool:
+    """Whether events can be added to an answer with these."""
+    shown = {name.lower(): value for name, value in headers}
+    kind = shown.get(b"content-type", b"")
+    return kind.startswith(b"text/event-stream") and shown.keys().isdisjoint(_FIXED)
 
 
 def _is_closed(headers: Headers) -> bool:
@@ -548,17 +599,10 @@ def _own_headers(call: Call) -> Headers:
     ]
 
 
-async def _error_of(reply: Reply, data: bytes) -> dict[str, object]:
-    """An engine's error answer as OpenAI's error object, for a stream already begun."""
-    body = data
+async def _whole_error(reply: Reply, first: bytes) -> bytes:
+    """All of an engine's error, of which `first` has come."""
+    body = data = first
     while data and len(body) < _ERROR_BYTES:
         data = await reply.read()
         body += data
-    try:
-        raw = outside.json_document(body)
-    except OutsideError:
-        raw = None
-    if isinstance(raw, dict) and isinstance(raw.get("error"), dict):
-        return raw
-    message = f"the engine answered with status {reply.status}"
-    return ApiError(reply.status, "engine_error", message).payload()
+    return body

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 from runtime.router.body import with_model
 from runtime.router.call import Call, Caller
 from runtime.router.client import Client
-from runtime.router.errors import ApiError, sse_error
+from runtime.router.errors import ApiError
 from runtime.router.fairness import BACKGROUND
 from runtime.router.forms import form_with_model
 from runtime.router.outcome import BROKEN_OFF, Outcome
@@ -56,7 +56,7 @@ class Routed:
         if not client.begun:
             raise refused
         with contextlib.suppress(ConnectionError):  # it hung up
-            await client.write(sse_error(refused.payload()))
+            await client.write(refused.last_event(call.path, call.request_id))
 
     async def _by_one_of(
         self, chain: tuple[str, ...], way: Way, call: Call, client: Client

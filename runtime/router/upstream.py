@@ -9,6 +9,7 @@ Rules this file keeps:
 - an answer that ends before its framing says so is an error, never an end;
 - a pooled connection that the engine closed under us is replaced silently: it says nothing of
   the engine's health. A failure on a fresh one is the caller's to judge;
+- an engine's word that its core has died is no answer, but a failure of the replica;
 - time limits cost a request nothing: one sweep a second or less looks at all answers under way.
 """
 
@@ -22,6 +23,8 @@ from typing import NamedTuple, Protocol, cast
 from urllib.parse import urlsplit
 
 import httptools
+
+from runtime.router.error_shapes import BEGINNINGS, core_died
 
 BUFFER_BYTES = 256 * 1024
 HEAD_BYTES = 64 * 1024
@@ -90,10 +93,10 @@ class Reply:
     async def read(self) -> bytes:
         """All bytes that have come, at least one; b"" at the end. Raises UpstreamError."""
         while not self._chunks:
-            if self.complete:
-                return b""
             if self._error is not None:
                 raise self._error
+            if self.complete:
+                return b""
             await self._wait()
         data = self._take()
         if not self.complete:
@@ -107,10 +110,11 @@ class Reply:
         """
         self._sink = sink
         self.flush()
-        while not self.complete:
-            if self._error is not None:
-                raise self._error
+        while self._error is None:
+            if self.complete:
+                return
             await self._wait()
+        raise self._error
 
     def pause(self) -> None:
         """Stop reading from the engine."""
@@ -135,8 +139,12 @@ class Reply:
     # -- called by the connection
 
     def feed(self, data: bytes) -> None:
-        self._chunks.append(data)
-        self._size += len(data)
+        if data.startswith(BEGINNINGS) and core_died(data):
+            self._error = UpstreamError("the replica's engine died at work", delivered=True)
+            self._wake()
+        if self._error is None:
+            self._chunks.append(data)
+            self._size += len(data)
 
     def flush(self) -> None:
         """All of one read from the socket has been fed."""
@@ -152,7 +160,7 @@ class Reply:
 
     def end(self) -> None:
         self.flush()
-        self.complete = True
+        self.complete = self._error is None
         self._wake()
 
     def fail(self, error: UpstreamError) -> None:

@@ -120,7 +120,7 @@ class Meter:
 
     def usage(self, path: str) -> Usage:
         """What the answer, from the engine's `path`, says so far."""
-        end = self._end()
+        end = self.end()
         if self._carry is None:
             prompt, completion, _ = _last(end, stream=False)
             return NOTHING if prompt is None else Usage(prompt, completion, True, 0)
@@ -140,7 +140,8 @@ class Meter:
             gone += 1
         del self._pieces[:gone]
 
-    def _end(self) -> bytes:
+    def end(self) -> bytes:
+        """The body's end, as much as is kept."""
         pieces = self._pieces
         body = pieces[0] if len(pieces) == 1 else b"".join(pieces)
         return body[-self._limit :] if len(body) > self._limit else body

@@ -14,7 +14,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Literal, Protocol
 
-from runtime.router.admission import Admission, Decision, Forward, Held, Refused
+from runtime.router.admission import Admission, Decision, Forward, Held
+from runtime.router.refusals import Refused
 from runtime.sim.loop import Loop
 from runtime.sim.witness import Job
 from runtime.wire import DemandReport, RouteTable

@@ -13,7 +13,8 @@ from runtime.adapters import takes_adapters, with_lora_args
 from runtime.engine import LaunchContext, get_engine
 from runtime.engine.adapter_index import Index, NotYet
 from runtime.footprint import GIB, estimate
-from runtime.router.admission import Admission, Forward, Refused
+from runtime.router.admission import Admission, Forward
+from runtime.router.refusals import Refused
 from runtime.schema import SchemaError
 from runtime.spec import name_clashes, parse_specs
 from runtime.wire import Endpoint, ModelRoute, ModelSpec, RouteTable

@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runtime.router.admission import Admission, Forward, Held, Refused
+from runtime.router.admission import Admission, Forward, Held
 from runtime.router.fairness import BACKGROUND, FairQueue, Wish
+from runtime.router.refusals import Refused
 from runtime.wire import Endpoint, ModelRoute, RouteTable
 
 
