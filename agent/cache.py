@@ -25,6 +25,7 @@ from agent.cache_cluster import Cluster
 from agent.cache_errors import CacheError
 from agent.cache_policy import freed_bytes, shortage_bytes, victims
 from agent.cache_pull import Pull, Tools
+from agent.cache_sources import Origin
 from agent.cache_store import Store, Stored
 from agent.cache_where import Wanted, cached_as, look
 from runtime.config import Config
@@ -120,6 +121,13 @@ class ModelCache:
             return self.store.snapshot(stored.manifest.model_id)
         wanted = await self._look(source)
         return wanted if isinstance(wanted, Path) else wanted.folder
+
+    async def origin(self, source: str) -> Origin | None:
+        """Who has the files of a model that must be pulled first. Raises CacheError, ValueError."""
+        wanted = await self._look(source)
+        if isinstance(wanted, Path):
+            return None
+        return await asyncio.to_thread(wanted.origin, None)  # it may import a client library
 
     def release(self, replica_id: str) -> None:
         """The replica is gone. Idempotent."""

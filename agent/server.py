@@ -7,12 +7,12 @@ Every route but /healthz needs `Authorization: Bearer <cluster_token>`, where th
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import hmac
 import os
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from pathlib import Path
 
 from aiohttp import web
@@ -21,8 +21,9 @@ from msgspec import Struct
 from msgspec.structs import replace
 from prometheus_client import CONTENT_TYPE_LATEST
 
+from agent import skeleton
 from agent.cache import ModelCache
-from agent.cache_errors import PASSING, CacheError
+from agent.cache_errors import PASSING, CacheError, SourceError
 from agent.cache_http import cache_routes
 from agent.launch import Place
 from agent.messages import CommandReceived
@@ -120,14 +121,13 @@ class _Endpoints:
         fetch = request.query.get("fetch", "1") != "0"  # a plan changes nothing here
         if fetch:
             self._node.stager.see(spec.source)
-        folder = None
-        if spec.engine != "stub":
-            with contextlib.suppress(CacheError, ValueError):  # `inspect` says what is wrong
-                folder = await self._node.cache.where(spec.source)
         adapters, problems = await (fetch_adapters if fetch else adapters_here)(
             self._node.cache, spec
         )
-        found = await asyncio.to_thread(inspect, spec, self._node.place, folder, adapters)
+        async with _files_of(self._node.cache, spec) as (folder, unknown):
+            found = await asyncio.to_thread(
+                inspect, spec, self._node.place, folder, adapters, unknown
+            )
         return _json(replace(found, problems=(*found.problems, *problems)))
 
     async def logs(self, request: web.Request) -> web.StreamResponse:
@@ -168,13 +168,37 @@ class _Endpoints:
                 return
 
 
-def inspect(
-    spec: ModelSpec, place: Place, folder: Path | None, adapters: dict[str, Path] | None = None
-) -> Inspection:
-    """What this node thinks of a spec, whose model is in `folder` if it need not be pulled.
+@asynccontextmanager
+async def _files_of(
+    cache: ModelCache, spec: ModelSpec
+) -> AsyncIterator[tuple[Path | None, str | None]]:
+    """The folder of a spec's model, or of what its origin says of it; and why there is none."""
+    async with AsyncExitStack() as stack:
+        folder, unknown = None, None
+        try:
+            if spec.engine != "stub":
+                folder = await cache.where(spec.source)
+                origin = None if folder else await cache.origin(spec.source)
+                if origin is not None:
+                    folder = await stack.enter_async_context(skeleton.fetched(origin))
+        except (SourceError, ValueError) as error:
+            unknown = str(error)
+        except CacheError as error:  # of a folder that is not here, `inspect` says it
+            unknown = None if error.kind == "not_found" else str(error)
+        yield folder, unknown
 
-    `adapters`: the folders of those that are here. Blocks, on an engine's argument parser for a
-    while.
+
+def inspect(
+    spec: ModelSpec,
+    place: Place,
+    folder: Path | None,
+    adapters: dict[str, Path] | None = None,
+    unknown: str | None = None,
+) -> Inspection:
+    """What this node thinks of a spec, whose model, or what is known of it, is in `folder`.
+
+    `adapters`: the folders of those that are here; `unknown`: why there is no folder of a model
+    that must be pulled. Blocks, on an engine's argument parser for a while.
     """
     problems, checked_against = get_engine(spec.engine).check_args(
         spec, place.python, place.cache_dir
@@ -182,7 +206,7 @@ def inspect(
     problems = [*problems, *node_problems(spec, place.engine_env, place.media_domains)]
     estimate: MemoryEstimate | None = None
     estimate_error: str | None = None
-    rank = 0
+    rank, warnings = 0, list[str]()
     try:
         model_path = str(folder or resolve_source(spec, place.model_dir)[0])
     except ValueError as error:
@@ -196,15 +220,17 @@ def inspect(
         problems = [*problems, *found]
         try:
             whole = with_lora_args(spec, rank)
-            estimate = footprint.estimate(whole, model_path, place.device_kind)
+            estimate = footprint.estimate(whole, model_path, place.device_kind, unknown)
         except ValueError as error:
             estimate_error = str(error)
+        warnings = footprint.warnings(spec, model_path, estimate)
     return Inspection(
         problems=tuple(problems),
         estimate=estimate,
         estimate_error=estimate_error,
         checked_against=checked_against,
         lora_rank=rank,
+        warnings=tuple(warnings),
     )
 
 
@@ -244,7 +270,7 @@ async def adapters_here(
     """The folders of a spec's adapters that are on this node; what is not here is no problem."""
     folders: dict[str, Path] = {}
     for name, source in spec.adapters.items():
-        with contextlib.suppress(CacheError, ValueError):
+        with suppress(CacheError, ValueError):
             if folder := await cache.where(source):
                 folders[name] = folder
     return folders, []

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from cli.text import age, json_option, print_json, show, size, table
+from cli.text import age, json_option, print_json, show, size, table, waiting
 from cli.where import Where
 
 if TYPE_CHECKING:
@@ -42,7 +42,9 @@ def add(where: Where, files: tuple[str, ...], new: bool, as_json: bool) -> None:
 
     async def run(admin: Admin) -> None:
         for spec in specs:
-            show(await _save(admin, spec, new), as_json, _saved_text)
+            with waiting(f"checking {spec.name}", quiet=True):  # a node's first check takes long
+                saved = await _save(admin, spec, new)
+            show(saved, as_json, _saved_text)
 
     where.ask(run)
 
@@ -94,8 +96,13 @@ def read_specs(file: str) -> list[ModelSpec]:
         raise click.ClickException(f"can't read {file}: {error}") from None
 
 
+def how_saved(saved: views.Saved) -> str:
+    """In one word."""
+    return "added" if saved.created else "changed" if saved.changed else "unchanged"
+
+
 def _saved_text(saved: views.Saved) -> str:
-    done = "added" if saved.created else "changed"
+    done = how_saved(saved)
     checked = saved.checked_against or "nothing: no node with this engine has reported"
     lines = [
         f"{done} {saved.model.name}: {size(saved.model.device_memory_bytes)} a replica"
@@ -228,7 +235,6 @@ async def _until_ready(
     admin: Admin, reply: Reply[views.ModelView], replicas: int
 ) -> Reply[views.ModelView]:
     """Polls until enough replicas are ready. Raises click.ClickException if it can't be."""
-    from cli.text import waiting
 
     wanted = min(replicas, reply.value.spec.max_replicas)
     with waiting(f"{reply.value.name}: asked for {wanted}") as status:

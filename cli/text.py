@@ -94,13 +94,16 @@ def show(reply: Reply[T], as_json: bool, render: Callable[[T], Table | str]) -> 
 
 
 @contextmanager
-def waiting(first: str | None = None) -> Iterator[Callable[[str | None], None]]:
+def waiting(
+    first: str | None = None, quiet: bool = False
+) -> Iterator[Callable[[str | None], None]]:
     """A live status on stderr with the seconds so far; in a pipe, one line for each new text.
 
-    Yields the function that changes its text; None takes the status away.
+    Yields the function that changes its text; None takes the status away. `quiet`: nothing in a
+    pipe, for what takes long only at times.
     """
     err = console(stderr=True)
-    live: _Live | _Lines = _Live(err) if err.is_terminal else _Lines()
+    live: _Live | _Lines = _Live(err) if err.is_terminal else _Lines(quiet)
     with live as status:
         status.say(first)
         yield status.say
@@ -108,6 +111,9 @@ def waiting(first: str | None = None) -> Iterator[Callable[[str | None], None]]:
 
 class _Lines:
     """Status for a pipe: a line where the text changes, not counting its figures."""
+
+    def __init__(self, quiet: bool) -> None:
+        self._quiet = quiet
 
     def __enter__(self) -> _Lines:
         self._last: str | None = None
@@ -117,7 +123,7 @@ class _Lines:
 
     def say(self, text: str | None) -> None:
         gist = None if text is None else re.sub(r"\d+s\b", "", text)
-        if text is not None and gist != self._last:
+        if text is not None and gist != self._last and not self._quiet:
             click.echo(text, err=True)
         self._last = gist
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from cli.text import waiting
 from cli.where import Where, up_state_dir
 
 if TYPE_CHECKING:
@@ -67,11 +68,13 @@ def notice(text: str) -> None:
 
 async def _add(urls: UpFile, specs: list[ModelSpec]) -> None:
     from cli.client import open_admin
+    from cli.models import how_saved
 
     async with open_admin(urls.admin, urls.token) as admin:
         for spec in specs:
-            saved = (await admin.put(spec)).value
-            notice(f"{'added' if saved.created else 'kept'} model {saved.model.name}")
+            with waiting(f"checking {spec.name}", quiet=True):
+                saved = (await admin.put(spec)).value
+            notice(f"{how_saved(saved)}: model {saved.model.name}")
 
 
 def _say_ready(urls: UpFile, state_dir: Path, as_json: bool) -> None:

@@ -12,7 +12,8 @@ from msgspec import Struct
 
 from runtime import outside, places
 
-_MAX_HEADER_BYTES = 100 * 2**20  # safetensors' own limit
+INDEX_FILE = "model.safetensors.index.json"
+MAX_HEADER_BYTES = 100 * 2**20  # safetensors' own limit
 
 
 class Tensor(Struct, frozen=True):
@@ -26,7 +27,7 @@ class Tensor(Struct, frozen=True):
 
 def shards(folder: Path) -> list[Path]:
     """The files that make up the model; an index decides, since some repositories hold it twice."""
-    index = folder / "model.safetensors.index.json"
+    index = folder / INDEX_FILE
     if index.is_file():
         try:
             names = set(outside.model_json(index.read_bytes())["weight_map"].values())
@@ -43,7 +44,7 @@ def read_header(file: Path) -> list[Tensor]:
         size = file.stat().st_size
         with file.open("rb") as stream:
             (length,) = struct.unpack("<Q", stream.read(8))
-            if length > min(size, _MAX_HEADER_BYTES):
+            if length > min(size, MAX_HEADER_BYTES):
                 raise ValueError(f"it declares a header of {length} bytes")
             header = outside.model_json(stream.read(length))
         header.pop("__metadata__", None)

@@ -85,13 +85,18 @@ class KvShape(Struct, frozen=True, kw_only=True):
         return blocks * BLOCK_TOKENS * self.token_bytes(tensor_parallel_size)
 
 
-def estimate(spec: ModelSpec, model_path: str, device_kind: DeviceKind = "nvml") -> MemoryEstimate:
-    """What one replica of `spec` takes. Raises ValueError naming what is missing to tell."""
+def estimate(
+    spec: ModelSpec, model_path: str, device_kind: DeviceKind = "nvml", unknown: str | None = None
+) -> MemoryEstimate:
+    """What one replica of `spec` takes. Raises ValueError naming what is missing to tell.
+
+    `unknown`: why `model_path` is no folder, where that is known.
+    """
     folder = Path(model_path)
     if spec.engine != "vllm":
         raise _undeclared(spec, f"the {spec.engine} engine has no files to size it by")
     if not folder.is_dir():
-        raise _undeclared(spec, f"{model_path!r} is not a folder on this node")
+        raise _undeclared(spec, unknown or f"{model_path!r} is not a folder on this node")
     args = flat_args(spec.engine_args)
     try:
         config = read_config(folder)
@@ -118,6 +123,45 @@ def estimate(spec: ModelSpec, model_path: str, device_kind: DeviceKind = "nvml")
         explanation=explanation,
         adapters_bytes=adapters,
     )
+
+
+def warnings(spec: ModelSpec, model_path: str, estimate: MemoryEstimate | None) -> list[str]:
+    """What its own files say against its start, for whoever adds it: an engine may know better."""
+    if spec.engine != "vllm" or not Path(model_path).is_dir():
+        return []
+    folder, found = Path(model_path), []
+    try:
+        config = read_config(folder)
+    except ValueError as error:
+        return [f"{error}: vLLM can't load it"]
+    if not weight_files(folder):
+        found.append(f"{folder} holds neither *.safetensors nor pytorch_model*.bin: no weights")
+    if words := _too_long(_text_config(config), flat_args(spec.engine_args)):
+        found.append(words)
+    declared = spec.device_memory_bytes
+    if estimate is not None and declared is not None and declared < estimate.total_bytes:
+        found.append(
+            f"device_memory_bytes is {_gib(declared)}, but it is estimated to need"
+            f" {_gib(estimate.total_bytes)}: declare that, or leave it out"
+        )
+    return found
+
+
+def _too_long(config: dict[str, Any], args: dict[str, Any]) -> str | None:
+    scaling = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    if not isinstance(scaling, dict) or scaling.get("factor"):
+        return None  # it stretches what is declared, each kind in its own way
+    try:
+        declared, known = _max_model_len(config, args), _figure(config, *_LENGTH_KEYS)
+    except ValueError:
+        return None
+    if declared <= known:
+        return None
+    return f"engine_args.max_model_len is {declared}, but its config.json goes to {known}: lower it"
+
+
+def _gib(size_bytes: int) -> str:
+    return f"{size_bytes / GIB:.2f} GiB"
 
 
 def adapter_slots_bytes(

@@ -593,6 +593,7 @@ class Inspection(Struct, frozen=True, kw_only=True):
     estimate_error: str | None = None
     checked_against: str | None = None  # e.g. "vllm 0.32.0 argument parser"
     lora_rank: int = 0  # the highest of its adapters; 0: none was read
+    warnings: tuple[str, ...] = ()  # why its start will most likely fail
 
 
 # ------------------------------------------------------------------------------ versions of a model

@@ -244,13 +244,17 @@ class Api:
         if found.problems:
             raise ApiError(422, "\n".join(map(str, found.problems)), problems=found.problems)
         before = self.core.state.models.get(spec.name)
-        created = before is None
+        created, changed = before is None, before is None or before.stored.spec != spec
         stored = m.StoredModel(spec=spec, estimate=found.estimate, lora_rank=found.lora_rank)
         await self.driver.store_model(stored.after(before.stored if before else None))
         await self.driver.routers_follow()
         view = snapshot.model(self.core, self.core.state.models[spec.name], self.driver.now())
         saved = v.Saved(
-            created=created, model=view, checked_against=found.checked_against, notes=found.notes
+            created=created,
+            model=view,
+            changed=changed,
+            checked_against=found.checked_against,
+            notes=found.notes,
         )
         return reply(saved, 201 if created else 200)
 

@@ -171,6 +171,8 @@ def _too_large(
             for n in nodes
         ):
             return f"{text}; tensor_parallel_size: {wider} would fit"
+    if spec.device_memory_bytes is not None:
+        return f"{text}; it is its device_memory_bytes that says so"
     return f"{text}; a lower max_model_len or target_concurrency takes less"
 
 

@@ -57,6 +57,7 @@ async def inspect_spec(driver: Driver, spec: ModelSpec, *, fetch: bool) -> Findi
         return Findings(problems=(problem,), notes=tuple(notes))
     if best.estimate_error and spec.engine != "stub":  # the stub has nothing to be estimated by
         notes.append(f"its memory could not be estimated: {best.estimate_error}")
+    notes += [f"it will most likely not start: {words}" for words in best.warnings]
     return Findings((), best.estimate, best.checked_against, tuple(notes), best.lora_rank)
 
 

@@ -230,6 +230,7 @@ class Saved(Struct, frozen=True, kw_only=True):
 
     created: bool
     model: ModelView
+    changed: bool = True  # false: it was there, just so
     checked_against: str | None = None  # e.g. "vllm 0.32.0 argument parser"; None: not checked
     notes: tuple[str, ...] = ()
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from aiohttp import web
 
@@ -140,3 +144,21 @@ def sibling(path: str, data: bytes) -> dict:
         sha256 = hashlib.sha256(data).hexdigest()
         found["lfs"] = {"sha256": sha256, "size": len(data), "pointerSize": 130}
     return found
+
+
+@contextmanager
+def hub_in_a_thread(models: dict[str, dict[str, bytes]]) -> Iterator[FakeHub]:
+    """A FakeHub with these models that serves while a test blocks."""
+    hub, loop = FakeHub(), asyncio.new_event_loop()
+    for name, files in models.items():
+        hub.add(name, files)
+    loop.run_until_complete(hub.open())
+    thread = threading.Thread(target=loop.run_forever, daemon=True)
+    thread.start()
+    try:
+        yield hub
+    finally:
+        asyncio.run_coroutine_threadsafe(hub.close(), loop).result(30)
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        loop.close()

@@ -67,6 +67,12 @@ def test_add_says_when_nothing_was_checked(fake: FakeServer, spec_file: Path) ->
     assert "checked against nothing" in done.output
 
 
+def test_add_says_when_nothing_changed(fake: FakeServer, spec_file: Path) -> None:
+    saved = views.Saved(created=False, changed=False, model=model())
+    fake.replies["PUT /admin/models/m"] = saved
+    assert stoker(fake, "model", "add", str(spec_file)).output.startswith("unchanged m: ")
+
+
 def test_add_new_fails_where_the_name_is_taken(fake: FakeServer, spec_file: Path) -> None:
     fake.replies["POST /admin/models"] = (409, error("there is a model 'm' already"))
     done = stoker(fake, "model", "add", "--new", str(spec_file))

@@ -187,3 +187,42 @@ def test_a_half_downloaded_file_is_told_from_a_whole_one(model):
 def test_only_headers_are_read(model, monkeypatch):
     folder = model(LLAMA_8B, [64 * GIB])  # reading it would take minutes
     assert footprint.weights_bytes(folder, LLAMA_8B) == 64 * GIB
+
+
+# ------------------------------------------------------------------------- what is known to fail
+
+
+def warned(folder, **more):
+    one = spec(**more)
+    try:
+        found = estimate(one, str(folder))
+    except ValueError:
+        found = None
+    return footprint.warnings(one, str(folder), found)
+
+
+def test_a_declared_size_below_the_estimate_is_warned_of(model):
+    folder = model(LLAMA_8B, [LLAMA_8B_WEIGHTS])
+    (words,) = warned(folder, device_memory_bytes=GIB // 2)
+    assert "device_memory_bytes is 0.50 GiB, but it is estimated to need 21.7" in words
+    assert warned(folder, device_memory_bytes=24 * GIB) == []
+    assert warned(folder) == []
+
+
+def test_a_model_without_weights_is_warned_of(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_8B))
+    (words,) = warned(tmp_path, device_memory_bytes=GIB)
+    assert "no weights" in words
+
+
+def test_a_model_without_a_config_is_warned_of(tmp_path):
+    (words,) = warned(tmp_path, device_memory_bytes=GIB)
+    assert "has no config.json" in words
+
+
+def test_a_length_over_the_models_own_is_warned_of(model):
+    (words,) = warned(model(LLAMA_8B), engine_args={"max_model_len": 9000})
+    assert "max_model_len is 9000, but its config.json goes to 8192" in words
+    assert warned(model(LLAMA_8B), engine_args={"max_model_len": 8192}) == []
+    stretched = {**LLAMA_8B, "rope_scaling": {"rope_type": "yarn", "factor": 4.0}}
+    assert warned(model(stretched), engine_args={"max_model_len": 32768}) == []

@@ -189,6 +189,7 @@ def test_what_can_never_fit_is_refused_with_the_reason() -> None:
     assert "needs 30.0 GiB on one device; the most any device could give is 24.0 GiB" in (
         world.route("a").refusal
     )
+    assert "max_model_len" not in world.route("a").refusal  # its size is declared
     world.put(spec("b", 40, tensor_parallel_size=2))
     assert "needs 2 devices on one node; the largest node has 1" in world.route("b").refusal
     world.nodes["n2"] = FakeNode("n2", {"g0": 24 * GIB, "g1": 24 * GIB})
