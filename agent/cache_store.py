@@ -156,7 +156,7 @@ class Store:
     def part(self, ref: ModelRef, revision: str, path: str) -> Path:
         """Where the file of a model gathers until it is whole; the same in the next run."""
         name = hashlib.sha256(f"{ref.source}@{revision}/{path}".encode()).hexdigest()[:32]
-        return self.folder / "tmp" / f"{name}.part"
+        return places.below(self.folder, "tmp", f"{name}.part")
 
     def keep(self, part: Path, file: ModelFile) -> None:
         """Make a checked `part` a blob."""
@@ -183,7 +183,7 @@ class Store:
         target = self.snapshot(manifest.model_id)
         if target.exists():
             return
-        staging = self.folder / "tmp" / f"{manifest.model_id}.new"
+        staging = places.below(self.folder, "tmp", f"{manifest.model_id}.new")
         shutil.rmtree(staging, ignore_errors=True)
         for file in manifest.files:
             name = places.below(staging, file.path)
@@ -227,7 +227,7 @@ class Store:
             stored = self.models.get(model_id)
             if stored is None:
                 return
-            new = self.folder / "tmp" / f"{model_id}.json"
+            new = places.below(self.folder, "tmp", f"{model_id}.json")
             new.write_bytes(msgspec.json.encode(stored))
             _sync(new)
             os.utime(new, (self._used_at.get(model_id, 0.0),) * 2)

@@ -26,6 +26,7 @@ from pathlib import Path
 
 import msgspec
 
+from runtime import places
 from runtime.engine import Launch, Preload
 from runtime.engine.forkserver import NUMBER, REFUSED, ForkRequest, ForkServerReady
 from runtime.engine.process_image import PADDING_ENV
@@ -227,7 +228,7 @@ class _Parent:
         self._env = {**base_env, **preload.env, "SPT_NOENV": "1", PADDING_ENV: "-" * _PADDING}
         self._cwd = cwd
         name = hashlib.sha256(msgspec.json.encode(preload, order="sorted")).hexdigest()[:8]
-        self._log = logs / f"launcher-{name}.out"
+        self._log = places.below(logs, f"launcher-{name}.out")
         self._enough = enough
         self._process: subprocess.Popen[bytes] | None = None
         self._sock: socket.socket | None = None

@@ -22,7 +22,7 @@ from msgspec import Struct
 from agent import canary
 from agent.canary import Canary
 from agent.watch import DeviceWatch
-from runtime import outside
+from runtime import outside, places
 from runtime.engine import guard
 from runtime.outside import OutsideError
 from runtime.wire import StartReplica
@@ -137,7 +137,7 @@ async def put_to_sleep(
     await _shut_the_door(controls)
     before = await measure() if measure else None
     try:
-        await controls.post(f"/sleep?level={level}&mode=wait")
+        await controls.post(places.url("", "sleep", level=level, mode="wait"))
     except EngineError as error:
         raise RungFailed(str(error)) from None
     if await is_sleeping(controls) is not True:

@@ -18,6 +18,7 @@ from typing import Any
 import msgspec
 from msgspec import Struct
 
+from runtime import places
 from runtime.schema import close_names
 from runtime.wire import SpecProblem
 
@@ -160,7 +161,7 @@ def check_against(table: list[Option], engine_args: Mapping[str, Any]) -> list[S
 
 def load_table(python: str, version: str, cache_dir: str) -> list[Option]:
     """vLLM's option table, from `cache_dir` or else from vLLM. Raises TableError."""
-    cached = Path(cache_dir) / f"vllm-options-{version}.json"
+    cached = places.below(cache_dir, f"vllm-options-{version}.json")
     try:
         return _decode(cached.read_bytes())
     except (OSError, msgspec.DecodeError):

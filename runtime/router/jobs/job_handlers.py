@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 from aiohttp import web
 
+from runtime import places
 from runtime.config import RouterConfig
 from runtime.router.body import Invocation
 from runtime.router.jobs import job_rows, shapes
@@ -65,7 +66,10 @@ class JobHandlers:
         )  # fmt: skip
         self._metrics.job("created")
         self._wake()
-        headers = {"Location": f"/jobs/{row.id}", "Preference-Applied": "respond-async"}
+        headers = {
+            "Location": places.url("", "jobs", row.id),
+            "Preference-Applied": "respond-async",
+        }
         return shown(shapes.job_object(row, None), 202, headers)
 
     async def _job(self, request: web.Request) -> web.Response:
