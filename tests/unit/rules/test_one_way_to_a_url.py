@@ -38,6 +38,7 @@ ALLOWED: dict[str, tuple[set[str], str]] = {
          "f'{self._url}{path} answered something else than the admin API does: {error}'"},
         "every path is a literal or made by `places.url`; the second is a message",
     ),
+    "runtime/router/error_shapes.py": ({"'/v1/' + tail"}, "compared with our own paths"),
     "runtime/router/openapi.py": (
         {"f'/models/{{model}}/v1{tail}'", "'/v1' + tail", "f'/v1{tail}'"},
         "a document of our own paths: nothing is sent there",
