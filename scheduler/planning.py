@@ -25,7 +25,7 @@ from scheduler.nodes import Nodes
 from scheduler.placement import Fit, Never, NotNow, place
 from scheduler.scaling import Desired
 from scheduler.state import BUSY, Climb, Model, Node, Replica, Stage
-from scheduler.table import model_route
+from scheduler.table import model_route, waiting_for
 
 EXTRA_S = 1.0  # expected waiting of others that one more replica beside others is worth
 HUNGRY_AT_ONCE = 16  # models without room that are looked at in one go, the most urgent first
@@ -258,6 +258,15 @@ class Planning(Nodes):
                     self._send_wake(replica, now)
                 else:
                     self._send_start(replica, now)
+            else:
+                self._tell_turn(replica)
+
+    def _tell_turn(self, replica: Replica) -> None:
+        """Those who wait hear if it comes behind another one than they were told."""
+        model, route = self.state.models.get(replica.model), self._routes.get(replica.model)
+        if model is not None and route is not None and not route.endpoints:
+            if route.waiting_for != waiting_for(self.state, model):
+                self._dirty.add(replica.model)
 
     def _device_open(self, node: Node, device_id: str, replica: Replica) -> bool:
         more = replica.bytes - replica.physical
@@ -276,7 +285,7 @@ class Planning(Nodes):
         self.state.rules_changed = False
         for name in self._dirty:
             model = self.state.models.get(name)
-            route = model_route(model, now) if model else None
+            route = model_route(self.state, model, now) if model else None
             if route != self._routes.get(name):
                 changed = True
                 self._set_route(name, route)

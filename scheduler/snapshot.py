@@ -52,7 +52,7 @@ def model(core: Core, entry: Model, now: float) -> v.ModelView:
         pinned=entry.pinned,
         floor=entry.floor,
         idle_for_s=None if entry.active_at is None else round(now - entry.active_at, 3),
-        problem=problem or table.waiting_for(entry) if not entry.ready() else None,
+        problem=problem or table.waiting_for(core.state, entry) if not entry.ready() else None,
         retry_after_s=retry_after_s,
     )
 
@@ -170,7 +170,7 @@ def queue(core: Core) -> v.Queue:
                     waiting=demand.waiting,
                     in_flight=demand.in_flight,
                     oldest_wait_s=round(demand.oldest_wait_s, 3),
-                    waiting_for=table.waiting_for(entry) if demand.waiting else None,
+                    waiting_for=table.waiting_for(core.state, entry) if demand.waiting else None,
                 )
             )
     return v.Queue(queue=tuple(sorted(found, key=lambda q: (-q.oldest_wait_s, q.model))))

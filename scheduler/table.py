@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from runtime.wire import CacheRule, Endpoint, ModelRoute, Warmth
 from scheduler.ladder import START_RUNGS, step_name
+from scheduler.replica import BUSY, Replica
 from scheduler.state import ClusterState, Model, Stage
 
 
-def model_route(model: Model, now: float) -> ModelRoute:
+def model_route(state: ClusterState, model: Model, now: float) -> ModelRoute:
     """What routers must know of one model."""
     spec = model.spec
     serving = model.ready() or [
@@ -32,8 +33,8 @@ def model_route(model: Model, now: float) -> ModelRoute:
         hold_s=spec.hold_s, max_queue=spec.max_queue,
         refusal=why, refusal_final=why is not None and final(model),
         retry_after_s=retry_after_s,
-        waiting_for=None if endpoints else waiting_for(model),
-        eta_s=None if endpoints else _eta_s(model, now), affinity=spec.affinity,
+        waiting_for=None if endpoints else waiting_for(state, model),
+        eta_s=None if endpoints else _eta_s(state, model, now), affinity=spec.affinity,
         cache=_cache_rule(model), batching=spec.batching,
         hedge_after_s=spec.hedge_after_ms / 1000 if spec.hedge_after_ms else None,
     )  # fmt: skip
@@ -60,21 +61,32 @@ def adapters_on(state: ClusterState, node_id: str) -> dict[str, dict[str, str]]:
     return found
 
 
-def _eta_s(model: Model, now: float) -> float | None:
-    """Seconds a cold call is expected to wait still, where that was measured before."""
+def _eta_s(state: ClusterState, model: Model, now: float) -> float | None:
+    """Seconds a cold call is expected to wait still, where that was measured before: its model's
+    own way up, and that of the one it comes behind."""
     coming = min(model.coming(), key=lambda r: r.since, default=None)
-    sleepers = model.asleep()
+    left_s = _left_s(model, coming, now)
+    first = _goes_first(state, coming) if coming is not None and coming.plan else None
+    if first is not None and first.stage in BUSY and left_s is not None:
+        owner = state.models.get(first.model)
+        first_s = _left_s(owner, first, now) if owner is not None else None
+        left_s = None if first_s is None else left_s + first_s
+    return None if left_s is None else round(left_s, 1)
+
+
+def _left_s(model: Model, coming: Replica | None, now: float) -> float | None:
+    """Of the way up of `coming`, or (None) of the next one."""
     if coming is not None:
         level = coming.sleep_level
         rung = coming.report.started_from if coming.report else "cached"
     else:
-        level, rung = max((r.sleep_level for r in sleepers), default=0), "cached"
+        level, rung = max((r.sleep_level for r in model.asleep()), default=0), "cached"
     steps = [step_name(level, rung), *(() if level else (step_name(0, r) for r in START_RUNGS))]
     measured = next((s for s in map(model.measured_s, steps) if s is not None), None)
     if measured is None:
         return None
     began_at = coming.climb.sent_at if coming and coming.climb else None
-    return round(max(0.1, measured - (now - began_at if began_at is not None else 0.0)), 1)
+    return max(0.1, measured - (now - began_at if began_at is not None else 0.0))
 
 
 def refusal(model: Model, now: float) -> tuple[str | None, float | None]:
@@ -104,20 +116,36 @@ def warmth(model: Model, now: float) -> Warmth:
     return "staged" if model.staged_on else "cold"
 
 
-def waiting_for(model: Model) -> str | None:
+def waiting_for(state: ClusterState, model: Model) -> str | None:
     """What those who wait are waiting for, in words."""
     for replica in model.coming():
         where = f"{replica.node_id} ({', '.join(replica.device_ids)})"
         match replica.stage:
-            case Stage.PLANNED:
-                return f"room on {where}, {replica.reason}"
+            case Stage.PLANNED | Stage.RISING:
+                return f"{_turn(state, replica)} on {where}"
             case Stage.SENT | Stage.STARTING:
                 return f"starting on {where}"
-            case Stage.RISING:
-                return f"room on {where}, {replica.reason}"
             case Stage.WAKING:
                 return f"waking on {where}"
             case Stage.BACKOFF:
                 why = replica.report.reason if replica.report else None
                 return f"restarting on {where} after: {why}"
     return model.waiting_for
+
+
+def _turn(state: ClusterState, replica: Replica) -> str:
+    """What a replica that is planned comes behind."""
+    first = _goes_first(state, replica)
+    if first is None:
+        return "its turn"
+    if first.leaving:
+        return f"behind {first.model}, which makes room"
+    return f"behind the {'wake' if first.stage is Stage.WAKING else 'start'} of {first.model}"
+
+
+def _goes_first(state: ClusterState, replica: Replica) -> Replica | None:
+    """Who has its turn on a device of `replica` now, or else has still to leave it."""
+    node = state.nodes[replica.node_id]
+    others = [r for d in replica.device_ids for r in node.on_device(d) if r is not replica]
+    busy = [r for r in others if r.stage in BUSY]
+    return min(busy or (r for r in others if r.leaving), key=lambda r: r.since, default=None)

@@ -90,7 +90,7 @@ def not_in_time(request_id: str, route: ModelRoute, wish: Wish) -> Refused:
 
 def held_too_long(request_id: str, route: ModelRoute, wish: Wish) -> Refused:
     """It waited as long as it may."""
-    state = f"; it waits for {route.waiting_for}" if route.waiting_for else ""
+    state = f" ({route.waiting_for})" if route.waiting_for else ""
     message = f"model {route.name!r} was not ready within {_limit(route, wish)}{state}"
     return Refused(request_id, 504, "hold_timeout", message, _back_in_s(route))
 

@@ -103,9 +103,36 @@ def test_the_new_replica_is_not_started_before_the_memory_is_seen_free() -> None
     world.want("b")
     world.run(6)
     assert node.started == ["a-1-1"]
-    assert world.route("b").waiting_for == "room on n1 (g0), after evicting a"
+    assert world.route("b").waiting_for == "behind a, which makes room on n1 (g0)"
     world.run(6)
     assert node.started == ["a-1-1", "b-1-2"]
+
+
+def test_those_who_wait_are_told_behind_whose_start_and_for_how_long() -> None:
+    node = one_gpu()
+    node.start_s = 10.0
+    world = World(node)
+    world.put(spec("a"), spec("b"), spec("c"))
+    for name in ("b", "c", "a"):  # each is measured once
+        world.want(name)
+        world.run(13)
+        world.want(name, 0)
+        world.apply(m.UnloadAsked(now=world.now, model=name))
+        world.run(5)
+    assert not world.hot()
+    for name in ("a", "b", "c"):
+        world.want(name)
+    world.run(2)
+    assert world.route("a").waiting_for == "starting on n1 (g0)"
+    assert world.route("b").waiting_for == "behind the start of a on n1 (g0)"
+    assert world.route("c").waiting_for == "behind the start of a on n1 (g0)"
+    assert world.route("b").eta_s > world.route("a").eta_s + 5
+    world.run(10)
+    told = {name: world.route(name).waiting_for for name in ("b", "c")}
+    assert sorted(told.values()) in (
+        ["behind the start of b on n1 (g0)", "starting on n1 (g0)"],
+        ["behind the start of c on n1 (g0)", "starting on n1 (g0)"],
+    )
 
 
 def test_routers_confirm_before_a_replica_is_told_to_stop() -> None:
