@@ -20,6 +20,7 @@ Rules this file keeps: pure; a setting that can't be is an error that names it.
 
 from __future__ import annotations
 
+from runtime.sizes import sizes_apart
 from runtime.wire import DeviceKind, DeviceReport
 
 GIB = 2**30
@@ -74,8 +75,9 @@ def level_1_refusal(host_bytes: int, most_bytes: int) -> str | None:
     """
     if host_bytes <= most_bytes:
         return None
+    taken, most = sizes_apart(host_bytes, max(0, most_bytes))
     return (
-        f"its weights take {host_bytes} bytes of host memory, and this node can book"
-        f" {max(0, most_bytes)} (memory or cgroup limit, less agent.host_reserve_bytes; at most"
+        f"its weights take {taken} of host memory, and this node can book {most}"
+        " (memory or cgroup limit, less agent.host_reserve_bytes; at most"
         " agent.host_budget_bytes)"
     )

@@ -25,13 +25,13 @@ from agent.watch import DeviceWatch
 from runtime import outside, places
 from runtime.engine import guard
 from runtime.outside import OutsideError
+from runtime.sizes import sizes_apart
 from runtime.wire import StartReplica
 
 FREE_S = 10.0  # how long freed device memory may take to be seen free
 _FREE_POLL_S = 0.1
 _CALL_S = 120.0  # the core gives up sooner
 _ASK_S = 30.0
-_GIB = 2**30
 
 
 class EngineError(Exception):
@@ -176,9 +176,10 @@ async def _see_free(measure: Measure, before: Memory, booked_bytes: int) -> int:
         if left <= used / 2:
             return left
         if time.monotonic() >= deadline:
+            shown = sizes_apart(left, used)
             raise RungFailed(
-                f"{FREE_S:.0f} s after it fell asleep its devices still show {left / _GIB:.2f}"
-                f" of {used / _GIB:.2f} GiB of it"
+                f"{FREE_S:.0f} s after it fell asleep its devices still show {shown[0]}"
+                f" of {shown[1]} of it"
             )
         await asyncio.sleep(_FREE_POLL_S)
 

@@ -9,15 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 
+from runtime.sizes import sizes_apart
 from runtime.wire import ModelSpec
 from scheduler.state import ClusterState, Model, Node
-
-
-def format_bytes(count: int) -> str:
-    """12884901888 -> "12.0 GiB"; below 1 GiB in MiB."""
-    if count < 2**30:
-        return f"{count / 2**20:.0f} MiB"
-    return f"{count / 2**30:.1f} GiB"
 
 
 def runs_engine(node: Node, spec: ModelSpec) -> bool:
@@ -158,12 +152,9 @@ def _too_large(
     if most < count:
         return f"needs {count} devices on one node; the largest node has {most}"
     largest = max((node.capacity(d) for node in nodes for d in allowed[node.node_id]), default=0)
-    each = (
-        f"{format_bytes(need)} on each of {count} devices of one node"
-        if count > 1
-        else f"{format_bytes(need)} on one device"
-    )
-    text = f"needs {each}; the most any device could give is {format_bytes(largest)}"
+    needed, given = sizes_apart(need, largest)
+    where = f"each of {count} devices of one node" if count > 1 else "one device"
+    text = f"needs {needed} on {where}; the most any device could give is {given}"
     total = need * count
     for wider in (2, 4, 8):
         if count < wider <= most and any(

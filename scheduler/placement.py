@@ -31,11 +31,11 @@ import heapq
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
+from runtime.sizes import size
 from scheduler.eviction import cheapest_descents, evictable, standing
 from scheduler.fitness import (
     allowed_devices,
     could_run,
-    format_bytes,
     has_labels,
     runs_engine,
     together,
@@ -114,8 +114,8 @@ def place(
     never = why_never(state, model)
     if never is not None:
         return Never(never)
-    size = format_bytes(model.booked_bytes())
-    return NotNow(f"waiting for {size} on a device: {_holders(state, model, now, min_dwell_s)}")
+    needed = size(model.booked_bytes())
+    return NotNow(f"waiting for {needed} on a device: {_holders(state, model, now, min_dwell_s)}")
 
 
 def free_place(

