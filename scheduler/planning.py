@@ -264,9 +264,10 @@ class Planning(Nodes):
     def _tell_turn(self, replica: Replica) -> None:
         """Those who wait hear if it comes behind another one than they were told."""
         model, route = self.state.models.get(replica.model), self._routes.get(replica.model)
-        if model is not None and route is not None and not route.endpoints:
-            if route.waiting_for != waiting_for(self.state, model):
-                self._dirty.add(replica.model)
+        if model is None or route is None or route.endpoints:
+            return
+        if route.waiting_for != waiting_for(self.state, model):
+            self._dirty.add(replica.model)
 
     def _device_open(self, node: Node, device_id: str, replica: Replica) -> bool:
         more = replica.bytes - replica.physical
