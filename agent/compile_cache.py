@@ -122,7 +122,9 @@ class CompileStore:
         fresh = [p for p in self._files(folders) if p.stat().st_ctime >= since]
         if not any(folder in path.parents for folder in folders for path in fresh):
             return None
-        self._shared.mkdir(mode=0o755, parents=True, exist_ok=True)
+        if not self._shared.is_dir():
+            self._shared.mkdir(parents=True, exist_ok=True)
+            self._shared.chmod(0o755)  # for other nodes, whatever this process's umask is
         handle, name = tempfile.mkstemp(prefix=".new-", dir=self._shared)
         os.close(handle)
         part = Path(name)

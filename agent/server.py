@@ -124,7 +124,7 @@ class _Endpoints:
         adapters, problems = await (fetch_adapters if fetch else adapters_here)(
             self._node.cache, spec
         )
-        async with _files_of(self._node.cache, spec) as (folder, unknown):
+        async with _files_of(self._node.cache, spec, fetch) as (folder, unknown):
             found = await asyncio.to_thread(
                 inspect, spec, self._node.place, folder, adapters, unknown
             )
@@ -170,16 +170,21 @@ class _Endpoints:
 
 @asynccontextmanager
 async def _files_of(
-    cache: ModelCache, spec: ModelSpec
+    cache: ModelCache, spec: ModelSpec, fetch: bool
 ) -> AsyncIterator[tuple[Path | None, str | None]]:
-    """The folder of a spec's model, or of what its origin says of it; and why there is none."""
+    """The folder of a spec's model, or of what its origin says of it; and why there is none.
+
+    Unless `fetch`, no origin is asked.
+    """
     async with AsyncExitStack() as stack:
         folder, unknown = None, None
         try:
             if spec.engine != "stub":
                 folder = await cache.where(spec.source)
                 origin = None if folder else await cache.origin(spec.source)
-                if origin is not None:
+                if origin is not None and not fetch:
+                    unknown = "it is not on this node, and a plan asks nobody for it"
+                elif origin is not None:
                     folder = await stack.enter_async_context(skeleton.fetched(origin))
         except (SourceError, ValueError) as error:
             unknown = str(error)

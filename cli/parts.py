@@ -109,6 +109,7 @@ def _run(
     """Set up logging, the registry and the event loop around one part; errors in words."""
     import uvloop
 
+    from runtime.private import keep_private
     from runtime.registries import open_registry
     from runtime.registry import RegistryError
     from runtime.telemetry import set_up_logging
@@ -120,6 +121,10 @@ def _run(
             " (e.g. `openssl rand -hex 32`), in the file or as STOKER_CLUSTER_TOKEN"
         )
     set_up_logging(part, settings.log_format)
+    try:
+        keep_private(settings.state_dir)
+    except OSError as error:
+        raise click.ClickException(f"{part}: can't use state_dir: {error}") from None
 
     def ready(url: str) -> None:
         line = {"part": part, "url": url}

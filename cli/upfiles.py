@@ -16,6 +16,7 @@ import click
 import msgspec
 
 from cli.where import UP_FILE, UpFile, Where
+from runtime.private import keep_private
 
 if TYPE_CHECKING:
     from runtime.config import Config
@@ -54,7 +55,7 @@ def _family(host: str) -> socket.AddressFamily:
 def claim(state_dir: Path) -> Iterator[None]:
     """Hold the state dir. Raises click.ClickException if another `stoker up` has it."""
     try:
-        state_dir.mkdir(parents=True, exist_ok=True)
+        before = keep_private(state_dir)
         lock = (state_dir / "up.lock").open("a+")
     except OSError as error:
         raise click.ClickException(f"can't use the state dir {state_dir}: {error}") from None
@@ -71,6 +72,7 @@ def claim(state_dir: Path) -> Iterator[None]:
         finally:
             (state_dir / UP_FILE).unlink(missing_ok=True)
             (state_dir / CONFIG_FILE).unlink(missing_ok=True)
+            os.umask(before)
 
 
 def check_port(host: str, port: int) -> None:
