@@ -36,7 +36,7 @@ async def post(url: str, path: str, body: dict[str, Any]) -> bytes:
             async with session.post(f"{url}{path}", json=body) as response:
                 answer = await response.read()
                 if response.status >= 400:
-                    raise _refused(response.status, answer)
+                    raise _refused(response.status, answer, path)
                 return answer
         except (aiohttp.ClientError, TimeoutError) as error:
             raise _unreachable(url, error) from None
@@ -59,7 +59,7 @@ async def stream(
         try:
             async with session.post(f"{url}{path}", json=asked) as response:
                 if response.status >= 400:
-                    raise _refused(response.status, await response.read())
+                    raise _refused(response.status, await response.read(), path)
                 async for kind, text in _events(response.content):
                     if kind == "comment":
                         _note_wait(answer, text, on_wait)
@@ -127,11 +127,16 @@ def _message(body: Any) -> str | None:
     return str(error.get("message")) if isinstance(error, dict) else error
 
 
-def _refused(status: int, answer: bytes) -> RouterError:
+def _refused(status: int, answer: bytes, path: str) -> RouterError:
     try:
         message = _message(outside.json_document(answer))
     except ValueError:
         message = None
+    if status == 404 and message in (None, "Not Found"):  # the engine's own: it has no such route
+        return RouterError(
+            f"the model's engine has no {path}: it does not generate text. A model that embeds is"
+            " asked at /v1/embeddings, one that ranks at /v1/rerank or /v1/score"
+        )
     return RouterError(message or f"status {status}: {answer[:300].decode(errors='replace')}")
 
 

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from cli.text import age, json_option, show, size, table
+from cli.tables import table
+from cli.text import age, json_option, show, size
 from cli.where import Where
 
 if TYPE_CHECKING:
@@ -34,7 +35,16 @@ def ls(where: Where, node: str | None, as_json: bool) -> None:
 
 
 def _cache_table(answer: cache_api.Caches) -> Table | str:
-    columns = ("NODE", "MODEL", "REVISION", ">SIZE", ">IN MEMORY", "STATE", ">LAST USED", "NOTE")
+    columns = (
+        "NODE",
+        "MODEL",
+        "?REVISION",
+        ">SIZE",
+        "?>IN MEMORY",
+        "!STATE",
+        "?>LAST USED",
+        "~NOTE",
+    )
     rows = [row for entry in answer.nodes for row in _rows(entry)]
     return table(columns, rows) if rows else "no models are cached and none is being fetched"
 

@@ -109,7 +109,8 @@ def _notice(text: str) -> None:
 def _print(rows: list[Row], problems: list[str], engine: str, as_json: bool) -> None:
     import msgspec
 
-    from cli.text import console, table
+    from cli.tables import table
+    from cli.text import console
 
     if as_json:
         done = {"engine": engine, "rows": rows, "problems": problems}
@@ -117,7 +118,7 @@ def _print(rows: list[Row], problems: list[str], engine: str, as_json: bool) -> 
     else:
         title = STUB_LABEL if engine == "stub" else f"{rows[0].engine} on {rows[0].device}"
         click.echo(f"\n{title}\n")
-        columns = ("MODEL", "WHAT HAPPENED", ">FIRST TOKEN", ">TOTAL", "REPLY")
+        columns = ("MODEL", "WHAT HAPPENED", ">FIRST TOKEN", ">TOTAL", "?REPLY")
         cells = (
             (r.model, r.what, f"{r.first_token_s:.2f} s", f"{r.total_s:.2f} s", r.reply)
             for r in rows

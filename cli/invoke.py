@@ -50,14 +50,14 @@ async def _invoke(
     where: Where, path: str, body: dict[str, Any], *, whole: bool, as_json: bool
 ) -> None:
     from cli import ask
-    from cli.text import print_json
+    from cli.text import echo_untrusted, print_json
 
     url = await where.router_url()
     if as_json:
         print_json(await ask.post(url, path, body))
         return
     answer = await stream_with_status(url, path, body, show=not whole)
-    click.echo(answer.text if whole else "")
+    echo_untrusted(answer.text if whole else "")
     facts = [f"first token {answer.first_token_s:.2f} s"] if answer.first_token_s else []
     facts += [f"total {answer.total_s:.2f} s"]
     facts += [f"{answer.tokens} tokens"] if answer.tokens is not None else []
@@ -70,13 +70,13 @@ async def stream_with_status(url: str, path: str, body: dict[str, Any], *, show:
     With `show`, the text goes to stdout as it comes.
     """
     from cli import ask
-    from cli.text import waiting
+    from cli.text import echo_untrusted, waiting
 
     with waiting() as status:
 
         def on_text(piece: str) -> None:
             status(None)
             if show:
-                click.echo(piece, nl=False)
+                echo_untrusted(piece, nl=False)
 
         return await ask.stream(url, path, body, on_text, status)

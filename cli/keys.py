@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from cli.text import age, json_option, show, table
+from cli.tables import table
+from cli.text import age, json_option, show
 from cli.where import Where
 
 if TYPE_CHECKING:
@@ -119,7 +120,16 @@ def _keys_table(answer: access_api.Keys) -> Table | str:
     if not answer.keys:
         return "no API keys: make one with `stoker key create TENANT`"
     now = time.time()
-    columns = ("KEY", "TENANT", "PRIORITY", "MAY CALL", "LIMITS", ">AGE", "EXPIRES IN", "NOTE")
+    columns = (
+        "KEY",
+        "TENANT",
+        "?PRIORITY",
+        "~MAY CALL",
+        "~LIMITS",
+        "?>AGE",
+        "?EXPIRES IN",
+        "?~NOTE",
+    )
     return table(columns, (
         (
             k.key_id, k.tenant, k.priority or "its tenant's", _scope_text(k.scope),
@@ -222,7 +232,7 @@ def tenant_ls(where: Where, as_json: bool) -> None:
 def _tenants_table(answer: access_api.Tenants) -> Table | str:
     if not answer.tenants:
         return "no tenants: the first key of one makes it"
-    columns = ("TENANT", ">WEIGHT", "PRIORITY", "MAY CALL", "LIMITS")
+    columns = ("TENANT", ">WEIGHT", "PRIORITY", "~MAY CALL", "~LIMITS")
     return table(columns, (
         (t.name, f"{t.weight:g}", t.priority, _scope_text(t.scope), _limits_text(t.limits))
         for t in answer.tenants

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from cli.text import age, json_option, show, size, table
+from cli.tables import table
+from cli.text import age, json_option, show, size
 from cli.where import Where
 
 if TYPE_CHECKING:
@@ -36,11 +37,11 @@ def cold_start_table(answer: views.ColdStarts) -> Table | str:
         ">AGO",
         "MODEL",
         "FROM",
-        "NODE",
+        "?NODE",
         ">TOTAL",
-        "LONGEST PHASES",
-        "WHY",
-        "MOVED DOWN",
+        "~LONGEST PHASES",
+        "?~WHY",
+        "?~MOVED DOWN",
     )
     return table(columns, (_cold_start_row(c) for c in reversed(answer.cold_starts)))
 
@@ -84,7 +85,7 @@ def footprint_table(answer: views.Footprints) -> Table | str:
         ),
         ("booked", size(answer.booked_bytes), "", "", "", f"as {answer.booked_from}"),
     ]
-    for kind in answer.measured:
+    for kind in sorted(answer.measured, key=lambda kind: not kind.current):
         about = f"{kind.engine} {kind.engine_version} on {kind.device_kind}"
         about += "" if kind.current else ", of an older spec"
         rows.append(("measured on each device", size(kind.device_bytes), "", "", "", about))
@@ -93,5 +94,6 @@ def footprint_table(answer: views.Footprints) -> Table | str:
         rows.append(("host memory asleep", size(kind.host_asleep_bytes), "", "", "", about))
         for step, times in sorted(kind.times.items()):
             seconds = (age(times.p50_s), age(times.p95_s), age(times.last_s))
-            rows.append((step, "", *seconds, f"{times.count} times"))
-    return table(("WHAT", ">BYTES", ">P50", ">P95", ">LAST", "NOTE"), rows)
+            note = f"{times.count} times" + ("" if kind.current else ", of an older spec")
+            rows.append((step, "", *seconds, note))
+    return table(("WHAT", ">BYTES", ">P50", ">P95", ">LAST", "~NOTE"), rows)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import click
 import msgspec
 
+from cli.text import echo_untrusted
 from cli.where import Where
 
 if TYPE_CHECKING:
@@ -60,4 +61,4 @@ async def _print(
             text = msgspec.json.encode({"replica_id": replica_id, "line": text}).decode()
         elif prefixed:
             text = f"{replica_id} | {text}"
-        click.echo(text)
+        echo_untrusted(text)

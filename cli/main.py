@@ -10,59 +10,85 @@ from typing import cast
 import click
 from click.core import ParameterSource
 
+from cli.text import plain, wrapped
+
 # command -> where it is, and its line in `stoker --help` (a test compares it with the command's)
-COMMANDS = {
-    "up": ("cli.up:up", "Run every part on this host until Ctrl-C."),
-    "demo": ("cli.demo:demo", "Show a cold start, a warm call and an eviction, for real."),
-    "invoke": ("cli.invoke:invoke", "Ask MODEL one thing and stream its answer."),
-    "model": ("cli.models:model", "Add, show and remove models."),
-    "route": (
-        "cli.routes:route",
-        "Send a name's requests to versions of a model: by weight, canary, switch.",
-    ),
-    "audit": ("cli.routes:audit", "List who changed which route, when and why."),
-    "load": ("cli.models:load", "Start MODEL now and wait until it serves."),
-    "unload": (
-        "cli.models:unload",
-        "Stop every replica of MODEL; the next request starts it again.",
-    ),
-    "pin": ("cli.models:pin", "Keep MODEL from being evicted or stopped when idle."),
-    "unpin": ("cli.models:unpin", "Let MODEL be evicted and stopped when idle again."),
-    "ps": ("cli.view:ps", "List the replicas."),
-    "nodes": ("cli.view:nodes", "List the hosts."),
-    "devices": ("cli.view:devices", "List the devices and what is booked on them."),
-    "queue": ("cli.view:queue", "List the requests that wait for a model."),
-    "decisions": ("cli.view:decisions", "List what the scheduler decided, and why."),
-    "prewarm": ("cli.models:prewarm", "Have MODEL warm by a time, and for a while."),
-    "cache": ("cli.cache:cache", "List, fetch, remove and check the models on the nodes' disks."),
-    "coldstarts": (
-        "cli.learned:coldstarts",
-        "List cold starts and wakes: why, what moved down for them, where the time went.",
-    ),
-    "footprint": (
-        "cli.learned:footprint",
-        "Show what MODEL was declared, estimated and measured to take, and its times.",
-    ),
-    "simulate": (
-        "cli.simulate:simulate",
-        "Run a cluster in virtual time with the production scheduler, agents and router.",
-    ),
-    "logs": ("cli.logs:logs", "Show the engine's output of a replica, or of a model's replicas."),
-    "cordon": ("cli.nodes:cordon", "Place nothing new on NODE."),
-    "uncordon": ("cli.nodes:uncordon", "Let NODE take replicas again."),
-    "drain": ("cli.nodes:drain", "Cordon NODE and move its models off, or stop them."),
-    "quarantine": ("cli.nodes:quarantine", "Use DEVICE of NODE no more."),
-    "release": ("cli.nodes:release", "Use a quarantined DEVICE of NODE again."),
-    "plan": ("cli.plan:plan", "Say what would happen if …, without doing it."),
-    "key": ("cli.keys:key", "Make, list, change, rotate and revoke API keys."),
-    "tenant": ("cli.keys:tenant", "List tenants, and set what all keys of one may together."),
-    "token": ("cli.keys:token", "Make, list and revoke tokens for the admin API."),
-    "usage": ("cli.keys:usage", "List what keys and tenants used of a day."),
-    "agent": ("cli.parts:agent", "Run the agent of this host."),
-    "scheduler": ("cli.parts:scheduler", "Run the scheduler and its admin API."),
-    "router": ("cli.parts:router", "Run a router: the OpenAI API."),
-    "version": ("cli.parts:version", "Print the versions of Stoker, Python and the engines here."),
+GROUPS: dict[str, dict[str, tuple[str, str]]] = {
+    "This host": {
+        "up": ("cli.up:up", "Run every part on this host until Ctrl-C."),
+        "demo": ("cli.demo:demo", "Show a cold start, a warm call and an eviction, for real."),
+        "version": (
+            "cli.parts:version",
+            "Print the versions of Stoker, Python and the engines here.",
+        ),
+    },
+    "Models and calls": {
+        "invoke": ("cli.invoke:invoke", "Ask MODEL one thing and stream its answer."),
+        "model": ("cli.models:model", "Add, show and remove models."),
+        "load": ("cli.models:load", "Start MODEL now and wait until it serves."),
+        "unload": (
+            "cli.models:unload",
+            "Stop every replica of MODEL; the next request starts it again.",
+        ),
+        "pin": ("cli.models:pin", "Keep MODEL from being evicted or stopped when idle."),
+        "unpin": ("cli.models:unpin", "Let MODEL be evicted and stopped when idle again."),
+        "prewarm": ("cli.models:prewarm", "Have MODEL warm by a time, and for a while."),
+        "route": (
+            "cli.routes:route",
+            "Send a name's requests to versions of a model: by weight, canary, switch.",
+        ),
+        "plan": ("cli.plan:plan", "Say what would happen if …, without doing it."),
+    },
+    "What is going on": {
+        "ps": ("cli.view:ps", "List the replicas."),
+        "nodes": ("cli.view:nodes", "List the hosts."),
+        "devices": ("cli.view:devices", "List the devices and what is booked on them."),
+        "queue": ("cli.view:queue", "List the requests that wait for a model."),
+        "decisions": ("cli.view:decisions", "List what the scheduler decided, and why."),
+        "coldstarts": (
+            "cli.learned:coldstarts",
+            "List cold starts and wakes: why, what moved down for them, where the time went.",
+        ),
+        "footprint": (
+            "cli.learned:footprint",
+            "Show what MODEL was declared, estimated and measured to take, and its times.",
+        ),
+        "logs": (
+            "cli.logs:logs",
+            "Show the engine's output of a replica, or of a model's replicas.",
+        ),
+        "audit": ("cli.routes:audit", "List who changed which route, when and why."),
+    },
+    "Hosts and disks": {
+        "cordon": ("cli.nodes:cordon", "Place nothing new on NODE."),
+        "uncordon": ("cli.nodes:uncordon", "Let NODE take replicas again."),
+        "drain": ("cli.nodes:drain", "Cordon NODE and move its models off, or stop them."),
+        "quarantine": ("cli.nodes:quarantine", "Use DEVICE of NODE no more."),
+        "release": ("cli.nodes:release", "Use a quarantined DEVICE of NODE again."),
+        "cache": (
+            "cli.cache:cache",
+            "List, fetch, remove and check the models on the nodes' disks.",
+        ),
+    },
+    "Who may call": {
+        "key": ("cli.keys:key", "Make, list, change, rotate and revoke API keys."),
+        "tenant": ("cli.keys:tenant", "List tenants, and set what all keys of one may together."),
+        "token": ("cli.keys:token", "Make, list and revoke tokens for the admin API."),
+        "usage": ("cli.keys:usage", "List what keys and tenants used of a day."),
+    },
+    "The scheduler in virtual time": {
+        "simulate": (
+            "cli.simulate:simulate",
+            "Run a cluster in virtual time with the production scheduler, agents and router.",
+        ),
+    },
+    "One part, as systemd runs it": {
+        "agent": ("cli.parts:agent", "Run the agent of this host."),
+        "scheduler": ("cli.parts:scheduler", "Run the scheduler and its admin API."),
+        "router": ("cli.parts:router", "Run a router: the OpenAI API."),
+    },
 }
+COMMANDS = {name: where for group in GROUPS.values() for name, where in group.items()}
 
 
 class LazyGroup(click.Group):
@@ -77,9 +103,19 @@ class LazyGroup(click.Group):
         module, _, attribute = COMMANDS[cmd_name][0].partition(":")
         return cast(click.Command, getattr(importlib.import_module(module), attribute))
 
+    def invoke(self, ctx: click.Context) -> object:
+        """An error may quote a model or an engine: nothing of it may steer the terminal."""
+        try:
+            return super().invoke(ctx)
+        except click.UsageError:
+            raise  # of what was typed
+        except click.ClickException as error:
+            raise click.ClickException(wrapped(plain(error.message), len("Error: "))) from None
+
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        with formatter.section("Commands"):
-            formatter.write_dl([(name, text) for name, (_, text) in COMMANDS.items()])
+        for title, commands in GROUPS.items():
+            with formatter.section(title):
+                formatter.write_dl([(name, text) for name, (_, text) in commands.items()])
 
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})

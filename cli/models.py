@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from cli.text import age, json_option, print_json, show, size, table, waiting
+from cli.tables import table
+from cli.text import age, json_option, print_json, show, size, waiting
 from cli.where import Where
 
 if TYPE_CHECKING:
@@ -127,8 +128,8 @@ def _models_table(answer: views.Models) -> Table | str:
     if not answer.models:
         return "no models: add one with `stoker model add FILE`"
     columns = (
-        "MODEL", "WARMTH", ">MEMORY", ">READY", ">WANTED", ">WAITING", ">IN FLIGHT", ">IDLE",
-        "SOURCE", "NOTE",
+        "MODEL", "!WARMTH", ">MEMORY", ">READY", "?>WANTED", "?>WAITING", "?>IN FLIGHT", "?>IDLE",
+        "?SOURCE", "~NOTE",
     )  # fmt: skip
     return table(columns, (_model_row(m) for m in answer.models))
 

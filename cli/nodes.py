@@ -73,7 +73,8 @@ def quarantine(where: Where, node: str, device: str, reason: str, as_json: bool)
 
     Its models move to other devices. `stoker devices` shows why a device is set aside.
     """
-    show(where.ask(lambda admin: admin.quarantine(node, device, reason)), as_json, _sentence)
+    words = f"{device} of {node} takes no replicas any more: {reason}"
+    show(where.ask(lambda admin: admin.quarantine(node, device, reason)), as_json, lambda _: words)
 
 
 @click.command()
@@ -83,4 +84,5 @@ def quarantine(where: Where, node: str, device: str, reason: str, as_json: bool)
 @click.pass_obj
 def release(where: Where, node: str, device: str, as_json: bool) -> None:
     """Use a quarantined DEVICE of NODE again."""
-    show(where.ask(lambda admin: admin.release(node, device)), as_json, _sentence)
+    words = f"{device} of {node} takes replicas again"
+    show(where.ask(lambda admin: admin.release(node, device)), as_json, lambda _: words)

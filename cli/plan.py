@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from cli.text import age, json_option, show, size, table
+from cli.tables import table
+from cli.text import age, json_option, show, size
 from cli.where import Where
 
 if TYPE_CHECKING:
@@ -57,7 +58,16 @@ def plan_table(answer: views.Plan) -> Table | str:
     ]
     if not rows:
         return "nothing would change"
-    columns = ("ACTION", "MODEL", "NODE", "DEVICE", ">MEMORY", ">READY IN", "REASON", "RATHER THAN")
+    columns = (
+        "ACTION",
+        "MODEL",
+        "NODE",
+        "?DEVICE",
+        ">MEMORY",
+        ">READY IN",
+        "~REASON",
+        "?~RATHER THAN",
+    )
     return table(columns, rows)
 
 

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from cli.text import age, json_option, show, table
+from cli.tables import table
+from cli.text import age, json_option, show
 from cli.where import Where
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ def ls(where: Where, as_json: bool) -> None:
 def _routes_table(answer: views.Routes) -> Table | str:
     if not answer.routes:
         return "no routes: add one with `stoker route set NAME --to MODEL`"
-    columns = ("ROUTE", "TARGETS", "STICKY", "FALLBACK", "MIRROR", "UNDER WAY")
+    columns = ("ROUTE", "~TARGETS", "?STICKY", "?~FALLBACK", "?MIRROR", "~UNDER WAY")
     return table(columns, (_route_row(r) for r in answer.routes))
 
 
@@ -93,7 +94,16 @@ def _targets_table(r: views.RouteView) -> Table | str:
         )
         for t in r.targets
     )
-    columns = ("TARGET", "VERSION", ">SHARE", "WARMTH", ">READY", ">REQUESTS", ">ERRORS", ">TTFT")
+    columns = (
+        "TARGET",
+        "?VERSION",
+        ">SHARE",
+        "!WARMTH",
+        ">READY",
+        ">REQUESTS",
+        ">ERRORS",
+        "?>TTFT",
+    )
     made = table(columns, rows)
     made.title = f"{r.name}, since {age(r.since_s)}" + (f"; {w}" if (w := _under_way(r)) else "")
     made.title_justify = "left"
@@ -315,7 +325,7 @@ def _audit_table(answer: views.Audit) -> Table | str:
         )
         for e in sorted(answer.audit, key=lambda e: e.number)
     )
-    return table((">#", "AT", "WHO", "ACTION", "WHAT", "FROM", "TO", "REASON"), rows)
+    return table((">#", "AT", "WHO", "ACTION", "~WHAT", "?~FROM", "?~TO", "?~REASON"), rows)
 
 
 def _weights(rule: dict[str, Any] | None) -> str:

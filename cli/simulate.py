@@ -13,7 +13,8 @@ import msgspec
 
 from cli.simulation import make_node
 from cli.simulation import simulate as run
-from cli.text import console, size, table
+from cli.tables import table
+from cli.text import console, size
 from runtime.footprints import Footprint
 from runtime.sim.profile import GPUS
 from scheduler.moves import Settings

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+import shutil
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import textwrap
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, TypeVar
 
@@ -20,7 +22,9 @@ T = TypeVar("T")
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the API's JSON.")
 
-_PIPE_WIDTH = 240  # where no terminal says how wide it is: cut nothing
+PIPE_WIDTH = 2000  # where no terminal says how wide it is: cut nothing
+# C0 but tab and line feed, DEL, C1, and what turns the direction of text.
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 
 
 def size(size_bytes: float | None) -> str:
@@ -56,24 +60,40 @@ def console(stderr: bool = False) -> Console:
     from rich.console import Console
 
     stream = sys.stderr if stderr else sys.stdout
-    width = None if stream.isatty() else _PIPE_WIDTH
+    width = None if stream.isatty() else PIPE_WIDTH
     return Console(file=stream, width=width, highlight=False)
 
 
-def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
-    """A plain table; a column whose name starts with `>` is right-aligned."""
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
+def plain(text: str) -> str:
+    """`text` as a terminal may get it: what could steer one is shown as `\\x1b`.
 
-    made = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
-    for column in columns:
-        made.add_column(
-            column.lstrip(">"), justify="right" if column[0] == ">" else "left", overflow="fold"
-        )
-    for row in rows:
-        made.add_row(*(Text(cell) for cell in row))
-    return made
+    Line ends, tabs and everything printable stay as they are.
+    """
+    return _CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
+
+
+def wrapped(text: str, used: int = 0) -> str:
+    """`text`, for a stderr that is a terminal, with its lines ended between words.
+
+    `used`: characters that stand before it on its first line.
+    """
+    if not sys.stderr.isatty():
+        return text
+    width = shutil.get_terminal_size().columns
+    folded: list[str] = []
+    for line in text.split("\n"):
+        indent = " " * (len(line) - len(line.lstrip()))
+        lines = textwrap.wrap(
+            line, width, initial_indent="_" * (0 if folded else used), subsequent_indent=indent,
+            break_long_words=False, break_on_hyphens=False,
+        )  # fmt: skip
+        folded.append("\n".join(lines) if folded else "\n".join(lines)[used:])
+    return "\n".join(folded)
+
+
+def echo_untrusted(text: str, nl: bool = True) -> None:
+    """What a model or an engine wrote: as it is in a pipe, `plain` on a terminal."""
+    click.echo(plain(text) if sys.stdout.isatty() else text, nl=nl)
 
 
 def print_json(body: bytes) -> None:
@@ -88,7 +108,7 @@ def show(reply: Reply[T], as_json: bool, render: Callable[[T], Table | str]) -> 
     else:
         rendered = render(reply.value)
         if isinstance(rendered, str):
-            click.echo(rendered)
+            click.echo(plain(rendered))
         else:
             console().print(rendered)
 

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from cli.text import age, json_option, show, size, table
+from cli.tables import table
+from cli.text import age, json_option, show, size
 from cli.where import Where
 
 if TYPE_CHECKING:
@@ -28,8 +29,8 @@ def replica_table(answer: views.Replicas) -> Table | str:
     if not answer.replicas:
         return "no replicas: a model starts with its first request, or with `stoker load MODEL`"
     columns = (
-        "MODEL", "REPLICA", "NODE", "DEVICE", ">MEMORY", "STATE", ">SINCE",
-        ">IN FLIGHT", ">IDLE", ">STARTED IN", ">WOKE IN", "NOTE",
+        "MODEL", "??REPLICA", "?NODE", "?DEVICE", ">MEMORY", "!STATE", "?>SINCE",
+        "?>IN FLIGHT", "?>IDLE", "?>STARTED IN", "?>WOKE IN", "~NOTE",
     )  # fmt: skip
     return table(columns, (_replica_row(r) for r in answer.replicas))
 
@@ -72,8 +73,8 @@ def _node_table(answer: views.Nodes) -> Table | str:
     if not answer.nodes:
         return "no nodes: start `stoker agent` on a host"
     columns = (
-        "NODE", "STATE", ">HEARD", ">DEVICES", ">REPLICAS", ">BOOKED", ">DEVICE MEMORY",
-        ">HOST MEMORY FREE", ">FOR SLEEPERS", "ENGINES", "ADDRESS",
+        "NODE", "!STATE", ">HEARD", ">DEVICES", ">REPLICAS", ">BOOKED", "?>DEVICE MEMORY",
+        "?>HOST MEMORY FREE", "?>FOR SLEEPERS", "?~ENGINES", "?ADDRESS",
     )  # fmt: skip
     return table(
         columns,
@@ -108,8 +109,8 @@ def _device_table(answer: views.Devices) -> Table | str:
     if not answer.devices:
         return "no devices: no node has reported one"
     columns = (
-        "NODE", "DEVICE", "KIND", "NAME", ">TOTAL", ">BOOKED", ">FREE", ">USED", ">FOREIGN",
-        ">BUSY", ">TEMP", "HEALTH", "REPLICAS",
+        "NODE", "DEVICE", "?KIND", "?NAME", "?>TOTAL", ">BOOKED", ">FREE", "?>USED", "?>FOREIGN",
+        "?>BUSY", "?>TEMP", "!~HEALTH", "~REPLICAS",
     )  # fmt: skip
     return table(columns, (_device_row(d) for d in answer.devices))
 
@@ -128,9 +129,15 @@ def _device_row(d: views.DeviceView) -> tuple[str, ...]:
         size(r.foreign_bytes),
         "-" if r.utilization is None else f"{r.utilization:.0%}",
         "-" if r.temperature_c is None else f"{r.temperature_c:.0f} °C",
-        "ok" if r.healthy else r.unhealthy_reason or "unhealthy",
+        _health(d),
         ", ".join(d.replicas),
     )
+
+
+def _health(d: views.DeviceView) -> str:
+    if d.quarantined is not None:
+        return f"quarantined: {d.quarantined}"
+    return "ok" if d.report.healthy else f"unhealthy: {d.report.unhealthy_reason or 'no reason'}"
 
 
 @click.command()
@@ -148,7 +155,7 @@ def _queue_table(answer: views.Queue) -> Table | str:
         (q.model, str(q.waiting), age(q.oldest_wait_s), str(q.in_flight), q.waiting_for or "")
         for q in answer.queue
     )
-    return table(("MODEL", ">WAITING", ">OLDEST", ">IN FLIGHT", "WAITING FOR"), rows)
+    return table(("MODEL", ">WAITING", ">OLDEST", ">IN FLIGHT", "~WAITING FOR"), rows)
 
 
 @click.command()
@@ -177,5 +184,5 @@ def _decision_table(answer: views.Decisions) -> Table | str:
         )
         for d in sorted(answer.decisions, key=lambda d: d.number)
     )
-    columns = (">#", ">AGO", "ACTION", "MODEL", "REPLICA", "NODE", "REASON", "CAUSE")
+    columns = (">#", ">AGO", "ACTION", "MODEL", "?REPLICA", "?NODE", "~REASON", "?~CAUSE")
     return table(columns, rows)
