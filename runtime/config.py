@@ -85,6 +85,12 @@ class RouterConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     store_max_bytes: Annotated[
         int, Meta(gt=0, description="of <state_dir>/jobs.db; then nothing more is taken in")
     ] = 10 * 2**30
+    jobs_per_tenant: Annotated[
+        int, Meta(gt=0, description="jobs of one tenant that wait or run, webhooks included")
+    ] = 10_000
+    batches_per_tenant: Annotated[
+        int, Meta(gt=0, description="batches of one tenant that have not ended")
+    ] = 100
     webhook_secret: str = ""  # base64 of 24 bytes or more; without one there are no webhooks
     webhook_private: Annotated[
         bool, Meta(description="webhooks may go to private addresses, and by http")

@@ -132,6 +132,7 @@ class Api:
         stream = False if later else _stream_wish(request)
         call = bodies.invocation(await self._body(request), model, stream)
         if later:
+            self._proxy.check_scope(request[CALLER], call.head.model, call.path)
             return await self._jobs.handlers.accept(request, call)
         return await self._serve(request, call.path, call.body, call.head)
 
@@ -286,7 +287,7 @@ class Api:
             access_log.add(
                 Line(
                     datetime.now(UTC), request_id, request.remote or "", request.method,
-                    request.path, response.status, code,
+                    request.path, response.status, code, *_whose(request),
                 )
             )  # fmt: skip
         return response
@@ -299,6 +300,12 @@ def _of_http(request: web.Request, error: web.HTTPException) -> ApiError:
     if error.status == 405:
         return ApiError(405, "method_not_allowed", f"{where} is not offered")
     return ApiError(error.status, "http_error", error.reason)
+
+
+def _whose(request: web.Request) -> tuple[str | None, str | None]:
+    """Tenant and key of the caller, where it is known."""
+    caller = request.get(CALLER)
+    return (None, None) if caller is None else (caller.tenant, caller.key_id)
 
 
 def _error_response(error: ApiError, request: web.Request) -> web.Response:

@@ -48,3 +48,4 @@ class Call:
     address: str = ""  # whom the answer goes to
     asked: str = ""  # the path the caller wrote, where it is not `path`
     attempt: Attempt | None = None  # a route chose `model`
+    counted: bool = False  # as a request, when its caller left it here

@@ -126,21 +126,24 @@ class Keys:
 
     # ------------------------------------------------------------------------------- use
 
-    def begin(self, caller: Caller, tokens: int, now: float, again: bool = False) -> None:
+    def begin(
+        self, caller: Caller, tokens: int, now: float, again: bool = False, counted: bool = False
+    ) -> None:
         """A call of about `tokens`. Raises ApiError (429): then nothing was charged.
 
         `again`: it was let in before and is tried by another model: that is no second request.
+        `counted`: it was left here, and counted as a request then: its other limits hold.
         """
         left_s = max(1.0, self._day_ends_at - now)
         for account in () if again else caller.accounts:
-            over = account.over(tokens, left_s, now)
+            over = account.over(tokens, left_s, now, counted)
             if over is not None:
                 headers = rate_headers(caller, now)
                 raise ApiError(
                     429, over.code, over.message, retry_after_s=over.retry_after_s, headers=headers
                 )
         for account in caller.accounts:
-            account.begin(tokens, again)
+            account.begin(tokens, again or counted)
 
     def end(self, caller: Caller, expected: int, tokens: int, gpu_s: float) -> None:
         """It is over, and took `tokens` where `expected` were paid for."""
@@ -197,6 +200,14 @@ def may(caller: Caller, names: tuple[str, ...], model: str, path: str) -> bool:
         if len(caller.known) < _ANSWERS:
             caller.known[*names, model, path] = known
     return known
+
+
+def reaches(caller: Caller, path: str) -> bool:
+    """Whether the caller may call `path` (without query), whatever the model."""
+    return all(
+        not scope.endpoints or any(fnmatchcase(path, p) for p in scope.endpoints)
+        for scope in caller.scopes
+    )
 
 
 def _allows(scope: Scope, names: Iterable[str], path: str) -> bool:

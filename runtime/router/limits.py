@@ -97,8 +97,11 @@ class Account:
         self._requests = _bucket(self._requests, limits.requests_per_min, now)
         self._tokens = _bucket(self._tokens, limits.tokens_per_min, now)
 
-    def over(self, tokens: int, day_left_s: float, now: float) -> Over | None:
-        """The limit that one more request of about `tokens` would go beyond."""
+    def over(
+        self, tokens: int, day_left_s: float, now: float, counted: bool = False
+    ) -> Over | None:
+        """The limit that one more request of about `tokens` would go beyond; `counted`: as a
+        request it was counted before."""
         limits = self.limits
         if limits is NO_LIMITS:
             return None
@@ -106,7 +109,7 @@ class Account:
         if limits.concurrent is not None and in_flight >= limits.concurrent:
             text = f"{limits.concurrent} requests at one time (concurrent)"
             return self._over("concurrency_limit", text, 1.0)
-        if self._requests is not None:
+        if self._requests is not None and not counted:
             self._requests.fill(now)
             if (wait_s := self._requests.wait_s(1)) > 0:
                 text = f"{limits.requests_per_min} requests a minute (requests_per_min)"

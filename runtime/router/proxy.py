@@ -162,16 +162,20 @@ class Proxy:
 
     def _let_in(self, call: Call, route: ModelRoute | None, tokens: int) -> None:
         """Charge a caller with a key. Raises ApiError (403, 429): then nothing was charged."""
-        path = call.path.partition("?")[0]
         attempt = call.attempt
         name, asked = route.name if route else call.model, call.model
         if attempt is not None:  # who may call a route may call what it leads to
             name, asked = attempt.route, attempt.asked
-        if not may(call.caller, (name,), asked, path):
-            message = f"this API key may not call {path} of model {asked!r}"
-            raise ApiError(403, "not_allowed", message)
+        _check_scope(call.caller, name, asked, call.path)
         again = attempt is not None and attempt.again
-        self.keys.begin(call.caller, tokens, self.gate.loop.time(), again)
+        self.keys.begin(call.caller, tokens, self.gate.loop.time(), again, call.counted)
+
+    def check_scope(self, caller: Caller, model: str, path: str) -> None:
+        """Raises ApiError (403) where `caller` may not call `path` of `model`, which may be a
+        route's name: what `serve` would say, for a call that is answered later."""
+        route, way = self.gate.find(model), self.gate.versions.ways.get(model)
+        name = way.route if way is not None else route.name if route is not None else model
+        _check_scope(caller, name, model, path)
 
     def _wish(self, call: Call, route: ModelRoute | None) -> Wish:
         """Keys of the prompt are made only where there is a choice of replicas, and how long the
@@ -524,6 +528,13 @@ class _Exchange:
         if route is None or model not in route.adapters:
             return None
         return refusals.adapter_late(forward.request_id, route)
+
+
+def _check_scope(caller: Caller, name: str, asked: str, path: str) -> None:
+    path = path.partition("?")[0]
+    if not may(caller, (name,), asked, path):
+        message = f"this API key may not call {path} of model {asked!r}"
+        raise ApiError(403, "not_allowed", message)
 
 
 def _hedge_after_s(route: ModelRoute | None, call: Call) -> float | None:

@@ -23,9 +23,10 @@ from openai.types import Batch
 from router_kit import Engine, Received, Stack, eventually
 
 from runtime.router import table_file
+from runtime.router.api import Api
 from runtime.router.call import Caller
 from runtime.router.fairness import BACKGROUND
-from runtime.router.jobs import batch_handlers, file_handlers, service
+from runtime.router.jobs import batch_handlers, service
 from runtime.router.proxy import Proxy
 from runtime.wire import RouteTable
 
@@ -291,8 +292,7 @@ async def test_pages_of_files_and_batches(stack: Stack, client: AsyncOpenAI) -> 
 async def test_another_tenants_things_are_not_found(
     stack: Stack, client: AsyncOpenAI, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in (batch_handlers, file_handlers):
-        monkeypatch.setattr(module, "caller_of", lambda r: Caller(r.headers.get("X-Tenant", "a")))
+    monkeypatch.setattr(Api, "_identify", lambda _, r: Caller(r.headers.get("X-Tenant", "a")))
     await stack.serve("m", await stack.engine(echo))
     batch = await ended(client, await submit(client, jsonl(line(1))))
     async with client_of(stack.url, default_headers={"X-Tenant": "b"}) as other:

@@ -20,8 +20,9 @@ from aiohttp import web
 from openai import AsyncOpenAI
 from router_kit import Stack, eventually, never, unary
 
+from runtime.router.api import Api
 from runtime.router.call import Caller
-from runtime.router.jobs import job_handlers, webhooks
+from runtime.router.jobs import webhooks
 from runtime.router.jobs.webhooks import PublicResolver
 from runtime.schema import SchemaError
 
@@ -142,7 +143,7 @@ async def test_delete_cancels_and_then_forgets(stack: Stack) -> None:
 async def test_another_tenants_job_is_not_found(
     stack: Stack, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(job_handlers, "caller_of", lambda r: Caller(r.headers.get("X-Tenant", "a")))
+    monkeypatch.setattr(Api, "_identify", lambda _, r: Caller(r.headers.get("X-Tenant", "a")))
     await stack.serve("m", await stack.engine(unary()))
     job = await until(stack, await submit(stack), "completed")
     url, other = f"{stack.url}/jobs/{job['id']}", {"X-Tenant": "b"}

@@ -17,9 +17,11 @@ from runtime.router.jobs import batch_rows, file_rows, hook_rows, job_rows
 from runtime.router.jobs.batch_rows import BatchRow, LineRow
 from runtime.router.jobs.file_rows import CHUNK_BYTES, ERROR, OK, FileRow
 from runtime.router.jobs.store import Store, StoreError, StoreFull
+from runtime.router.jobs.tenants import Owner
 
 ROOT = Path(__file__).parents[2]
 NOW = 1000.0
+FIRST_FORMAT = Path(__file__).parent / "jobs_format_1.sql"
 
 
 @pytest.fixture
@@ -30,7 +32,7 @@ async def db(tmp_path: Path) -> AsyncIterator[Store]:
 
 
 async def upload(db: Store, data: bytes, name: str = "file-1", tenant: str = "t") -> FileRow:
-    file = await db.write(file_rows.begin, name, tenant, NOW)
+    file = await db.write(file_rows.begin, name, Owner(tenant), NOW)
     await db.write(file_rows.add_chunks, file, 0, data)
     return await db.write(file_rows.end, file, "in.jsonl", "batch", len(data), NOW + 100)
 
@@ -71,8 +73,8 @@ async def test_the_file_is_its_owners_and_several_may_make_it_at_once(tmp_path: 
 
 async def test_a_write_that_fails_leaves_nothing(db: Store) -> None:
     def half(connection: sqlite3.Connection) -> None:
-        file_rows.begin(connection, "file-1", "t", NOW)
-        file_rows.begin(connection, "file-1", "t", NOW)  # the id is taken
+        file_rows.begin(connection, "file-1", Owner("t"), NOW)
+        file_rows.begin(connection, "file-1", Owner("t"), NOW)  # the id is taken
 
     with pytest.raises(StoreError):
         await db.write(half)
@@ -101,11 +103,11 @@ async def test_uploads_come_back_whole_and_in_part(db: Store) -> None:
 
 async def test_what_is_another_tenants_or_not_whole_is_not_there(db: Store) -> None:
     await upload(db, b"x", "file-1", "a")
-    await db.write(file_rows.begin, "file-2", "a", NOW)
-    assert await db.read(file_rows.get, "a", "file-1")
-    assert await db.read(file_rows.get, "b", "file-1") is None
-    assert await db.read(file_rows.get, "a", "file-2") is None
-    listed = await db.read(file_rows.page, "a", None, None, 10, False)
+    await db.write(file_rows.begin, "file-2", Owner("a"), NOW)
+    assert await db.read(file_rows.get, Owner("a"), "file-1")
+    assert await db.read(file_rows.get, Owner("b"), "file-1") is None
+    assert await db.read(file_rows.get, Owner("a"), "file-2") is None
+    listed = await db.read(file_rows.page, Owner("a"), None, None, 10, False)
     assert [file.id for file in listed] == ["file-1"]
 
 
@@ -127,7 +129,7 @@ async def test_the_end_gives_every_line_one_result_in_order(db: Store, status: s
         result = json.dumps({"custom_id": f"c{line}", "pad": "x" * 200}).encode()
         await db.write(batch_rows.finish_line, row.seq, line, outcome, result)
     if status == "cancelled":
-        assert (await db.write(batch_rows.cancel, "t", row.id, NOW)).status == "cancelling"
+        assert (await db.write(batch_rows.cancel, Owner("t"), row.id, NOW)).status == "cancelling"
     left = await db.write(
         batch_rows.end, row.seq, status, NOW + 1, "file-out", "file-err", "why not"
     )
@@ -136,7 +138,7 @@ async def test_the_end_gives_every_line_one_result_in_order(db: Store, status: s
     assert (ended.status, ended.completed + ended.failed) == (status, 900)
     seen = []
     for file_id in (ended.output_id, ended.error_id):
-        file = await db.read(file_rows.get, "t", file_id)
+        file = await db.read(file_rows.get, Owner("t"), file_id)
         whole = await content(db, file)
         assert len(whole) == file.size_bytes
         numbers = [int(json.loads(line)["custom_id"][1:]) for line in whole.splitlines()]
@@ -161,7 +163,7 @@ async def test_each_tenants_oldest_batches_are_worked_on_and_all_that_end(db: St
     for tenant in "ab":
         for number in range(6):
             await batch_of(db, 1, f"batch_{tenant}{number}", tenant)
-    await db.write(batch_rows.cancel, "a", "batch_a5", NOW)
+    await db.write(batch_rows.cancel, Owner("a"), "batch_a5", NOW)
     found = [row.id for row in await db.read(batch_rows.unfinished, NOW)]
     first = [f"batch_{tenant}{number}" for tenant in "ab" for number in range(4)]
     assert sorted(found) == sorted([*first, "batch_a5"])
@@ -170,23 +172,23 @@ async def test_each_tenants_oldest_batches_are_worked_on_and_all_that_end(db: St
 
 async def test_a_file_that_is_read_stays_and_what_has_expired_goes(db: Store) -> None:
     row = await batch_of(db, 1)
-    file = await db.read(file_rows.get, "t", row.input_id)
+    file = await db.read(file_rows.get, Owner("t"), row.input_id)
     assert await db.write(file_rows.delete_unused, file) == row.id
     assert await db.read(file_rows.expired, NOW + 999, 3600.0) == []
     await db.write(batch_rows.finish_line, row.seq, 1, OK, b"{}")
     await db.write(batch_rows.end, row.seq, "completed", NOW, "file-out", "file-err", "")
-    output = await db.read(file_rows.get, "t", "file-out")
+    output = await db.read(file_rows.get, Owner("t"), "file-out")
     assert sorted(await db.read(file_rows.expired, NOW + 999, 3600.0)) == [file.seq, output.seq]
     assert await db.read(batch_rows.expired, NOW + 29) == []
     assert await db.read(batch_rows.expired, NOW + 31) == [row.seq]
     await db.write(batch_rows.delete, row.seq)
     assert await db.write(file_rows.delete_unused, file) is None
-    assert await db.read(batch_rows.page, "t", None, 9) == []
+    assert await db.read(batch_rows.page, Owner("t"), None, 9) == []
     assert await content(db, output) == b""
 
 
 async def test_uploads_given_up_on_go(db: Store) -> None:
-    file = await db.write(file_rows.begin, "file-1", "t", NOW)
+    file = await db.write(file_rows.begin, "file-1", Owner("t"), NOW)
     assert await db.read(file_rows.expired, NOW + 3599, 3600.0) == []
     assert await db.read(file_rows.expired, NOW + 3601, 3600.0) == [file]
 
@@ -200,9 +202,9 @@ async def test_a_job_ends_once(db: Store) -> None:
     assert await db.write(job_rows.end, row.seq, "cancelled", None, None, NOW, 10.0)
     assert not await db.write(job_rows.end, row.seq, "completed", 200, b"late", NOW, 10.0)
     assert await db.write(job_rows.start, row.seq, NOW) is None
-    found, answer = await db.read(job_rows.with_answer, "t", "job_1")
+    found, answer = await db.read(job_rows.with_answer, Owner("t"), "job_1")
     assert (found.status, answer) == ("cancelled", None)
-    assert await db.read(job_rows.with_answer, "u", "job_1") is None
+    assert await db.read(job_rows.with_answer, Owner("u"), "job_1") is None
     assert len(await db.read(hook_rows.due, 10)) == 1
     assert await db.write(job_rows.sweep, NOW + 11) == 1
 
@@ -240,6 +242,7 @@ WRITER = """
 import asyncio, sys
 from pathlib import Path
 from runtime.router.jobs import batch_rows
+from runtime.router.jobs.tenants import Owner
 from runtime.router.jobs.store import Store
 
 async def main():
@@ -278,3 +281,41 @@ async def test_what_was_said_to_be_kept_is_kept_after_kill_9(tmp_path: Path) -> 
     (next_line, *_) = await db.read(batch_rows.pending, row.seq, 0, 1)
     assert next_line.line == max(kept) + 1
     await db.close()
+
+
+async def job_of(db: Store, tenant: str, name: str) -> int:
+    row = await db.write(
+        job_rows.insert, name, tenant, None, 0, "m", "/v1/completions", b"{}",
+        "https://x.example/", NOW, 60.0,
+    )  # fmt: skip
+    return row.seq
+
+
+async def test_each_tenant_has_a_window_of_its_own_in_every_queue(db: Store) -> None:
+    for number in range(12):
+        await job_of(db, "greedy", f"job_g{number}")
+    last = await job_of(db, "modest", "job_m")
+    found = await db.read(job_rows.unfinished, 3)
+    assert [row.id for row in found] == ["job_g0", "job_g1", "job_g2", "job_m"]
+    assert await db.read(job_rows.waiting, "greedy") == 12
+    for job in (*range(1, 13), last):
+        await db.write(job_rows.end, job, "cancelled", None, None, NOW, 10.0)
+    hooks = await db.read(hook_rows.due, 3)
+    assert [hook.tenant for hook in hooks] == ["greedy"] * 3 + ["modest"]
+    assert await db.read(job_rows.waiting, "greedy") == 12  # what is still to be delivered counts
+
+
+async def test_a_file_of_the_first_format_is_taken_over_whole(tmp_path: Path) -> None:
+    path = tmp_path / "jobs.db"
+    old = FIRST_FORMAT.read_text()
+    with sqlite3.connect(path) as made:
+        made.executescript(old)
+    made.close()
+    db = Store(path, 2**30)
+    assert [row.id for row in await db.read(job_rows.unfinished, 9)] == ["job_1"]
+    assert [hook.tenant for hook in await db.read(hook_rows.due, 9)] == ["b"]
+    assert (await db.read(file_rows.get, Owner("a"), "file-1")).key_id is None
+    await db.close()
+    again = Store(path, 2**30)
+    assert len(await again.read(hook_rows.due, 9)) == 1
+    await again.close()

@@ -1,7 +1,9 @@
 """OpenAI's batches over HTTP.
 
 Rules this file keeps:
-- a batch is its caller's tenant's; another tenant's id is not found;
+- a batch is its caller's tenant's; the id of one that the caller may not see is not found;
+- a batch is a request of its caller's, within its scope and limits, like any other; its lines are
+  checked as they are sent, each for its model;
 - what cannot be carried out is refused at once, with the field and the fix.
 """
 
@@ -24,12 +26,18 @@ from runtime.router.jobs.lines import ENDPOINTS
 from runtime.router.jobs.requests import (
     body_of,
     caller_of,
+    check_path,
     check_webhook,
+    counted,
     limit_of,
     not_found,
+    owner_of,
     shown,
+    too_many,
 )
 from runtime.router.jobs.store import Store
+from runtime.router.jobs.tenants import Owner
+from runtime.router.keys import Keys, reaches
 
 WEBHOOK_KEY = "webhook"  # of a batch's metadata
 _BATCHES_MAX = 100
@@ -54,9 +62,12 @@ class _NewBatch(Struct):
 class BatchHandlers:
     """`/v1/batches`. `wake`: there is work."""
 
-    def __init__(self, store: Store, settings: RouterConfig, wake: Callable[[], None]) -> None:
+    def __init__(
+        self, store: Store, settings: RouterConfig, keys: Keys, wake: Callable[[], None]
+    ) -> None:
         self._store = store
         self._settings = settings
+        self._keys = keys
         self._wake = wake
 
     def routes(self) -> list[web.RouteDef]:
@@ -69,18 +80,28 @@ class BatchHandlers:
         ]
 
     async def _create_batch(self, request: web.Request) -> web.Response:
+        check_path(request)
+        async with counted(request, self._keys):
+            return await self._take_in(request)
+
+    async def _take_in(self, request: web.Request) -> web.Response:
         asked = await body_of(request, _NewBatch, self._settings.read_timeout_s)
         if asked.endpoint not in ENDPOINTS:
             message = f"endpoint must be one of {', '.join(ENDPOINTS)}, got {asked.endpoint[:80]!r}"
             raise ApiError(400, "invalid_field", message, param="endpoint")
-        caller = caller_of(request)
-        file = await find_file(self._store, caller.tenant, asked.input_file_id)
+        caller, most = caller_of(request), self._settings.batches_per_tenant
+        if not reaches(caller, asked.endpoint):
+            message = f"this API key may not call {asked.endpoint}; its scope lists its endpoints"
+            raise ApiError(403, "not_allowed", message, param="endpoint")
+        file = await find_file(self._store, owner_of(request), asked.input_file_id)
         if file.purpose != "batch":
             message = f"file {file.id} has purpose {file.purpose!r}, not 'batch'"
             raise ApiError(400, "invalid_field", message, param="input_file_id")
         webhook = (asked.metadata or {}).get(WEBHOOK_KEY)
         check_webhook(f"metadata.{WEBHOOK_KEY}", webhook, self._settings)
         await self._store.check_room()
+        if await self._store.read(batch_rows.waiting, caller.tenant) >= most:
+            raise too_many("batches", most)
         expiry = asked.output_expires_after
         row = await self._store.write(
             batch_rows.insert, f"batch_{secrets.token_hex(12)}", caller.tenant, caller.key_id,
@@ -93,20 +114,23 @@ class BatchHandlers:
         return shown(shapes.batch_object(row))
 
     async def _batches(self, request: web.Request) -> web.Response:
+        check_path(request)
         limit, after = limit_of(request, 20, _BATCHES_MAX), request.query.get("after")
-        tenant = caller_of(request).tenant
-        seq = None if after is None else (await self._find_batch(tenant, after)).seq
-        found = await self._store.read(batch_rows.page, tenant, seq, limit + 1)
+        owner = owner_of(request)
+        seq = None if after is None else (await self._find_batch(owner, after)).seq
+        found = await self._store.read(batch_rows.page, owner, seq, limit + 1)
         objects = [shapes.batch_object(row) for row in found[:limit]]
         return shown(shapes.listing(objects, len(found) > limit))
 
     async def _batch(self, request: web.Request) -> web.Response:
-        tenant = caller_of(request).tenant
-        return shown(shapes.batch_object(await self._find_batch(tenant, request.match_info["id"])))
+        check_path(request)
+        row = await self._find_batch(owner_of(request), request.match_info["id"])
+        return shown(shapes.batch_object(row))
 
     async def _cancel_batch(self, request: web.Request) -> web.Response:
-        tenant, batch_id = caller_of(request).tenant, request.match_info["id"]
-        row = await self._store.write(batch_rows.cancel, tenant, batch_id, time.time())
+        check_path(request)
+        owner, batch_id = owner_of(request), request.match_info["id"]
+        row = await self._store.write(batch_rows.cancel, owner, batch_id, time.time())
         if row is None:
             raise not_found("batch", batch_id)
         if row.status in shapes.FINAL and row.status != "cancelled":
@@ -115,8 +139,8 @@ class BatchHandlers:
         self._wake()
         return shown(shapes.batch_object(row))
 
-    async def _find_batch(self, tenant: str, batch_id: str) -> batch_rows.BatchRow:
-        row = await self._store.read(batch_rows.get, tenant, batch_id)
+    async def _find_batch(self, owner: Owner, batch_id: str) -> batch_rows.BatchRow:
+        row = await self._store.read(batch_rows.get, owner, batch_id)
         if row is None:
             raise not_found("batch", batch_id)
         return row

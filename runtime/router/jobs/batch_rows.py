@@ -16,6 +16,7 @@ import msgspec
 
 from runtime.router.jobs import file_rows, hook_rows, shapes
 from runtime.router.jobs.file_rows import ERROR, OK
+from runtime.router.jobs.tenants import Owner, oldest_of_each
 
 PER_TENANT = 4  # batches of one tenant that are worked on at a time, the oldest first
 
@@ -67,7 +68,7 @@ def insert(
     keep_s: float, webhook: str | None,
 ) -> BatchRow | None:  # fmt: skip
     """A batch that waits for its validation; None where its file was deleted meanwhile."""
-    if file_rows.get(db, tenant, file.id) is None:
+    if file_rows.get(db, Owner(tenant), file.id) is None:
         return None
     made = db.execute(
         "INSERT INTO batches (id, tenant, key_id, endpoint, input, input_id, metadata, created_at,"
@@ -82,11 +83,11 @@ def insert(
     return by_seq(db, made.lastrowid)
 
 
-def get(db: sqlite3.Connection, tenant: str, batch_id: str) -> BatchRow | None:
-    """The tenant's batch of that id."""
-    query = f"SELECT {_COLUMNS} FROM batches WHERE id = ? AND tenant = ?"
-    row = db.execute(query, (batch_id, tenant)).fetchone()
-    return _row(row) if row else None
+def get(db: sqlite3.Connection, owner: Owner, batch_id: str) -> BatchRow | None:
+    """The owner's batch of that id."""
+    found = db.execute(f"SELECT {_COLUMNS} FROM batches WHERE id = ?", (batch_id,)).fetchone()
+    row = _row(found) if found else None
+    return row if row is not None and owner.sees(row.tenant, row.key_id) else None
 
 
 def by_seq(db: sqlite3.Connection, batch: int) -> BatchRow:
@@ -94,24 +95,32 @@ def by_seq(db: sqlite3.Connection, batch: int) -> BatchRow:
     return _row(db.execute(f"SELECT {_COLUMNS} FROM batches WHERE seq = ?", (batch,)).fetchone())
 
 
-def page(db: sqlite3.Connection, tenant: str, after: int | None, limit: int) -> list[BatchRow]:
+def page(db: sqlite3.Connection, owner: Owner, after: int | None, limit: int) -> list[BatchRow]:
     """At most `limit` batches older than the one whose seq is `after`, the newest first."""
     query = (
         f"SELECT {_COLUMNS} FROM batches WHERE tenant = :tenant"
+        " AND (:key IS NULL OR key_id = :key)"
         " AND (:after IS NULL OR seq < :after) ORDER BY seq DESC LIMIT :limit"
     )
-    found = db.execute(query, {"tenant": tenant, "after": after, "limit": limit})
-    return [_row(row) for row in found]
+    asked = {"tenant": owner.tenant, "key": owner.key_id, "after": after, "limit": limit}
+    return [_row(row) for row in db.execute(query, asked)]
 
 
 def unfinished(db: sqlite3.Connection, now: float) -> list[BatchRow]:
     """The PER_TENANT oldest of each tenant, and all that are to end now."""
     query = (
-        f"SELECT {_COLUMNS} FROM (SELECT *, row_number() OVER (PARTITION BY tenant ORDER BY seq)"
-        " AS place FROM batches WHERE ended_at IS NULL)"
-        " WHERE place <= ? OR status = 'cancelling' OR expires_at <= ? ORDER BY seq"
+        f"SELECT {_COLUMNS} FROM batches WHERE ended_at IS NULL"
+        " AND (status = 'cancelling' OR expires_at <= ?)"
     )
-    return [_row(row) for row in db.execute(query, (PER_TENANT, now))]
+    found = oldest_of_each(db, "batches", _COLUMNS, PER_TENANT)
+    rows = {row[0]: row for row in (*found, *db.execute(query, (now,)))}
+    return [_row(rows[seq]) for seq in sorted(rows)]
+
+
+def waiting(db: sqlite3.Connection, tenant: str) -> int:
+    """How many of the tenant's batches have not ended."""
+    query = "SELECT count(*) FROM batches WHERE ended_at IS NULL AND tenant = ?"
+    return int(db.execute(query, (tenant,)).fetchone()[0])
 
 
 # ------------------------------------------------------------------------------------ validation
@@ -173,12 +182,12 @@ def finish_line(db: sqlite3.Connection, batch: int, line: int, outcome: int, res
 # ------------------------------------------------------------------------------------ its end
 
 
-def cancel(db: sqlite3.Connection, tenant: str, batch_id: str, now: float) -> BatchRow | None:
+def cancel(db: sqlite3.Connection, owner: Owner, batch_id: str, now: float) -> BatchRow | None:
     """Ask for its end; the batch as it is then."""
-    row = get(db, tenant, batch_id)
+    row = get(db, owner, batch_id)
     if row is not None and row.status in ("validating", "in_progress"):
         _enter(db, row.seq, "cancelling", now, only=row.status)
-    return get(db, tenant, batch_id)
+    return get(db, owner, batch_id)
 
 
 def end(
@@ -198,8 +207,9 @@ def end(
     if row.status != "cancelling":
         _enter(db, batch, "finalizing", now, only=row.status)
     until = now + row.keep_s
-    output = file_rows.add_output(db, output_id, row.tenant, batch, OK, now, until)
-    errors = file_rows.add_output(db, error_id, row.tenant, batch, ERROR, now, until)
+    owner = Owner(row.tenant, row.key_id)
+    output = file_rows.add_output(db, output_id, owner, batch, OK, now, until)
+    errors = file_rows.add_output(db, error_id, owner, batch, ERROR, now, until)
     db.execute(
         "UPDATE batches SET output_id = ?, error_id = ?, failed = failed + ? WHERE seq = ?",
         (output, errors, left, batch),
@@ -227,7 +237,7 @@ def _over(db: sqlite3.Connection, batch: int, now: float) -> None:
     row = by_seq(db, batch)
     if row.webhook is not None:
         event = shapes.event(f"batch.{row.status}", row.id, shapes.batch_object(row), now)
-        hook_rows.insert(db, row.webhook, event)
+        hook_rows.insert(db, row.tenant, row.webhook, event)
 
 
 def _enter(

@@ -21,6 +21,7 @@ from runtime.router.jobs.metrics import JobMetrics
 from runtime.router.jobs.plan import Item, Key, Plan
 from runtime.router.jobs.send import Sender, Sent, send
 from runtime.router.jobs.store import Store, StoreError
+from runtime.router.jobs.tenants import Turns
 from runtime.router.jobs.validate import validate
 from runtime.router.proxy import Proxy
 
@@ -59,6 +60,7 @@ class Batches:
         self._read_to: dict[int, int] = {}  # batch -> the last line known
         self._has_room = True
         self._validation: tuple[int, asyncio.Task[None]] | None = None
+        self._validated = Turns()
 
     @property
     def busy(self) -> bool:
@@ -75,10 +77,9 @@ class Batches:
                 await self._end(row, "cancelled")
             elif row.expires_at <= now:
                 await self._end(row, "expired")
-            elif row.status == "validating":
-                self._validate_next(row)
-            elif await self._refill(row) == 0:
+            elif row.status != "validating" and await self._refill(row) == 0:
                 await self._end(row, "completed")
+        self._validate_next([row for row in rows if row.status == "validating"])
         self._has_room = await self._store.has_room()  # else results could not be kept
         self._pump()
 
@@ -164,9 +165,12 @@ class Batches:
 
     # -------------------------------------------------------------------------------- validation
 
-    def _validate_next(self, row: BatchRow) -> None:
-        """One file at a time, beside the lines that are being sent."""
-        if self._validation is None:
+    def _validate_next(self, rows: list[BatchRow]) -> None:
+        """One file at a time, beside the lines that are being sent; tenants take turns."""
+        rows = [row for row in rows if row.seq in self._rows]  # the others have just ended
+        if self._validation is None and rows:
+            tenant = self._validated.next(row.tenant for row in rows)
+            row = next(row for row in rows if row.tenant == tenant)
             task = asyncio.get_running_loop().create_task(self._validate(row))
             self._validation = (row.seq, task)
 

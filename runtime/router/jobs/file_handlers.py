@@ -1,6 +1,8 @@
 """OpenAI's files over HTTP.
 
-Rule this file keeps: a file is its caller's tenant's; another tenant's id is not found.
+Rules this file keeps:
+- a file is its caller's tenant's; the id of one that the caller may not see is not found;
+- an upload is a request of its caller's, within its scope and limits, like any other.
 """
 
 from __future__ import annotations
@@ -11,8 +13,18 @@ from runtime.config import RouterConfig
 from runtime.router.errors import ApiError
 from runtime.router.jobs import file_rows, shapes, upload
 from runtime.router.jobs.file_rows import FileRow
-from runtime.router.jobs.requests import caller_of, limit_of, not_found, shown
+from runtime.router.jobs.requests import (
+    check_path,
+    counted,
+    limit_of,
+    maker_of,
+    not_found,
+    owner_of,
+    shown,
+)
 from runtime.router.jobs.store import Store
+from runtime.router.jobs.tenants import Owner
+from runtime.router.keys import Keys
 
 _FILES_MAX = 10_000
 
@@ -20,9 +32,10 @@ _FILES_MAX = 10_000
 class FileHandlers:
     """`/v1/files`."""
 
-    def __init__(self, store: Store, settings: RouterConfig) -> None:
+    def __init__(self, store: Store, settings: RouterConfig, keys: Keys) -> None:
         self._store = store
         self._settings = settings
+        self._keys = keys
 
     def routes(self) -> list[web.RouteDef]:
         """For the application."""
@@ -35,27 +48,30 @@ class FileHandlers:
         ]
 
     async def _create_file(self, request: web.Request) -> web.Response:
+        check_path(request)
         settings = self._settings
-        file = await upload.take_in(
-            request,
-            self._store,
-            caller_of(request).tenant,
-            max_bytes=settings.batch_file_max_bytes,
-            keep_s=settings.results_keep_s,
-            read_s=settings.read_timeout_s,
-        )
+        async with counted(request, self._keys):
+            file = await upload.take_in(
+                request,
+                self._store,
+                maker_of(request),
+                max_bytes=settings.batch_file_max_bytes,
+                keep_s=settings.results_keep_s,
+                read_s=settings.read_timeout_s,
+            )
         return shown(shapes.file_object(file))
 
     async def _files(self, request: web.Request) -> web.Response:
+        check_path(request)
         limit = limit_of(request, _FILES_MAX, _FILES_MAX)
         order, after = request.query.get("order", "desc"), request.query.get("after")
         if order not in ("asc", "desc"):
             message = f"order must be asc or desc, got {order[:80]!r}"
             raise ApiError(400, "invalid_field", message, param="order")
-        tenant = caller_of(request).tenant
-        seq = None if after is None else (await find_file(self._store, tenant, after)).seq
+        owner = owner_of(request)
+        seq = None if after is None else (await find_file(self._store, owner, after)).seq
         found = await self._store.read(
-            file_rows.page, tenant, request.query.get("purpose"), seq, limit + 1, order == "desc"
+            file_rows.page, owner, request.query.get("purpose"), seq, limit + 1, order == "desc"
         )
         objects = [shapes.file_object(file) for file in found[:limit]]
         return shown(shapes.listing(objects, len(found) > limit))
@@ -94,13 +110,13 @@ class FileHandlers:
         return response
 
     async def _asked_file(self, request: web.Request) -> FileRow:
-        tenant = caller_of(request).tenant
-        return await find_file(self._store, tenant, request.match_info["id"])
+        check_path(request)
+        return await find_file(self._store, owner_of(request), request.match_info["id"])
 
 
-async def find_file(store: Store, tenant: str, file_id: str) -> FileRow:
-    """The tenant's file. Raises ApiError (404)."""
-    file = await store.read(file_rows.get, tenant, file_id)
+async def find_file(store: Store, owner: Owner, file_id: str) -> FileRow:
+    """The owner's file. Raises ApiError (404)."""
+    file = await store.read(file_rows.get, owner, file_id)
     if file is None:
         raise not_found("file", file_id)
     return file

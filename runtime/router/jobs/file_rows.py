@@ -8,12 +8,16 @@ from __future__ import annotations
 import sqlite3
 from dataclasses import dataclass
 
+from runtime.router.jobs.tenants import Owner
+
 CHUNK_BYTES = 64 * 1024
 _PAGE = 200  # output lines read at once
 
 OK, ERROR = 1, 2  # outcomes of a line; 0: it has none yet
 
-_COLUMNS = "seq, id, tenant, filename, purpose, size_bytes, created_at, expires_at, batch, outcome"
+_COLUMNS = (
+    "seq, id, tenant, filename, purpose, size_bytes, created_at, expires_at, batch, outcome, key_id"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,14 +34,15 @@ class FileRow:
     expires_at: float
     batch: int | None = None
     outcome: int | None = None
+    key_id: str | None = None  # of who uploaded it, or made its batch
 
 
-def begin(db: sqlite3.Connection, file_id: str, tenant: str, now: float) -> int:
+def begin(db: sqlite3.Connection, file_id: str, owner: Owner, now: float) -> int:
     """A file that is still coming in; returns its `seq`."""
     made = db.execute(
         "INSERT INTO files (id, tenant, filename, purpose, size_bytes, created_at, expires_at,"
-        " whole) VALUES (?, ?, '', '', 0, ?, ?, 0)",
-        (file_id, tenant, now, now),
+        " whole, key_id) VALUES (?, ?, '', '', 0, ?, ?, 0, ?)",
+        (file_id, owner.tenant, now, now, owner.key_id),
     )
     assert made.lastrowid is not None
     return made.lastrowid
@@ -65,7 +70,7 @@ def end(
 
 
 def add_output(
-    db: sqlite3.Connection, file_id: str, tenant: str, batch: int, outcome: int, now: float,
+    db: sqlite3.Connection, file_id: str, owner: Owner, batch: int, outcome: int, now: float,
     until: float,
 ) -> str | None:  # fmt: skip
     """The file of a batch's lines with this outcome; None where there is no such line."""
@@ -78,32 +83,37 @@ def add_output(
     name = f"{file_id}_{'output' if outcome == OK else 'error'}.jsonl"
     db.execute(
         "INSERT INTO files (id, tenant, filename, purpose, size_bytes, created_at, expires_at,"
-        " batch, outcome, whole) VALUES (?, ?, ?, 'batch_output', ?, ?, ?, ?, ?, 1)",
-        (file_id, tenant, name, size, now, until, batch, outcome),
+        " batch, outcome, whole, key_id) VALUES (?, ?, ?, 'batch_output', ?, ?, ?, ?, ?, 1, ?)",
+        (file_id, owner.tenant, name, size, now, until, batch, outcome, owner.key_id),
     )
     return file_id
 
 
-def get(db: sqlite3.Connection, tenant: str, file_id: str) -> FileRow | None:
-    """The tenant's file of that id."""
-    query = f"SELECT {_COLUMNS} FROM files WHERE id = ? AND tenant = ? AND whole"
-    row = db.execute(query, (file_id, tenant)).fetchone()
-    return FileRow(*row) if row else None
+def get(db: sqlite3.Connection, owner: Owner, file_id: str) -> FileRow | None:
+    """The owner's file of that id."""
+    query = f"SELECT {_COLUMNS} FROM files WHERE id = ? AND whole"
+    found = db.execute(query, (file_id,)).fetchone()
+    row = FileRow(*found) if found else None
+    return row if row is not None and owner.sees(row.tenant, row.key_id) else None
 
 
 def page(
-    db: sqlite3.Connection, tenant: str, purpose: str | None, after: int | None, limit: int,
+    db: sqlite3.Connection, owner: Owner, purpose: str | None, after: int | None, limit: int,
     descending: bool,
 ) -> list[FileRow]:  # fmt: skip
     """At most `limit` files behind the one whose seq is `after`."""
     side, order = ("<", "DESC") if descending else (">", "ASC")
     query = (
         f"SELECT {_COLUMNS} FROM files WHERE tenant = :tenant AND whole"
+        " AND (:key IS NULL OR key_id = :key)"
         " AND (:purpose IS NULL OR purpose = :purpose)"
         f" AND (:after IS NULL OR seq {side} :after) ORDER BY seq {order} LIMIT :limit"
     )
-    found = {"tenant": tenant, "purpose": purpose, "after": after, "limit": limit}
-    return [FileRow(*row) for row in db.execute(query, found)]
+    asked = {
+        "tenant": owner.tenant, "key": owner.key_id, "purpose": purpose, "after": after,
+        "limit": limit,
+    }  # fmt: skip
+    return [FileRow(*row) for row in db.execute(query, asked)]
 
 
 def content(db: sqlite3.Connection, file: FileRow, position: int) -> tuple[bytes, int | None]:

@@ -8,6 +8,8 @@ from __future__ import annotations
 import sqlite3
 from dataclasses import dataclass
 
+from runtime.router.jobs.tenants import oldest_of_each
+
 
 @dataclass(frozen=True, slots=True)
 class HookRow:
@@ -16,16 +18,18 @@ class HookRow:
     id: str
     url: str
     body: bytes
+    tenant: str
 
 
-def insert(db: sqlite3.Connection, url: str, event: tuple[str, bytes]) -> None:
-    """`event`: its id and its body."""
-    db.execute("INSERT INTO hooks VALUES (?, ?, ?)", (event[0], url, event[1]))
+def insert(db: sqlite3.Connection, tenant: str, url: str, event: tuple[str, bytes]) -> None:
+    """`event`: its id and its body, of something that is the tenant's."""
+    query = "INSERT INTO hooks (id, url, body, tenant) VALUES (?, ?, ?, ?)"
+    db.execute(query, (event[0], url, event[1], tenant))
 
 
 def due(db: sqlite3.Connection, limit: int) -> list[HookRow]:
-    """What is not delivered yet, the oldest first."""
-    found = db.execute("SELECT id, url, body FROM hooks ORDER BY rowid LIMIT ?", (limit,))
+    """What is not delivered yet: at most `limit` of each tenant, its oldest first."""
+    found = oldest_of_each(db, "hooks", "id, url, body, tenant", limit, "TRUE")
     return [HookRow(*row) for row in found]
 
 

@@ -24,7 +24,7 @@ log = logging.getLogger("stoker.router.jobs")
 WINDOW_S = 24 * 3600.0  # what has no answer by then gets none
 IN_FLIGHT = 64
 PER_MODEL = 16  # at first
-KNOWN = 1000  # of the oldest
+KNOWN = 200  # of each tenant, its oldest
 _HEADERS = ((b"Content-Type", b"application/json"),)
 
 
@@ -47,16 +47,13 @@ class Invokes:
         self._wake = wake
         self.sender = Sender(Plan(IN_FLIGHT, PER_MODEL), self._send, self._ended)
         self._rows: dict[int, JobRow] = {}
-
-    @property
-    def busy(self) -> bool:
-        """Whether there is anything to do."""
-        return bool(self._rows)
+        self.busy = False  # whether there is anything to do
 
     async def step(self) -> None:
         """Do what the store says is to be done. Raises StoreError."""
         now = time.time()
         found = await self._store.read(job_rows.unfinished, KNOWN)
+        self.busy = bool(found)
         rows = {row.seq: row for row in found if row.deadline_at > now}
         for job in [job for job in self._rows if job not in rows]:  # over, or cancelled meanwhile
             await self.sender.call_off(job)
@@ -79,7 +76,10 @@ class Invokes:
         if body is None:  # it was cancelled just now
             return Sent("answered")
         caller = Caller(row.tenant, row.key_id, row.priority)
-        call = Call(row.id, row.model, row.path, _HEADERS, body, False, read_head(body), caller)
+        call = Call(
+            row.id, row.model, row.path, _HEADERS, body, False, read_head(body), caller,
+            counted=True,
+        )  # fmt: skip
         sent = await send(self._proxy, call)
         if sent.verdict == "broken" and self.sender.plan.last_try(item[:2]):
             sent = sent._replace(verdict="given up")

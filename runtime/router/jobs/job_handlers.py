@@ -1,6 +1,8 @@
 """Jobs over HTTP: `Prefer: respond-async` on /invoke, and GET and DELETE of /jobs/{id}.
 
-Rule this file keeps: a job is its caller's tenant's; another tenant's id is not found.
+Rules this file keeps:
+- a job is its caller's tenant's; the id of one that the caller may not see is not found;
+- what is accepted is a request of its caller's, within its scope and limits, like any other.
 """
 
 from __future__ import annotations
@@ -20,11 +22,15 @@ from runtime.router.jobs.metrics import JobMetrics
 from runtime.router.jobs.requests import (
     caller_of,
     check_webhook,
+    counted,
     not_found,
+    owner_of,
     shown,
+    too_many,
     webhook_problem,
 )
 from runtime.router.jobs.store import Store
+from runtime.router.keys import Keys
 
 WEBHOOK_HEADER = "X-Stoker-Webhook"
 
@@ -33,10 +39,16 @@ class JobHandlers:
     """`/jobs`. `wake`: there is work."""
 
     def __init__(
-        self, store: Store, settings: RouterConfig, metrics: JobMetrics, wake: Callable[[], None]
+        self,
+        store: Store,
+        settings: RouterConfig,
+        keys: Keys,
+        metrics: JobMetrics,
+        wake: Callable[[], None],
     ) -> None:
         self._store = store
         self._settings = settings
+        self._keys = keys
         self._metrics = metrics
         self._wake = wake
 
@@ -56,9 +68,15 @@ class JobHandlers:
         return True
 
     async def accept(self, request: web.Request, call: Invocation) -> web.Response:
-        """202 and the job that makes `call`."""
+        """202 and the job that makes `call`, which its caller's scope allows."""
+        async with counted(request, self._keys):
+            return await self._keep(request, call)
+
+    async def _keep(self, request: web.Request, call: Invocation) -> web.Response:
         await self._store.check_room(len(call.body))
-        caller = caller_of(request)
+        caller, most = caller_of(request), self._settings.jobs_per_tenant
+        if await self._store.read(job_rows.waiting, caller.tenant) >= most:
+            raise too_many("jobs", most)
         row = await self._store.write(
             job_rows.insert, f"job_{secrets.token_hex(12)}", caller.tenant, caller.key_id,
             caller.priority, call.head.model, call.path, call.body,
@@ -73,16 +91,16 @@ class JobHandlers:
         return shown(shapes.job_object(row, None), 202, headers)
 
     async def _job(self, request: web.Request) -> web.Response:
-        tenant, job_id = caller_of(request).tenant, request.match_info["id"]
-        found = await self._store.read(job_rows.with_answer, tenant, job_id)
+        owner, job_id = owner_of(request), request.match_info["id"]
+        found = await self._store.read(job_rows.with_answer, owner, job_id)
         if found is None:
             raise not_found("job", job_id)
         return shown(shapes.job_object(*found))
 
     async def _delete_job(self, request: web.Request) -> web.Response:
         """Cancel it, or forget its answer."""
-        tenant, job_id = caller_of(request).tenant, request.match_info["id"]
-        row = await self._store.read(job_rows.get, tenant, job_id)
+        owner, job_id = owner_of(request), request.match_info["id"]
+        row = await self._store.read(job_rows.get, owner, job_id)
         if row is None:
             raise not_found("job", job_id)
         keep_s = self._settings.results_keep_s

@@ -9,6 +9,7 @@ import sqlite3
 from dataclasses import dataclass
 
 from runtime.router.jobs import hook_rows, shapes
+from runtime.router.jobs.tenants import Owner, oldest_of_each
 
 _COLUMNS = (
     "seq, id, tenant, key_id, priority, model, path, created_at, deadline_at, webhook, status,"
@@ -48,23 +49,23 @@ def insert(
         " deadline_at, status) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, 'queued')",
         (job_id, tenant, key_id, priority, model, path, body, webhook, now, now + window_s),
     )
-    row = get(db, tenant, job_id)
+    row = get(db, Owner(tenant), job_id)
     assert row is not None
     return row
 
 
-def get(db: sqlite3.Connection, tenant: str, job_id: str) -> JobRow | None:
-    """The tenant's job of that id."""
-    query = f"SELECT {_COLUMNS} FROM jobs WHERE id = ? AND tenant = ?"
-    row = db.execute(query, (job_id, tenant)).fetchone()
-    return JobRow(*row) if row else None
+def get(db: sqlite3.Connection, owner: Owner, job_id: str) -> JobRow | None:
+    """The owner's job of that id."""
+    found = db.execute(f"SELECT {_COLUMNS} FROM jobs WHERE id = ?", (job_id,)).fetchone()
+    row = JobRow(*found) if found else None
+    return row if row is not None and owner.sees(row.tenant, row.key_id) else None
 
 
 def with_answer(
-    db: sqlite3.Connection, tenant: str, job_id: str
+    db: sqlite3.Connection, owner: Owner, job_id: str
 ) -> tuple[JobRow, bytes | None] | None:
-    """The tenant's job and the body of its answer."""
-    row = get(db, tenant, job_id)
+    """The owner's job and the body of its answer."""
+    row = get(db, owner, job_id)
     if row is None:
         return None
     answer = db.execute("SELECT answer FROM jobs WHERE seq = ?", (row.seq,)).fetchone()
@@ -72,9 +73,15 @@ def with_answer(
 
 
 def unfinished(db: sqlite3.Connection, limit: int) -> list[JobRow]:
-    """The oldest jobs without an answer."""
-    query = f"SELECT {_COLUMNS} FROM jobs WHERE ended_at IS NULL ORDER BY seq LIMIT ?"
-    return [JobRow(*row) for row in db.execute(query, (limit,))]
+    """Jobs without an answer: at most `limit` of each tenant, its oldest first."""
+    return [JobRow(*row) for row in oldest_of_each(db, "jobs", _COLUMNS, limit)]
+
+
+def waiting(db: sqlite3.Connection, tenant: str) -> int:
+    """How many of the tenant's jobs have no answer yet, or a webhook that is not delivered."""
+    jobs = "SELECT count(*) FROM jobs WHERE ended_at IS NULL AND tenant = ?"
+    hooks = "SELECT count(*) FROM hooks WHERE tenant = ?"
+    return sum(int(db.execute(query, (tenant,)).fetchone()[0]) for query in (jobs, hooks))
 
 
 def start(db: sqlite3.Connection, job: int, now: float) -> bytes | None:
@@ -109,7 +116,7 @@ def end(
     row = JobRow(*db.execute(f"SELECT {_COLUMNS} FROM jobs WHERE seq = ?", (job,)).fetchone())
     if row.webhook is not None:
         event = shapes.event(f"job.{row.status}", row.id, shapes.job_object(row, None), now)
-        hook_rows.insert(db, row.webhook, event)
+        hook_rows.insert(db, row.tenant, row.webhook, event)
     return True
 
 

@@ -1,10 +1,14 @@
 """Which piece of waiting work is sent next, and what its end means for what follows. Pure.
 
 Rules this file keeps:
-- at most `limit` pieces are in flight, and of each model as many as its window allows: one more
-  after each answer, `first_window` at the beginning, one again after a refusal;
-- a refused or broken piece goes back to the head of its lane; its model rests, longer with each
-  refusal in a row. Only a piece that ended without an answer BREAKS_MAX times is given up on;
+- at most `limit` pieces are in flight, but that a tenant with none there may send one, while there
+  are fewer than twice as many: whoever fills the limit keeps nobody else out;
+- of each tenant's model as many as its window allows: one more after each answer, `first_window`
+  at the beginning, one again after a refusal. A refusal may be a tenant's own (its limits), so it
+  says nothing of the others;
+- a refused or broken piece goes back to the head of its lane; its model rests for its tenant,
+  longer with each refusal in a row. Only a piece that ended without an answer BREAKS_MAX times is
+  given up on;
 - tenants take turns; within a tenant the oldest owner goes first, past models that rest.
 """
 
@@ -50,7 +54,8 @@ class Plan:
         self._limit = limit
         self._first_window = first_window
         self._lanes: dict[str, dict[_Lane, deque[Item]]] = {}  # tenant -> its lanes; tenants turn
-        self._models: dict[str, _Model] = {}
+        self._models: dict[tuple[str, str], _Model] = {}  # by tenant and model
+        self._flying: Counter[str] = Counter()  # by tenant
         self._breaks: Counter[Key] = Counter()
         self.in_flight: dict[Key, Item] = {}
 
@@ -70,11 +75,15 @@ class Plan:
 
     def next(self, now: float) -> Item | None:
         """The piece to send now, which is in flight from here on."""
-        if len(self.in_flight) >= self._limit:
+        if len(self.in_flight) >= 2 * self._limit:
             return None
+        full = len(self.in_flight) >= self._limit
         for tenant in list(self._lanes):
+            if full and self._flying[tenant]:
+                continue
             lanes = self._lanes[tenant]
-            lane = min((lane for lane in lanes if self._may(lane[1], now)), default=None)
+            ready = (lane for lane in lanes if self._may(tenant, lane[1], now))
+            lane = min(ready, default=None)
             if lane is None:
                 continue
             item = lanes[lane].popleft()
@@ -83,7 +92,8 @@ class Plan:
             del self._lanes[tenant]
             if lanes:
                 self._lanes[tenant] = lanes  # the others' turn
-            self._model(item.model).in_flight += 1
+            self._model(item).in_flight += 1
+            self._flying[tenant] += 1
             self.in_flight[item[:2]] = item
             return item
         return None
@@ -94,9 +104,8 @@ class Plan:
 
     def ended(self, key: Key, verdict: Verdict, now: float, retry_after_s: float = 0.0) -> None:
         """How a piece in flight ended; a refused or broken one waits again."""
-        item = self.in_flight.pop(key)
-        model = self._model(item.model)
-        model.in_flight -= 1
+        item = self._landed(key)
+        model = self._model(item)
         if verdict == "answered":
             model.window = min(model.window + 1, self._limit)
             model.refusals = 0
@@ -108,7 +117,7 @@ class Plan:
             lanes.setdefault((item.owner, item.model), deque()).appendleft(item)
         else:
             self._breaks.pop(key, None)
-            self._forget_if_unused(item.model)
+            self._forget_if_unused(item)
 
     def drop(self, owner: int) -> list[Key]:
         """Forget what waits of an owner; returns what is in flight of it, which still has to end
@@ -125,23 +134,31 @@ class Plan:
 
     def gone(self, key: Key) -> None:
         """A piece in flight was called off."""
-        item = self.in_flight.pop(key)
-        self._model(item.model).in_flight -= 1
+        item = self._landed(key)
         self._breaks.pop(key, None)
-        self._forget_if_unused(item.model)
+        self._forget_if_unused(item)
+
+    def _landed(self, key: Key) -> Item:
+        """A piece that is in flight no more."""
+        item = self.in_flight.pop(key)
+        self._model(item).in_flight -= 1
+        self._flying[item.tenant] -= 1
+        if not self._flying[item.tenant]:
+            del self._flying[item.tenant]
+        return item
 
     def due_at(self, now: float) -> float | None:
         """When a model that rests may be asked again; None: nothing waits for that."""
-        models = {lane[1] for lanes in self._lanes.values() for lane in lanes}
-        rests = [self._model(model).rests_until for model in models]
+        models = {(tenant, lane[1]) for tenant, lanes in self._lanes.items() for lane in lanes}
+        rests = [self._models[model].rests_until for model in models if model in self._models]
         return min((until for until in rests if until > now), default=None)
 
-    def _may(self, model: str, now: float) -> bool:
-        known = self._models.get(model)
+    def _may(self, tenant: str, model: str, now: float) -> bool:
+        known = self._models.get((tenant, model))
         return known is None or (known.rests_until <= now and known.in_flight < known.window)
 
-    def _model(self, name: str) -> _Model:
-        return self._models.setdefault(name, _Model(self._first_window))
+    def _model(self, item: Item) -> _Model:
+        return self._models.setdefault((item.tenant, item.model), _Model(self._first_window))
 
     def _rest(self, model: _Model, now: float, retry_after_s: float) -> None:
         """Those that were in flight together are refused together: they count once."""
@@ -152,8 +169,8 @@ class Plan:
         model.rests_until = now + max(pause_s, min(retry_after_s, REST_MAX_S))
         model.window = 1
 
-    def _forget_if_unused(self, name: str) -> None:
-        model = self._models[name]
-        used = any(lane[1] == name for lanes in self._lanes.values() for lane in lanes)
-        if not used and not model.in_flight:
+    def _forget_if_unused(self, item: Item) -> None:
+        name = (item.tenant, item.model)
+        used = any(lane[1] == item.model for lane in self._lanes.get(item.tenant, ()))
+        if not used and not self._models[name].in_flight:
             del self._models[name]

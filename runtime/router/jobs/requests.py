@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+from collections.abc import AsyncIterator
 from typing import Any, TypeVar
 
 import msgspec
 from aiohttp import web
 
 from runtime import outside
+from runtime.access import ANY
 from runtime.config import RouterConfig
 from runtime.outside import OutsideError
 from runtime.router.call import Caller
 from runtime.router.client import CALLER
 from runtime.router.errors import ApiError
 from runtime.router.jobs import signing
+from runtime.router.jobs.tenants import Owner
+from runtime.router.keys import Keys, reaches
 
 MAX_BODY_BYTES = 64 * 1024
 
@@ -24,6 +29,43 @@ T = TypeVar("T")
 def caller_of(request: web.Request) -> Caller:
     """Whose request it is: all that it makes or asks for is that tenant's."""
     return request[CALLER]
+
+
+def maker_of(request: web.Request) -> Owner:
+    """Who has made what this request makes."""
+    caller = request[CALLER]
+    return Owner(caller.tenant, caller.key_id)
+
+
+def owner_of(request: web.Request) -> Owner:
+    """Whose things it may see: all of its tenant, or what its key made where that has a scope."""
+    caller = request[CALLER]
+    narrow = bool(caller.scopes and caller.scopes[0] != ANY)
+    return Owner(caller.tenant, caller.key_id if narrow else None)
+
+
+def check_path(request: web.Request) -> None:
+    """Raises ApiError (403) where the scope of the caller's key, or tenant, has not this path."""
+    if not reaches(request[CALLER], request.path):
+        message = f"this API key may not call {request.path}; its scope lists its endpoints"
+        raise ApiError(403, "not_allowed", message)
+
+
+@contextlib.asynccontextmanager
+async def counted(request: web.Request, keys: Keys) -> AsyncIterator[None]:
+    """What is taken in is a request of its caller's while it comes in. Raises ApiError (429)."""
+    caller = request[CALLER]
+    keys.begin(caller, 0, asyncio.get_running_loop().time())
+    try:
+        yield
+    finally:
+        keys.end(caller, 0, 0, 0.0)
+
+
+def too_many(what: str, most: int) -> ApiError:
+    """A tenant has so many that have not ended already."""
+    message = f"{most} {what} of this tenant have not ended yet, as many as one may have here"
+    return ApiError(429, "too_many_waiting", message, retry_after_s=60.0)
 
 
 async def body_of(request: web.Request, kind: type[T], read_s: float) -> T:

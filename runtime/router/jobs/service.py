@@ -59,9 +59,9 @@ class Jobs:
         self._metrics = JobMetrics()
         proxy.metrics.include(self._metrics)
         wake = self._woken.set
-        self.handlers = JobHandlers(self._store, settings, self._metrics, wake)
-        self._files = FileHandlers(self._store, settings)
-        self._batches = BatchHandlers(self._store, settings, wake)
+        self.handlers = JobHandlers(self._store, settings, proxy.keys, self._metrics, wake)
+        self._files = FileHandlers(self._store, settings, proxy.keys)
+        self._batches = BatchHandlers(self._store, settings, proxy.keys, wake)
 
     def routes(self) -> list[web.RouteDef]:
         """For the application, before its catch-all below /v1."""

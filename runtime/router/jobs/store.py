@@ -31,14 +31,14 @@ log = logging.getLogger("stoker.router.jobs")
 
 BUSY_S = 5.0  # how long to wait for another process's write
 _SHRUNK_PAGES = 2000  # in one transaction: 8 MB
-FORMAT = 1  # PRAGMA user_version
+FORMAT = 2  # PRAGMA user_version
 
 _SCHEMA = """
 CREATE TABLE files (
     seq INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE, tenant TEXT NOT NULL,
     filename TEXT NOT NULL, purpose TEXT NOT NULL, size_bytes INTEGER NOT NULL,
     created_at REAL NOT NULL, expires_at REAL NOT NULL, batch INTEGER, outcome INTEGER,
-    whole INTEGER NOT NULL
+    whole INTEGER NOT NULL, key_id TEXT
 );
 CREATE TABLE chunks (file INTEGER NOT NULL, number INTEGER NOT NULL, data BLOB NOT NULL);
 CREATE UNIQUE INDEX chunks_in_order ON chunks (file, number);
@@ -66,9 +66,28 @@ CREATE TABLE jobs (
     started_at REAL, ended_at REAL, expires_at REAL, code INTEGER, waits_for TEXT,
     body BLOB, answer BLOB
 );
-CREATE INDEX jobs_unfinished ON jobs (seq) WHERE ended_at IS NULL;
-CREATE TABLE hooks (id TEXT PRIMARY KEY, url TEXT NOT NULL, body BLOB NOT NULL);
+CREATE INDEX jobs_of_tenants ON jobs (tenant, seq) WHERE ended_at IS NULL;
+CREATE TABLE hooks (
+    id TEXT PRIMARY KEY, url TEXT NOT NULL, body BLOB NOT NULL, tenant TEXT NOT NULL DEFAULT ''
+);
+CREATE INDEX hooks_of_tenants ON hooks (tenant);
 """
+
+# What makes a file of an older format one of the next.
+_UPGRADES = {
+    1: """
+ALTER TABLE files ADD COLUMN key_id TEXT;
+DROP INDEX jobs_unfinished;
+CREATE INDEX jobs_of_tenants ON jobs (tenant, seq) WHERE ended_at IS NULL;
+ALTER TABLE hooks ADD COLUMN tenant TEXT NOT NULL DEFAULT '';
+UPDATE hooks SET tenant = coalesce(
+    (SELECT tenant FROM jobs WHERE id = json_extract(CAST(hooks.body AS TEXT), '$.data.id')),
+    (SELECT tenant FROM batches WHERE id = json_extract(CAST(hooks.body AS TEXT), '$.data.id')),
+    'anonymous'
+);
+CREATE INDEX hooks_of_tenants ON hooks (tenant);
+""",
+}
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -208,12 +227,12 @@ def _prepared(path: Path) -> sqlite3.Connection:
         db.execute("PRAGMA synchronous = FULL")
         db.execute("BEGIN IMMEDIATE")
         found = _figure(db, "user_version")
-        if found == 0:
-            for statement in _SCHEMA.split(";"):
-                db.execute(statement)
-            db.execute(f"PRAGMA user_version = {FORMAT}")
-        elif found != FORMAT:
+        if not 0 <= found <= FORMAT:
             raise OSError(f"its format is {found}, this version reads {FORMAT}; move it away")
+        steps = [_SCHEMA] if found == 0 else [_UPGRADES[step] for step in range(found, FORMAT)]
+        for statement in ";".join(steps).split(";"):
+            db.execute(statement)
+        db.execute(f"PRAGMA user_version = {FORMAT}")
         db.execute("COMMIT")
     except BaseException:
         db.close()

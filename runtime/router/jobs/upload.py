@@ -17,6 +17,7 @@ from runtime.router.errors import ApiError
 from runtime.router.jobs import file_rows
 from runtime.router.jobs.file_rows import FileRow
 from runtime.router.jobs.store import Store
+from runtime.router.jobs.tenants import Owner
 
 FLUSH_BYTES = 16 * file_rows.CHUNK_BYTES
 _FIELDS = ("purpose", "expires_after[anchor]", "expires_after[seconds]")
@@ -31,7 +32,13 @@ KEEP_MIN_S, KEEP_MAX_S = 3600, 30 * 24 * 3600  # what OpenAI lets callers ask fo
 
 
 async def take_in(
-    request: web.Request, store: Store, tenant: str, *, max_bytes: int, keep_s: float, read_s: float
+    request: web.Request,
+    store: Store,
+    maker: Owner,
+    *,
+    max_bytes: int,
+    keep_s: float,
+    read_s: float,
 ) -> FileRow:
     """The file of a form. Raises ApiError (400, 408, 413, 507)."""
     if not request.content_type.startswith("multipart/"):
@@ -40,7 +47,7 @@ async def take_in(
     if (request.content_length or 0) > max_bytes + _FORM_BYTES:
         raise _too_large(max_bytes)
     await store.check_room(request.content_length or 0)
-    upload = _Upload(store, tenant, max_bytes, read_s)
+    upload = _Upload(store, maker, max_bytes, read_s)
     try:
         fields = await _read_form(request, upload)
         return await upload.end(fields, keep_s)
@@ -79,9 +86,9 @@ async def _read_form(request: web.Request, upload: _Upload) -> dict[str, str]:
 class _Upload:
     """One file on its way into the store."""
 
-    def __init__(self, store: Store, tenant: str, max_bytes: int, read_s: float) -> None:
+    def __init__(self, store: Store, maker: Owner, max_bytes: int, read_s: float) -> None:
         self._store = store
-        self._tenant = tenant
+        self._maker = maker
         self._max_bytes = max_bytes
         self.read_s = read_s
         self._file: int | None = None
@@ -95,7 +102,7 @@ class _Upload:
         if self._file is not None:
             raise ApiError(400, "invalid_field", "the form has two files", param="file")
         file_id = f"file-{secrets.token_hex(12)}"
-        self._file = await self._store.write(file_rows.begin, file_id, self._tenant, time.time())
+        self._file = await self._store.write(file_rows.begin, file_id, self._maker, time.time())
         self._filename = (part.filename or "upload.jsonl")[-_NAME_CHARS:]
         buffer = bytearray()
         while True:

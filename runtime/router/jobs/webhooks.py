@@ -13,6 +13,7 @@ import logging
 import socket
 import time
 from urllib.parse import urlsplit
+from weakref import WeakValueDictionary
 
 import aiohttp
 from aiohttp.abc import AbstractResolver, ResolveResult
@@ -35,8 +36,9 @@ log = logging.getLogger("stoker.router.jobs")
 ATTEMPTS = 12  # with pauses of 1, 2, 4 ... 600 seconds: about an hour
 PAUSE_MAX_S = 600.0
 TIMEOUT_S = 15.0
-KNOWN = 1000  # deliveries under way
-AT_A_TIME = 16
+KNOWN = 200  # deliveries of each tenant that are under way, its oldest
+AT_A_TIME = 64
+OF_ONE_TENANT = 4  # at a time
 
 
 class NotDelivered(Exception):
@@ -79,6 +81,7 @@ class Webhooks:
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._session: aiohttp.ClientSession | None = None
         self._turns = asyncio.Semaphore(AT_A_TIME)
+        self._tenants: WeakValueDictionary[str, asyncio.Semaphore] = WeakValueDictionary()
 
     async def step(self) -> None:
         """Begin what the store says is to be delivered. Raises StoreError."""
@@ -123,7 +126,7 @@ class Webhooks:
         if problem is not None:  # the setting has changed
             self._metrics.hook("failed")
             raise NotDelivered(f"its URL {problem}")
-        async with self._turns:
+        async with self._of(hook.tenant), self._turns:
             try:
                 headers = signing.headers(key, hook.id, time.time(), hook.body)
                 async with self._sessions().post(
@@ -139,6 +142,13 @@ class Webhooks:
         if not 200 <= status < 300:
             self._metrics.hook("failed")
             raise NotDelivered(f"it was answered with status {status}")
+
+    def _of(self, tenant: str) -> asyncio.Semaphore:
+        """The turns of one tenant's deliveries: receivers that never answer delay only its own."""
+        turns = self._tenants.get(tenant)
+        if turns is None:
+            turns = self._tenants[tenant] = asyncio.Semaphore(OF_ONE_TENANT)
+        return turns
 
     def _sessions(self) -> aiohttp.ClientSession:
         if self._session is None:

@@ -1,0 +1,195 @@
+"""What one tenant or a key with a narrow scope can do to the others: nothing, at any entrance."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+import router_kit as kit
+import uvloop
+from router_kit import Stack, eventually, unary
+
+from runtime.access import KEY_PREFIX, KeySpec, Limits, Scope, StoredKey, digest
+from runtime.router.jobs import invokes
+
+LATER = {"Prefer": "respond-async"}
+LINE = {
+    "custom_id": "1", "method": "POST", "url": "/v1/chat/completions",
+    "body": {"model": "alpha", "messages": []},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def event_loop_policy() -> asyncio.AbstractEventLoopPolicy:
+    return uvloop.EventLoopPolicy()
+
+
+def token(name: str) -> str:
+    return KEY_PREFIX + name.ljust(10, "0") + "-" + "s" * 43
+
+
+def key(name: str, tenant: str, **spec: Any) -> StoredKey:
+    return StoredKey(
+        key_id=name.ljust(10, "0"), digest=digest(token(name)), created_at=0.0,
+        spec=KeySpec(tenant=tenant, **spec),
+    )  # fmt: skip
+
+
+KEYS = (
+    key("acme", "acme"),
+    key("globex", "globex"),
+    key("slow", "slowpoke", limits=Limits(requests_per_min=3)),
+    key("embed", "acme", scope=Scope(endpoints=("/v1/embeddings",), models=("beta",))),
+    key("beta", "acme", scope=Scope(models=("beta",))),
+)
+
+
+@pytest.fixture
+async def stack(tmp_path: Path) -> AsyncIterator[Stack]:
+    log = tmp_path / "access.jsonl"
+    async with kit.stack(
+        tmp_path, anonymous="off", access_log=str(log), jobs_per_tenant=50
+    ) as made:
+        engine = await made.engine(unary())
+        await made.scheduler.publish(kit.model("alpha", engine), kit.model("beta", engine))
+        await made.scheduler.in_force()
+        await made.scheduler.publish_keys(*KEYS)
+        async with asyncio.timeout(kit.DEADLINE_S):
+            while (await ask(made, "acme", "GET", "/v1/models"))[0] != 200:
+                await asyncio.sleep(0.02)
+        yield made
+
+
+async def ask(
+    stack: Stack, name: str, method: str, path: str, body: Any = None, **headers: str
+) -> tuple[int, Any, Any]:
+    """Status, body and headers of a call by the key of that name."""
+    given = {"Authorization": f"Bearer {token(name)}", **headers}
+    data = body if body is None or isinstance(body, aiohttp.FormData) else json.dumps(body)
+    url = stack.url + path
+    async with stack.session.request(method, url, data=data, headers=given) as response:
+        text = await response.read()
+        try:
+            return response.status, json.loads(text), response.headers
+        except ValueError:
+            return response.status, text, response.headers
+
+
+async def submit(stack: Stack, name: str, model: str = "alpha") -> tuple[int, Any, Any]:
+    return await ask(stack, name, "POST", f"/invoke/{model}", {"prompt": "x"}, **LATER)
+
+
+async def upload(stack: Stack, name: str) -> tuple[int, Any, Any]:
+    form = aiohttp.FormData({"purpose": "batch"})
+    form.add_field("file", json.dumps(LINE), filename="in.jsonl")
+    return await ask(stack, name, "POST", "/v1/files", form)
+
+
+async def until_completed(stack: Stack, name: str, job: str) -> None:
+    async with asyncio.timeout(kit.DEADLINE_S):
+        while (await ask(stack, name, "GET", f"/jobs/{job}"))[1]["status"] != "completed":
+            await asyncio.sleep(0.02)
+
+
+# ---------------------------------------------------------------------- one tenant's queue
+
+
+async def test_a_tenants_queue_keeps_no_other_tenant_waiting(
+    stack: Stack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More jobs than are looked at wait, and those that are sent have no end."""
+    monkeypatch.setattr(invokes, "KNOWN", 2)
+    stack.engines[0].answer = kit.never
+    stuck = [await submit(stack, "acme") for _ in range(20)]
+    assert {status for status, _, _ in stuck} == {202}
+    await eventually(lambda: stack.engines[0].received, "not sent")
+    stack.engines[0].answer = unary()
+    _, job, _ = await submit(stack, "globex")
+    await until_completed(stack, "globex", job["id"])
+
+
+async def test_accepting_a_job_is_a_request_and_running_it_is_not_another(stack: Stack) -> None:
+    made = [await submit(stack, "slow") for _ in range(5)]
+    assert [status for status, _, _ in made] == [202, 202, 202, 429, 429]
+    assert made[3][1]["error"]["code"] == "rate_limit_exceeded"
+    assert int(made[3][2]["Retry-After"]) > 1
+    for _, job, _ in made[:3]:
+        await until_completed(stack, "slow", job["id"])
+    assert (await upload(stack, "slow"))[0] == 429
+
+
+async def test_a_tenant_has_so_many_jobs_at_most(stack: Stack) -> None:
+    stack.engines[0].answer = kit.never
+    made = await asyncio.gather(*(submit(stack, "acme") for _ in range(50)))
+    assert {status for status, _, _ in made} == {202}
+    status, error, headers = await submit(stack, "acme")
+    assert (status, error["error"]["code"]) == (429, "too_many_waiting")
+    assert "50 jobs" in error["error"]["message"]
+    assert headers["Retry-After"]
+    assert (await submit(stack, "globex"))[0] == 202
+
+
+# ---------------------------------------------------------------------- a narrow scope
+
+
+async def test_a_scope_holds_at_the_entrances_of_files_batches_and_jobs(stack: Stack) -> None:
+    _, file, _ = await upload(stack, "acme")
+    asked = {
+        "input_file_id": file["id"], "endpoint": LINE["url"], "completion_window": "24h",
+    }  # fmt: skip
+    _, batch, _ = await ask(stack, "acme", "POST", "/v1/batches", asked)
+    _, job, _ = await submit(stack, "acme")
+    await until_completed(stack, "acme", job["id"])
+    paths = [f"/v1/files/{file['id']}", f"/v1/batches/{batch['id']}"]
+    for method, path in (
+        ("POST", "/v1/batches"), ("GET", "/v1/files"), ("GET", "/v1/batches"),
+        ("GET", paths[0] + "/content"), ("DELETE", paths[0]), ("GET", paths[0]),
+        ("POST", paths[1] + "/cancel"), ("GET", paths[1]),
+    ):  # fmt: skip
+        status, error, _ = await ask(stack, "embed", method, path, asked)
+        assert (status, error["error"]["code"]) == (403, "not_allowed"), path
+    assert (await upload(stack, "embed"))[0] == 403
+    assert (await submit(stack, "embed"))[1]["error"]["code"] == "not_allowed"
+    assert (await submit(stack, "beta"))[0] == 403
+    assert (await submit(stack, "beta", "beta"))[0] == 202
+    for name in ("embed", "beta", "globex"):  # others' things are not there
+        for method in ("GET", "DELETE"):
+            assert (await ask(stack, name, method, f"/jobs/{job['id']}"))[0] == 404
+    for path in paths:
+        assert (await ask(stack, "beta", "GET", path))[0] == 404
+    assert (await ask(stack, "beta", "GET", "/v1/files"))[1]["data"] == []
+    assert (await ask(stack, "beta", "GET", "/v1/batches"))[1]["data"] == []
+    assert (await ask(stack, "beta", "POST", "/v1/batches", asked))[0] == 404
+    assert len((await ask(stack, "acme", "GET", "/v1/files"))[1]["data"]) >= 1
+
+
+async def test_a_key_with_a_scope_sees_what_it_made_and_a_wide_one_all(stack: Stack) -> None:
+    _, file, _ = await upload(stack, "beta")
+    _, job, _ = await submit(stack, "beta", "beta")
+    for name, status in (("beta", 200), ("acme", 200), ("globex", 404)):
+        assert (await ask(stack, name, "GET", f"/v1/files/{file['id']}"))[0] == status
+        assert (await ask(stack, name, "GET", f"/jobs/{job['id']}"))[0] == status
+    listed = (await ask(stack, "beta", "GET", "/v1/files"))[1]["data"]
+    assert [one["id"] for one in listed] == [file["id"]]
+
+
+async def test_the_access_log_says_whose_every_call_was(stack: Stack, tmp_path: Path) -> None:
+    await upload(stack, "acme")
+    await upload(stack, "embed")
+    await submit(stack, "globex")
+    log = tmp_path / "access.jsonl"
+
+    def written() -> list[tuple[str, str, int]]:
+        lines = [json.loads(line) for line in log.read_text().splitlines()]
+        return [(x["path"], x["tenant"], x["key_id"], x["status"]) for x in lines if x["key_id"]]
+
+    await eventually(lambda: len([x for x in written() if x[0] != "/v1/models"]) >= 3, "not logged")
+    assert {
+        ("/v1/files", "acme", "acme000000", 200), ("/v1/files", "acme", "embed00000", 403),
+        ("/invoke/alpha", "globex", "globex0000", 202),
+    } <= set(written())  # fmt: skip
