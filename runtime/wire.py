@@ -704,6 +704,11 @@ class DemandReport(Struct, frozen=True, kw_only=True):
     routes_version: int
     models: tuple[ModelDemand, ...] = ()
     in_flight: dict[str, int] = {}  # replica_id -> requests of this router
+    # replica_id -> seconds since a request of this router was sent there or ended, 0 while one is
+    # in flight; those of the last minute, and all of them to a leader that is told for the first
+    # time. Exact at `sent_s`, by the router's steady clock.
+    idle_s: dict[str, float] = {}
+    sent_s: float | None = None
     targets: tuple[TargetCounts, ...] = ()
 
 

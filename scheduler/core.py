@@ -18,6 +18,7 @@ from typing import assert_never
 from runtime.wire import DeviceReport, Heartbeat, ModelDemand, ReplicaReport
 from scheduler import messages as m
 from scheduler.autoscale import idle_replicas
+from scheduler.clocks import RemoteClock
 from scheduler.ladder import resting_place
 from scheduler.ledger import remember
 from scheduler.planning import VERSIONS_PER_TERM
@@ -26,7 +27,6 @@ from scheduler.warm import Warm
 
 ROUTER_TIMEOUT_S = 5.0  # a router silent for this long has no demand and acks nothing
 FORGET_NODE_S = 600.0  # a lost node's replicas are forgotten after this
-LATE_S = 1.0  # routers report once a second
 MIN_RECOVERY_S = 1.5  # agents heartbeat each second: none that lives is missed
 _AWAITED = {
     "start": Stage.SENT,
@@ -164,13 +164,9 @@ class Core(Warm):
         replica.queued = replica.queued + 1 if report.engine_waiting else 0
         if replica.full != was_full:
             self._dirty.add(replica.model)
-        if report.in_flight:
-            replica.used_at = now
-        elif report.idle_for_s is not None:
-            # The engine's own word is exact, but it is asked once a second: a short call may have
-            # come and gone since. A router told of it, and its count may be a second old.
-            said = now - report.idle_for_s
-            replica.used_at = max(said, replica.ready_at or 0.0, replica.routed_at - LATE_S)
+        if report.in_flight or report.idle_for_s is not None:
+            replica.engine_at = now if report.in_flight else now - (report.idle_for_s or 0.0)
+            replica.judge_use()
         if replica.climb is not None:
             self._finish_climb(replica, report, now)
         if old is not None and _STEADY.get(replica.stage) == report.phase and _alike(old, report):
@@ -225,6 +221,9 @@ class Core(Warm):
         if last is not None and (report.boot_id, report.seq) <= (last.boot_id, last.seq):
             return
         self._arrived(last, report, now)
+        same_run = last is not None and last.boot_id == report.boot_id
+        clock = last.clock if last is not None and same_run else RemoteClock()
+        made_at = clock.made_at(report.sent_s, now)
         old = last.models if last else {}
         models = {part.model: part for part in report.models}
         for name, part in models.items():
@@ -233,7 +232,7 @@ class Core(Warm):
                 continue
             model.first_token_s = part.first_token_s or model.first_token_s
             if part.idle_for_s is not None:
-                model.active_at = max(model.active_at or 0.0, now - part.idle_for_s)
+                model.active_at = max(model.active_at or 0.0, made_at - part.idle_for_s)
             before = old.get(name)
             if part.waiting or before is None or _differs(before, part):
                 self._dirty.add(name)
@@ -244,12 +243,23 @@ class Core(Warm):
         self._unrouted = True
         self.state.routers[report.router_id] = Router(
             report.router_id, report.boot_id, report.seq, now, report.routes_version,
-            models, report.in_flight,
+            models, report.in_flight, clock,
         )  # fmt: skip
-        for replica_id, count in report.in_flight.items():
+        # A router that does not say how long a replica is idle says at least what is in flight.
+        idle_s = dict.fromkeys((r for r, n in report.in_flight.items() if n), 0.0) | report.idle_s
+        for replica_id, seconds in idle_s.items():
             replica = self.state.replicas.get(replica_id)
-            if replica is not None and count:
-                replica.used_at = replica.routed_at = now
+            if replica is not None:
+                replica.routed_at[report.router_id] = made_at - seconds
+                replica.judge_use()
+
+    def _router_gone(self, router: Router) -> None:
+        """What it told of when replicas were used stays true."""
+        del self.state.routers[router.router_id]
+        for replica in self.state.replicas.values():
+            at = replica.routed_at.pop(router.router_id, None)
+            if at is not None:
+                replica.routed_at[""] = max(at, replica.routed_at.get("", at))
 
     # ------------------------------------------------------------------------------- operators
 
@@ -328,7 +338,7 @@ class Core(Warm):
         state = self.state
         self._freed = self._unrouted = True
         for router in [r for r in state.routers.values() if now - r.seen_at > ROUTER_TIMEOUT_S]:
-            del state.routers[router.router_id]
+            self._router_gone(router)
             self._dirty.update(name for name in router.models if name in state.models)
         for node in state.nodes.values():
             if node.live and now - node.seen_at > self.settings.node_timeout_s:

@@ -6,8 +6,8 @@ Rules this file keeps:
   requests first: standing is priority plus one for each AGING_S its oldest request has waited, so
   that no model waits for ever, and a replica that was given its turn keeps it for TURN_S;
 - cheapest first: idle before busy, lower priority, then clearly less expected waiting
-  (scheduler/ladder.py), then the one idle longest; one that can sleep sleeps rather than stops,
-  while the host has memory for it;
+  (scheduler/ladder.py; within ALIKE times the least is alike), then the one idle longest; one
+  that can sleep sleeps rather than stops, while the host has memory for it;
 - the set is minimal: none in it could stay where it is.
 """
 
@@ -21,6 +21,7 @@ from scheduler.ladder import Descent, descents
 from scheduler.state import ClusterState, Model, Node, Replica, Stage
 
 SAME_WAIT_S = 10.0  # expected waits up to this are alike
+ALIKE = 4.0  # and those up to so many times the least: so much slower is a start on a busy host
 AGING_S = 30.0  # of waiting raise a model's standing by one class of priority
 TURN_S = 30.0  # a busy replica serves at least so long before another model takes its place
 Rank = tuple[bool, int, int, float]
@@ -82,21 +83,26 @@ def _loaded_for_later(model: Model, replica: Replica, now: float) -> bool:
     )
 
 
-def rank(state: ClusterState, descent: Descent, now: float, need: int) -> Rank:
+def rank(state: ClusterState, descent: Descent, now: float, need: int, least_s: float) -> Rank:
     """Orders ways down, cheapest first: busy, priority, expected waiting per byte, idle longest.
 
-    Bytes beyond `need` count for nothing. Waiting counts by doublings above SAME_WAIT_S for all of
-    `need`: start times vary by tens of per cent from run to run, and such noise must not outweigh
-    who was called last. Worked example, 20 GiB needed: a hot model that can sleep frees 19 GiB for
-    2 s: 2.1 s for 20 GiB, doublings 0. A sleeper frees 1 GiB for 5 s: 100 s for 20 GiB, so 4: it
-    sleeps on.
+    Bytes beyond `need` count for nothing. Waiting counts by how many times it is `least_s` (the
+    least of those to choose from, see `wait_s`), in powers of ALIKE: a start takes several times as
+    long on a busy host as on a quiet one, and such noise must not outweigh who was called last.
+    Worked example, 20 GiB needed: a hot model that can sleep frees 19 GiB for 2 s: 2.1 s for
+    20 GiB, so SAME_WAIT_S is the least: power 0. A sleeper frees 1 GiB for 5 s: 100 s for 20 GiB,
+    so 1: it sleeps on. Two that start in 15 s and 40 s are alike: the one idle longest goes.
     """
-    replica = descent.replica
+    times = wait_s(descent, need) / max(least_s, SAME_WAIT_S)
+    power = max(0, math.floor(math.log(times, ALIKE)))
+    priority = state.models[descent.replica.model].spec.priority
+    return descent.busy, priority, power, -(now - descent.replica.used_at)
+
+
+def wait_s(descent: Descent, need: int) -> float:
+    """Its expected waiting, for all of `need` bytes at the price of those that it frees."""
     share = min(1.0, descent.frees / max(1, need))
-    wait_s = max(descent.cost, 0.1) / max(share, 1e-3)
-    doublings = max(0, math.ceil(math.log2(wait_s / SAME_WAIT_S)))
-    priority = state.models[replica.model].spec.priority
-    return descent.busy, priority, doublings, -(now - replica.used_at)
+    return max(descent.cost, 0.1) / max(share, 1e-3)
 
 
 def cheapest_descents(
@@ -111,8 +117,10 @@ def cheapest_descents(
     chosen: list[Descent] = []
     options = {r.replica_id: ways for r in candidates if (ways := _open(state, node, r, now))}
 
+    least_s = min((wait_s(ways[0], bytes_needed) for ways in options.values()), default=0.0)
+
     def order(way: Descent) -> Rank:
-        return rank(state, way, now, bytes_needed)
+        return rank(state, way, now, bytes_needed, least_s)
 
     for ways in sorted(options.values(), key=lambda w: order(w[0])):
         if sum(d.frees for d in chosen) >= bytes_needed:

@@ -45,6 +45,7 @@ COMING = frozenset(
 )  # fmt: skip
 # One of these at a time on a device.
 BUSY = frozenset({Stage.SENT, Stage.STARTING, Stage.WAKING})
+ENGINE_LATE_S = 3.0  # what an engine says of its last use may be so much too late
 _PLANS = frozenset({Stage.PLANNED, Stage.RISING})
 
 
@@ -83,7 +84,8 @@ class Replica:
     report: ReplicaReport | None = None
     ready_at: float | None = None
     used_at: float = 0.0  # when it last had a request, as far as anyone told
-    routed_at: float = 0.0  # when a router last said that it has requests of its
+    routed_at: dict[str, float] = field(default_factory=dict)  # router id -> likewise, by its word
+    engine_at: float | None = None  # likewise, by its engine's word
     retry_at: float = 0.0  # when to repeat the last command, if nothing shows its effect
     confirmed: tuple[int, int] | None = None  # (boot_id, seq) whose heartbeats show the command
     unrouted_version: int = 0
@@ -106,6 +108,16 @@ class Replica:
             self.since = now
             if self.books is not None:
                 self.books.moved(self)
+
+    def judge_use(self) -> None:
+        """Work `used_at` out again. A router's word is exact. The engine is asked by its agent
+        once a second, and both may be slow: its word counts where it tells of a use that no
+        router knows of any more."""
+        at = max(self.routed_at.values(), default=float("-inf"))
+        if self.engine_at is not None and self.engine_at > at + ENGINE_LATE_S:
+            at = self.engine_at
+        if at > float("-inf"):
+            self.used_at = max(at, self.ready_at or 0.0)
 
     def book_sleep(self, level: int, host_bytes: int, residue: int) -> None:
         """What it will hold asleep at `level`; all 0: it is not going to sleep."""

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from runtime.footprints import Footprint, Key
 from runtime.wire import Floor, ModelDemand, ModelSpec, RouteRule
 from scheduler.books import Books, Index
+from scheduler.clocks import RemoteClock
 from scheduler.forecast import Arrivals
 from scheduler.messages import ColdStart, Decided, StoredModel
 from scheduler.node import Drain, Hold, Node
@@ -132,6 +133,7 @@ class Router:
     routes_version: int
     models: dict[str, ModelDemand]
     in_flight: dict[str, int]
+    clock: RemoteClock = field(default_factory=RemoteClock)
 
 
 @dataclass(slots=True, frozen=True)

@@ -35,6 +35,7 @@ from runtime.wire import Endpoint, ModelDemand, ModelRoute, RouteTable
 SUSPECT_S = REST_S  # how long a replica is left alone after its first failure
 MAX_ATTEMPTS = 3
 PLAIN = Wish()
+NEVER = float("-inf")
 
 
 class Forward(NamedTuple):
@@ -94,6 +95,7 @@ class _Load:
     tokens: int = 0
     limit: int = sys.maxsize  # of requests
     full: bool = False  # its engine has a queue of its own
+    used_at: float = NEVER  # when a request was last sent there or ended
 
 
 _NO_LOAD = _Load()
@@ -242,7 +244,7 @@ class Admission:
         if request.replica_id is None:
             raise ValueError(f"request {request_id!r} is not in flight")
         self._breaker.failed(request.replica_id, request.sent_at, now)
-        self._unassign(request)
+        self._unassign(request, now)
         request.attempts += delivered
         return self._again(request, now, reason, delivered)
 
@@ -298,6 +300,16 @@ class Admission:
     def in_flight(self) -> dict[str, int]:
         """Requests in flight by replica id; replicas with none are left out."""
         return {r: load.requests for r, load in self._loads.items() if load.requests}
+
+    def idle_s(self, now: float, within_s: float) -> dict[str, float]:
+        """Seconds since a request was sent to a replica or ended there, by replica id; those that
+        were used within so many seconds, and 0 where one is in flight."""
+        since = now - within_s
+        return {
+            r: 0.0 if load.requests else now - load.used_at
+            for r, load in self._loads.items()
+            if load.requests or since <= load.used_at > NEVER
+        }
 
     def check_invariants(self) -> None:
         """Raises AssertionError where the rules above do not hold."""
@@ -391,11 +403,12 @@ class Admission:
         load = self._loads[endpoint.replica_id]
         load.requests += 1
         load.tokens += request.wish.tokens
+        load.used_at = now
         if request.wish.affinity:
             self._affinity.sent(request.wish.affinity, endpoint.replica_id)
         return Forward(request.request_id, endpoint)
 
-    def _unassign(self, request: _Request) -> None:
+    def _unassign(self, request: _Request, now: float) -> None:
         replica_id = request.replica_id
         assert replica_id is not None
         request.replica_id = None
@@ -405,11 +418,12 @@ class Admission:
         load = self._loads[replica_id]
         load.requests -= 1
         load.tokens -= request.wish.tokens
+        load.used_at = now
 
     def _leave(self, request: _Request, now: float) -> None:
         state = self._models[request.model]
         if request.replica_id is not None:
-            self._unassign(request)
+            self._unassign(request, now)
         elif request in state.waiting:
             state.waiting.remove(request)
         del self._requests[request.request_id]

@@ -54,6 +54,10 @@ class Gate:
         """Whole demand by model, and requests in flight by replica id."""
         return self._admission.demand(self.loop.time()), self._admission.in_flight()
 
+    def idle_s(self, within_s: float) -> dict[str, float]:
+        """How long each replica is idle that was used within so many seconds."""
+        return self._admission.idle_s(self.loop.time(), within_s)
+
     def routes(self, table: RouteTable) -> None:
         """Put `table` in force and send those on who waited for it."""
         self.on_routes(table)

@@ -35,6 +35,7 @@ log = logging.getLogger("stoker.router")
 
 POLL_S = 25.0
 REPORT_S = 1.0
+USED_WITHIN_S = 60.0  # replicas that were used since are told of in every report
 TIMEOUT_S = 5.0  # for an answer that is due at once
 
 
@@ -80,6 +81,7 @@ class Link:
         self._last_known: _Leader | None = None  # asked again when the registry is down as well
         self._since = {"routes": 0, "keys": 0}  # 0: the next one is taken whatever its version
         self._tell_all = True  # of what was used, not only what changed
+        self._told: _Leader | None = None  # who has heard when every replica was used
         self._lost = False
         self._report_now = asyncio.Event()
         gate.on_first_wait = self._report_now.set
@@ -180,6 +182,7 @@ class Link:
         demand = self._demand()
         try:
             await self._post(session, leader, "demand", demand)
+            self._told = leader
             await self._tell_use(session, leader, demand)
         except BaseException:
             self._report_now.set()  # it is still due
@@ -220,6 +223,7 @@ class Link:
     def _demand(self) -> wire.DemandReport:
         self._seq += 1
         table = self._gate.table
+        within_s = USED_WITHIN_S if self._told == self._leader else float("inf")
         models, in_flight = self._gate.demand()
         return wire.DemandReport(
             router_id=self._router_id,
@@ -228,6 +232,8 @@ class Link:
             routes_version=table.version if table else 0,
             models=models,
             in_flight=in_flight,
+            idle_s=self._gate.idle_s(within_s),
+            sent_s=self._gate.loop.time(),
             targets=self._gate.versions.counts(),
         )
 

@@ -202,4 +202,6 @@ class Router:
             routes_version=table.version if table else 0,
             models=self.admission.demand(self._loop.now),
             in_flight=self.admission.in_flight(),
+            idle_s=self.admission.idle_s(self._loop.now, float("inf")),
+            sent_s=self._loop.now,
         )

@@ -4,11 +4,24 @@ from __future__ import annotations
 
 import pytest
 
+from cli.simulation import make_node
 from runtime.footprints import Footprint, Key, Times
 from runtime.sim import profile as p
+from scheduler.core import Core
 from scheduler.sim import faults as f
+from scheduler.sim.network import Weather
 from scheduler.simulator import Fault
-from tests.sim.sim_kit import GB, Arrival, Host, NodePlan, run, sized
+from tests.sim.sim_kit import (
+    GB,
+    GIB,
+    Arrival,
+    Host,
+    NodePlan,
+    Simulation,
+    run,
+    scenario,
+    sized,
+)
 
 GPU = p.GPUS["H100"]
 STARTED = p.FORK_S + p.INIT_S + p.CUDA_S + p.KV_S + p.COMPILE_S + p.GRAPHS_S + 0.05  # HEALTH_S
@@ -37,6 +50,28 @@ def test_the_first_ttft_is_the_sum_of_the_phases(
     expected = STARTED + weights_s + first_token_s(8, 1000)
     assert report.ttft[0] == pytest.approx(expected, abs=HEARD)
     assert report.climbs == {"cached" if on_disk == "all" else "remote": 1}
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_what_was_used_last_stays_though_reports_come_late(seed: int) -> None:
+    """Two short calls 50 ms apart, then a model that needs the room of one of the two."""
+    models = [sized(name, 8, device_memory_bytes=35 * GIB, idle_s=3600.0) for name in "abc"]
+    first, second = ("a", "b") if seed % 2 else ("b", "a")
+    calls = [Arrival(1.0, "a", 10, 1), Arrival(60.0, "b", 10, 1)]
+    calls += [Arrival(120.1 + seed / 7, first, 10, 1), Arrival(120.15 + seed / 7, second, 10, 1)]
+    calls += [Arrival(122.4, "c", 10, 1)]
+    late = Weather(late=0.5, late_s=0.9)
+    trouble = [Fault(119.0, "reports come late", lambda s: setattr(s.network, "weather", late))]
+    simulation = Simulation(
+        scenario(models, calls, faults=trouble, seed=seed, duration_s=240.0), make_node
+    )
+    report = simulation.run()
+    assert report.outcomes == {"answered": 5}
+    leader = simulation.control.leader
+    assert leader is not None
+    assert isinstance(leader.policy, Core)
+    evicted = [d.model for d in leader.policy.state.decisions if d.action == "evict"]
+    assert evicted == [first]
 
 
 def test_a_hot_model_answers_after_its_prefill_and_one_step() -> None:

@@ -181,6 +181,7 @@ class World:
         self.table = None
         self.waiting: dict[str, int] = {}
         self.flying: dict[str, int] = {}  # replica_id -> requests
+        self.used: dict[str, float] = {}  # replica_id -> when the router last used it
         self.background: set[str] = set()  # models whose requests are all in no hurry
         self.router_seq = 0
         self.router_acks = True
@@ -299,6 +300,9 @@ class World:
                         for n in sorted(names)
                     ),
                     in_flight=dict(self.flying),
+                    idle_s={r: self.now - at for r, at in self.used.items()}
+                    | dict.fromkeys(self.flying, 0.0),
+                    sent_s=self.now,
                 ),
             )
         )  # fmt: skip
@@ -318,7 +322,7 @@ class World:
                 for replica_id, replica in node.replicas.items():
                     replica.in_flight = self.flying.get(replica_id, 0)
                     if replica.in_flight:
-                        replica.used_at = self.now
+                        replica.used_at = self.used[replica_id] = self.now
                 if self.lossy is None or self.lossy.random() > 0.2:
                     self.apply(m.HeartbeatSeen(now=self.now, heartbeat=node.heartbeat(self.now)))
             if self.lossy is None or self.lossy.random() > 0.2:

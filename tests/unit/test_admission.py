@@ -53,6 +53,17 @@ def test_an_alias_is_the_model() -> None:
     assert [d.model for d in admission.demand(0.0)] == ["m"]
 
 
+def test_how_long_each_replica_is_idle_is_known_exactly() -> None:
+    admission = routed(route("m", "a"), route("n", "b"), route("o", "c"))
+    admission.arrive("1", "m", 10.0)
+    admission.arrive("2", "n", 10.0)
+    assert admission.idle_s(10.5, 60.0) == {"a": 0.0, "b": 0.0}
+    admission.finished("2", 10.6)
+    admission.failed("1", 10.7, "it is gone", delivered=False)
+    assert admission.idle_s(11.0, 60.0) == pytest.approx({"a": 0.3, "b": 0.4})
+    assert admission.idle_s(71.0, 60.35) == pytest.approx({"a": 60.3})
+
+
 def test_fewest_in_flight_wins_and_ties_go_round() -> None:
     admission = routed(route("m", "a", "b", "c"))
     assert [replica(admission.arrive(str(i), "m", 0.0)) for i in range(6)] == list("abcabc")

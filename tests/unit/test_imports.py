@@ -24,7 +24,7 @@ PURE = (
     "scheduler/replica.py", "scheduler/table.py", "scheduler/snapshot.py",
     "scheduler/warm.py", "scheduler/prewarms.py", "scheduler/plan.py", "scheduler/scaling.py",
     "scheduler/windows.py", "scheduler/forecast.py",
-    "scheduler/warming.py",
+    "scheduler/warming.py", "scheduler/clocks.py",
     "runtime/footprints.py", "runtime/adapters.py", "runtime/outside.py",
     "agent/core.py", "agent/messages.py", "agent/replica.py", "agent/transitions.py",
     "agent/canary.py", "agent/phases.py", "agent/cache_policy.py",

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from runtime.footprints import Footprint, Key
+import pytest
+
+from runtime.footprints import Footprint, Key, Times
 from runtime.wire import MemoryEstimate, ModelSpec
 from scheduler import messages as m
-from scheduler.eviction import rank
+from scheduler.eviction import cheapest_descents, rank, wait_s
 from scheduler.ladder import Descent, climb_s
 from scheduler.state import ClusterState, Model, Replica, Stage
 
@@ -51,4 +53,27 @@ def test_a_sleeper_sleeps_on_where_a_hot_model_frees_the_room_for_less() -> None
     hot = Replica("h", "hot", "n", ("d",), 20 * GIB, "k", Stage.READY, 0.0, "", used_at=90.0)
     asleep = Replica("s", "asleep", "n", ("d",), 20 * GIB, "k", Stage.ASLEEP, 0.0, "", used_at=0.0)
     ways = [Descent(asleep, 0, GIB, 0, 5.0), Descent(hot, 1, 19 * GIB, GIB, 2.0)]
-    assert min(ways, key=lambda way: rank(state, way, 100.0, 20 * GIB)).replica is hot
+    least_s = min(wait_s(way, 20 * GIB) for way in ways)
+    assert min(ways, key=lambda way: rank(state, way, 100.0, 20 * GIB, least_s)).replica is hot
+
+
+@pytest.mark.parametrize(("colder_s", "warmer_s"), [(40.0, 15.0), (15.0, 40.0), (39.9, 10.1)])
+def test_one_slow_start_on_a_busy_host_does_not_outweigh_who_was_called_last(
+    colder_s: float, warmer_s: float
+) -> None:
+    state = ClusterState()
+    node = state.node("n")
+    for name, seconds, used_at in (("cold", colder_s, 90.0), ("warm", warmer_s, 91.0)):
+        spec = ModelSpec(name=name, source="hf:a/a", device_memory_bytes=10 * GIB)
+        made = Model(m.StoredModel(spec=spec), spec, spec.launch_key())
+        times = {"start-cached": Times(samples=(seconds,))}
+        key = Key(name, made.launch_key, "vllm", "1", "cpu")
+        made.footprint = Footprint(key=key, times=times)
+        state.models[name] = made
+        state.add(
+            Replica(name, name, "n", ("d",), 10 * GIB, "k", Stage.READY, 0.0, "", used_at=used_at)
+        )
+    there = list(node.replicas.values())
+    found = cheapest_descents(state, node, there, 10 * GIB, 100.0)
+    assert found is not None
+    assert [way.replica.model for way in found] == ["cold"]
