@@ -61,7 +61,14 @@ def open_devices(setting: str, node_id: str) -> DeviceSource:
     if kind == "simulated" and colon:
         return _simulated(setting, size, node_id)
     if kind == "cpu":
-        return CpuSource(node_id, _size(setting, size) if colon else None)
+        declared = _size(setting, size) if colon else None
+        limit_bytes, _ = host_memory()
+        if declared is not None and declared > limit_bytes:
+            raise ValueError(
+                f"agent.devices = {setting!r} is more than this host (or its cgroup) has,"
+                f" {limit_bytes / 2**30:.1f} GiB; declare less, or leave the size out"
+            )
+        return CpuSource(node_id, declared)
     if setting.strip() == "nvml":
         try:
             return NvmlSource()

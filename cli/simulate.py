@@ -189,7 +189,7 @@ def _scenario(o: dict[str, Any]) -> Scenario:
     return Scenario(
         nodes=_nodes(o), models=models, arrivals=workload.arrivals, seed=o["seed"],
         facts=catalog.facts(models), ledger=ledger, learned=ledger, on_disk=o["on_disk"],
-        faults=[_fault(text) for text in o["fault_texts"]], routers=o["routers"],
+        faults=[_fault(text, _nodes(o)) for text in o["fault_texts"]], routers=o["routers"],
         settings=Settings(), duration_s=workload.duration_s, objective_s=o["objective"],
         check=o["check"],
     )  # fmt: skip
@@ -218,9 +218,12 @@ def _nodes(o: dict[str, Any]) -> list[NodePlan]:
     return nodes
 
 
-def _fault(text: str) -> Fault:
+def _fault(text: str, nodes: list[NodePlan]) -> Fault:
     kind, _, rest = text.partition("@")
     kind, _, node = kind.partition(":")
+    known = [n.node_id for n in nodes]
+    if kind != "fail-over" and node not in known:
+        raise ValueError(f"--fault {text!r}: there is no node {node!r}; choose {', '.join(known)}")
     acts: dict[str, Callable[[str], faults.Act]] = {
         "lose": faults.lose_node,
         "return": faults.return_node,

@@ -121,7 +121,8 @@ class Placement(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     spread: Annotated[
         Literal["prefer", "node", "off"],
         Meta(
-            description="replicas on different nodes: preferred, required (node), or not cared for"
+            description="prefer: replicas on different nodes where there is room; node: never two"
+            " on one node; off: not cared for"
         ),
     ] = "prefer"
 

@@ -7,7 +7,11 @@ started again is left out, and its counters begin anew, as after any restart.
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import logging
+import os
+import stat
+import tempfile
 from pathlib import Path
 
 import aiohttp
@@ -15,16 +19,45 @@ from prometheus_client import CollectorRegistry, Metric, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
 
+from runtime import places
+
 log = logging.getLogger("stoker.router")
 
 TIMEOUT_S = 2.0
 OWN = {"worker": "own"}  # the query that asks for one worker's own figures
 
 
-class Siblings:
-    """The Unix sockets `router-N.sock` in one folder, of which `index` is ours."""
+_PATH_BYTES = 107  # what fits into a Unix socket's address, on Linux
 
-    def __init__(self, folder: Path, index: int, count: int) -> None:
+
+def socket_folder(state_dir: Path) -> Path:
+    """Where the workers' sockets are: the state dir, or a folder with a short name in its place.
+
+    Raises ValueError where neither is short enough, OSError where the second belongs to another.
+    """
+    if len(os.fsencode(state_dir / "router-9999.sock")) <= _PATH_BYTES:
+        return state_dir
+    name = hashlib.sha256(os.fsencode(state_dir.absolute())).hexdigest()[:16]
+    base = os.environ.get("XDG_RUNTIME_DIR") or tempfile.gettempdir()
+    folder = places.below(Path(base), f"stoker-{os.getuid()}-{name}")
+    if len(os.fsencode(folder / "router-9999.sock")) > _PATH_BYTES:
+        raise ValueError(
+            f"state_dir = {str(state_dir)!r} is too long for its workers' Unix sockets (at most"
+            f" {_PATH_BYTES} bytes a path), and so is {base}; choose a shorter state_dir or TMPDIR,"
+            " or router.workers = 1"
+        )
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    found = folder.lstat()
+    if found.st_uid != os.getuid() or not stat.S_ISDIR(found.st_mode) or found.st_mode & 0o077:
+        raise PermissionError(f"{folder} is not a folder of this user alone; remove it")
+    return folder
+
+
+class Siblings:
+    """The Unix sockets `router-N.sock` of one state dir, of which `index` is ours."""
+
+    def __init__(self, state_dir: Path, index: int, count: int) -> None:
+        folder = socket_folder(state_dir)
         self.socket = folder / f"router-{index}.sock"
         self._others = [folder / f"router-{n}.sock" for n in range(1, count + 1) if n != index]
 

@@ -53,6 +53,15 @@ async def run_workers(
     the end of its stdin. Raises OSError where the port cannot be bound, RuntimeError where a child
     does not start.
     """
+    try:
+        await _run_workers(config, argv, stop, on_ready)
+    except* (OSError, RuntimeError) as group:  # each child fails of the same
+        raise next(leaves(group)) from None
+
+
+async def _run_workers(
+    config: Config, argv: Sequence[str], stop: asyncio.Event, on_ready: Callable[[str], None]
+) -> None:
     with _reserved(config.router.host, config.router.port) as port:
         loop = asyncio.get_running_loop()
         ready: list[asyncio.Future[str]] = []
@@ -62,6 +71,15 @@ async def run_workers(
                 tasks.create_task(_keep(index, argv, port, stop, ready[-1]))
             urls = await asyncio.gather(*ready)
             on_ready(urls[0])
+
+
+def leaves(error: BaseException) -> Iterator[BaseException]:
+    """The errors of a group, and of the groups in it."""
+    if isinstance(error, BaseExceptionGroup):
+        for one in error.exceptions:
+            yield from leaves(one)
+    else:
+        yield error
 
 
 @contextlib.contextmanager

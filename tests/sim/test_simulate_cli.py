@@ -55,6 +55,11 @@ def test_faults_can_be_written_down_and_mistakes_are_named() -> None:
                "--fault", "return:n0@70", "--fault", "fail-over@90")
     )  # fmt: skip
     assert told["actions"]["adopt"] >= 1
+    gone = CliRunner().invoke(stoker, [*SMALL, "--fault", "lose:n9@5"])
+    assert gone.exit_code == 1
+    assert "--fault 'lose:n9@5': there is no node 'n9'; choose n0" in gone.output + str(
+        gone.exception
+    )
     bad = CliRunner().invoke(stoker, [*SMALL, "--fault", "burn:n0@5"])
     assert bad.exit_code == 1
     assert "write e.g. lose:n0@600" in bad.output

@@ -48,6 +48,7 @@ def holder() -> Iterator[subprocess.Popen[str]]:
         ("cpu:lots", "'lots' is not a size"),
         ("cpu:", "'' is not a size"),
         ("cpu:0GiB", "more than 0"),
+        ("cpu:900TiB", "'cpu:900TiB' is more than this host"),
     ],
 )
 def test_a_wrong_setting_is_refused_in_words(setting: str, says: str) -> None:
