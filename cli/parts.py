@@ -109,7 +109,9 @@ def _run(
     """Set up logging, the registry and the event loop around one part; errors in words."""
     import uvloop
 
+    from runtime import places
     from runtime.private import keep_private
+    from runtime.registration import warn_if_open
     from runtime.registries import open_registry
     from runtime.registry import RegistryError
     from runtime.telemetry import set_up_logging
@@ -134,9 +136,12 @@ def _run(
         if until_eof:
             _end_at_eof()
         registry = open_registry(settings)
+        leader = places.key(settings.registry.prefix, "leader")
+        warning = asyncio.create_task(warn_if_open(registry, leader))
         try:
             await run(settings, registry, ready)
         finally:
+            warning.cancel()
             await registry.close()
 
     try:

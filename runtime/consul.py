@@ -182,6 +182,26 @@ class ConsulRegistry:
                     await lock.release()
         return lock if taken else None
 
+    async def open_to(self, key: str) -> str | None:
+        """Asks as nobody, without the token, and changes nothing."""
+        asked = json.dumps([{"Resource": "key", "Access": "write", "Segment": key}])
+
+        def read(response: Any) -> str | None:
+            if response.code == 401:
+                return f"whoever reaches Consul at {self._url}: its ACLs are off"
+            allowed = json.loads(response.body) if response.code == 200 else []
+            if any(answer.get("Allow") for answer in allowed or ()):
+                return f"whoever reaches Consul at {self._url}: it lets them without a token"
+            return None
+
+        return await self._ask(
+            f"learn who may write {key}",
+            lambda client: client.http.post(
+                read, "/v1/internal/acl/authorize", headers={}, data=asked
+            ),
+            safe=True,
+        )
+
     async def close(self) -> None:
         if self._made is not None:
             await self._made.close()

@@ -20,6 +20,7 @@ import asyncio
 import contextlib
 import os
 import sqlite3
+import stat
 import tempfile
 import time
 import uuid
@@ -131,6 +132,13 @@ class EmbeddedRegistry:
         lock = EmbeddedLock(self._run, key, ttl_s)
         taken = await self._run(f"lock {key}", lambda db: lock.take(db, holder))
         return lock if taken else None
+
+    async def open_to(self, key: str) -> str | None:
+        for path in (self._path, self._path.parent):
+            with contextlib.suppress(OSError):  # it is made with the first call
+                if path.stat().st_mode & stat.S_IWOTH:
+                    return f"other users of this host: {path} is open to them (chmod o-w)"
+        return None
 
     async def close(self) -> None:
         self._closed = True

@@ -20,6 +20,7 @@ log = logging.getLogger("stoker.registration")
 
 SERVICE_TTL_S = 10.0
 FAREWELL_S = 2.0
+FIRST_PAUSE_S = 1.0  # before who may write is asked again; doubles
 
 
 async def keep_registered(
@@ -43,6 +44,22 @@ async def keep_registered(
 def _say_unregistered(attempt: int, service: Service) -> None:
     if attempt == 1:
         log.warning("the registry does not answer; registering %s goes on", service.service_id)
+
+
+async def warn_if_open(registry: Registry, key: str) -> None:
+    """Say once, as soon as the registry answers, that others may write `key` there."""
+    retrying = AsyncRetrying(
+        retry=retry_if_exception_type(RegistryError),
+        wait=wait_exponential(multiplier=FIRST_PAUSE_S, max=60.0),
+    )
+    who: str | None = await retrying(registry.open_to, key)
+    if who:
+        log.warning(
+            "%s may be written by %s. Whoever does is sent the cluster token, and leads. With"
+            " Consul, turn ACLs on (default_policy deny) and set registry.consul_token",
+            key,
+            who,
+        )
 
 
 async def withdraw(registry: Registry, service: Service) -> None:

@@ -102,6 +102,10 @@ class Registry(Protocol):
         """
         ...
 
+    async def open_to(self, key: str) -> str | None:
+        """Who may write `key` although no part of Stoker is it, in words; None: nobody is known."""
+        ...
+
     async def close(self) -> None:
         """Release connections and files (not registrations or locks)."""
         ...

@@ -173,3 +173,46 @@ async def use_everything(registry: Registry) -> None:
     await lock.release()
     await registry.deregister("name-1")
     await registry.close()
+
+
+@pytest.mark.consul
+@needs_consul
+async def test_who_may_write_is_known_without_writing():
+    with consul_server() as url:
+        opened = ConsulRegistry(url)
+        words = await opened.open_to("stoker/leader")
+        assert words is not None
+        assert "its ACLs are off" in words
+        assert await opened.get("stoker/leader") is None
+        await opened.close()
+    with consul_server(acl=True) as url:
+        token = bootstrap_token(url)
+        closed = ConsulRegistry(url, token)
+        assert await closed.open_to("stoker/leader") is None
+        await closed.close()
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "words"),
+    [
+        (401, "ACL support disabled", "its ACLs are off"),
+        (200, '[{"Allow": true}]', "without a token"),
+        (200, '[{"Allow": false}]', None),
+        (200, "null", None),
+        (403, "Permission denied", None),
+        (404, "", None),
+    ],
+)
+async def test_what_consul_says_of_who_may_write(status: int, body: str, words: str | None):
+    asked = []
+
+    async def answer(request: web.Request) -> web.Response:
+        asked.append((request.method, request.path, request.headers.get("X-Consul-Token")))
+        assert "stoker/leader" in await request.text()
+        return web.Response(status=status, text=body)
+
+    async with answering(answer) as registry:
+        registry._token = "our-token"
+        who = await registry.open_to("stoker/leader")
+        assert (who is None) if words is None else (who is not None and words in who)
+    assert asked == [("POST", "/v1/internal/acl/authorize", None)], "it asks as nobody"

@@ -210,3 +210,18 @@ async def test_a_renewal_under_way_does_not_undo_a_release(file: Path):
     assert not renewed
     assert not lock.held
     await registry.close()
+
+
+async def test_a_file_that_others_may_write_is_told(tmp_path) -> None:
+    folder = tmp_path / "state"
+    folder.mkdir(mode=0o700)
+    registry = EmbeddedRegistry(folder / "registry.db")
+    assert await registry.open_to("stoker/leader") is None
+    await registry.put("a", b"1")
+    assert await registry.open_to("stoker/leader") is None
+    for path in (folder / "registry.db", folder):
+        before = path.stat().st_mode
+        path.chmod(before | 0o002)
+        assert str(path) in str(await registry.open_to("stoker/leader"))
+        path.chmod(before)
+    await registry.close()

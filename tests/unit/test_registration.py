@@ -96,3 +96,36 @@ async def test_leaving_a_registry_that_is_down_or_hangs_holds_nothing_up(monkeyp
     registry.known = True
     await withdraw(registry, SERVICE)  # type: ignore[arg-type]
     assert not registry.known
+
+
+class Open(Flaky):
+    """One that tells who may write, once it answers."""
+
+    def __init__(self, who: str | None) -> None:
+        super().__init__()
+        self.who = who
+
+    async def open_to(self, key: str) -> str | None:
+        self._answer()
+        self.down = False
+        return self.who
+
+
+@pytest.mark.parametrize("who", ["whoever reaches Consul at http://c:8500: its ACLs are off", None])
+async def test_a_registry_that_others_may_write_is_said_once_it_answers(
+    who: str | None, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(registration, "FIRST_PAUSE_S", 0.01)
+    registry = Open(who)
+    registry.down = True
+    task = asyncio.create_task(registration.warn_if_open(registry, "stoker/leader"))
+    while registry.asked < 3:
+        await asyncio.sleep(0.001)
+    registry.down = False
+    async with asyncio.timeout(30):
+        await task
+    said = [r.getMessage() for r in caplog.records if "cluster token" in r.getMessage()]
+    assert len(said) == (1 if who else 0)
+    if who:
+        assert "stoker/leader" in said[0]
+        assert "ACLs" in said[0]
