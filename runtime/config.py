@@ -61,8 +61,15 @@ class RouterConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     drain_s: Seconds = 30.0
     anonymous: Annotated[
         Literal["auto", "on", "off"],
-        Meta(description="callers without a key: auto lets them in on a loopback address only"),
+        Meta(
+            description="callers without a key: auto lets them in on a loopback address only,"
+            " from this host, until there is a key"
+        ),
     ] = "auto"
+    allowed_hosts: Annotated[
+        tuple[str, ...],
+        Meta(description="names beside localhost by which this host's callers without a key call"),
+    ] = ()
 
     cache_bytes: Annotated[
         int, Meta(ge=0, description="memory of one worker for kept answers (response_cache)")

@@ -24,7 +24,7 @@ from aiohttp import web
 
 from runtime.router import body as bodies
 from runtime.router.access_log import Line
-from runtime.router.call import Call, Caller
+from runtime.router.call import ANONYMOUS, Call, Caller
 from runtime.router.client import CALLER, AiohttpClient
 from runtime.router.errors import ApiError, internal_error
 from runtime.router.front import RequestIds
@@ -253,7 +253,10 @@ class Api:
     def _check_metrics_token(self, request: web.Request) -> None:
         """Where callers need keys, so do scrapers; a sibling, on its Unix socket, does not."""
         peer = request.transport.get_extra_info("peername") if request.transport else None
-        if self._proxy.keys.anonymous or not isinstance(peer, tuple):
+        if not isinstance(peer, tuple):
+            return
+        if self._proxy.keys.anonymous:
+            self._proxy.keys.check_local(request.raw_headers)
             return
         token = given_token(request.headers.get("Authorization", "").encode())
         if not any(t and hmac.compare_digest(token.encode(), t.encode()) for t in self._scrapers):
@@ -269,7 +272,9 @@ class Api:
         code = None
         try:
             if request.path not in _OPEN:
-                request[CALLER] = self._identify(request)
+                request[CALLER] = caller = self._identify(request)
+                if caller is ANONYMOUS:
+                    self._proxy.keys.check_local(request.raw_headers)
             response = await handler(request)
         except ApiError as error:
             code, response = error.code, _error_response(error, request)

@@ -22,6 +22,7 @@ from runtime.router.gate import Gate
 from runtime.router.jobs.service import Jobs
 from runtime.router.keys import Keys
 from runtime.router.link import Link
+from runtime.router.local import Local
 from runtime.router.metrics import Metrics
 from runtime.router.observed import observed
 from runtime.router.plain import KEEP_ALIVE_S
@@ -62,7 +63,8 @@ async def run_router(
     gate.on_routes = lambda table: upstream.keep_only(
         {endpoint.base_url for route in table.models for endpoint in route.endpoints}
     )
-    keys = Keys(settings.lets_anonymous_in())
+    local = Local(settings.allowed_hosts) if settings.anonymous == "auto" else None
+    keys = Keys(settings.lets_anonymous_in(), local if settings.lets_anonymous_in() else None)
     cache = ResponseCache(settings.cache_bytes)
     proxy = Proxy(gate, upstream, Metrics(gate, cache), keys, cache, settings.heartbeat_s)
     observing = contextlib.AsyncExitStack()

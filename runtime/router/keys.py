@@ -30,6 +30,7 @@ from runtime.access import (
 from runtime.router.call import ANONYMOUS, Caller
 from runtime.router.errors import ApiError
 from runtime.router.limits import DAY_S, Account
+from runtime.router.local import Local
 
 TOKEN_BYTES = 512
 NOTHING = Used()
@@ -39,11 +40,13 @@ _ANSWERS = 4096  # of `may`, remembered a caller
 class Keys:
     """Every key of the table in force. `now` is a steady clock's, `wall_s` seconds since 1970.
 
-    `anonymous`: callers without a key are let in, as tenant "anonymous".
+    `anonymous`: callers without a key are let in, as tenant "anonymous"; with `local` only those
+    from this host, and only until there is a key.
     """
 
-    def __init__(self, anonymous: bool) -> None:
+    def __init__(self, anonymous: bool, local: Local | None = None) -> None:
         self.anonymous = anonymous
+        self.local = local
         self.table: KeyTable | None = None
         self.any = False  # whether there is any key
         self._callers: dict[str, tuple[StoredKey, Caller]] = {}
@@ -55,6 +58,8 @@ class Keys:
         """Go by `table` from now on."""
         self.table = table
         self.any = bool(table.keys)
+        if self.local is not None:
+            self.anonymous = not self.any
         tenants = {tenant.name: tenant for tenant in table.tenants}
         names = {f"key:{key.key_id}" for key in table.keys}
         names |= {f"tenant:{key.spec.tenant}" for key in table.keys}
@@ -108,6 +113,16 @@ class Keys:
         if expires_at is not None and wall_s >= expires_at:
             raise _unauthorized("the API key has expired")
         return found[1]
+
+    def check_local(self, headers: Iterable[tuple[bytes, bytes]]) -> None:
+        """Of a call without a key. Raises ApiError (403) where it does not come from this host."""
+        problem = self.local.problem(headers) if self.local is not None else None
+        if problem is not None:
+            message = (
+                f"without an API key only this host may call, and {problem}; "
+                "`stoker key create` makes a key"
+            )
+            raise ApiError(403, "not_local", message)
 
     def on_behalf(self, owner: Caller, wall_s: float) -> Caller:
         """Who a call that `owner` left here is made for, at the owner's priority, by what its key

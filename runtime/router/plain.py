@@ -26,9 +26,10 @@ from typing import TYPE_CHECKING, cast
 import httptools
 
 from runtime.router.body import read_head
-from runtime.router.call import Call
+from runtime.router.call import ANONYMOUS, Call
 from runtime.router.errors import ApiError, internal_error
 from runtime.router.keys import given_token
+from runtime.router.local import FOREIGN
 from runtime.router.paths import PLAIN_PATHS, STREAMS
 from runtime.router.upstream import Headers, Reply
 
@@ -49,7 +50,7 @@ _BODYLESS = (204, 304)
 _ODD = {b"transfer-encoding", b"content-encoding", b"expect", b"upgrade", b"te", b"trailer"}
 _CONNECTION, _LENGTH, _TYPE = b"connection", b"content-length", b"content-type"
 _ID, _HOST, _AUTHORIZATION, _API_KEY = b"x-request-id", b"host", b"authorization", b"x-api-key"
-_LOOKED_AT = _ODD | {_CONNECTION, _LENGTH, _TYPE, _ID, _HOST, _AUTHORIZATION, _API_KEY}
+_LOOKED_AT = _ODD | FOREIGN | {_CONNECTION, _LENGTH, _TYPE, _ID, _HOST, _AUTHORIZATION, _API_KEY}
 _LENGTHS = {len(name) for name in _LOOKED_AT}
 
 
@@ -57,10 +58,10 @@ class PlainConnection(asyncio.Protocol):
     """One caller's socket, and the `Client` of the request that is being answered."""
 
     __slots__ = (
-        "_address", "_behind", "_body", "_chunked", "_fields", "_front", "_head", "_id", "_more",
-        "_parser", "_path", "_plain", "_raw", "_raw_bytes", "_reply", "_since", "_stopped",
-        "_stopped_at", "_stuffed", "_task", "_token", "_transport", "_url", "_whole", "_writable",
-        "begun",
+        "_address", "_behind", "_body", "_chunked", "_fields", "_foreign", "_front", "_head",
+        "_host", "_id", "_more", "_parser", "_path", "_plain", "_raw", "_raw_bytes", "_reply",
+        "_since", "_stopped", "_stopped_at", "_stuffed", "_task", "_token", "_transport", "_url",
+        "_whole", "_writable", "begun",
     )  # fmt: skip
 
     def __init__(self, front: Front) -> None:
@@ -87,7 +88,9 @@ class PlainConnection(asyncio.Protocol):
         self._body: list[bytes] = []
         self._id: str | None = None
         self._token = ""
+        self._host = b""
         self._plain = True
+        self._foreign = False  # a header that a caller from this host need not send
         self._whole = self._more = False
         self._head = b""  # of the answer, until its first piece goes out
         self.begun = self._chunked = False
@@ -194,6 +197,9 @@ class PlainConnection(asyncio.Protocol):
                     return False
             elif lower == _HOST:
                 hosts += 1
+                self._host = value
+            elif lower in FOREIGN:
+                self._foreign = True
             elif lower == _ID:
                 self._id = _usable_id(value)
             elif lower in (_AUTHORIZATION, _API_KEY):
@@ -213,6 +219,11 @@ class PlainConnection(asyncio.Protocol):
             self._hand_over()
             return
         if not self._front.proxy.gate.known(head.model):
+            self._hand_over()
+            return
+        local = self._front.proxy.keys.local
+        foreign = local is not None and (self._foreign or not local.is_good(self._host))
+        if foreign and caller is ANONYMOUS:  # it gets its 403 there
             self._hand_over()
             return
         path = cast(str, self._path)

@@ -193,3 +193,44 @@ async def test_the_access_log_says_whose_every_call_was(stack: Stack, tmp_path: 
         ("/v1/files", "acme", "acme000000", 200), ("/v1/files", "acme", "embed00000", 403),
         ("/invoke/alpha", "globex", "globex0000", 202),
     } <= set(written())  # fmt: skip
+
+
+# ---------------------------------------------------------------------- without a key
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"Host": "evil.example:8080"},
+        {"Origin": "https://evil.example", "Content-Type": "text/plain"},
+        {"X-Forwarded-For": "203.0.113.9"},
+        {"Forwarded": "for=203.0.113.9"},
+    ],
+)
+async def test_without_a_key_only_this_host_calls(tmp_path: Path, headers: dict[str, str]) -> None:
+    async with kit.stack(tmp_path) as stack:
+        await stack.serve("m", await stack.engine(unary()))
+        body = {"model": "m", "messages": []}
+        async with stack.post("/v1/chat/completions", body) as response:
+            assert response.status == 200
+        async with stack.post("/v1/chat/completions", body, headers=headers) as response:
+            assert response.status == 403
+            assert (await response.json())["error"]["code"] == "not_local"
+        for path in ("/v1/models", "/v1/files", "/metrics", "/jobs/job_1"):
+            async with stack.session.get(stack.url + path, headers=headers) as response:
+                assert response.status == 403, path
+        async with stack.session.get(stack.url + "/healthz", headers=headers) as response:
+            assert response.status == 200
+        assert len(stack.engines[0].received) == 1
+
+
+async def test_the_first_key_ends_calls_without_one(tmp_path: Path) -> None:
+    async with kit.stack(tmp_path) as stack:
+        await stack.serve("m", await stack.engine(unary()))
+        await stack.scheduler.publish_keys(*KEYS)
+        async with asyncio.timeout(kit.DEADLINE_S):
+            while True:
+                async with stack.post("/v1/chat/completions", {"model": "m"}) as response:
+                    if response.status == 401:
+                        break
+        assert (await ask(stack, "acme", "GET", "/v1/models", Host="any.example"))[0] == 200
