@@ -222,9 +222,12 @@ class PlainConnection(asyncio.Protocol):
             self._hand_over()
             return
         local = self._front.proxy.keys.local
-        foreign = local is not None and (self._foreign or not local.is_good(self._host))
-        if foreign and caller is ANONYMOUS:  # it gets its 403 there
-            self._hand_over()
+        if (
+            caller is ANONYMOUS
+            and local is not None
+            and (self._foreign or not local.is_good(self._host))
+        ):
+            self._hand_over()  # it gets its 403 there
             return
         path = cast(str, self._path)
         call = Call(
