@@ -55,7 +55,7 @@ class StreamOptions(Struct):
 class _Generation(Struct, kw_only=True):
     model: str
     max_tokens: Tokens | None = None
-    stream: bool = False
+    stream: bool | None = False
     stream_options: StreamOptions | None = None
 
 
@@ -232,12 +232,16 @@ class Api:
         return Answer(
             chat=chat,
             id=f"{'chatcmpl' if chat else 'cmpl'}-stub-{next(self._ids)}",
-            model=model,
+            model=self._said(model),
             created=int(time.time()),
             words=tuple(word if i == 0 else f" {word}" for i, word in enumerate(chosen)),
             prompt_tokens=prompt_tokens,
             fingerprint=FINGERPRINT if model in self._names else f"{FINGERPRINT}+{model}",
         )
+
+    def _said(self, model: str) -> str:
+        """The name that an answer bears: an adapter's own, else the first, as vLLM does."""
+        return self._names[0] if model in self._names else model
 
     async def paced(self, answer: Answer) -> AsyncIterator[str]:
         """The answer's words, each when it is due."""
@@ -278,7 +282,8 @@ class Api:
             for i, text in enumerate(["!"] * len(inputs) if self.gibberish else inputs)
         ]
         usage = {"prompt_tokens": count, "total_tokens": count}
-        return json_response({"object": "list", "data": data, "model": body.model, "usage": usage})
+        model = self._said(body.model)
+        return json_response({"object": "list", "data": data, "model": model, "usage": usage})
 
     async def _tokenize(self, request: web.Request, body: TokenizeRequest) -> web.StreamResponse:
         text = body.prompt if body.prompt is not None else " ".join(m.text() for m in body.messages)

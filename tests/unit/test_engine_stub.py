@@ -147,6 +147,15 @@ async def test_answers_chat_with_the_prompts_words():
         assert default["usage"]["completion_tokens"] == 16
 
 
+async def test_it_takes_null_and_answers_by_its_first_name_as_vllm_does():
+    async with running() as engine:
+        asked = {**CHAT, "model": "org/m", "max_tokens": 1, "stream": None, "stream_options": None}
+        status, body = await engine.post("/v1/chat/completions", asked)
+        assert (status, body["model"]) == (200, "m")
+        status, body = await engine.post("/v1/embeddings", {"model": "org/m", "input": "x"})
+        assert (status, body["model"]) == (200, "m")
+
+
 async def test_streams_one_word_an_event():
     async with running() as engine:
         asked = {
