@@ -120,6 +120,11 @@ def name_problem(name: str) -> str | None:
     return None if size <= NAME_BYTES else f"may have at most {NAME_BYTES} bytes, got {size}"
 
 
+def header(value: str) -> bytes:
+    """The bytes of a header that aiohttp has read: it keeps what is not in UTF-8 as surrogates."""
+    return value.encode(errors="surrogateescape")
+
+
 def is_json_type(content_type: str) -> bool:
     """Whether a body of that Content-Type is JSON, exactly as vLLM sees it."""
     return content_type.lower().split(";", 1)[0] == JSON_TYPE

@@ -18,9 +18,12 @@ from typing import Any, TypeVar
 
 import msgspec
 
+from runtime.outside import name_problem
 from runtime.wire import SpecProblem
 
 S = TypeVar("S", bound=msgspec.Struct)
+
+_UNKNOWN = 50  # unknown fields of one object that are named: the search for close ones is slow
 
 _UNITS = {
     "": 1, "b": 1,
@@ -59,7 +62,12 @@ def parse_bytes(text: str) -> int:
 
 
 def close_names(name: str, known: Iterable[str], limit: int = 3) -> list[str]:
-    """Up to `limit` of `known` that `name` may have meant, best first."""
+    """Up to `limit` of `known` that `name` may have meant, best first.
+
+    None of what is longer than any name: the search takes time by the square of its length.
+    """
+    if name_problem(name) is not None:
+        return []
     lower = {k.lower(): k for k in known}
     return [lower[m] for m in difflib.get_close_matches(name.lower(), lower, limit, 0.6)]
 
@@ -73,7 +81,10 @@ def check(raw: object, kind: type[S], where: str = "") -> S:
     if not isinstance(raw, Mapping):
         raise SchemaError([_no_mapping(where or "document", raw)])
     fields = {f.name: f for f in msgspec.structs.fields(kind)}
-    problems = [_unknown(str(key), raw[key], fields) for key in raw if key not in fields]
+    unknown = [key for key in raw if key not in fields]
+    problems = [_unknown(str(key), raw[key], fields) for key in unknown[:_UNKNOWN]]
+    if len(unknown) > _UNKNOWN:
+        problems.append(SpecProblem(field="…", message=f"{len(unknown)} fields are unknown"))
     values: dict[str, Any] = {}
     for name, field in fields.items():
         if name not in raw:

@@ -33,6 +33,7 @@ MAX_MODEL_LEN = 4096
 EMBEDDING_SIZE = 8
 
 Tokens = Annotated[int, Meta(ge=1)]
+_NOT_JSON = "Unsupported Media Type: Only 'application/json' is allowed"
 T = TypeVar("T")
 
 
@@ -323,12 +324,14 @@ def checked(
     handler: Callable[[web.Request, T], Any],
     shape: Callable[[web.Response], web.Response] = lambda refusal: refusal,
 ) -> Callable[[web.Request], Any]:
-    """`handler` with the body decoded as `kind`; a body that is none, or that names what may not be
-    fetched, is a 400. `shape`: the protocol's, of that refusal."""
+    """`handler` with the body decoded as `kind`; a body that is none, of another Content-Type, or
+    that names what may not be fetched, is a 400. `shape`: the protocol's, of that refusal."""
     read: Callable[[bytes], T] = outside.reader(kind)
     any_json: Callable[[bytes], Any] = outside.reader(Any)
 
     async def decoded(request: web.Request) -> web.StreamResponse:
+        if not outside.is_json_type(request.headers.get("Content-Type", "")):
+            return error_response(400, _NOT_JSON)
         try:
             raw = await request.read()
             body = read(raw)

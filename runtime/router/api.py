@@ -22,6 +22,7 @@ from typing import Any
 import msgspec
 from aiohttp import web
 
+from runtime import outside
 from runtime.router import body as bodies
 from runtime.router.access_log import Line
 from runtime.router.call import ANONYMOUS, Call, Caller
@@ -109,27 +110,29 @@ class Api:
 
     async def _by_body(self, request: web.Request, path: str) -> web.StreamResponse:
         """A call whose body names the model."""
-        body = await self._body(request)
-        if request.content_type.startswith("multipart/"):
-            head = await bodies.read_form(body, request.headers)
-        else:
-            head = bodies.read_head(body)
-        return await self._serve(request, path, body, head)
+        if not bodies.takes_form(types := _types(request), path):
+            body = await self._body(request)
+            return await self._serve(request, path, body, bodies.read_head(body))
+        form, head = bodies.read_form(await self._body(request), types[0])
+        bodies.checked(head)
+        return await self._serve(request, path, form.with_model(head.model), head)
 
     async def _own_openai(self, request: web.Request) -> web.StreamResponse:
         model, path = request.match_info["model"], _engine_path(request)
         self._route(model)
-        body = await self._body(request)
-        head = bodies.Head(model=model, stream=False)
-        if not request.content_type.startswith("multipart/"):
-            body, head = bodies.with_model(body, model)
-        return await self._serve(request, path, body, head)
+        if not bodies.takes_form(types := _types(request), path):
+            body, head = bodies.with_model(await self._body(request), model)
+            return await self._serve(request, path, body, head)
+        form, head = bodies.read_form(await self._body(request), types[0])
+        head.model = model
+        return await self._serve(request, path, form.with_model(model), head)
 
     async def _invoke(self, request: web.Request) -> web.StreamResponse:
         model = request.match_info["model"]
         self._route(model)
         later = self._jobs.handlers.wanted(request)
         stream = False if later else _stream_wish(request)
+        bodies.check_json(_types(request))
         call = bodies.invocation(await self._body(request), model, stream)
         if later:
             self._proxy.check_scope(request[CALLER], call.head.model, call.path)
@@ -202,7 +205,7 @@ class Api:
     def _identify(self, request: web.Request) -> Caller:
         token = ""
         for name in ("Authorization", "X-Api-Key"):
-            token = token or given_token(request.headers.get(name, "").encode())
+            token = token or given_token(outside.header(request.headers.get(name, "")))
         return self._proxy.keys.identify(token, time.time())
 
     def _table(self) -> RouteTable:
@@ -213,6 +216,7 @@ class Api:
         return table
 
     def _route(self, model: str) -> ModelRoute:
+        bodies.check_model(model)
         table, route = self._table(), self._proxy.gate.find(model)
         if route is not None:
             return route
@@ -258,7 +262,7 @@ class Api:
         if self._proxy.keys.anonymous:
             self._proxy.keys.check_local(request.raw_headers)
             return
-        token = given_token(request.headers.get("Authorization", "").encode())
+        token = given_token(outside.header(request.headers.get("Authorization", "")))
         if not any(t and hmac.compare_digest(token.encode(), t.encode()) for t in self._scrapers):
             message = "send metrics_token, or the cluster token, as a bearer token"
             raise ApiError(401, "invalid_api_key", message)
@@ -328,6 +332,10 @@ def _engine_path(request: web.Request) -> str:
     if target is None:
         raise ApiError(404, "not_found", f"there is no POST {request.path} here")
     return target
+
+
+def _types(request: web.Request) -> list[str]:
+    return request.headers.getall("Content-Type", [])
 
 
 def _stream_wish(request: web.Request) -> bool | None:

@@ -6,22 +6,20 @@ they were written, digits and escapes included.
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import msgspec
-from aiohttp import BodyPartReader, MultipartReader, StreamReader
-from aiohttp.base_protocol import BaseProtocol
-from aiohttp.http_exceptions import HttpProcessingError
 from msgspec import Struct
 
 from runtime import outside
 from runtime.outside import OutsideError
+from runtime.router import forms
 from runtime.router.errors import ApiError
+from runtime.router.forms import FORM_TYPE, Form
+from runtime.router.paths import FORM_PATHS, JSON_PATHS
 
-_FORM_FIELDS = ("model", "stream")
 _SENT = ("prompt", "messages", "input")
 _TARGETS = {
     "prompt": "/v1/completions",
@@ -128,28 +126,39 @@ def check_model(name: str) -> None:
         raise ApiError(400, "invalid_field", f"model {problem}", param="model")
 
 
-async def read_form(body: bytes, headers: Mapping[str, str]) -> Head:
-    """The head of a multipart form. Raises ApiError (400) naming the field."""
-    found: dict[str, str] = {}
+def takes_form(types: Sequence[str], path: str) -> bool:
+    """Whether a body with these Content-Type headers, for the engine's `path`, is a form; else it
+    is JSON. Raises ApiError (400) for what the engine would refuse: the sentence is vLLM's."""
+    bare, got = path.partition("?")[0], ", ".join(types)[:80]
+    if len(types) > 1:
+        message = f"the request has {len(types)} Content-Type headers ({got!r}): send one"
+        raise ApiError(400, "invalid_content_type", message)
+    if bare not in FORM_PATHS and outside.is_json_type(got):
+        return False
+    if bare not in JSON_PATHS and got.lower().startswith("multipart/"):
+        return True
+    wanted = FORM_TYPE if bare in FORM_PATHS else outside.JSON_TYPE
+    message = f"Unsupported Media Type: Only {wanted!r} is allowed, got {got or 'none'!r}"
+    raise ApiError(400, "invalid_content_type", message)
+
+
+def check_json(types: Sequence[str]) -> None:
+    """As `takes_form` does, where nothing but JSON is taken."""
+    takes_form(types, "/v1/completions")
+
+
+def read_form(body: bytes, content_type: str) -> tuple[Form, Head]:
+    """A multipart form and its head, in which the model may be missing. Raises ApiError (400)."""
     try:
-        form = MultipartReader(headers, _stream_of(body))
-        while len(found) < len(_FORM_FIELDS) and (part := await form.next()) is not None:
-            if isinstance(part, BodyPartReader) and part.name in _FORM_FIELDS:
-                found[part.name] = (await part.text(encoding="utf-8")).strip()
-    except (ValueError, AssertionError, RuntimeError, LookupError, HttpProcessingError) as error:
-        message = f"the multipart body cannot be read: {error}"
-        raise ApiError(400, "invalid_body", message) from None
-    stream = found.get("stream", "").lower() in ("true", "1")
-    return checked(Head(model=found.get("model", ""), stream=stream))
+        form = forms.read_form(body, content_type)
+    except OutsideError as error:
+        raise bad_form(error) from None
+    return form, Head(model=form.model, stream=form.stream)
 
 
-def _stream_of(body: bytes) -> StreamReader:
-    """The library reads forms from a stream only."""
-    loop = asyncio.get_running_loop()
-    stream = StreamReader(BaseProtocol(loop), limit=2**16, loop=loop)
-    stream.feed_data(body)
-    stream.feed_eof()
-    return stream
+def bad_form(error: OutsideError) -> ApiError:
+    """What is told of a form that is refused."""
+    return ApiError(400, "invalid_body", f"the form {error}")
 
 
 def with_model(body: bytes, model: str) -> tuple[bytes, Head]:

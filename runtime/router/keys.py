@@ -34,7 +34,8 @@ from runtime.router.local import Local
 
 TOKEN_BYTES = 512
 NOTHING = Used()
-_ANSWERS = 4096  # of `may`, remembered a caller
+_ANSWERS = 512  # of `may`, remembered a caller
+_PATH_BYTES = 64  # of a path that is remembered: a model's name is bounded already
 
 
 class Keys:
@@ -212,7 +213,7 @@ def may(caller: Caller, names: tuple[str, ...], model: str, path: str) -> bool:
     known = caller.known.get((*names, model, path))
     if known is None:
         known = all(_allows(scope, (model, *names), path) for scope in caller.scopes)
-        if len(caller.known) < _ANSWERS:
+        if len(caller.known) < _ANSWERS and len(path) <= _PATH_BYTES:
             caller.known[*names, model, path] = known
     return known
 

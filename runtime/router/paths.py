@@ -21,15 +21,18 @@ ROOT_PATHS = (
     "/v2/embed",
 )
 STREAMS = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages"})
-_V1_PATHS = (
+JSON_PATHS = (
     *STREAMS,
     "/v1/embeddings",
     "/v1/messages/count_tokens",
     "/v1/score",
     "/v1/rerank",
+    *ROOT_PATHS,
 )
+# What takes a multipart form; whatever else is known takes JSON.
+FORM_PATHS = frozenset({"/v1/audio/transcriptions", "/v1/audio/translations"})
 # The raw request targets that the front answers itself.
-PLAIN_PATHS = {path.encode(): path for path in (*_V1_PATHS, *ROOT_PATHS)}
+PLAIN_PATHS = {path.encode(): path for path in JSON_PATHS}
 
 _SEGMENTS = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*(/[A-Za-z0-9_-][A-Za-z0-9._-]*)*")
 _CONTROL = {"load_lora_adapter", "unload_lora_adapter"}

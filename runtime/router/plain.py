@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, cast
 
 import httptools
 
+from runtime.outside import JSON_TYPE, is_json_type
 from runtime.router.body import read_head
 from runtime.router.call import ANONYMOUS, Call
 from runtime.router.errors import ApiError, internal_error
@@ -49,6 +50,7 @@ _BODYLESS = (204, 304)
 # Headers that make a request no plain one.
 _ODD = {b"transfer-encoding", b"content-encoding", b"expect", b"upgrade", b"te", b"trailer"}
 _CONNECTION, _LENGTH, _TYPE = b"connection", b"content-length", b"content-type"
+_JSON = JSON_TYPE.encode()
 _ID, _HOST, _AUTHORIZATION, _API_KEY = b"x-request-id", b"host", b"authorization", b"x-api-key"
 _LOOKED_AT = _ODD | FOREIGN | {_CONNECTION, _LENGTH, _TYPE, _ID, _HOST, _AUTHORIZATION, _API_KEY}
 _LENGTHS = {len(name) for name in _LOOKED_AT}
@@ -183,7 +185,7 @@ class PlainConnection(asyncio.Protocol):
         self._whole = True
 
     def _headers_are_plain(self) -> bool:
-        length, size, hosts = -1, 0, 0
+        length, size, hosts, typed = -1, 0, 0, False
         for name, value in self._fields:
             size += len(value)
             if len(name) not in _LENGTHS or (lower := name.lower()) not in _LOOKED_AT:
@@ -193,8 +195,9 @@ class PlainConnection(asyncio.Protocol):
                     return False
                 length = int(value)
             elif lower == _TYPE:
-                if value[:10].lower() == b"multipart/":
+                if typed or (value != _JSON and not is_json_type(value.decode("latin-1"))):
                     return False
+                typed = True
             elif lower == _HOST:
                 hosts += 1
                 self._host = value
@@ -206,7 +209,8 @@ class PlainConnection(asyncio.Protocol):
                 self._token = self._token or given_token(value)
             elif lower != _CONNECTION or value.lower() != b"keep-alive":
                 return False
-        return hosts == 1 and size <= PLAIN_HEAD_BYTES and 0 < length <= self._front.max_body_bytes
+        whole = 0 < length <= self._front.max_body_bytes
+        return whole and typed and hosts == 1 and size <= PLAIN_HEAD_BYTES
 
     # -- one request
 

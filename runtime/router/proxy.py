@@ -62,6 +62,7 @@ _ERROR_BYTES = 64 * 1024
 _FIXED = (b"content-length", b"content-encoding")  # of a body that nothing can be added to
 _OF_BODY = (b"content-type", b"content-length", b"content-encoding")
 _NAMES = 1024  # header names remembered; there are a few dozen
+_NAME_BYTES = 64  # of one that is remembered
 
 
 class Proxy:
@@ -564,7 +565,7 @@ class _Dropped(dict[bytes, bool]):
 
     def __missing__(self, name: bytes) -> bool:
         dropped = name.lower() in self._names
-        if len(self) < _NAMES:
+        if len(self) < _NAMES and len(name) <= _NAME_BYTES:
             self[name] = dropped
         return dropped
 

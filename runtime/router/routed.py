@@ -22,7 +22,7 @@ from runtime.router.call import Call, Caller
 from runtime.router.client import Client
 from runtime.router.errors import ApiError
 from runtime.router.fairness import BACKGROUND
-from runtime.router.forms import form_with_model
+from runtime.router.forms import read_form
 from runtime.router.outcome import BROKEN_OFF, Outcome
 from runtime.router.upstream import Headers, Reply
 from runtime.router.versions import FALLS_BACK, Attempt, Way
@@ -91,7 +91,7 @@ class Routed:
         """The call as it is for this model."""
         kind = _header(call, b"content-type") or ""
         if kind.lower().startswith("multipart/"):
-            body, head = form_with_model(call.body, kind, model), call.head
+            body, head = read_form(call.body, kind).with_model(model), call.head
         else:
             body, head = with_model(call.body, model)
         tally = self._versions.tally(way.route, model)

@@ -228,7 +228,7 @@ async def _read_request(reader: asyncio.StreamReader) -> Received | None:
         head = await reader.readuntil(b"\r\n\r\n")
     except asyncio.IncompleteReadError:
         return None
-    lines = head.decode().split("\r\n")
+    lines = head.decode(errors="surrogateescape").split("\r\n")
     headers = [tuple(line.split(": ", 1)) for line in lines[1:] if line]
     length = next(int(v) for n, v in headers if n.lower() == "content-length")
     body = await reader.readexactly(length)
@@ -277,6 +277,15 @@ async def never(received: Received, writer: asyncio.StreamWriter) -> None:
     await asyncio.Event().wait()
 
 
+async def json_by_default(
+    request: aiohttp.ClientRequest, handler: aiohttp.ClientHandlerType
+) -> aiohttp.ClientResponse:
+    """What is posted as plain bytes is JSON, unless the test says otherwise."""
+    if request.headers.get("Content-Type") == "application/octet-stream":
+        request.headers["Content-Type"] = "application/json"
+    return await handler(request)
+
+
 class Stack:
     """A router with its scheduler, registry and engines."""
 
@@ -285,7 +294,7 @@ class Stack:
         self.registry = MemoryRegistry()
         self.scheduler = Scheduler()
         self.engines: list[Engine] = []
-        self.session = aiohttp.ClientSession(auto_decompress=False)
+        self.session = aiohttp.ClientSession(auto_decompress=False, middlewares=(json_by_default,))
         self.url = ""
         self._stop = asyncio.Event()
         self._router: asyncio.Task[None] | None = None

@@ -220,7 +220,9 @@ async def test_200_held_requests_are_all_answered_after_the_wake(stack: Stack) -
             await response.read()
             return response.status
 
-    session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0))
+    session = aiohttp.ClientSession(
+        connector=aiohttp.TCPConnector(limit=0), middlewares=(kit.json_by_default,)
+    )
     await stack.session.close()
     stack.session = session
     calls = [asyncio.create_task(call()) for _ in range(200)]
@@ -440,7 +442,8 @@ async def test_an_answer_broken_off_is_seen_to_be_broken(stack: Stack, framing: 
     version = "1.0" if framing == "http/1.0" else "1.1"
     reader, writer = await asyncio.open_connection(*stack.url.removeprefix("http://").split(":"))
     writer.write(
-        f"POST {CHAT} HTTP/{version}\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+        f"POST {CHAT} HTTP/{version}\r\nHost: x\r\n"
+        f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n".encode()
         + body
     )
     await reader.readuntil(b"\r\n\r\n")
@@ -503,7 +506,8 @@ async def test_refusals(
         host, port = stack.url.removeprefix("http://").split(":")
         reader, writer = await asyncio.open_connection(host, port)  # no client tidies the path up
         head = (
-            f"POST {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: {len(body)}"
+            f"POST {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
+            f"Content-Type: application/json\r\nContent-Length: {len(body)}"
         )
         writer.write(head.encode() + b"\r\n\r\n" + body)
         head, _, payload = (await reader.read()).partition(b"\r\n\r\n")
@@ -877,7 +881,8 @@ async def test_a_client_that_does_not_read_does_not_fill_the_routers_memory(tmp_
         reader, writer = await asyncio.open_connection(host, port, limit=65536)
         body = b'{"model":"m"}'
         writer.write(
-            b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body)
+            b"POST /v1/completions HTTP/1.1\r\nHost: x\r\n"
+            b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(body)
         )
         writer.write(body)
         await reader.readuntil(b"\r\n\r\n")

@@ -198,11 +198,17 @@ async def test_refuses_bad_bodies_as_openai_does():
             ("/v1/chat/completions", {**CHAT, "max_tokens": 0}),
             ("/v1/completions", {"model": "m", "prompt": 7}),
             ("/v1/embeddings", {"model": "m"}),
-            ("/v1/completions", None),
         ]:
             status, answer = await engine.post(path, body)
             assert (status, answer["error"]["code"]) == (400, 400), (path, body)
             assert answer["error"]["message"].startswith("invalid request body")
+        for kind in ("text/plain", "", "application/json ; charset=utf-8"):
+            headers = {"Authorization": f"Bearer {CONTROL}", "Content-Type": kind}
+            chat = json.dumps(CHAT).encode()
+            async with engine.http.post("/v1/completions", data=chat, headers=headers) as got:
+                answer = await got.json()
+                assert (got.status, answer["error"]["code"]) == (400, 400), kind
+                assert "Only 'application/json' is allowed" in answer["error"]["message"]
 
 
 async def test_is_guarded_like_vllm():

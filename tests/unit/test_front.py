@@ -16,6 +16,7 @@ from runtime.router.keys import Keys
 from runtime.router.plain import BEHIND_BYTES, PLAIN_BODY_BYTES
 
 CHAT = b"/v1/chat/completions"
+JSON = b"Content-Type: application/json\r\n"
 
 
 class Transport(asyncio.Transport):
@@ -127,8 +128,8 @@ class Bench:
 
 def plain(text: str = "x", extra: bytes = b"", path: bytes = CHAT) -> bytes:
     body = b'{"model":"m","x":"%b"}' % text.encode()
-    head = b"POST %b HTTP/1.1\r\nHost: h\r\n%bContent-Length: %d\r\n\r\n"
-    return head % (path, extra, len(body)) + body
+    head = b"POST %b HTTP/1.1\r\nHost: h\r\n%b%bContent-Length: %d\r\n\r\n"
+    return head % (path, JSON, extra, len(body)) + body
 
 
 TEXTS = st.lists(st.text(st.characters(codec="ascii", categories=("L", "N")), max_size=40),
@@ -144,6 +145,14 @@ async def feed_in_pieces(bench: Bench, raw: bytes, cuts: list[tuple[int, bool]])
         if rest.get(stop):
             await bench.settle()
     await bench.settle()
+
+
+@pytest.mark.parametrize("kind", [b"APPLICATION/json", b"application/json; charset=utf-8"])
+async def test_json_however_it_is_written_is_plain(kind: bytes) -> None:
+    bench = Bench()
+    bench.feed(plain().replace(b"application/json", kind))
+    await bench.settle()
+    assert len(bench.proxy.calls) == 1
 
 
 @settings(deadline=None)
@@ -176,7 +185,12 @@ ODD = [
     plain(extra=b"Connection: close\r\n"),
     plain(extra=b"Connection: keep-alive, X-Hop\r\n"),
     plain(extra=b"Content-Encoding: gzip\r\n"),
-    plain(extra=b"Content-Type: multipart/form-data; boundary=b\r\n"),
+    plain().replace(JSON, b"Content-Type: multipart/form-data; boundary=b\r\n"),
+    plain().replace(JSON, b"Content-Type: text/plain\r\n"),
+    plain().replace(JSON, b"Content-Type: application/json ; charset=utf-8\r\n"),
+    plain().replace(JSON, b"Content-Type: \xff\r\n"),
+    plain().replace(JSON, b""),
+    plain(extra=JSON),
     plain(extra=b"Content-Length: 3\r\n"),
     plain(extra=b"Upgrade: h2c\r\nConnection: upgrade\r\n"),
     plain(extra=b"X: " + b"x" * 20_000 + b"\r\n"),
@@ -192,8 +206,9 @@ ODD = [
     plain().replace(b'{"', b'["'),
     plain().replace(b"Content-Length: ", b"Content-Length: +"),
     plain().replace(b"Content-Length: ", b"Content-Length : "),
-    b"POST %b HTTP/1.1\r\nHost: h\r\nContent-Length: %d\r\n\r\n" % (CHAT, PLAIN_BODY_BYTES + 1),
-    b"POST %b HTTP/1.1\r\nHost: h\r\nContent-Length: 0\r\n\r\n" % CHAT,
+    b"POST %b HTTP/1.1\r\nHost: h\r\n%bContent-Length: %d\r\n\r\n"
+    % (CHAT, JSON, PLAIN_BODY_BYTES + 1),
+    b"POST %b HTTP/1.1\r\nHost: h\r\n%bContent-Length: 0\r\n\r\n" % (CHAT, JSON),
     b"POST %b HTTP/1.1\r\nHost: h\r\n X: folded\r\n\r\n" % CHAT,
     b"GET / HTTP/1.1\r\nHost: h\r\n\r\n",
     b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",

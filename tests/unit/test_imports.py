@@ -60,6 +60,7 @@ IMPURE_CALLS = {
 }  # fmt: skip
 # module -> the only file that may import it
 ONE_IMPORTER = {
+    "python_multipart": "runtime/router/forms.py",
     "pynvml": "agent/nvml.py",
     "consul": "runtime/consul.py",
     "huggingface_hub": "agent/cache_hub.py",

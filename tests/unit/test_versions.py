@@ -11,7 +11,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from runtime.router import admission
-from runtime.router.forms import form_with_model
 from runtime.router.versions import FALLS_BACK, Versions, Way
 from runtime.rules import LEAST, with_share
 from runtime.wire import Mirror, ModelRoute, RouteRule, RouteTarget, TargetCounts
@@ -158,25 +157,3 @@ def test_whatever_admission_refuses_for_falls_back_once_there_is_a_table() -> No
     calls = [n for n in ast.walk(tree) if isinstance(n, ast.Call)]
     codes = {c.args[2].value for c in calls if ast.unparse(c.func) == "Refused"}
     assert codes - {"no_routes"} == FALLS_BACK
-
-
-# ------------------------------------------------------------------------------ forms
-
-FORM = (
-    b'--b\r\nContent-Disposition: form-data; name="file"; filename="model"\r\n\r\nname="model"\r\n'
-    b'--b\r\nContent-Disposition: form-data; name="model"\r\n\r\nold\r\n'
-    b'--b\r\nContent-Disposition: form-data; name="language"\r\n\r\nen\r\n--b--\r\n'
-)
-
-
-@pytest.mark.parametrize("kind", ["multipart/form-data; boundary=b", 'multipart/x; Boundary="b"'])
-def test_a_forms_model_is_replaced_and_nothing_else(kind: str) -> None:
-    assert form_with_model(FORM, kind, "new-one") == FORM.replace(
-        b"\r\nold\r\n", b"\r\nnew-one\r\n"
-    )
-
-
-def test_a_form_without_a_model_or_a_boundary_stays_as_it_is() -> None:
-    other = FORM.replace(b'name="model"\r\n\r\nold', b'name="models"\r\n\r\nold')
-    assert form_with_model(other, "multipart/form-data; boundary=b", "new") == other
-    assert form_with_model(FORM, "multipart/form-data", "new") == FORM

@@ -6,17 +6,20 @@ Rule this file keeps: all that it knows can be read from the store again; it is 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import secrets
 import time
+from collections import Counter
 from collections.abc import Callable
 
-from runtime.router.body import read_head
-from runtime.router.call import Call, Caller
+from runtime.router.call import Caller
+from runtime.router.errors import ApiError
 from runtime.router.fairness import BACKGROUND
 from runtime.router.jobs import batch_rows, file_rows, lines
 from runtime.router.jobs.batch_rows import BatchRow, LineRow
 from runtime.router.jobs.file_rows import ERROR, OK
+from runtime.router.jobs.lines import Line, Problem
 from runtime.router.jobs.metrics import JobMetrics
 from runtime.router.jobs.plan import Item, Key, Plan
 from runtime.router.jobs.send import Sender, Sent, send
@@ -27,6 +30,7 @@ from runtime.router.proxy import Proxy
 
 log = logging.getLogger("stoker.router.jobs")
 
+_TRIES = 3  # of validating a file that fails for no reason that is known
 _HEADERS = ((b"Content-Type", b"application/json"),)
 _ENDS = {
     "completed": "",
@@ -61,6 +65,7 @@ class Batches:
         self._has_room = True
         self._validation: tuple[int, asyncio.Task[None]] | None = None
         self._validated = Turns()
+        self._failures: Counter[int] = Counter()  # batch -> validations that failed so
 
     @property
     def busy(self) -> bool:
@@ -73,15 +78,23 @@ class Batches:
         rows = await self._store.read(batch_rows.unfinished, now)
         self._rows = {row.seq: row for row in rows}
         for row in rows:
-            if row.status == "cancelling":
-                await self._end(row, "cancelled")
-            elif row.expires_at <= now:
-                await self._end(row, "expired")
-            elif row.status != "validating" and await self._refill(row) == 0:
-                await self._end(row, "completed")
+            try:
+                await self._step(row, now)
+            except StoreError:
+                raise
+            except Exception:  # it is this batch's alone
+                log.exception("batch %s cannot go on", row.id)
         self._validate_next([row for row in rows if row.status == "validating"])
         self._has_room = await self._store.has_room()  # else results could not be kept
         self._pump()
+
+    async def _step(self, row: BatchRow, now: float) -> None:
+        if row.status == "cancelling":
+            await self._end(row, "cancelled")
+        elif row.expires_at <= now:
+            await self._end(row, "expired")
+        elif row.status != "validating" and await self._refill(row) == 0:
+            await self._end(row, "completed")
 
     async def close(self) -> None:
         """End what is under way."""
@@ -109,15 +122,7 @@ class Batches:
         key = item[:2]
         row, line = self._rows[item.owner], self._lines[key]
         text = await self._store.read(file_rows.part, row.input, line.start, line.size_bytes)
-        read = lines.read_line(text, row.endpoint)
-        assert isinstance(read, lines.Line), read
-        request_id = lines.request_id_of(row.id, line.line)
-        caller = Caller(row.tenant, row.key_id, BACKGROUND)
-        call = Call(
-            request_id, read.model, row.endpoint, _HEADERS, read.body, False, read_head(read.body),
-            caller,
-        )  # fmt: skip
-        sent = await send(self._proxy, call)
+        sent = await self._sent(row, line.line, lines.read_line(text, row.endpoint))
         if sent.verdict == "broken" and self.sender.plan.last_try(key):
             sent = sent._replace(verdict="given up")
         if sent.verdict in ("answered", "given up"):
@@ -126,6 +131,15 @@ class Batches:
         else:
             self._metrics.line("put_back")
         return sent
+
+    async def _sent(self, row: BatchRow, number: int, read: Line | Problem) -> Sent:
+        if isinstance(read, Problem):  # another version of this program found it good
+            return Sent("answered", error=ApiError(400, read.code, read.message))
+        request_id = lines.request_id_of(row.id, number)
+        caller = Caller(row.tenant, row.key_id, BACKGROUND)
+        return await send(
+            self._proxy, request_id, read.model, row.endpoint, _HEADERS, read.body, caller
+        )
 
     async def _keep(self, row: BatchRow, line: LineRow, sent: Sent) -> None:
         outcome = OK if 200 <= sent.status < 400 else ERROR
@@ -160,17 +174,20 @@ class Batches:
     def _forget(self, row: BatchRow) -> None:
         self._rows.pop(row.seq, None)
         self._read_to.pop(row.seq, None)
+        self._failures.pop(row.seq, None)
         for key in [key for key in self._lines if key[0] == row.seq]:
             del self._lines[key]
 
     # -------------------------------------------------------------------------------- validation
 
     def _validate_next(self, rows: list[BatchRow]) -> None:
-        """One file at a time, beside the lines that are being sent; tenants take turns."""
+        """One file at a time, beside the lines that are being sent; tenants take turns, and within
+        one those that failed go last."""
         rows = [row for row in rows if row.seq in self._rows]  # the others have just ended
         if self._validation is None and rows:
             tenant = self._validated.next(row.tenant for row in rows)
-            row = next(row for row in rows if row.tenant == tenant)
+            mine = (row for row in rows if row.tenant == tenant)
+            row = min(mine, key=lambda row: (self._failures[row.seq], row.seq))
             task = asyncio.get_running_loop().create_task(self._validate(row))
             self._validation = (row.seq, task)
 
@@ -181,10 +198,22 @@ class Batches:
             await asyncio.sleep(1.0)  # and then again
         except Exception:
             log.exception("batch %s cannot be validated", row.id)
-            await asyncio.sleep(1.0)
+            await self._failed(row)
         finally:
             self._validation = None
             self._wake()
+
+    async def _failed(self, row: BatchRow) -> None:
+        """Its validation failed for no reason that is known: after a few tries it is refused."""
+        self._failures[row.seq] += 1
+        await asyncio.sleep(1.0)
+        if self._failures[row.seq] < _TRIES:
+            return
+        message = f"the router failed {_TRIES} times at reading the file; its log has more"
+        problem = Problem("internal_error", message).shown()
+        with contextlib.suppress(StoreError):  # then it is tried once more
+            await self._store.write(batch_rows.refuse, row.seq, [problem], time.time())
+            del self._failures[row.seq]
 
     async def _stop_validation(self, batch: int | None = None) -> None:
         """Of this batch, or of whichever it is."""

@@ -9,8 +9,7 @@ import logging
 import time
 from collections.abc import Callable
 
-from runtime.router.body import read_head
-from runtime.router.call import Call, Caller
+from runtime.router.call import Caller
 from runtime.router.jobs import job_rows
 from runtime.router.jobs.job_rows import JobRow
 from runtime.router.jobs.metrics import JobMetrics
@@ -76,11 +75,9 @@ class Invokes:
         if body is None:  # it was cancelled just now
             return Sent("answered")
         caller = Caller(row.tenant, row.key_id, row.priority)
-        call = Call(
-            row.id, row.model, row.path, _HEADERS, body, False, read_head(body), caller,
-            counted=True,
-        )  # fmt: skip
-        sent = await send(self._proxy, call)
+        sent = await send(
+            self._proxy, row.id, row.model, row.path, _HEADERS, body, caller, counted=True
+        )
         if sent.verdict == "broken" and self.sender.plan.last_try(item[:2]):
             sent = sent._replace(verdict="given up")
         if sent.verdict in ("answered", "given up"):

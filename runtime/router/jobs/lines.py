@@ -8,6 +8,7 @@ Rules this file keeps:
 from __future__ import annotations
 
 from collections.abc import Callable
+from hashlib import blake2b
 from typing import Any, NamedTuple
 
 import msgspec
@@ -101,7 +102,7 @@ class Check:
     def __init__(self, endpoint: str, max_line_bytes: int) -> None:
         self._endpoint = endpoint
         self._max_line_bytes = max_line_bytes
-        self._seen: dict[str, int] = {}  # custom_id -> line
+        self._seen: dict[bytes, int] = {}  # digest of custom_id -> line: ids may take 100 MB
         self.problems: list[Problem] = []
 
     @property
@@ -118,7 +119,7 @@ class Check:
         """The line, if it is good; else `problems` has grown."""
         found = self._checked(text)
         if isinstance(found, Line):
-            self._seen[found.custom_id] = number
+            self._seen[_digest(found.custom_id)] = number
             return found
         self.problems.append(found._replace(line=number))
         return None
@@ -137,11 +138,15 @@ class Check:
         if len(self._seen) >= MAX_LINES:
             return Problem("too_many_tasks", f"a batch has at most {MAX_LINES} lines")
         found = read_line(text, self._endpoint)
-        if isinstance(found, Line) and found.custom_id in self._seen:
-            first = self._seen[found.custom_id]
+        first = self._seen.get(_digest(found.custom_id)) if isinstance(found, Line) else None
+        if isinstance(found, Line) and first is not None:
             message = f"custom_id {found.custom_id!r} is that of line {first} too"
             return Problem("duplicate_custom_id", message, "custom_id")
         return found
+
+
+def _digest(custom_id: str) -> bytes:
+    return blake2b(custom_id.encode(), digest_size=16).digest()
 
 
 class Splitter:

@@ -14,6 +14,7 @@ from runtime import outside
 from runtime.access import ANY
 from runtime.config import RouterConfig
 from runtime.outside import OutsideError
+from runtime.router.body import check_json
 from runtime.router.call import Caller
 from runtime.router.client import CALLER
 from runtime.router.errors import ApiError
@@ -70,6 +71,7 @@ def too_many(what: str, most: int) -> ApiError:
 
 async def body_of(request: web.Request, kind: type[T], read_s: float) -> T:
     """A small JSON body. Raises ApiError (400, 408, 413) naming the field."""
+    check_json(request.headers.getall("Content-Type", []))
     if request.content_length is not None and request.content_length > MAX_BODY_BYTES:
         raise ApiError(413, "body_too_large", f"this body has at most {MAX_BODY_BYTES} bytes")
     try:

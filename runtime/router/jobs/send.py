@@ -9,10 +9,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from typing import NamedTuple
 
-from runtime.router.call import Call
+from runtime.router.body import read_head
+from runtime.router.call import Call, Caller
 from runtime.router.client import MAX_ANSWER_BYTES, Collected
 from runtime.router.errors import ApiError
 from runtime.router.jobs.plan import Item, Key, Plan, Verdict
@@ -48,16 +49,33 @@ def _sent(client: Collected) -> Sent:
     return Sent("answered", client.status, bytes(client.body))
 
 
-async def send(proxy: Proxy, call: Call) -> Sent:
-    """Its caller left the call here: it counts as its key stands now."""
+async def send(
+    proxy: Proxy,
+    request_id: str,
+    model: str,
+    path: str,
+    headers: Iterable[tuple[bytes, bytes]],
+    body: bytes,
+    owner: Caller,
+    counted: bool = False,
+) -> Sent:
+    """A call that `owner` left here: it counts as its key stands now; `counted`: as in `Call`."""
     client = Collected()
     try:
-        call.caller = proxy.keys.on_behalf(call.caller, time.time())
+        caller = proxy.keys.on_behalf(owner, time.time())
+        call = Call(
+            request_id, model, path, headers, body, False, read_head(body), caller,
+            counted=counted,
+        )  # fmt: skip
         await proxy.serve(call, client)
     except ApiError as error:
         return _refused(error)
     except ConnectionError:
         pass  # `client` knows why
+    except Exception:  # it is this call's alone, and is given up on after a few tries
+        log.exception("%s cannot be sent", request_id)
+        message = "the router failed; its log has more under this request id"
+        return Sent("broken", error=ApiError(500, "internal_error", message))
     return _sent(client)
 
 

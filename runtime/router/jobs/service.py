@@ -14,7 +14,7 @@ import fcntl
 import logging
 import os
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
 from aiohttp import web
@@ -96,22 +96,27 @@ class Jobs:
         swept_at = 0.0
         while True:
             self._woken.clear()
-            try:
-                await batches.step()
-                await invokes.step()
-                await hooks.step()
-                if time.monotonic() >= swept_at + SWEEP_S:
-                    swept_at = time.monotonic()
-                    await self._sweep()
-            except StoreError:
-                await asyncio.sleep(PAUSE_S)
-                continue
-            except Exception:
-                log.exception("a round of jobs and batches failed")
+            steps = [batches.step, invokes.step, hooks.step]
+            if time.monotonic() >= swept_at + SWEEP_S:
+                swept_at = time.monotonic()
+                steps.append(self._sweep)
+            whole = [await self._stepped(step) for step in steps]
+            if not all(whole):
                 await asyncio.sleep(PAUSE_S)
                 continue
             await asyncio.sleep(ROUND_S)
             await self._until_work(batches.busy or invokes.busy, swept_at + SWEEP_S)
+
+    async def _stepped(self, step: Callable[[], Awaitable[None]]) -> bool:
+        """Whether it went well; where it did not, the others go on."""
+        try:
+            await step()
+        except StoreError:
+            return False
+        except Exception:
+            log.exception("a round of jobs and batches failed")
+            return False
+        return True
 
     async def _until_work(self, busy: bool, due_at: float) -> None:
         """While there is work, rounds come every POLL_S: models stop resting, times run out."""

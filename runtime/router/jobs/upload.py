@@ -10,10 +10,12 @@ import asyncio
 import secrets
 import time
 
-from aiohttp import BodyPartReader, web
-from aiohttp.http_exceptions import HttpProcessingError
+from aiohttp import web
 
+from runtime.outside import OutsideError
+from runtime.router.body import bad_form
 from runtime.router.errors import ApiError
+from runtime.router.forms import FORM_TYPE, FormReader, Part
 from runtime.router.jobs import file_rows
 from runtime.router.jobs.file_rows import FileRow
 from runtime.router.jobs.store import Store
@@ -24,10 +26,6 @@ _FIELDS = ("purpose", "expires_after[anchor]", "expires_after[seconds]")
 _FIELD_BYTES = 1024
 _NAME_CHARS = 255
 _FORM_BYTES = 64 * 1024  # what a form may have beside its file
-_BROKEN = (
-    ValueError, AssertionError, RuntimeError, LookupError, HttpProcessingError,
-    web.RequestPayloadError,
-)  # fmt: skip
 KEEP_MIN_S, KEEP_MAX_S = 3600, 30 * 24 * 3600  # what OpenAI lets callers ask for
 
 
@@ -41,8 +39,8 @@ async def take_in(
     read_s: float,
 ) -> FileRow:
     """The file of a form. Raises ApiError (400, 408, 413, 507)."""
-    if not request.content_type.startswith("multipart/"):
-        message = "send the file as multipart/form-data with the fields purpose and file"
+    if request.content_type != FORM_TYPE:
+        message = f"send the file as {FORM_TYPE} with the fields purpose and file"
         raise ApiError(400, "invalid_body", message, param="file")
     if (request.content_length or 0) > max_bytes + _FORM_BYTES:
         raise _too_large(max_bytes)
@@ -51,9 +49,10 @@ async def take_in(
     try:
         fields = await _read_form(request, upload)
         return await upload.end(fields, keep_s)
-    except _BROKEN as error:
-        message = f"the multipart body cannot be read: {error}"
-        raise ApiError(400, "invalid_body", message) from None
+    except OutsideError as error:
+        raise bad_form(error) from None
+    except web.RequestPayloadError as error:
+        raise ApiError(400, "invalid_body", f"the form broke off: {error}") from None
     except TimeoutError:
         message = f"nothing more of the body arrived in {read_s:g}s"
         raise ApiError(408, "body_timeout", message) from None
@@ -62,25 +61,49 @@ async def take_in(
 
 
 async def _read_form(request: web.Request, upload: _Upload) -> dict[str, str]:
-    fields: dict[str, str] = {}
-    reader = await request.multipart()
+    """The fields that count; the file goes to `upload`."""
+    reader = FormReader(request.headers.get("Content-Type", ""))
+    fields = _Fields()
+    part = Part("", None, True, 0)
     while True:
         async with asyncio.timeout(upload.read_s):
-            part = await reader.next()
-        if part is None:
-            return fields
-        if not isinstance(part, BodyPartReader):
-            raise ApiError(400, "invalid_body", "the form may not hold another multipart body")
-        if part.name == "file":
-            await upload.take(part)
-        else:
-            async with asyncio.timeout(upload.read_s):
-                value = await part.read_chunk(_FIELD_BYTES)
-                if not part.at_eof() and await part.read_chunk(_FIELD_BYTES):
-                    message = f"a field of the form has at most {_FIELD_BYTES} bytes"
-                    raise ApiError(400, "invalid_field", message, param=part.name)
-            if part.name in _FIELDS:
-                fields[part.name] = value.decode("utf-8", "replace").strip()
+            piece = await request.content.readany()
+        if not piece:
+            break
+        for event in reader.feed(piece):
+            if isinstance(event, Part):
+                part = event
+                if part.name == "file":
+                    await upload.begin(part.filename or "upload.jsonl")
+            elif part.name == "file":
+                await upload.take(event.of[event.begin : event.end])
+            else:
+                fields.add(part.name, event.of[event.begin : event.end])
+    reader.end()
+    return fields.texts()
+
+
+class _Fields:
+    """What a form holds beside its file."""
+
+    def __init__(self) -> None:
+        self._found: dict[str, bytes] = {}
+        self._left = _FORM_BYTES
+
+    def add(self, name: str, data: bytes) -> None:
+        """Some of a field. Raises ApiError (400)."""
+        self._left -= len(data)
+        value = self._found.get(name, b"") + data if name in _FIELDS else data
+        if len(value) > _FIELD_BYTES or self._left < 0:
+            message = f"a field of the form has at most {_FIELD_BYTES} bytes"
+            raise ApiError(400, "invalid_field", message, param=name)
+        if name in _FIELDS:
+            self._found[name] = value
+
+    def texts(self) -> dict[str, str]:
+        """By name."""
+        found = self._found.items()
+        return {name: value.decode("utf-8", "replace").strip() for name, value in found}
 
 
 class _Upload:
@@ -93,32 +116,28 @@ class _Upload:
         self.read_s = read_s
         self._file: int | None = None
         self._filename = ""
+        self._buffer = bytearray()
         self._size = 0
         self._chunk = 0
         self._kept = False
 
-    async def take(self, part: BodyPartReader) -> None:
-        """Its content."""
+    async def begin(self, filename: str) -> None:
+        """The file comes now."""
         if self._file is not None:
             raise ApiError(400, "invalid_field", "the form has two files", param="file")
         file_id = f"file-{secrets.token_hex(12)}"
         self._file = await self._store.write(file_rows.begin, file_id, self._maker, time.time())
-        self._filename = (part.filename or "upload.jsonl")[-_NAME_CHARS:]
-        buffer = bytearray()
-        while True:
-            async with asyncio.timeout(self.read_s):
-                data = await part.read_chunk(file_rows.CHUNK_BYTES)
-            if not data:
-                break
-            self._size += len(data)
-            if self._size > self._max_bytes:
-                raise _too_large(self._max_bytes)
-            buffer += data
-            if len(buffer) >= FLUSH_BYTES:
-                await self._flush(bytes(buffer[:FLUSH_BYTES]))
-                del buffer[:FLUSH_BYTES]
-        if buffer:
-            await self._flush(bytes(buffer))
+        self._filename = filename[-_NAME_CHARS:]
+
+    async def take(self, data: bytes) -> None:
+        """Some of its content."""
+        self._size += len(data)
+        if self._size > self._max_bytes:
+            raise _too_large(self._max_bytes)
+        self._buffer += data
+        while len(self._buffer) >= FLUSH_BYTES:
+            await self._flush(bytes(self._buffer[:FLUSH_BYTES]))
+            del self._buffer[:FLUSH_BYTES]
 
     async def _flush(self, data: bytes) -> None:
         assert self._file is not None
@@ -129,6 +148,8 @@ class _Upload:
         """The file is there from now on."""
         if self._file is None:
             raise ApiError(400, "missing_field", "the form has no file; add it", param="file")
+        if self._buffer:
+            await self._flush(bytes(self._buffer))
         if fields.get("purpose") != "batch":
             got = fields.get("purpose", "none")
             message = f"purpose must be 'batch', the only one offered here, got {got[:80]!r}"
