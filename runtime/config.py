@@ -19,7 +19,7 @@ from msgspec import Meta, Struct
 
 from runtime.engine_policy import ENGINE_ENV
 from runtime.models import CacheConfig
-from runtime.schema import SchemaError, check
+from runtime.schema import SchemaError, check, close_names
 from runtime.wire import NODE_PATTERN, SpecProblem
 
 MIN_SECRET_CHARS = 16
@@ -214,6 +214,7 @@ class Config(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         return self.agent.node_id or socket.gethostname()
 
 
+_OWN_VARIABLES = {"STOKER_ROUTER_WORKER"}  # what the router tells its workers
 _SECTIONS: dict[str, type[Struct]] = {
     "registry": RegistryConfig,
     "router": RouterConfig,
@@ -241,6 +242,8 @@ def load(
             raw.setdefault(section, {})[field] = value
         else:
             raw[section] = value
+    if unknown := list(_unknown_variables(environ)):
+        raise SchemaError(unknown, "config")
     config = check(raw, Config, "config")
     if problems := [*_weak("cluster_token", config), *_weak("metrics_token", config)]:
         raise SchemaError(problems, "config")
@@ -285,6 +288,27 @@ def _from_environ(environ: Mapping[str, str]) -> list[tuple[str, Any]]:
                 key = f"{section}.{field.name}" if section else field.name
                 found.append((key, _from_text(environ[variable], field.type)))
     return found
+
+
+def _variables() -> set[str]:
+    """Every environment variable that is a setting."""
+    parts: list[tuple[str, type[Struct]]] = [("", Config), *_SECTIONS.items()]
+    return {
+        "_".join(filter(None, ["STOKER", section, field.name])).upper()
+        for section, kind in parts
+        for field in msgspec.structs.fields(kind)
+    }
+
+
+def _unknown_variables(environ: Mapping[str, str]) -> Iterator[SpecProblem]:
+    """What begins as a section's setting and is none: left alone, it would vanish."""
+    known = _variables()
+    sections = tuple(f"STOKER_{section.upper()}_" for section in _SECTIONS)
+    for name in sorted(environ):
+        if name.startswith(sections) and name not in known | _OWN_VARIABLES:
+            close = close_names(name, known)
+            fix = f"did you mean {close[0]}?" if close else "unset it"
+            yield SpecProblem(field=name, message="is no setting", fix=fix)
 
 
 def _from_text(text: str, kind: Any) -> Any:

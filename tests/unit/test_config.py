@@ -76,3 +76,26 @@ def test_a_secret_that_is_none_is_refused_and_not_told(tmp_path, name, secret, w
 
 def test_no_secret_is_one_that_is_left_out() -> None:
     assert load(None, {}).cluster_token == ""
+
+
+@pytest.mark.parametrize(
+    "name", ["STOKER_ROUTER_PROT", "STOKER_AGENT_ENGINE_ENVS", "STOKER_CACHE_X"]
+)
+def test_a_variable_that_is_no_setting_does_not_vanish(name: str) -> None:
+    with pytest.raises(SchemaError) as raised:
+        load(None, {name: "1"})
+    (problem,) = raised.value.problems
+    assert (problem.field, problem.message) == (name, "is no setting")
+    assert problem.value is None, "it may be a secret"
+
+
+def test_variables_that_are_none_of_the_settings_are_let_be() -> None:
+    load(None, {"STOKER_ROUTER": "http://r", "STOKER_ROUTER_WORKER": "1", "STOKER_DEBUG": "1"})
+
+
+def test_a_list_in_the_environment_is_written_with_commas() -> None:
+    config = load(
+        None, {"STOKER_AGENT_ENGINE_ENV": "NCCL_*, MY_KNOB", "STOKER_AGENT_MEDIA_DOMAINS": ""}
+    )
+    assert config.agent.engine_env == ("NCCL_*", "MY_KNOB")
+    assert config.agent.media_domains == ()
