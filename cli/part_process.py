@@ -43,7 +43,7 @@ class PartProcess:
             sys.executable, "-m", "cli.main",
             name, "--config", str(config_file), "--json", "--until-eof",
         )  # fmt: skip
-        self._log_file = log_file
+        self.log_file = log_file
         self._notice = notice
         self._on_url = on_url
         self._process: Process | None = None
@@ -120,7 +120,7 @@ class PartProcess:
         # stays open as long as we live. Everything to know is in the config file, so that no
         # STOKER_ variable of this shell overrides it.
         env = {k: v for k, v in os.environ.items() if not k.startswith("STOKER_")}
-        with self._log_file.open("ab") as log:
+        with self.log_file.open("ab") as log:
             self._process = await asyncio.create_subprocess_exec(
                 *self._argv, stdin=PIPE, stdout=PIPE, stderr=log, env=env, start_new_session=True
             )
@@ -141,11 +141,11 @@ class PartProcess:
         """What it still prints, an access log for one, goes to its log."""
         from runtime.router.workers import pass_on
 
-        with self._log_file.open("ab") as log:
+        with self.log_file.open("ab") as log:
             await pass_on(source, log)
 
     def _tail(self) -> str:
-        lines = self._log_file.read_text(errors="replace").splitlines()[-_TAIL_LINES:]
+        lines = self.log_file.read_text(errors="replace").splitlines()[-_TAIL_LINES:]
         return "\n".join(f"  {line}" for line in lines)
 
 

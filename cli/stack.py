@@ -16,9 +16,12 @@ import aiohttp
 import click
 from msgspec.structs import replace
 
+from cli.log_files import bound, start_new
 from cli.part_process import Died, PartProcess
+from cli.text import waiting
 from cli.upfiles import check_port, claim, write_config, write_up_file
 from cli.where import UpFile
+from runtime import places
 from runtime.places import url
 
 if TYPE_CHECKING:
@@ -30,6 +33,8 @@ START_ORDER = ("scheduler", "agent", "router")
 STOP_ORDER = ("agent", "router", "scheduler")
 _START_S = 60.0
 _POLL_S = 0.1
+_CONSUL_S = 5.0
+_LOOK_S = 5.0  # at how large the parts' logs are
 
 Notice = Callable[[str], None]
 
@@ -46,10 +51,11 @@ class Stack:
         logs.mkdir(exist_ok=True)
         self._parts = {
             name: PartProcess(
-                name, config_file, _fresh_log(logs / f"{name}.log"), notice, self._tell
+                name, config_file, start_new(logs / f"{name}.log"), notice, self._tell
             )
             for name in START_ORDER
         }
+        self._bounding: asyncio.Task[None] | None = None
         self._keepers: list[asyncio.Task[None]] = []
         self._found = asyncio.Event()  # every part has said where it serves
 
@@ -64,6 +70,7 @@ class Stack:
     async def start(self) -> UpFile:
         """Returns once a request could be served. Raises click.ClickException."""
         self._keepers = [asyncio.create_task(p.keep()) for p in self._parts.values()]
+        self._bounding = asyncio.create_task(self._bound_logs())
         ready = asyncio.create_task(self._until_ready())
         try:
             async with asyncio.timeout(_START_S):
@@ -95,9 +102,18 @@ class Stack:
         """Engines first, then the way to them, then who decides."""
         for name in STOP_ORDER:
             await self._parts[name].end(self._hurry)
+        if self._bounding is not None:
+            self._bounding.cancel()
         for keeper in self._keepers:
             keeper.cancel()
         await asyncio.gather(*self._keepers, return_exceptions=True)
+
+    async def _bound_logs(self) -> None:
+        while True:
+            await asyncio.sleep(_LOOK_S)
+            for part in self._parts.values():
+                with contextlib.suppress(OSError):
+                    await asyncio.to_thread(bound, part.log_file)
 
     def _tell(self) -> None:
         """A part serves: tell others, and let its next life have the same port."""
@@ -126,6 +142,28 @@ class Stack:
                 await asyncio.sleep(_POLL_S)
 
 
+async def check_consul(config: Config) -> None:
+    """Raises click.ClickException within seconds where no Consul answers."""
+    url = config.registry.consul_url
+    if url is None:
+        return
+    try:
+        async with (
+            aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=_CONSUL_S)) as http,
+            http.get(places.url(url, "v1", "status", "leader")) as answer,
+        ):
+            await answer.read()
+            if answer.status < 500:  # what a token may do is told by who uses it
+                return
+            words = f"it answers with status {answer.status}"
+    except (aiohttp.ClientError, TimeoutError, ValueError) as error:
+        words = str(error) or f"no answer within {_CONSUL_S:g} s"
+    raise click.ClickException(
+        f"no Consul at {url}: {words}; start it, correct --consul (registry.consul_url), or leave"
+        " that out to keep the registry in the state dir"
+    )
+
+
 @asynccontextmanager
 async def running(config: Config, notice: Notice, hurry: asyncio.Event) -> AsyncIterator[Stack]:
     """Every part, started; on the way out each is ended and nothing is left.
@@ -134,9 +172,11 @@ async def running(config: Config, notice: Notice, hurry: asyncio.Event) -> Async
     """
     with claim(Path(config.state_dir)):
         check_port(config.router.host, config.router.port)
+        await check_consul(config)
         stack = Stack(config, notice, hurry)
         try:
-            await stack.start()
+            with waiting("starting a scheduler, an agent and a router", quiet=True):
+                await stack.start()
             yield stack
         finally:
             await stack.end()
@@ -179,10 +219,3 @@ def _signals(task: asyncio.Future[T], hurry: asyncio.Event) -> Iterator[None]:
     finally:
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.remove_signal_handler(number)
-
-
-def _fresh_log(path: Path) -> Path:
-    """The last run's log is kept beside the new one."""
-    if path.exists():
-        path.replace(path.with_suffix(".log.1"))
-    return path

@@ -17,6 +17,12 @@ if TYPE_CHECKING:
     from runtime.wire import ModelSpec
 
 
+_NO_VLLM = (
+    "vLLM is not installed here, so only `engine: stub` runs: `make setup` installs it, or"
+    " agent.engine_python names an interpreter that has it"
+)
+
+
 @click.command()
 @click.option("--devices", metavar="WHAT", help="auto, nvml, cpu, cpu:SIZE or simulated:2x24GiB.")
 @click.option("--port", type=click.IntRange(0, 65535), help="The router's; 0: a free one. [8080]")
@@ -39,6 +45,8 @@ def up(
     That is a scheduler, an agent and a router, each a process of its own that is started again if
     it dies. Models that were added are kept in the state dir for the next time.
     """
+    from importlib.util import find_spec
+
     from cli.models import read_specs
     from cli.stack import run_until_signal, running
     from cli.upfiles import make_config
@@ -54,6 +62,8 @@ def up(
             assert stack.urls is not None
             await _add(stack.urls, specs)
             _say_ready(stack.urls, folder, as_json)
+            if not config.agent.engine_python and find_spec("vllm") is None:
+                notice(_NO_VLLM)
             if not config.router.lets_anonymous_in():
                 notice("callers need an API key: `stoker key create TENANT` makes one")
             await stack.broken()

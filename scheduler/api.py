@@ -168,10 +168,14 @@ class Api:
         request[WHO] = known.name
 
     async def _not_leading(self) -> NoReturn:
-        entry = await self.driver.registry.get(self.driver.key("leader"))
+        try:
+            entry = await self.driver.registry.get(self.driver.key("leader"))
+        except RegistryError:
+            entry = None
         leader = outside.decode(entry.value, _Leader).url if entry else None
         leader = None if leader == self.driver.url else leader
-        raise ApiError(503, "this scheduler is not the leader", leader=leader)
+        why = f": {self.driver.why_not_leading}" if self.driver.why_not_leading else ""
+        raise ApiError(503, f"this scheduler is not the leader{why}", leader=leader)
 
     # ------------------------------------------------------------------------------- internal
 

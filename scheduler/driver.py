@@ -88,6 +88,7 @@ class Driver:
         self.access = Access(registry, self.prefix, self.now)
         self.rules = RuleBook(self)
         self.leads = False
+        self.why_not_leading = ""  # what the last try to lead failed of
         self._outranked = False
         self.url = ""
         self.table: RouteTable | None = None
@@ -385,7 +386,8 @@ class Driver:
                     continue
                 await self._lead(lock)
             except RegistryError as error:
-                log.warning("the registry does not answer: %s", error)
+                self.why_not_leading = f"the registry does not answer: {error}"
+                log.warning(self.why_not_leading)
                 await asyncio.sleep(1.0)
 
     async def _campaign(self) -> Lock | None:
@@ -402,7 +404,7 @@ class Driver:
         event = await self._elected(term)
         await self.access.load()
         log.info("leading", extra={"term": term, "models": len(event.models)})
-        self.leads = True
+        self.leads, self.why_not_leading = True, ""
         self.apply(event)
         return lock
 

@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -207,3 +208,23 @@ def test_the_demo_shows_a_cold_start_a_warm_call_and_an_eviction(tmp_path: Path)
         r"cold start, (evicted tiny-[ab]|put tiny-[ab] to sleep)", shown["rows"][3]["what"]
     )
     assert all(r["tokens"] > 0 and r["reply"] for r in shown["rows"])
+
+
+# ------------------------------------------------------------------------------ what is not there
+
+
+def test_a_consul_that_is_not_there_is_named_within_seconds(tmp_path: Path) -> None:
+    began = time.monotonic()
+    done = stoker(
+        tmp_path / "state", "up", "--port", "0", "--consul", "http://127.0.0.1:9", status=1
+    )
+    assert time.monotonic() - began < 30  # it was 60 s of silence
+    assert "no Consul at http://127.0.0.1:9" in done.stderr
+    assert "--consul" in done.stderr
+
+
+def test_a_consul_that_says_nothing_is_named_too(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        done = stoker(tmp_path / "state", "up", "--port", "0", "--consul", url, status=1)
+    assert f"no Consul at {url}: no answer within 5 s" in done.stderr
