@@ -58,6 +58,7 @@ class Replica:
     restarts: int = 0
     failures: int = 0  # in a row
     reason: str | None = None
+    died: str | None = None  # why it last died after having served
     exit_kind: str | None = None
     start_s: float | None = None
     stop: StopReplica | None = None
@@ -141,6 +142,7 @@ def report(r: Replica, disabled: Mapping[str, str], now: float) -> ReplicaReport
         idle_for_s=idle_for_s,
         restarts=r.restarts,
         reason=r.reason,
+        died=r.died,
         exit_kind=r.exit_kind,
         start_s=r.start_s,
         wake_s=r.wake_s,

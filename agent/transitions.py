@@ -26,11 +26,12 @@ from agent.messages import (
     Signal,
 )
 from agent.replica import EDGES, SERVED_PHASES, SLEEP_PHASES, Replica
+from runtime.engine.exits import FINAL_KINDS
 from runtime.wire import ModelSpec, ReplicaPhase
 
 TERM_GRACE_S = 10.0  # between TERM and KILL
 STEADY_S = 60.0  # this long after it became ready: earlier crashes no longer count
-FATAL_KINDS = frozenset({"bad_argument", "bad_model", "start_timeout"})  # a retry cannot help
+FATAL_KINDS = FINAL_KINDS | {"start_timeout"}  # a retry at once cannot help
 REMEMBERED_ENDED = 4096  # ids of ended replicas, so that a delayed Start does not revive one
 
 _backoff = wait_exponential(multiplier=0.5, max=30)
@@ -59,6 +60,7 @@ class Transitions:
             r.failures = 0
         r.failures += 1
         r.reason, r.exit_kind = words, kind
+        r.died = words if was_ready else r.died
         if kind in FATAL_KINDS:
             self._to(r, "failed", now)
         elif r.phase == "asleep":

@@ -112,8 +112,15 @@ def _saved_text(saved: views.Saved) -> str:
     if saved.model.estimate:
         lines.append(f"  {saved.model.estimate.explanation}")
     if saved.model.problem:
-        lines.append(f"  it can't run now: {saved.model.problem}")
+        lines.append(f"  {_says(saved.model)}: {saved.model.problem}")
     return "\n".join(lines + [f"  {note}" for note in saved.notes])
+
+
+def _says(model: views.ModelView) -> str:
+    """What its problem means for it now."""
+    if model.warmth == "starting":
+        return "it is on its way"
+    return "it waits" if model.waiting else "it can't run now"
 
 
 @model.command()

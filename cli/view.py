@@ -41,7 +41,8 @@ def _replica_row(r: views.ReplicaView) -> tuple[str, ...]:
     if r.engine == "stub":
         notes.insert(0, "stub engine")
     if r.restarts:
-        notes.append(f"{r.restarts} restarts")
+        why = f"; the last time it died: {r.died}" if r.died and r.died != r.reason else ""
+        notes.append(f"{r.restarts} restart{'' if r.restarts == 1 else 's'}{why}")
     if r.outdated:
         notes.append("has an older spec")
     notes += [f"no {rung} any more: {why}" for rung, why in sorted(r.disabled.items())]

@@ -426,6 +426,7 @@ class ReplicaReport(Struct, frozen=True, kw_only=True):
     idle_for_s: float | None = None  # since its last request ended; None: it has had none
     restarts: int = 0
     reason: str | None = None  # in words: why it died, or why it stops
+    died: str | None = None  # why it last died after having served; kept when it serves again
     exit_kind: str | None = None  # oom | bad_model | bad_argument | port_in_use | killed | hung …
     pid: int | None = None
     memory_used_bytes: int | None = None

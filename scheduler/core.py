@@ -174,6 +174,10 @@ class Core(Warm):
         before = (replica.stage, old and old.base_url)
         if old is not None and report.disabled != old.disabled:
             self._new_disabled(node, replica, old, report, now)
+        if old is not None and report.died and (report.restarts, report.died) != (
+            old.restarts, old.died,
+        ):  # fmt: skip
+            self._died(replica, old, report, now)
         self._follow_phase(replica, report, now)
         self._learn_memory(replica, report)
         if before != (replica.stage, report.base_url):
@@ -189,6 +193,13 @@ class Core(Warm):
         self.state.add(replica)
         self._decide("adopt", replica, replica.reason, now)
         return replica
+
+    def _died(
+        self, replica: Replica, old: ReplicaReport, report: ReplicaReport, now: float
+    ) -> None:
+        """Say why at once. A restart tells of the same death only once."""
+        if report.died != old.died or report.phase in ("backoff", "failed"):
+            self._decide("die", replica, str(report.died), now, cause=report.exit_kind or "")
 
     def _new_disabled(
         self, node: Node, replica: Replica, old: ReplicaReport, report: ReplicaReport, now: float
@@ -278,7 +289,7 @@ class Core(Warm):
             same = (f for f in model.footprints.values() if f.key.launch_key == model.launch_key)
             model.footprint = next(same, None)
         # A changed spec deserves a fresh try.
-        model.failures, model.blocked_until, model.problem = 0, 0.0, None
+        model.forgive()
         self._judge(model)
         self._dirty.add(spec.name)
 
@@ -299,7 +310,7 @@ class Core(Warm):
             return
         model.asked_replicas = min(event.replicas, model.spec.max_replicas)
         model.asked_until = now + max(model.spec.idle_s, model.spec.hold_s)
-        model.failures, model.blocked_until, model.problem = 0, 0.0, None
+        model.forgive()
         self._judge(model)
         self._dirty.add(event.model)
 

@@ -9,8 +9,10 @@ Rules this file keeps:
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
+from runtime.engine.exits import FINAL_KINDS
 from runtime.footprints import Footprint
 from runtime.wire import ReplicaReport, SleepReplica, StartReplica, StopReplica, WakeReplica
 from scheduler import messages as m
@@ -137,7 +139,7 @@ class Moves:
         replica.used_at = max(replica.used_at, replica.ready_at)
         model = self.state.models.get(replica.model)
         if model is not None:
-            model.failures, model.blocked_until, model.problem = 0, 0.0, None
+            model.forgive()
         if replica.climb is not None:
             replica.climb.ready_at, replica.climb.woken_from = now, woken_from
             self._finish_climb(replica, report, now)
@@ -203,8 +205,12 @@ class Moves:
         model = self.state.models.get(replica.model)
         if model is not None and replica.stage not in (Stage.ASLEEP, Stage.RISING):
             model.failures += 1
+            kind = replica.report.exit_kind if replica.report else None
+            final = model.problem_final = kind in FINAL_KINDS
             pause_s = min(MAX_RETRY_S, FIRST_RETRY_S * 2 ** (model.failures - 1))
+            pause_s = MAX_RETRY_S if final else pause_s
             model.blocked_until, model.problem = now + pause_s, why
+            model.spares_s = math.inf if final else pause_s
         self._send_stop(replica, now, reason="clearing the failed start")
 
     # ------------------------------------------------------------------------ what agents are told

@@ -269,6 +269,12 @@ def _rise(
     return _priced(state, node, model, replica.device_ids, now, _merged(sets), replica)
 
 
+def _spared(model: Model, replica: Replica, now: float) -> bool:
+    """Whether a model whose last start failed must leave it alone: what may fail again does no
+    harm to what serves. It may take free room, and, where the failure may pass, what is idle."""
+    return bool(model.failures) and now - replica.used_at < model.spares_s
+
+
 def _clear(
     state: ClusterState, node: Node, device_id: str, need: int, model: Model, now: float,
     min_dwell_s: float,
@@ -281,7 +287,9 @@ def _clear(
     there = [
         r
         for r in node.on_device(device_id)
-        if r.model != model.name and evictable(state, r, now, min_dwell_s, rank_of)
+        if r.model != model.name
+        and evictable(state, r, now, min_dwell_s, rank_of)
+        and not _spared(model, r, now)
     ]
     if sum(r.committed for r in there) < missing:
         return None
@@ -415,11 +423,13 @@ def _holders(state: ClusterState, model: Model, now: float, min_dwell_s: float) 
     if not there:
         return "the node's memory is in use"
     first = heapq.nsmallest(3, there)
-    shown = [f"{name} {_why_stays(state, there[name], now, min_dwell_s)}" for name in first]
+    shown = [f"{name} {_why_stays(state, model, there[name], now, min_dwell_s)}" for name in first]
     return ", ".join(shown) + (f" and {len(there) - 3} more" if len(there) > 3 else "")
 
 
-def _why_stays(state: ClusterState, replica: Replica, now: float, min_dwell_s: float) -> str:
+def _why_stays(
+    state: ClusterState, asking: Model, replica: Replica, now: float, min_dwell_s: float
+) -> str:
     model = state.models.get(replica.model)
     if model is None or replica.leaving:
         return "leaving"
@@ -427,6 +437,8 @@ def _why_stays(state: ClusterState, replica: Replica, now: float, min_dwell_s: f
         return "pinned"
     if state.in_flight(replica) or state.demand(replica.model).waiting:
         return "in use"
+    if _spared(asking, replica, now):
+        return "stays, since the last start failed"
     if replica.ready_at is not None and now - replica.ready_at < min_dwell_s:
         return "just started"
     return "kept by min_replicas or a floor" if model.spec.min_replicas or model.floor else "in use"

@@ -81,6 +81,7 @@ def replica(core: Core, entry: Replica, now: float) -> v.ReplicaView:
         idle_for_s=round(now - entry.used_at, 3) if idle else None,
         restarts=report.restarts if report else 0,
         reason=(report.reason if report else None) or entry.reason,
+        died=report.died if report else None,
         start_s=report.start_s if report else None,
         wake_s=report.wake_s if report else None,
         sleep_level=entry.sleep_level,

@@ -48,6 +48,8 @@ class Model:
     failures: int = 0  # failed starts in a row
     blocked_until: float = 0.0
     problem: str | None = None  # why the last start failed
+    problem_final: bool = False  # and the next one will, whatever else runs
+    spares_s: float = 0.0  # after failed starts: what was used within so long is not moved down
     footprints: dict[Key, Footprint] = field(default_factory=dict)
     footprint: Footprint | None = None  # the one that was measured last for this launch key
     unfit: str | None = None  # why no node could run it
@@ -69,6 +71,11 @@ class Model:
     @property
     def name(self) -> str:
         return self.spec.name
+
+    def forgive(self) -> None:
+        """Its failed starts count no more: it serves, or deserves a fresh try."""
+        self.failures, self.blocked_until, self.spares_s = 0, 0.0, 0.0
+        self.problem, self.problem_final = None, False
 
     def coming(self) -> list[Replica]:
         """Those that serve or will; one that must leave its place is counted out already."""

@@ -94,13 +94,14 @@ def refusal(model: Model, now: float) -> tuple[str | None, float | None]:
     if model.unfit is not None:
         return model.unfit, None if final(model) else 30.0
     if model.blocked_until > now:
-        return f"it did not start: {model.problem}", round(model.blocked_until - now, 1)
+        again_s = None if model.problem_final else round(model.blocked_until - now, 1)
+        return f"it did not start: {model.problem}", again_s
     return None, None
 
 
 def final(model: Model) -> bool:
     """Whether what `refusal` says stays so until somebody changes the model or the nodes."""
-    return model.unfit is not None and model.unfit_final
+    return model.unfit_final if model.unfit is not None else model.problem_final
 
 
 def warmth(model: Model, now: float) -> Warmth:
@@ -124,7 +125,10 @@ def waiting_for(state: ClusterState, model: Model) -> str | None:
             case Stage.PLANNED | Stage.RISING:
                 return f"{_turn(state, replica)} on {where}"
             case Stage.SENT | Stage.STARTING:
-                return f"starting on {where}"
+                died = replica.report.reason if replica.report else None
+                return (
+                    f"starting on {where} after it died: {died}" if died else f"starting on {where}"
+                )
             case Stage.WAKING:
                 return f"waking on {where}"
             case Stage.BACKOFF:

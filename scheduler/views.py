@@ -62,6 +62,7 @@ class ReplicaView(Struct, frozen=True, kw_only=True):
     idle_for_s: float | None = None
     restarts: int = 0
     reason: str | None = None
+    died: str | None = None  # why it last died after having served
     start_s: float | None = None
     wake_s: float | None = None
     sleep_level: int = 0  # 1 or 2: on its way to sleep, asleep or waking

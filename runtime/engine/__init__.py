@@ -25,6 +25,7 @@ EXIT_KINDS = (
     "oom",  # device or host memory did not suffice
     "bad_model",  # the weights or their config cannot be loaded
     "bad_argument",  # an engine argument was refused
+    "too_small",  # what it was given is less than one request needs
     "port_in_use",
     "killed",  # by a signal, or one of its processes was
     "crash",  # it failed in a way none of the above names

@@ -25,15 +25,19 @@ _WRAPPERS = (
     "Executor failed",
 )
 _MAX_WORDS = 400
+# The same start fails again, until somebody changes the spec, the weights or the engine. Any other
+# end may pass: a neighbour's memory, a port that was taken, a signal, a hub that was down.
+FINAL_KINDS = frozenset({"bad_argument", "bad_model", "too_small"})
 
 # First match wins. Each line's pattern was seen in a real failure or stands in vLLM's sources.
 _KINDS: tuple[tuple[str, str], ...] = (
     ("bad_argument", r"^usage: "),
     ("port_in_use", r"(?i)address already in use"),
     ("oom", r"out of memory|OutOfMemoryError|MemoryError|can't allocate memory|bad_alloc"),
-    ("oom", r"Cannot allocate memory|No available memory for the cache blocks"),
-    ("oom", r"larger than the available KV cache memory|less than requested memory for kv"),
+    ("oom", r"Cannot allocate memory|less than requested memory for kv"),
     ("oom", r"is less than desired \w+ memory utilization|Error in memory profiling"),
+    ("too_small", r"No available memory for the cache blocks"),
+    ("too_small", r"larger than the available KV cache memory"),
     ("bad_model", r"Invalid repository ID or local directory|Model architectures .* not supported"),
     ("bad_model", r"Cannot find any model weights|SafetensorError|HFValidationError"),
     (

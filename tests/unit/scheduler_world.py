@@ -48,6 +48,7 @@ class FakeReplica:
     since: float = 0.0
     restarts: int = 0
     reason: str | None = None
+    died: str | None = None
     in_flight: int = 0
     used_at: float | None = None
     sleep_level: int = 0
@@ -74,6 +75,7 @@ class FakeNode:
     foreign: dict[str, int] = field(default_factory=dict)
     replicas: dict[str, FakeReplica] = field(default_factory=dict)
     fails: dict[str, str] = field(default_factory=dict)  # model -> why its starts fail
+    fail_kind: str = "crash"  # as in ReplicaReport.exit_kind
     started: list[str] = field(default_factory=list)
     preemptible: bool = False
     preempted_in_s: float | None = None
@@ -156,7 +158,8 @@ class FakeNode:
                     device_bytes=r.start.device_bytes,
                     phase=r.phase,  # type: ignore[arg-type]
                     phase_age_s=now - r.since, base_url=f"http://{self.node_id}/{replica_id}",
-                    key="k", in_flight=r.in_flight, reason=r.reason,
+                    key="k", in_flight=r.in_flight, reason=r.reason, died=r.died,
+                    restarts=r.restarts, exit_kind=self.fail_kind if r.phase == "failed" else None,
                     idle_for_s=None if r.used_at is None else now - r.used_at,
                     start_s=self.start_s, phases=self.phases,
                     rungs=self.rungs, sleep_level=r.sleep_level, wake_s=r.wake_s,

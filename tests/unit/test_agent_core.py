@@ -217,6 +217,7 @@ def test_the_first_crash_after_ready_restarts_at_once_but_only_when_gone(h):
     assert (h.phase(), h.report().restarts) == ("starting", 1)
     h.healthy()
     assert h.report().reason is None
+    assert h.report().died == "out of memory"
 
 
 def test_restarts_wait_longer_and_longer_then_it_is_given_up(h):

@@ -6,6 +6,7 @@ import pytest
 
 from runtime.wire import DemandReport, StartReplica, StopReplica
 from scheduler import messages as m
+from scheduler import snapshot
 from scheduler.state import Stage
 from tests.unit.scheduler_world import GIB, FakeNode, World, spec
 
@@ -521,6 +522,88 @@ def test_the_coldest_is_told_by_when_requests_ended_not_by_when_it_was_heard() -
     world.want("c")
     world.run(6)
     assert world.hot() == {"a", "c"}
+
+
+def hot_pair_and_a_failing_third(kind: str) -> World:
+    """a and b are called every second; c is called all the time, and its first start fails."""
+    node = one_gpu()
+    node.fails, node.fail_kind = {"c": "the weights are no good"}, kind
+    world = World(node)
+    world.put(spec("a", 10), spec("b", 10), spec("c", 10))
+    for name in "ab":
+        world.want(name)
+        world.run(5)
+    for _ in range(120):
+        for name in "abc":
+            world.want(name)
+        for route in map(world.route, "ab"):
+            if route.endpoints:
+                world.used[route.endpoints[0].replica_id] = world.now
+        world.run(1)
+    return world
+
+
+@pytest.mark.parametrize("kind", ["bad_model", "oom"])
+def test_a_model_that_cannot_start_takes_the_place_of_one_in_use_only_once(kind: str) -> None:
+    world = hot_pair_and_a_failing_third(kind)
+    evicted = [d.model for d in world.decided if d.reason == "makes room for c"]
+    assert len(evicted) == 1
+    assert world.hot() == {"a", "b"}
+    assert world.core.state.models["c"].failures == 1
+
+
+def test_a_final_failure_is_told_as_final_and_one_that_may_pass_is_not() -> None:
+    for kind, final in (("bad_model", True), ("too_small", True), ("oom", False)):
+        node = one_gpu()
+        node.fails, node.fail_kind = {"c": "the weights are no good"}, kind
+        world = World(node)
+        world.put(spec("c", 10))
+        world.want("c")
+        world.run(5)
+        route = world.route("c")
+        assert route.refusal == "it did not start: the weights are no good"
+        assert (route.refusal_final, route.retry_after_s is None) == (final, final)
+        world.put(spec("c", 9))
+        assert not world.route("c").refusal
+
+
+def test_a_failure_that_passed_lets_the_model_take_the_place_of_what_is_idle() -> None:
+    node = one_gpu()
+    node.fails, node.fail_kind = {"c": "a neighbour took the memory"}, "oom"
+    world = World(node)
+    world.put(spec("a", 10), spec("b", 10), spec("c", 10))
+    for name in "ab":
+        world.want(name)
+        world.run(5)
+    world.want("c")
+    world.run(5)
+    node.fails = {}
+    world.run(10)
+    for name in "ab":
+        world.want(name)
+        world.run(5)
+    world.want("c")
+    world.run(30)
+    assert "c" in world.hot()
+
+
+def test_why_an_engine_died_is_told_at_its_first_death() -> None:
+    node = one_gpu()
+    world = World(node)
+    world.put(spec("a", 10))
+    world.want("a")
+    world.run(5)
+    replica = node.replicas["a-1-1"]
+    replica.phase, replica.since, replica.restarts = "starting", world.now, 1
+    replica.died = replica.reason = "CUDA error: an illegal memory access was encountered"
+    world.run(0.5)
+    assert [(d.action, d.reason) for d in world.decided[-1:]] == [("die", replica.died)]
+    assert "illegal memory access" in (world.route("a").waiting_for or "")
+    replica.reason = None
+    world.run(5)
+    shown = snapshot.replica(world.core, world.core.state.replicas["a-1-1"], world.now)
+    assert shown.died == replica.died
+    assert [d.action for d in world.decided].count("die") == 1
 
 
 def told(world: World, seq: int, sent_s: float, **used_at: float) -> None:
