@@ -32,7 +32,7 @@ from typing import IO
 import msgspec
 from msgspec import Struct
 
-from runtime import places
+from runtime import outside, places
 from runtime.models import Sha256, Size
 
 FOLDER = ".compiled"
@@ -96,7 +96,7 @@ class CompileStore:
             return 0
         try:
             with self._opened(f"{key}.json") as file:
-                entry = msgspec.json.decode(file.read(_MOST_ENTRY_BYTES), type=Entry)
+                entry = outside.decode(file.read(_MOST_ENTRY_BYTES), Entry)
         except FileNotFoundError:
             return None
         except places.Outside as error:

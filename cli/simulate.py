@@ -9,12 +9,12 @@ from random import Random
 from typing import Any
 
 import click
-import msgspec
 
 from cli.simulation import make_node
 from cli.simulation import simulate as run
 from cli.tables import table
 from cli.text import console, size
+from runtime import outside
 from runtime.footprints import Footprint
 from runtime.sim.profile import GPUS
 from scheduler.moves import Settings
@@ -185,7 +185,7 @@ def _scenario(o: dict[str, Any]) -> Scenario:
         models = catalog.drawn(workload.models, random, idle_s=o["idle_s"])
     ledger: tuple[Footprint, ...] = ()
     if o["ledger"]:
-        ledger = msgspec.json.decode(o["ledger"].read_bytes(), type=tuple[Footprint, ...])
+        ledger = outside.decode(o["ledger"].read_bytes(), tuple[Footprint, ...])
     return Scenario(
         nodes=_nodes(o), models=models, arrivals=workload.arrivals, seed=o["seed"],
         facts=catalog.facts(models), ledger=ledger, learned=ledger, on_disk=o["on_disk"],

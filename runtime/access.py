@@ -160,7 +160,7 @@ class PeerUsage(Struct, frozen=True, kw_only=True):
 
 def digest(token: str) -> str:
     """What is stored of a token: 64 hexadecimal digits."""
-    return hashlib.sha256(token.encode()).hexdigest()
+    return hashlib.sha256(token.encode(errors="surrogatepass")).hexdigest()
 
 
 def token_id(token: str, prefix: str) -> str | None:

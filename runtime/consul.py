@@ -43,6 +43,7 @@ from consul.exceptions import (
 )
 from tenacity import AsyncRetrying, retry_if_exception, stop_after_attempt, wait_random_exponential
 
+from runtime import outside
 from runtime.registry import Entry, RegistryError, Service
 
 CALL_S = 5.0  # for one answer, on top of what a blocking read waits
@@ -189,7 +190,7 @@ class ConsulRegistry:
         def read(response: Any) -> str | None:
             if response.code == 401:
                 return f"whoever reaches Consul at {self._url}: its ACLs are off"
-            allowed = json.loads(response.body) if response.code == 200 else []
+            allowed = outside.json_document(response.body.encode()) if response.code == 200 else []
             if any(answer.get("Allow") for answer in allowed or ()):
                 return f"whoever reaches Consul at {self._url}: it lets them without a token"
             return None

@@ -50,6 +50,7 @@ from scheduler.http import (
     read_json,
     reply,
     unknown,
+    whole_number,
 )
 from scheduler.inspect import inspect_spec
 from scheduler.metrics import ColdStartTimes, StateCollector
@@ -149,14 +150,13 @@ class Api:
     def _is_scraper(self, request: web.Request) -> bool:
         token = self.driver.config.metrics_token
         given = request.headers.get("Authorization", "").removeprefix("Bearer ")
-        sent = given.encode(errors="surrogateescape")
-        return bool(token) and hmac.compare_digest(sent, token.encode())
+        return bool(token) and hmac.compare_digest(outside.header(given), token.encode())
 
     async def _check_token(self, request: web.Request, needs: Role | None) -> None:
         """`needs`: the least role; None where only the cluster's own token counts."""
         token = self.driver.config.cluster_token
         given = request.headers.get("Authorization", "").removeprefix("Bearer ")
-        if not token or hmac.compare_digest(given.encode(), token.encode()):
+        if not token or hmac.compare_digest(outside.header(given), token.encode()):
             request[WHO] = "cluster"
             return
         known = await self.driver.access.admin(given, self.driver.leads) if needs else None
@@ -195,15 +195,15 @@ class Api:
         return web.Response(status=204)
 
     async def routes(self, request: web.Request) -> web.Response:
-        since = number(request, "since", 0)
+        since = whole_number(request, "since", 0)
         wait_s = min(number(request, "wait_s", 0.0), MAX_WAIT_S)
-        table = await self.driver.routes_after(int(since), wait_s)
+        table = await self.driver.routes_after(since, wait_s)
         if not self.driver.leads:
             await self._not_leading()
         return reply(table) if table is not None else web.Response(status=204)
 
     async def keys(self, request: web.Request) -> web.Response:
-        since = int(number(request, "since", 0))
+        since = whole_number(request, "since", 0)
         wait_s = min(number(request, "wait_s", 0.0), MAX_WAIT_S)
         table = await self.driver.access.table_after(since, wait_s)
         if not self.driver.leads:
@@ -353,7 +353,7 @@ class Api:
         if not REPLICA_ID.fullmatch(replica_id):
             raise unknown("replica", replica_id, list(self.core.state.replicas))
         query = {
-            "tail": str(int(number(request, "tail", 200))),
+            "tail": str(whole_number(request, "tail", 200)),
             "follow": "1" if request.query.get("follow") == "1" else "0",
         }
         replica = self.core.state.replicas.get(replica_id)
@@ -507,7 +507,7 @@ class Api:
         return node_id
 
     async def list_cold_starts(self, request: web.Request) -> web.Response:
-        limit = int(number(request, "limit", 50))
+        limit = whole_number(request, "limit", 50)
         model = request.query.get("model")
         return reply(snapshot.cold_starts(self.core, self.driver.now(), limit, model))
 
@@ -515,7 +515,7 @@ class Api:
         return reply(snapshot.footprints(self._model(request)))
 
     async def list_decisions(self, request: web.Request) -> web.Response:
-        limit = int(number(request, "limit", 100))
+        limit = whole_number(request, "limit", 100)
         model = request.query.get("model")
         return reply(snapshot.decisions(self.core, self.driver.now(), limit, model))
 

@@ -76,6 +76,16 @@ async def read_body(request: web.Request, kind: type[S]) -> S:
         raise ApiError(422, str(error), problems=error.problems) from None
 
 
+def whole_number(request: web.Request, name: str, default: int) -> int:
+    """As `number`, where a part of one means nothing."""
+    text = request.query.get(name, "")
+    if not text:
+        return default
+    if not text.isascii() or not text.isdecimal() or len(text) > 15:
+        raise ApiError(400, f"{name}: must be a whole number of at least 0 (got {text[:80]!r})")
+    return int(text)
+
+
 def number(request: web.Request, name: str, default: float) -> float:
     text = request.query.get(name, "")
     try:
@@ -83,5 +93,5 @@ def number(request: web.Request, name: str, default: float) -> float:
     except ValueError:
         value = -1.0
     if not 0 <= value < 2**53:
-        raise ApiError(400, f"{name}: must be a number of at least 0 (got {text!r})")
+        raise ApiError(400, f"{name}: must be a number of at least 0 (got {text[:80]!r})")
     return value

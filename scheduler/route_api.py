@@ -14,7 +14,7 @@ from runtime.schema import SchemaError
 from runtime.wire import RouteTarget
 from scheduler import route_views as v
 from scheduler.driver import Driver
-from scheduler.http import WHO, ApiError, bad, number, read_body, read_json, reply
+from scheduler.http import WHO, ApiError, bad, read_body, read_json, reply, whole_number
 from scheduler.rulebook import StoredRoute
 from scheduler.table import warmth
 
@@ -68,7 +68,7 @@ class RouteApi:
         return self._shown(request)
 
     async def list_audit(self, request: web.Request) -> web.Response:
-        limit, route = int(number(request, "limit", 100)), request.query.get("route")
+        limit, route = whole_number(request, "limit", 100), request.query.get("route")
         entries = reversed(self._book.audit.entries)
         found = [e for e in entries if route is None or e.subject == f"route {route}"]
         return reply(v.Audit(audit=tuple(found[:limit])))

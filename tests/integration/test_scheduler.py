@@ -405,6 +405,8 @@ async def test_refusals_are_what_the_openapi_document_says(
             (404, "POST", "/admin/plan", {"load": "x"}),
             (422, "POST", "/admin/plan", {"load": 3}),
             (400, "GET", "/admin/decisions?limit=x", None),
+            (400, "GET", "/admin/decisions?limit=0.5", None),
+            (400, "GET", "/admin/coldstarts?limit=-1", None),
             (422, "POST", "/admin/cache/pull", {"source": 3}),
         ]
         for expected, method, path, body in calls:
@@ -413,6 +415,31 @@ async def test_refusals_are_what_the_openapi_document_says(
             operation = document["paths"][path.partition("?")[0]][method.lower()]
             assert str(status) in operation["responses"], (method, path)
             as_described(document, answer)
+
+
+async def test_a_token_that_is_no_text_is_a_401(tmp_path, registry) -> None:
+    async with scheduler(tmp_path, registry) as url:
+        for token in (b"\xff", b"stoker-admin-0123456789-\xff\xfe", b""):
+            reader, writer = await asyncio.open_connection(*url.removeprefix("http://").split(":"))
+            head = b"GET /admin/models HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
+            writer.write(head + b"Authorization: Bearer " + token + b"\r\n\r\n")
+            assert (await reader.read()).startswith(b"HTTP/1.1 401 ")
+            writer.close()
+
+
+async def test_a_body_nested_too_deep_is_a_400_everywhere(tmp_path, agent, registry, session):
+    async with scheduler(tmp_path, registry) as url:
+        client = Client(url, session)
+        await leading(client, agent)
+        posts = [(r.method, r.path) for r in ADMIN if r.method in ("POST", "PUT")]
+        posts += [("POST", f"/internal/{name}") for name in ("heartbeat", "demand", "usage")]
+        for method, path in posts:
+            path = path.format(name="x", id="x", device="x")
+            for deep in (1_000, 100_000):
+                body = b'{"x":' + b"[" * deep + b"]" * deep + b"}"
+                status, answer = await client(method, path, body)
+                assert status in (400, 404, 202, 200), (method, path, answer)
+            assert status != 200 or path.endswith(("load", "unload", "cordon", "uncordon"))
 
 
 def as_described(document, error) -> None:
