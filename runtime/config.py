@@ -71,6 +71,9 @@ class RouterConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         Meta(description="names beside localhost by which this host's callers without a key call"),
     ] = ()
 
+    held_bytes: Annotated[
+        int, Meta(gt=0, description="memory of one worker for what callers sent; then 503")
+    ] = 512 * 2**20
     cache_bytes: Annotated[
         int, Meta(ge=0, description="memory of one worker for kept answers (response_cache)")
     ] = 64 * 2**20

@@ -41,6 +41,7 @@ from runtime.wire import ModelRoute, RouteTable
 log = logging.getLogger("stoker.router")
 
 _REQUEST_ID = web.RequestKey("request_id", str)
+_TAKEN = web.RequestKey("taken", int)  # bytes of the budget for its body
 _SERVED = web.RequestKey("served", bool)  # by the proxy, which tells of it
 _UNLOGGED = {"/healthz", "/readyz", "/metrics"}
 _GOOD_REQUEST_ID = re.compile(r"[!-~]{1,128}")
@@ -160,14 +161,29 @@ class Api:
             raise self._too_large(request.content_length)
         try:
             async with asyncio.timeout(self._read_timeout_s):
-                return await request.read()
+                return await self._whole(request)
         except TimeoutError:
             message = f"the body did not arrive in {self._read_timeout_s:g}s"
             raise ApiError(408, "body_timeout", message) from None
-        except web.HTTPRequestEntityTooLarge:
-            raise self._too_large(None) from None
         except web.RequestPayloadError as error:
             raise ApiError(400, "invalid_body", f"the body cannot be read: {error}") from None
+
+    async def _whole(self, request: web.Request) -> bytes:
+        """The body, taken from the budget before it is read, or as it comes."""
+        size, pieces = 0, []
+        self._take(request, request.content_length or 0)
+        while data := await request.content.readany():
+            size += len(data)
+            if size > self._max_body_bytes:
+                raise self._too_large(None)
+            self._take(request, max(0, size - request[_TAKEN]))
+            pieces.append(data)
+        return b"".join(pieces)
+
+    def _take(self, request: web.Request, size_bytes: int) -> None:
+        """For as long as the request lasts. Raises ApiError (503)."""
+        self._proxy.memory.take(size_bytes)
+        request[_TAKEN] = request.get(_TAKEN, 0) + size_bytes
 
     def _too_large(self, size: int | None) -> ApiError:
         got = "" if size is None else f", got {size}"
@@ -289,6 +305,8 @@ class Api:
             log.exception("request %s failed inside the router", request_id)
             failed = internal_error()
             code, response = failed.code, _error_response(failed, request)
+        finally:
+            self._proxy.memory.give(request.get(_TAKEN, 0))
         if not response.prepared:
             response.headers["X-Request-ID"] = request_id
         access_log = self._proxy.access_log

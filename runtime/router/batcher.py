@@ -115,8 +115,11 @@ class Batcher:
             f"{first.request_id}-batch", first.model, first.path, _HEADERS, body, False,
             read_head(body), caller,
         )  # fmt: skip
-        client = Collected()
-        taken = await self._proxy.carry(together, client)
+        client = Collected(self._proxy.memory)
+        try:
+            taken = await self._proxy.carry(together, client)
+        finally:
+            client.close()
         alone: list[Answer | None] = [None] * len(calls)
         if not client.whole or 400 <= client.status < 500:
             return alone

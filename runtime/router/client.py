@@ -13,6 +13,8 @@ from aiohttp import HttpVersion11, web
 from multidict import CIMultiDict
 
 from runtime.router.call import Caller
+from runtime.router.errors import ApiError
+from runtime.router.memory import Memory
 from runtime.router.upstream import Headers, Reply
 
 MAX_ANSWER_BYTES = 64 * 2**20  # that `Collected` keeps
@@ -41,9 +43,12 @@ class Client(Protocol):
 
 
 class Collected:
-    """Keeps the whole answer, for a call of the router's own."""
+    """Keeps the whole answer, for a call of the router's own: `close` it in the end."""
 
-    def __init__(self) -> None:
+    def __init__(self, memory: Memory) -> None:
+        self._memory = memory
+        self._taken = 0
+        self.refused: ApiError | None = None  # there was no memory for all of it
         self.begun = False
         self.whole = True
         self.too_large = False
@@ -60,7 +65,18 @@ class Collected:
         if len(self.body) + len(data) > MAX_ANSWER_BYTES:
             self.too_large = True
             raise ConnectionResetError("the answer is too large to be kept")
+        try:
+            self._memory.take(len(data))
+        except ApiError as error:
+            self.refused = error
+            raise ConnectionResetError("there is no memory for the answer") from None
+        self._taken += len(data)
         self.body += data
+
+    def close(self) -> None:
+        """It is kept no more."""
+        self._memory.give(self._taken)
+        self._taken = 0
 
     async def relay(self, reply: Reply, first: bytes) -> None:
         data = first

@@ -23,6 +23,7 @@ from runtime.router.jobs.service import Jobs
 from runtime.router.keys import Keys
 from runtime.router.link import Link
 from runtime.router.local import Local
+from runtime.router.memory import Memory
 from runtime.router.metrics import Metrics
 from runtime.router.observed import observed
 from runtime.router.plain import KEEP_ALIVE_S
@@ -66,7 +67,8 @@ async def run_router(
     local = Local(settings.allowed_hosts) if settings.anonymous == "auto" else None
     keys = Keys(settings.lets_anonymous_in(), local if settings.lets_anonymous_in() else None)
     cache = ResponseCache(settings.cache_bytes)
-    proxy = Proxy(gate, upstream, Metrics(gate, cache), keys, cache, settings.heartbeat_s)
+    memory = Memory(settings.held_bytes)
+    proxy = Proxy(gate, upstream, Metrics(gate, cache), keys, cache, settings.heartbeat_s, memory)
     observing = contextlib.AsyncExitStack()
     worker, siblings = worker_index(), None
     if worker is not None:

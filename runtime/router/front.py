@@ -59,6 +59,7 @@ class Front:
     ) -> None:
         self.loop = asyncio.get_running_loop()
         self.proxy = proxy
+        self.memory = proxy.memory
         self.server = server
         self.max_body_bytes = min(PLAIN_BODY_BYTES, max_body_bytes)
         self.request_id = RequestIds()

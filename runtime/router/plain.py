@@ -62,8 +62,8 @@ class PlainConnection(asyncio.Protocol):
     __slots__ = (
         "_address", "_behind", "_body", "_chunked", "_fields", "_foreign", "_front", "_head",
         "_host", "_id", "_more", "_parser", "_path", "_plain", "_raw", "_raw_bytes", "_reply",
-        "_since", "_stopped", "_stopped_at", "_stuffed", "_task", "_token", "_transport", "_url",
-        "_whole", "_writable", "begun",
+        "_since", "_stopped", "_stopped_at", "_stuffed", "_taken", "_task", "_token", "_transport",
+        "_url", "_whole", "_writable", "begun",
     )  # fmt: skip
 
     def __init__(self, front: Front) -> None:
@@ -77,6 +77,7 @@ class PlainConnection(asyncio.Protocol):
         self._stuffed = self._stopped = False
         self._stopped_at = 0.0
         self._writable: asyncio.Future[None] | None = None
+        self._taken = 0  # of the front's memory
         self._since = front.loop.time()  # idle, or the request has been coming in, since then
         self._fresh()
 
@@ -106,6 +107,9 @@ class PlainConnection(asyncio.Protocol):
         self._front.opened(self)
 
     def data_received(self, data: bytes) -> None:
+        size, memory = len(data), self._front.memory
+        self._taken += size
+        memory.used += size
         if self._task is not None:
             self._behind += data
             if len(self._behind) > BEHIND_BYTES and not self._stuffed:
@@ -115,12 +119,12 @@ class PlainConnection(asyncio.Protocol):
         if not self._raw:
             self._since = self._front.loop.time()
         self._raw.append(data)
-        self._raw_bytes += len(data)
+        self._raw_bytes += size
         try:
             self._parser.feed_data(data)  # type: ignore[union-attr]
         except (httptools.HttpParserError, httptools.HttpParserUpgrade):
             self._plain = False
-        if not self._plain or self._more:
+        if not self._plain or self._more or memory.used > memory.limit:
             self._hand_over()
         elif self._whole:
             self._serve()
@@ -130,6 +134,7 @@ class PlainConnection(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._transport = None
         self._parser = None  # it holds us: break the cycle
+        self._give_back()
         self._front.forget(self)
         if self._writable is not None and not self._writable.done():
             self._writable.set_exception(ConnectionResetError("the client hung up"))
@@ -262,6 +267,7 @@ class PlainConnection(asyncio.Protocol):
         """The answer is whole: read on."""
         self._task = None
         self._reply = None
+        self._give_back()
         transport = self._transport
         if transport is None or transport.is_closing():
             return
@@ -279,8 +285,14 @@ class PlainConnection(asyncio.Protocol):
         if behind:
             self.data_received(behind)
 
+    def _give_back(self) -> None:
+        """What came in is held no more, or is counted by who takes it over."""
+        self._front.memory.used -= self._taken
+        self._taken = 0
+
     def _hand_over(self) -> None:
         """aiohttp's server takes the connection, from the first byte of this request on."""
+        self._give_back()
         transport, raw = self._transport, b"".join(self._raw)
         assert transport is not None
         self._parser = None  # it holds us: break the cycle

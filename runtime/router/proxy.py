@@ -31,6 +31,7 @@ from runtime.router.gate import Gate
 from runtime.router.hedge import HEDGED, first_of
 from runtime.router.keys import Keys, may, rate_headers
 from runtime.router.limits import GpuShare
+from runtime.router.memory import Memory, MemoryFull
 from runtime.router.metrics import Metrics
 from runtime.router.outcome import BROKEN_OFF, HUNG_UP, Observer, Outcome
 from runtime.router.patience import patience
@@ -76,8 +77,10 @@ class Proxy:
         keys: Keys,
         cache: ResponseCache,
         heartbeat_s: float,
+        memory: Memory | None = None,
     ) -> None:
         self.gate = gate
+        self.memory = memory or Memory()
         self.keys = keys
         self.cache = cache
         self.shares = GpuShare()
@@ -339,9 +342,14 @@ class _Exchange:
         if trace is not None:
             route = self._proxy.gate.find(self._call.model)
             trace.hold(route.waiting_for if route else None)
-        turn = self._proxy.gate.turn(held.request_id)
+        turn, call = self._proxy.gate.turn(held.request_id), self._call
         try:
-            return await (self._beat_until(turn) if self._call.streams else turn)
+            with self._proxy.memory.waiting(call.caller.tenant, len(call.body)):
+                return await (self._beat_until(turn) if call.streams else turn)
+        except MemoryFull as error:
+            return Refused(
+                held.request_id, error.status, error.code, error.message, error.retry_after_s
+            )
         finally:
             self.outcome.held_s += self._loop.time() - since
             if trace is not None:

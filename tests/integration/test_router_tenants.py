@@ -234,3 +234,45 @@ async def test_the_first_key_ends_calls_without_one(tmp_path: Path) -> None:
                     if response.status == 401:
                         break
         assert (await ask(stack, "acme", "GET", "/v1/models", Host="any.example"))[0] == 200
+
+
+# ---------------------------------------------------------------------- memory
+
+
+@pytest.mark.parametrize("odd", [False, True])
+async def test_requests_that_wait_hold_no_more_than_the_budget(tmp_path: Path, odd: bool) -> None:
+    """By the front and by aiohttp's server; what leaves makes room again."""
+    async with kit.stack(tmp_path, held_bytes=4 * 2**20) as stack:
+        if odd:
+            stack.make_calls_odd()
+        await stack.serve("cold", warmth="cold")
+        body = {"model": "cold", "messages": [{"role": "user", "content": "x" * 900_000}]}
+        url = "/v1/chat/completions"
+
+        async def held() -> int:
+            async with stack.post(url, body) as response:
+                if response.status == 503:
+                    error = (await response.json())["error"]
+                    assert error["code"] == "memory_full"
+                    assert "router.held_bytes" in error["message"]
+                    assert response.headers["Retry-After"]
+                return response.status
+
+        calls = [asyncio.create_task(held()) for _ in range(12)]
+        await eventually(lambda: sum(c.done() for c in calls) >= 10, "more are held than may be")
+        assert {c.result() for c in calls if c.done()} == {503}
+        await stack.serve("cold", await stack.engine(unary()))
+        async with asyncio.timeout(kit.DEADLINE_S):
+            assert {await call for call in calls} == {200, 503}
+        assert await held() == 200
+
+
+async def test_a_body_larger_than_the_budget_is_refused_before_it_is_read(tmp_path: Path) -> None:
+    async with kit.stack(tmp_path, held_bytes=2**20) as stack:
+        await stack.serve("m", await stack.engine(unary()))
+        async with stack.post("/v1/chat/completions", b" " * 3 * 2**20) as response:
+            assert (response.status, (await response.json())["error"]["code"]) == (
+                503, "memory_full",
+            )  # fmt: skip
+        async with stack.post("/v1/chat/completions", {"model": "m"}) as response:
+            assert response.status == 200

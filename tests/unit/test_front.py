@@ -13,6 +13,7 @@ from runtime.router.call import Call
 from runtime.router.errors import ApiError
 from runtime.router.front import Front
 from runtime.router.keys import Keys
+from runtime.router.memory import Memory
 from runtime.router.plain import BEHIND_BYTES, PLAIN_BODY_BYTES
 
 CHAT = b"/v1/chat/completions"
@@ -81,6 +82,7 @@ class Proxy:
         self.hold: asyncio.Event | None = None
         self.gate = self
         self.keys = Keys(anonymous=True)
+        self.memory = Memory(2**30)
         self.metrics = self
         self.connections = 0
         self.error: Exception | None = None

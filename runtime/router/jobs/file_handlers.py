@@ -25,6 +25,7 @@ from runtime.router.jobs.requests import (
 from runtime.router.jobs.store import Store
 from runtime.router.jobs.tenants import Owner
 from runtime.router.keys import Keys
+from runtime.router.memory import Memory
 
 _FILES_MAX = 10_000
 
@@ -32,10 +33,11 @@ _FILES_MAX = 10_000
 class FileHandlers:
     """`/v1/files`."""
 
-    def __init__(self, store: Store, settings: RouterConfig, keys: Keys) -> None:
+    def __init__(self, store: Store, settings: RouterConfig, keys: Keys, memory: Memory) -> None:
         self._store = store
         self._settings = settings
         self._keys = keys
+        self._memory = memory
 
     def routes(self) -> list[web.RouteDef]:
         """For the application."""
@@ -49,9 +51,14 @@ class FileHandlers:
 
     async def _create_file(self, request: web.Request) -> web.Response:
         check_path(request)
+        with self._memory.taken(2 * upload.FLUSH_BYTES):
+            file = await self._take_in(request)
+        return shown(shapes.file_object(file))
+
+    async def _take_in(self, request: web.Request) -> FileRow:
         settings = self._settings
         async with counted(request, self._keys):
-            file = await upload.take_in(
+            return await upload.take_in(
                 request,
                 self._store,
                 maker_of(request),
@@ -59,7 +66,6 @@ class FileHandlers:
                 keep_s=settings.results_keep_s,
                 read_s=settings.read_timeout_s,
             )
-        return shown(shapes.file_object(file))
 
     async def _files(self, request: web.Request) -> web.Response:
         check_path(request)

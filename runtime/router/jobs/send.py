@@ -39,6 +39,8 @@ def _sent(client: Collected) -> Sent:
     if client.too_large:
         message = f"the answer has more than {MAX_ANSWER_BYTES} bytes"
         return Sent("answered", error=ApiError(502, "answer_too_large", message))
+    if client.refused is not None:
+        return _refused(client.refused)
     if not client.whole or not client.begun:
         message = "the engine's answer broke off"
         return Sent("broken", error=ApiError(502, "replica_failed", message))
@@ -60,14 +62,15 @@ async def send(
     counted: bool = False,
 ) -> Sent:
     """A call that `owner` left here: it counts as its key stands now; `counted`: as in `Call`."""
-    client = Collected()
+    client = Collected(proxy.memory)
     try:
         caller = proxy.keys.on_behalf(owner, time.time())
         call = Call(
             request_id, model, path, headers, body, False, read_head(body), caller,
             counted=counted,
         )  # fmt: skip
-        await proxy.serve(call, client)
+        with proxy.memory.taken(len(body)):
+            await proxy.serve(call, client)
     except ApiError as error:
         return _refused(error)
     except ConnectionError:
@@ -76,6 +79,8 @@ async def send(
         log.exception("%s cannot be sent", request_id)
         message = "the router failed; its log has more under this request id"
         return Sent("broken", error=ApiError(500, "internal_error", message))
+    finally:
+        client.close()
     return _sent(client)
 
 

@@ -60,7 +60,7 @@ class Jobs:
         proxy.metrics.include(self._metrics)
         wake = self._woken.set
         self.handlers = JobHandlers(self._store, settings, proxy.keys, self._metrics, wake)
-        self._files = FileHandlers(self._store, settings, proxy.keys)
+        self._files = FileHandlers(self._store, settings, proxy.keys, proxy.memory)
         self._batches = BatchHandlers(self._store, settings, proxy.keys, wake)
 
     def routes(self) -> list[web.RouteDef]:
