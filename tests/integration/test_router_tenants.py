@@ -70,7 +70,10 @@ async def ask(
 ) -> tuple[int, Any, Any]:
     """Status, body and headers of a call by the key of that name."""
     given = {"Authorization": f"Bearer {token(name)}", **headers}
-    data = body if body is None or isinstance(body, aiohttp.FormData) else json.dumps(body)
+    data = body
+    if isinstance(body, dict):
+        data = json.dumps(body)
+        given["Content-Type"] = "application/json"
     url = stack.url + path
     async with stack.session.request(method, url, data=data, headers=given) as response:
         text = await response.read()

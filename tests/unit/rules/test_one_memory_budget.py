@@ -20,7 +20,6 @@ GATHERS = frozenset({"bytearray", "BytesIO", "Collected", "Recorder", "StreamRea
 
 KNOWN = {
     "runtime/router/api.py": "Memory.take before it is read",
-    "runtime/router/body.py": "parses a body that is held already",
     "runtime/router/batcher.py": "Collected takes from the budget",
     "runtime/router/client.py": "Collected takes from the budget",
     "runtime/router/jobs/send.py": "Memory.taken for the body, Collected for the answer",
