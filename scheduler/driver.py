@@ -25,6 +25,7 @@ from runtime.outside import decode
 from runtime.prewarm import Ask, floor_at
 from runtime.registration import keep_registered, withdraw
 from runtime.registry import Entry, Lock, Registry, RegistryError, Service
+from runtime.sockets import make_socket
 from runtime.wire import AgentCommand, CommandReply, RouteTable, StageModels
 from scheduler import messages as m
 from scheduler.access import Access
@@ -182,7 +183,8 @@ class Driver:
     def http(self) -> aiohttp.ClientSession:
         if self._http is None:
             headers = {"Authorization": f"Bearer {self.config.cluster_token}"}
-            self._http = aiohttp.ClientSession(headers=headers)
+            connector = aiohttp.TCPConnector(socket_factory=make_socket)
+            self._http = aiohttp.ClientSession(headers=headers, connector=connector)
         return self._http
 
     def _queue_for(self, node_id: str) -> asyncio.Queue[AgentCommand]:

@@ -25,6 +25,7 @@ from urllib.parse import urlsplit
 import httptools
 
 from runtime.router.error_shapes import BEGINNINGS, core_died
+from runtime.sockets import notice_silence
 
 BUFFER_BYTES = 256 * 1024
 HEAD_BYTES = 64 * 1024
@@ -264,11 +265,7 @@ class _Connection(asyncio.Protocol):
         self._transport = cast(asyncio.Transport, transport)  # uvloop's has another base class
         self._parser = httptools.HttpResponseParser(self)
         sock: socket.socket = transport.get_extra_info("socket")
-        # A host that lost its power sends no FIN: without probes we would wait for ever.
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        for option, value in (("TCP_KEEPIDLE", 15), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 3)):
-            if hasattr(socket, option):
-                sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
+        notice_silence(sock)
 
     def data_received(self, data: bytes) -> None:
         if self._reply is None or self._parser is None:
