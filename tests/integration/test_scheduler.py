@@ -19,6 +19,7 @@ from yarl import URL
 from runtime import outside
 from runtime.config import Config, RegistryConfig, SchedulerConfig
 from runtime.embedded import EmbeddedRegistry
+from runtime.registry import RegistryError
 from runtime.wire import (
     AgentCommand,
     CommandReply,
@@ -683,3 +684,31 @@ async def test_a_plan_asks_nodes_to_fetch_nothing(tmp_path, agent, registry, ses
         status, body = await client("PUT", "/admin/models/zz", spec)
         assert status == 201, body
         assert agent.asked == ["/agent/inspect?fetch=0", "/agent/inspect?fetch=1"]
+
+
+class FullDisk(EmbeddedRegistry):
+    """Can be read; whatever is written fails."""
+
+    async def acquire(self, *_: object, **__: object) -> None:  # type: ignore[override]
+        raise RegistryError("cannot put leader: database or disk is full")
+
+
+async def test_a_scheduler_that_can_not_lead_says_what_it_fails_of(tmp_path) -> None:
+    registry = FullDisk(tmp_path / "registry.db")
+    async with (
+        scheduler(tmp_path, registry) as url,
+        aiohttp.ClientSession() as session,
+        asyncio.timeout(60),
+    ):
+        client = Client(url, session)
+        status, body = await client("GET", "/admin/models")
+        while "disk is full" not in body["error"]["message"]:
+            assert (status, body["error"]["message"]) == (503, "this scheduler is not the leader")
+            await asyncio.sleep(0.05)
+            status, body = await client("GET", "/admin/models")
+        assert status == 503
+        assert body["error"]["message"] == (
+            "this scheduler is not the leader: the registry does not answer: cannot put leader:"
+            " database or disk is full"
+        )
+    await registry.close()
