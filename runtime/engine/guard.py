@@ -17,6 +17,7 @@ import json
 import os
 import time
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 ROUTE_KEY_ENV = "STOKER_ROUTE_KEY"
@@ -25,6 +26,9 @@ STATUS_PATH = "/stoker/status"
 CLOSE_PATH = "/stoker/close"
 OPEN_PATH = "/stoker/open"
 CLOSED = "the engine is asleep, or about to sleep"
+MODEL_HEADER = (
+    b"x-stoker-model"  # the name that a router let a request in for; callers can't set it
+)
 CLOSED_HEADER = b"x-stoker-closed"  # tells a router that the request was not let in
 
 _OPEN = frozenset({"/health"})
@@ -73,6 +77,27 @@ class Refusal(NamedTuple):
         kind = kinds.get(self.status, "permission_error")
         error = {"message": self.message, "type": kind, "param": None, "code": self.status}
         return json.dumps({"error": error}).encode()
+
+
+_let_in_for: ContextVar[str] = ContextVar("let_in_for", default="")
+
+
+def let_in_for(name: bytes) -> None:
+    """What follows in this task is a request that a router let in for that model ("": any)."""
+    _let_in_for.set(name.decode(errors="replace"))
+
+
+def other_model(asked: str | None) -> str | None:
+    """Why a request for `asked` is not served: it was let in for another; None: it is.
+
+    So a body that two parsers read differently reaches no adapter that nobody checked.
+    """
+    name = _let_in_for.get()
+    if not name or not asked or asked == name:
+        return None
+    return (
+        f"the router let this request in for model {name!r}, but its body asks for {asked[:80]!r}"
+    )
 
 
 def keys_from(environ: Mapping[str, str]) -> Keys:
@@ -183,7 +208,8 @@ class Guard:
             await self._app(scope, receive, send)
 
     async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
-        path, authorization = _route_path(scope), _authorization(scope)
+        path, authorization = _route_path(scope), _header(scope, b"authorization")
+        let_in_for(_header(scope, MODEL_HEADER) or b"")
         refusal = refuse(path, authorization, self._keys)
         if refusal:
             await _reply(send, refusal.status, refusal.body())
@@ -210,9 +236,9 @@ def _route_path(scope: Scope) -> str:
     return path
 
 
-def _authorization(scope: Scope) -> bytes | None:
+def _header(scope: Scope, wanted: bytes) -> bytes | None:
     for name, value in scope["headers"]:
-        if name == b"authorization":
+        if name == wanted:
             return bytes(value)
     return None
 

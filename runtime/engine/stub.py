@@ -97,6 +97,7 @@ class Stub:
         if (status := self._activity.steer(request.path)) is not None:
             return web.json_response(status)
         ours = guard.holds_control(given, self._keys)
+        guard.let_in_for(request.headers.get(guard.MODEL_HEADER.decode(), "").encode())
         try:
             return await self._let_in(request, handler, ours)
         except web.HTTPException as error:  # aiohttp's own: no such route, body too large

@@ -20,7 +20,7 @@ from aiohttp import web
 from msgspec import Meta, Struct
 
 from runtime import outside
-from runtime.engine import stub_media
+from runtime.engine import guard, stub_media
 from runtime.engine.adapter_index import RETRY_AFTER_S, NotYet
 from runtime.engine.guard import Activity
 from runtime.engine.stub_adapters import StubAdapters
@@ -341,6 +341,8 @@ def checked(
             return error_response(400, f"invalid request body: it {error}")
         if words:
             return shape(error_response(400, words))
+        if words := guard.other_model(getattr(body, "model", None)):
+            return shape(error_response(403, words, "PermissionDeniedError", "model"))
         response: web.StreamResponse = await handler(request, body)
         return response
 

@@ -8,8 +8,11 @@ resolvers there are: importing it adds ours. vLLM itself keeps `max_loras` on th
 from __future__ import annotations
 
 import os
+from typing import Any
 
 from fastapi import HTTPException
+from vllm.entrypoints.pooling.base.serving import PoolingBaseServing
+from vllm.entrypoints.serve.engine.serving import BaseServing
 from vllm.lora.request import LoRARequest
 from vllm.lora.resolver import LoRAResolver, LoRAResolverRegistry
 
@@ -48,6 +51,23 @@ class Resolver(LoRAResolver):
         # The number is vLLM's to give.
         return LoRARequest(lora_name=lora_name, lora_int_id=1, lora_path=folder)
 
+
+def _watch(kind: Any) -> None:
+    """Have that base of vLLM's handlers serve no other model than the request was let in for."""
+    checked = kind.__dict__["_check_model"]
+
+    async def check_model(self: Any, request: Any) -> Any:
+        if words := guard.other_model(request.model):
+            raise HTTPException(403, detail=words)
+        return await checked(self, request)
+
+    kind._check_model = check_model
+
+
+# All handlers ask one of these two before they look for an adapter; a vLLM in which they have other
+# names does not start.
+_watch(BaseServing)
+_watch(PoolingBaseServing)
 
 if own := from_environment(os.environ):
     LoRAResolverRegistry.register_resolver("stoker", Resolver(own))

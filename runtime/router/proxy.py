@@ -17,7 +17,7 @@ import logging
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from runtime.engine.guard import CLOSED, CLOSED_HEADER
+from runtime.engine.guard import CLOSED, CLOSED_HEADER, MODEL_HEADER
 from runtime.router import refusals
 from runtime.router.access_log import AccessLog
 from runtime.router.admission import Decision, Forward, Held
@@ -56,6 +56,7 @@ _HOP_BY_HOP = {
 _NOT_SENT = _HOP_BY_HOP | {
     b"host", b"authorization", b"x-api-key", b"content-length", b"content-encoding", b"expect",
     b"x-request-id",
+    MODEL_HEADER,
 }  # fmt: skip
 _NOT_RETURNED = _HOP_BY_HOP | {b"x-request-id"}
 CACHE_HEADER = b"X-Stoker-Cache"
@@ -599,8 +600,8 @@ def _passed(raw: Iterable[tuple[bytes, bytes]], dropped: _Dropped) -> Headers:
 
 def _sent_headers(call: Call, key: str) -> list[bytes]:
     lines = [b"%b: %b" % header for header in _passed(call.headers, _not_sent)]
-    lines.append(b"Authorization: Bearer %b\r\nX-Request-ID: %b" % (
-        key.encode(), call.request_id.encode()
+    lines.append(b"Authorization: Bearer %b\r\nX-Request-ID: %b\r\nX-Stoker-Model: %b" % (
+        key.encode(), call.request_id.encode(), call.model.encode()
     ))  # fmt: skip
     return lines
 

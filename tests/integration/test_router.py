@@ -62,6 +62,7 @@ async def test_a_request_reaches_the_engine_unchanged_but_for_the_keys(stack: St
         "Authorization": "Bearer the-client's",
         "X-Request-ID": "mine-1",
         "X-Custom": "kept",
+        "X-Stoker-Model": "another",
         "Connection": "keep-alive, X-Hop",
         "X-Hop": "dropped",
         "Content-Type": "application/json",
@@ -77,6 +78,7 @@ async def test_a_request_reaches_the_engine_unchanged_but_for_the_keys(stack: St
     assert [v for n, v in received.headers if n.lower() == "authorization"] == [f"Bearer {KEY}"]
     assert received.header("X-Request-ID") == "mine-1"
     assert received.header("X-Custom") == "kept"
+    assert [v for n, v in received.headers if n.lower() == "x-stoker-model"] == ["m"]
     assert received.header("Content-Type") == "application/json"
     assert received.header("X-Hop") is None
 

@@ -266,6 +266,34 @@ async def test_websockets_are_refused_and_lifespan_passes(keys):
     assert seen == ["lifespan"]
 
 
+@pytest.mark.parametrize(
+    ("let_in_for", "asked", "served"),
+    [
+        (b"m:sql", "m:sql", True),
+        (b"m:sql", "m:secret", False),
+        (b"m:sql", "m", False),
+        (b"m", "m:secret", False),
+        (b"m:sql", None, True),  # then the engine serves its own base
+        (None, "m:secret", True),  # no router: the agent's own request
+    ],
+)
+async def test_a_request_is_served_by_the_model_it_was_let_in_for(keys, let_in_for, asked, served):
+    said = []
+
+    async def inner(scope, receive, send):
+        said.append(await asyncio.create_task(look()))  # frameworks make tasks of their own
+
+    async def look():
+        return guard.other_model(asked)
+
+    named = [] if let_in_for is None else [(guard.MODEL_HEADER, let_in_for)]
+    headers = [(b"authorization", ROUTE), *named]
+    app = Guard(inner)
+    scope = {"type": "http", "path": "/v1/completions", "headers": headers}
+    await app(scope, None, None)
+    assert [words is None for words in said] == [served]
+
+
 def test_idle_time_comes_from_the_clock():
     now = [100.0]
     activity = guard.Activity(clock=lambda: now[0])

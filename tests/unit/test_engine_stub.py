@@ -211,6 +211,14 @@ async def test_refuses_bad_bodies_as_openai_does():
                 assert "Only 'application/json' is allowed" in answer["error"]["message"]
 
 
+async def test_serves_no_other_model_than_it_was_let_in_for():
+    async with running() as engine:
+        for name, status in (("m", 200), ("other", 403)):
+            headers = {"Authorization": f"Bearer {ROUTE}", "X-Stoker-Model": name}
+            async with engine.http.post("/v1/chat/completions", json=CHAT, headers=headers) as got:
+                assert got.status == status
+
+
 async def test_is_guarded_like_vllm():
     async with running() as engine:
         status, body = await engine.post("/v1/chat/completions", CHAT, key="wrong")
