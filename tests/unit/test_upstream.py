@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import socket
 from collections import deque
 
 from hypothesis import given, settings
@@ -20,6 +21,8 @@ from runtime.router.upstream import (
 
 
 class Socket:
+    family = socket.AF_INET
+
     def setsockopt(self, *option: int) -> None:
         pass
 
