@@ -750,6 +750,7 @@ class ModelRoute(Struct, frozen=True, kw_only=True):
     retry_after_s: float | None = None
     waiting_for: str | None = None  # in words, shown to those who wait: "starting on gpu-1"
     eta_s: float | None = None
+    failures: dict[str, str] = {}  # replica id -> why its engine died, until it serves again
     affinity: Literal["prefix", "off"] = "prefix"
     target_concurrency: int = 16
     cache: CacheRule | None = None

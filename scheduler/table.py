@@ -34,10 +34,24 @@ def model_route(state: ClusterState, model: Model, now: float) -> ModelRoute:
         refusal=why, refusal_final=why is not None and final(model),
         retry_after_s=retry_after_s,
         waiting_for=None if endpoints else waiting_for(state, model),
-        eta_s=None if endpoints else _eta_s(state, model, now), affinity=spec.affinity,
+        eta_s=None if endpoints else _eta_s(state, model, now), failures=_failures(model),
+        affinity=spec.affinity,
         cache=_cache_rule(model), batching=spec.batching,
         hedge_after_s=spec.hedge_after_ms / 1000 if spec.hedge_after_ms else None,
     )  # fmt: skip
+
+
+def _failures(model: Model) -> dict[str, str]:
+    """Why engines of its died that do not serve again yet."""
+    return {r.replica_id: why for r in model.replicas.values() if (why := died_of(r)) is not None}
+
+
+def died_of(replica: Replica) -> str | None:
+    """Why its engine died, while it is started anew; None: it did not."""
+    report = replica.report
+    if replica.stage not in (Stage.STARTING, Stage.BACKOFF) or report is None:
+        return None
+    return report.reason
 
 
 def _cache_rule(model: Model) -> CacheRule | None:
@@ -125,15 +139,14 @@ def waiting_for(state: ClusterState, model: Model) -> str | None:
             case Stage.PLANNED | Stage.RISING:
                 return f"{_turn(state, replica)} on {where}"
             case Stage.SENT | Stage.STARTING:
-                died = replica.report.reason if replica.report else None
+                died = died_of(replica)
                 return (
                     f"starting on {where} after it died: {died}" if died else f"starting on {where}"
                 )
             case Stage.WAKING:
                 return f"waking on {where}"
             case Stage.BACKOFF:
-                why = replica.report.reason if replica.report else None
-                return f"restarting on {where} after: {why}"
+                return f"restarting on {where} after: {died_of(replica)}"
     return model.waiting_for
 
 

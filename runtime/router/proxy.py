@@ -59,6 +59,8 @@ _NOT_SENT = _HOP_BY_HOP | {
     MODEL_HEADER,
 }  # fmt: skip
 _NOT_RETURNED = _HOP_BY_HOP | {b"x-request-id"}
+_DIED = ("replica_failed", "retry_budget_spent")  # refusals of what a replica's engine died of
+CAUSE_S = 2.0  # until a table tells why an engine died, its agent having seen the end of it
 CACHE_HEADER = b"X-Stoker-Cache"
 _ERROR_BYTES = 64 * 1024
 _FIXED = (b"content-length", b"content-encoding")  # of a body that nothing can be added to
@@ -324,9 +326,12 @@ class _Exchange:
                 return await self._refuse(late)
             except UpstreamError as error:
                 self._warn(decision, error)
+                failed = decision.endpoint.replica_id
                 decision = self._proxy.gate.failed(
                     decision.request_id, self._call.model, error.reason, error.delivered
                 )
+                if isinstance(decision, Refused) and decision.code in _DIED:
+                    decision = await self._with_cause(decision, failed)
 
     def _warn(self, forward: Forward, error: UpstreamError) -> None:
         log.warning(
@@ -478,18 +483,38 @@ class _Exchange:
         except UpstreamError as error:
             log.warning("request %s: broken off: %s", call.request_id, error)
             outcome.error = BROKEN_OFF
-            await self.break_off(self._broken(error), reply)
+            reply.close()
+            await self.break_off(await self._broken(error, reply), reply)
 
     def _is_foreign(self, reply: Reply) -> bool:
         """Whether it is an error that the path's clients can't read: Anthropic's have types, and a
         shape, that engines use in part."""
         return reply.status >= 400 and shape_of(self._call.path) == "anthropic"
 
-    def _broken(self, error: UpstreamError) -> ApiError:
+    async def _broken(self, error: UpstreamError, reply: Reply) -> ApiError:
         message = f"model {self._call.model!r}: {error.reason}"
         if isinstance(error, UpstreamTimeout):
             return ApiError(504, error.limit, message)
+        if self._call.streams and _is_open_stream(reply.headers):
+            message += await self._cause(self.outcome.replica_id)
         return ApiError(502, "replica_failed", message)
+
+    async def _with_cause(self, refused: Refused, replica_id: str) -> Refused:
+        if self._is_spare():  # another model is tried at once
+            return refused
+        return refused._replace(message=refused.message + await self._cause(replica_id))
+
+    async def _cause(self, replica_id: str) -> str:
+        """Why a replica's engine died, as the scheduler tells soon after; "": it does not."""
+        until = self._loop.time() + CAUSE_S
+        while (route := self._proxy.gate.find(self._call.model)) is not None:
+            why = route.failures.get(replica_id) or route.refusal
+            if why is not None:
+                return f" ({why})"
+            if self._loop.time() > until:
+                break
+            await asyncio.sleep(CAUSE_S / 40)
+        return ""
 
     async def _tell_error(self, reply: Reply, first: bytes) -> None:
         """An engine's own error, for a client that would not understand it as it is."""

@@ -264,8 +264,12 @@ async def begun(stack: Stack, path: str) -> AsyncIterator[Callable[[], Awaitable
     base = urlsplit(stack.url)
     reader, writer = await asyncio.open_connection(base.hostname, base.port)
     body = b'{"model":"m","stream":true}'
-    odd = "".join(f"{n}: {v}\r\n" for n, v in stack.session.headers.items())
-    head = f"POST {base.path}{path} HTTP/1.1\r\nHost: x\r\n{odd}Content-Length: {len(body)}\r\n\r\n"
+    sent = {
+        "Host": base.netloc, "Content-Type": "application/json", "Content-Length": len(body),
+        **stack.session.headers,
+    }  # fmt: skip
+    lines = "".join(f"{name}: {value}\r\n" for name, value in sent.items())
+    head = f"POST {base.path}{path} HTTP/1.1\r\n{lines}\r\n"
     writer.write(head.encode() + body)
     lines = (await reader.readuntil(b"\r\n\r\n")).decode().split("\r\n")
     assert " 200 " in lines[0]
@@ -366,6 +370,39 @@ async def test_in_its_middle_the_caller_is_not_sent_to_a_stack_trace(
         request_id, got = await broken_off()
     assert "engine died at work" in assert_ended(path, got, request_id, number=None)
     assert b"stack trace" not in got
+
+
+@pytest.mark.parametrize("streams", [False, True])
+async def test_the_cause_is_told_once_the_scheduler_knows_it(stack: Stack, streams: bool) -> None:
+    async def answer(received: kit.Received, writer: asyncio.StreamWriter) -> None:
+        if streams:
+            writer.write(kit.SSE_HEAD + kit.chunk(EVENTS[CHAT]))
+            await writer.drain()
+        await asyncio.sleep(0.05)
+        writer.transport.abort()
+
+    engines = [await stack.engine(answer) for _ in range(3)]
+    await stack.serve("m", *engines)
+    why = {engine.endpoint.replica_id: "OutOfMemoryError: 2 GiB" for engine in engines}
+    if streams:
+        async with begun(stack, CHAT) as broken_off:
+            ended = asyncio.create_task(broken_off())
+            await stack.serve("m", failures=why)
+            request_id, got = await ended
+        message = assert_ended(CHAT, got, request_id, number=None)
+    else:
+        call = asyncio.create_task(failed_call(stack))
+        await kit.eventually(lambda: sum(len(e.received) for e in engines) == 2, "not tried twice")
+        await asyncio.sleep(0.2)  # it is given up by now
+        await stack.serve("m", failures=why)
+        message = await call
+    assert "(OutOfMemoryError: 2 GiB)" in message
+
+
+async def failed_call(stack: Stack) -> str:
+    """Its message."""
+    async with stack.post(CHAT, {"model": "m"}) as response:
+        return str((await response.json())["error"]["message"])
 
 
 # ------------------------------------------------------------------------------- coming back

@@ -136,6 +136,24 @@ def test_those_who_wait_are_told_behind_whose_start_and_for_how_long() -> None:
     )
 
 
+def test_routers_are_told_why_an_engine_died_at_its_first_restart() -> None:
+    node = one_gpu()
+    world = World(node)
+    world.put(spec("a"))
+    world.want("a")
+    world.run(5)
+    (replica,) = node.replicas.values()
+    assert world.route("a").failures == {}
+    replica.phase, replica.since = "starting", world.now
+    replica.restarts, replica.reason = 1, "OutOfMemoryError: 2 GiB"
+    world.run(1)
+    assert world.route("a").failures == {"a-1-1": "OutOfMemoryError: 2 GiB"}
+    assert "starting on n1 (g0) after it died: OutOfMemoryError" in world.route("a").waiting_for
+    replica.phase, replica.reason = "ready", None
+    world.run(1)
+    assert world.route("a").failures == {}
+
+
 def test_routers_confirm_before_a_replica_is_told_to_stop() -> None:
     world = World(one_gpu())
     world.put(spec("a"))
