@@ -76,7 +76,7 @@ def wish_of(blocks: tuple[int, ...], tokens_in: int) -> Wish:
     content = text[: 4 * tokens_in]
     body = b'{"messages":[{"role":"user","content":"%b"}],"model":"m"}' % content
     keys = keys_of(CHAT, (), body, Head(), "m", "anonymous")
-    return Wish(tokens=tokens_of(len(body), Head()), affinity=keys)
+    return Wish(tokens=tokens_of(body, Head()), affinity=keys)
 
 
 def session_of(blocks: tuple[int, ...]) -> int:

@@ -17,6 +17,7 @@ from scheduler.access import Access
 from scheduler.http import ApiError, bad, read_body, reply, unknown
 
 DAY_S = 86400.0
+NO_TENANT = "anonymous"
 RESERVED = ("cluster", "canary", "switch")  # who did it, in the audit trail
 
 
@@ -157,6 +158,7 @@ class AccessApi:
         if tenant.name != request.match_info["name"]:
             fix = f"use {request.match_info['name']!r}, or the other address"
             raise bad("name", tenant.name, "is not the name in the address", fix)
+        _check_tenant("name", tenant.name)
         await self._access.put_tenant(tenant)
         return reply(tenant)
 
@@ -213,7 +215,15 @@ class AccessApi:
         return reply(Use(day=day, accounts=accounts))
 
 
+def _check_tenant(field: str, name: str) -> None:
+    """Raises ApiError: callers without a key are that tenant's."""
+    if name == NO_TENANT:
+        fix = "choose another name: it stands for callers without a key"
+        raise bad(field, name, "is no tenant's name", fix)
+
+
 def _checked(spec: KeySpec) -> KeySpec:
+    _check_tenant("tenant", spec.tenant)
     if spec.expires_at is not None and spec.expires_at <= time.time():
         raise bad("expires_at", spec.expires_at, "is in the past", "use a time to come, or none")
     for pattern in spec.scope.endpoints:

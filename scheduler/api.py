@@ -105,6 +105,10 @@ async def _errors(request: web.Request, handler: Any) -> web.StreamResponse:
         return reply(v.Error(error=v.ErrorBody(message=message)), error.status)
 
 
+# Handlers whose callers the audit trail names, beside those of `access`.
+_MODEL_CHANGES = ("create_model", "put_model", "delete_model")
+
+
 class Api:
     """One handler a route; `guard` runs before each."""
 
@@ -117,9 +121,10 @@ class Api:
         self._standby = {(r.method, r.path) for r in ADMIN if r.standby}
         self._needs = {(r.method, r.path): r.needs for r in ADMIN}
         self._audited = {
-            (r.method, r.path): r.handler.partition(".")[2]
+            (r.method, r.path): r.handler.removeprefix("access.")
             for r in ADMIN
-            if r.handler.startswith("access.") and r.method != "GET"
+            if r.method != "GET"
+            and (r.handler.startswith("access.") or r.handler in _MODEL_CHANGES)
         }
         self._metrics = CollectorRegistry()
         self._metrics.register(StateCollector(driver))
@@ -142,7 +147,7 @@ class Api:
         return response
 
     async def _audit(self, request: web.Request, action: str) -> None:
-        """Note who changed whose access; secrets and bodies are left out."""
+        """Note who changed a model or whose access; secrets and bodies are left out."""
         book = self.driver.rules
         async with book.lock:
             await book.audit.note(request[WHO], action, request.path, "by the admin API")

@@ -167,11 +167,11 @@ ADMIN = (
     Route(
         "PUT", "/admin/routes/{name}", "rules.put_route",
         "Add or change a route, which begins its canary, if it has one", "it was changed",
-        r.RouteView, body=RouteRule, also_status=201, errors=(400, 409, 422),
+        r.RouteView, body=RouteRule, also_status=201, errors=(400, 409, 422), role="admin",
     ),
     Route(
         "DELETE", "/admin/routes/{name}", "rules.delete_route", "Remove a route; its models stay",
-        "it was removed", status=204, errors=(404,),
+        "it was removed", status=204, errors=(404,), role="admin",
     ),
     Route(
         "POST", "/admin/routes/{name}/switch", "rules.switch_route",

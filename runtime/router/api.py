@@ -120,7 +120,7 @@ class Api:
 
     async def _own_openai(self, request: web.Request) -> web.StreamResponse:
         model, path = request.match_info["model"], _engine_path(request)
-        self._route(model)
+        self._route(request, model)
         if not bodies.takes_form(types := _types(request), path):
             body, head = bodies.with_model(await self._body(request), model)
             return await self._serve(request, path, body, head)
@@ -130,7 +130,7 @@ class Api:
 
     async def _invoke(self, request: web.Request) -> web.StreamResponse:
         model = request.match_info["model"]
-        self._route(model)
+        self._route(request, model)
         later = self._jobs.handlers.wanted(request)
         stream = False if later else _stream_wish(request)
         bodies.check_json(_types(request))
@@ -207,13 +207,13 @@ class Api:
     async def _own_model(self, request: web.Request) -> web.Response:
         own = self._visible(request, request.match_info["model"])
         name = request.match_info["name"]
-        if self._route(name).name != own.name:
+        if self._route(request, name).name != own.name:
             raise ApiError(404, "model_not_found", f"only model {own.name!r} is served here")
         return _json(_card(own, name))
 
     def _visible(self, request: web.Request, model: str) -> ModelRoute:
         """A model that the caller's key reaches. Raises ApiError (403, 404)."""
-        route = self._route(model)
+        route = self._route(request, model)
         if not _sees(request, route):
             raise ApiError(403, "not_allowed", f"this API key may not use model {model!r}")
         return route
@@ -231,7 +231,7 @@ class Api:
             raise ApiError(503, "no_routes", message, retry_after_s=1.0)
         return table
 
-    def _route(self, model: str) -> ModelRoute:
+    def _route(self, request: web.Request, model: str) -> ModelRoute:
         bodies.check_model(model)
         table, route = self._table(), self._proxy.gate.find(model)
         if route is not None:
@@ -240,7 +240,8 @@ class Api:
         for route in routes:
             if model in (route.name, *route.aliases):
                 return route
-        known = (n for r in (*table.models, *routes) for n in (r.name, *r.aliases, *r.adapters))
+        own = (r for r in (*table.models, *routes) if _sees(request, r))
+        known = (n for r in own for n in (r.name, *r.aliases, *r.adapters))
         message = unknown_model(model, known)
         raise ApiError(404, "model_not_found", message, param="model")
 

@@ -15,6 +15,10 @@ from runtime.router.body import Head
 
 BYTES_PER_TOKEN = 4
 ANSWER_TOKENS = 256  # where the caller sets no limit
+ANSWER_TOKENS_PER_S = 50  # of an answer of which nothing was heard
+MEDIA_TOKENS = 1500  # a picture of a megapixel or two, or a minute of sound
+MEDIA_BYTES = 8 * 1024  # less is counted as text
+_MEDIA = (b";base64,", b'"data":"', b'"data": "')  # before what is written in base64
 MOST_TOKENS = 1_000_000  # a limit above this says nothing of the answer
 FIRST_CUT_BYTES = 1024  # about 256 tokens: less is read again in some 25 ms
 LAST_CUT_BYTES = 128 * 1024
@@ -29,8 +33,30 @@ _FIELDS = {
 }
 
 
-def tokens_of(body_bytes: int, head: Head) -> int:
-    """About how many tokens an engine reads and writes for a body of that size; at least 1.
+def prompt_tokens(body: bytes) -> int:
+    """About how many tokens an engine reads of a body: a picture, a recording or a form's file is
+    some MEDIA_TOKENS, however many bytes it has."""
+    size = len(body)
+    if size < MEDIA_BYTES:
+        return size // BYTES_PER_TOKEN
+    if body.startswith(b"--"):  # a form
+        return min(size // BYTES_PER_TOKEN, MEDIA_TOKENS)
+    text, count = size, 0
+    for mark in _MEDIA:
+        at = body.find(mark)
+        while at >= 0:
+            begins = at + len(mark)
+            ends = body.find(b'"', begins)
+            ends = ends if ends >= 0 else size
+            if ends - begins >= MEDIA_BYTES and body.find(b" ", begins, ends) < 0:
+                text -= ends - begins
+                count += 1
+            at = body.find(mark, ends)
+    return text // BYTES_PER_TOKEN + count * MEDIA_TOKENS
+
+
+def tokens_of(body: bytes, head: Head) -> int:
+    """About how many tokens an engine reads and writes for a body; at least 1.
 
     Example: 2,000 bytes with max_tokens 100 are 2,000 / 4 + 100 = 600; without it 500 + 256 = 756.
     """
@@ -39,7 +65,9 @@ def tokens_of(body_bytes: int, head: Head) -> int:
         limit = head.max_tokens
     if type(limit) is not int or not 0 <= limit <= MOST_TOKENS:
         limit = ANSWER_TOKENS
-    return max(1, body_bytes // BYTES_PER_TOKEN + limit)
+    size = len(body)
+    read = size // BYTES_PER_TOKEN if size < MEDIA_BYTES else prompt_tokens(body)
+    return max(1, read + limit)
 
 
 def keys_of(

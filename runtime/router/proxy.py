@@ -35,7 +35,7 @@ from runtime.router.memory import Memory, MemoryFull
 from runtime.router.metrics import Metrics
 from runtime.router.outcome import BROKEN_OFF, HUNG_UP, Observer, Outcome
 from runtime.router.patience import patience
-from runtime.router.prompt import BYTES_PER_TOKEN, keys_of, tokens_of
+from runtime.router.prompt import ANSWER_TOKENS_PER_S, keys_of, prompt_tokens, tokens_of
 from runtime.router.refusals import Refused
 from runtime.router.response_cache import ENTRY_BYTES, Kept, ResponseCache, Wanted, wanted
 from runtime.router.routed import Routed
@@ -58,6 +58,11 @@ _NOT_SENT = _HOP_BY_HOP | {
     b"x-request-id",
     MODEL_HEADER,
 }  # fmt: skip
+# Nor what a caller's own proxy, browser or other services know it by: an engine reads none of it.
+_PRIVATE = (
+    b"auth", b"cookie", b"token", b"secret", b"password", b"credential", b"api-key", b"forwarded",
+    b"x-real-ip", b"origin", b"referer",
+)  # fmt: skip
 _NOT_RETURNED = _HOP_BY_HOP | {b"x-request-id"}
 _DIED = ("replica_failed", "retry_budget_spent")  # refusals of what a replica's engine died of
 CAUSE_S = 2.0  # until a table tells why an engine died, its agent having seen the end of it
@@ -147,14 +152,19 @@ class Proxy:
 
     def _settle(self, caller: Caller, expected: int, exchange: _Exchange) -> None:
         """Charge what was taken: what the engine said, or else what was expected."""
-        usage, tokens = exchange.outcome.usage, 0
-        if exchange.outcome.ttft_s is not None and exchange.status < 400:
+        outcome, tokens = exchange.outcome, 0
+        usage = outcome.usage
+        if outcome.ttft_s is not None and exchange.status < 400:
             tokens = expected
             if usage.completion_tokens is not None:
                 prompt = usage.prompt_tokens
                 if prompt is None:
-                    prompt = len(exchange.outcome.call.body) // BYTES_PER_TOKEN
+                    prompt = prompt_tokens(outcome.call.body)
                 tokens = prompt + usage.completion_tokens
+        elif exchange.status == HUNG_UP and exchange.gpu_s > 0:  # the engine worked until then
+            sent_s = outcome.total_s - outcome.held_s
+            worked = prompt_tokens(outcome.call.body) + round(sent_s * ANSWER_TOKENS_PER_S)
+            tokens = min(expected, worked)
         self.keys.end(caller, expected, tokens, exchange.gpu_s)
 
     def _tell(self, outcome: Outcome) -> None:
@@ -188,7 +198,7 @@ class Proxy:
         """Keys of the prompt are made only where there is a choice of replicas, and how long the
         caller waits is looked for only where it may have to."""
         caller = call.caller
-        tokens = tokens_of(len(call.body), call.head)
+        tokens = tokens_of(call.body, call.head)
         keys: tuple[int, ...] = ()
         waits = None
         if route is not None:
@@ -593,18 +603,20 @@ def _is_closed(headers: Headers) -> bool:
 class _Dropped(dict[bytes, bool]):
     """Whether a header of that name, as it is written, is not passed on: one look-up."""
 
-    def __init__(self, names: set[bytes]) -> None:
+    def __init__(self, names: set[bytes], words: tuple[bytes, ...] = ()) -> None:
         super().__init__()
         self._names = names
+        self._words = words
 
     def __missing__(self, name: bytes) -> bool:
-        dropped = name.lower() in self._names
+        lower = name.lower()
+        dropped = lower in self._names or any(word in lower for word in self._words)
         if len(self) < _NAMES and len(name) <= _NAME_BYTES:
             self[name] = dropped
         return dropped
 
 
-_not_sent = _Dropped(_NOT_SENT)
+_not_sent = _Dropped(_NOT_SENT, _PRIVATE)
 _not_returned = _Dropped(_NOT_RETURNED)
 
 

@@ -406,6 +406,10 @@ def test_roles_of_admin_tokens(cluster: Cluster) -> None:
             status(role, "GET", "/admin/tokens"),
         ]
         assert got == expected, role
+    rule = {"name": "pub-x", "targets": [{"model": "tiny"}]}
+    puts = [status(role, "PUT", "/admin/routes/pub-x", rule) for role in allowed]
+    assert puts == [403, 403, 201]
+    assert status("admin", "POST", "/admin/keys", {"tenant": "anonymous"}) == 422
     for role in tokens:  # what parts say to each other is theirs alone
         assert status(role, "GET", "/internal/keys") == 401
         assert status(role, "GET", "/internal/routes") == 401
@@ -416,6 +420,7 @@ def test_roles_of_admin_tokens(cluster: Cluster) -> None:
     trail = cluster.admin("GET", "/admin/audit?limit=500")["audit"]
     assert {"create_token", "delete_token", "create_key"} <= {entry["action"] for entry in trail}
     assert ("the-admin", "create_key") in {(entry["who"], entry["action"]) for entry in trail}
+    assert ("the-admin", "create_model") in {(e["who"], e["action"]) for e in trail}
     assert not [secret for secret in tokens.values() if secret[-43:] in json.dumps(trail)]
 
 

@@ -239,6 +239,20 @@ async def test_the_first_key_ends_calls_without_one(tmp_path: Path) -> None:
         assert (await ask(stack, "acme", "GET", "/v1/models", Host="any.example"))[0] == 200
 
 
+async def test_engines_get_no_credentials_of_callers_and_hints_name_no_others_model(
+    stack: Stack,
+) -> None:
+    secret = {"Cookie": "a=b", "X-Forwarded-For": "1.2.3.4", "X-Amz-Security-Token": "t"}
+    body, given = {"model": "alpha", "messages": []}, {**secret, "X-Session-Id": "s"}
+    assert (await ask(stack, "acme", "POST", "/v1/chat/completions", body, **given))[0] == 200
+    (received,) = stack.engines[0].received
+    assert [received.header(name) for name in secret] == [None] * 3
+    assert received.header("X-Session-Id") == "s"
+    for path in ("/v1/models/alphx", "/models/alphx/v1/models"):
+        assert "'alpha'" not in str((await ask(stack, "beta", "GET", path))[1])
+        assert "'alpha'" in str((await ask(stack, "acme", "GET", path))[1])
+
+
 # ---------------------------------------------------------------------- memory
 
 

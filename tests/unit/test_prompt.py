@@ -42,12 +42,12 @@ def keys(
     ],
 )
 def test_tokens(size: int, head: Head, tokens: int) -> None:
-    assert tokens_of(size, head) == tokens
+    assert tokens_of(b"x" * size, head) == tokens
 
 
 @given(size=st.integers(0, 2**24), limit=st.none() | st.booleans() | st.integers() | st.text())
 def test_tokens_are_at_least_one_and_never_absurd(size: int, limit: object) -> None:
-    assert 1 <= tokens_of(size, Head(max_tokens=limit)) <= size // 4 + 1_000_000
+    assert 1 <= tokens_of(b"x" * size, Head(max_tokens=limit)) <= size // 4 + 1_000_000
 
 
 def test_a_later_turn_has_the_keys_of_the_earlier_and_more() -> None:
@@ -138,3 +138,24 @@ def test_sessions_are_of_one_tenant_and_all_keys_of_one_model() -> None:
 def test_text_that_is_no_utf8_text_is_a_session_too() -> None:
     body = b'{"model": "m", "messages": [], "user": "\\ud800"}'
     assert len(keys_of(CHAT, (), body, Head(user="\ud800"), "m", "t")) == 1
+
+
+@pytest.mark.parametrize(
+    "url",
+    [b'{"url":"data:image/png;base64,%b"}', b'{"data":"%b","format":"wav"}', b'{"data": "%b"}'],
+)
+def test_media_are_no_text(url: bytes) -> None:
+    """A picture of 600 kB is some 1,500 tokens, not 200,000."""
+    media = b"QUJD" * 200_000
+    assert 1500 <= tokens_of(b'{"messages":[%b]}' % (url % media), Head(max_tokens=0)) < 1600
+    two = b",".join([url % media] * 2)
+    assert 3000 <= tokens_of(b"[%b]" % two, Head(max_tokens=0)) < 3100
+
+
+def test_a_forms_file_is_no_text() -> None:
+    assert tokens_of(b"--b\r\n" + bytes(2**20), Head(max_tokens=0)) == 1500
+
+
+def test_text_that_looks_like_media_is_text() -> None:
+    text = b'{"prompt":";base64, ' + b"word " * 4000 + b'"}'
+    assert tokens_of(b'"x";base64,"' + text, Head(max_tokens=0)) > 1000
