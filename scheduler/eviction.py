@@ -17,6 +17,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 
+from scheduler.autoscale import floor
 from scheduler.ladder import Descent, descents
 from scheduler.state import ClusterState, Model, Node, Replica, Stage
 
@@ -49,6 +50,8 @@ def evictable(
         return model.may_stop(replica)
     if model.floor == "hot" and not model.may_stop(replica):
         return False
+    if given_up(state, replica, now):
+        return True
     if replica.stage is not Stage.READY:
         return False
     age_s = now - (replica.ready_at or now)
@@ -58,6 +61,16 @@ def evictable(
     if _loaded_for_later(model, replica, now) and not outranked:
         return False
     return not busy(state, replica) or (outranked and age_s >= TURN_S)
+
+
+def given_up(state: ClusterState, replica: Replica, now: float) -> bool:
+    """Whether it starts and nobody waits for it any more: no caller, no operator, no floor."""
+    model = state.models.get(replica.model)
+    if model is None or replica.stage not in (Stage.SENT, Stage.STARTING):
+        return False
+    demand = state.demand(replica.model)
+    least, why = floor(model, now)
+    return not (demand.waiting or demand.in_flight) and (not least or why == "forecast")
 
 
 def busy(state: ClusterState, replica: Replica) -> bool:

@@ -17,7 +17,7 @@ from bisect import bisect_left, insort
 from runtime.wire import ModelRoute, RouteTable
 from scheduler import autoscale
 from scheduler import messages as m
-from scheduler.eviction import standing
+from scheduler.eviction import given_up, standing
 from scheduler.fitness import suits, why_never
 from scheduler.ladder import resting_place
 from scheduler.moves import Settings
@@ -259,7 +259,18 @@ class Planning(Nodes):
                 else:
                     self._send_start(replica, now)
             else:
+                self._take_turn(node, replica, now)
                 self._tell_turn(replica)
+
+    def _take_turn(self, node: Node, replica: Replica, now: float) -> None:
+        """A start that nobody waits for any more gives way to one that somebody waits for."""
+        if not self.state.demand(replica.model).waiting:
+            return
+        there = {r.replica_id: r for d in replica.device_ids for r in node.on_device(d)}
+        for other in there.values():
+            if given_up(self.state, other, now):
+                reason = f"nobody waits for its start any more, and {replica.model} needs its turn"
+                self._leave(other, reason, replica.cause, now)
 
     def _tell_turn(self, replica: Replica) -> None:
         """Those who wait hear if it comes behind another one than they were told."""

@@ -624,6 +624,40 @@ def test_why_an_engine_died_is_told_at_its_first_death() -> None:
     assert [d.action for d in world.decided].count("die") == 1
 
 
+@pytest.mark.parametrize("size", [10, 20])
+def test_a_start_that_nobody_waits_for_gives_way_at_once(size: int) -> None:
+    """With room for both the second waits for its turn, without for the first one's memory."""
+    node = one_gpu()
+    node.start_s = 25.0
+    world = World(node)
+    world.put(spec("slow", size), spec("next", size))
+    world.want("slow")
+    world.run(2)
+    world.waiting.clear()  # its caller hangs up
+    world.report()
+    assert "slow-1-1" in node.replicas
+    node.start_s = 1.0
+    node.replicas["slow-1-1"].since = world.now + 25.0
+    world.want("next")
+    world.run(4)
+    assert world.hot() == {"next"}
+    assert "slow-1-1" not in node.replicas
+
+
+def test_a_start_that_somebody_waits_for_keeps_its_turn() -> None:
+    node = one_gpu()
+    node.start_s = 5.0
+    world = World(node)
+    world.put(spec("slow", 10), spec("next", 10))
+    world.want("slow")
+    world.run(2)
+    world.want("next")
+    world.run(5)
+    assert "slow" in world.hot()
+    world.run(10)
+    assert world.hot() == {"slow", "next"}
+
+
 def told(world: World, seq: int, sent_s: float, **used_at: float) -> None:
     """A report of another router that was made at `sent_s` by its clock, and is heard now."""
     report = DemandReport(
