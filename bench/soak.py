@@ -32,7 +32,7 @@ from bench.lib.report import Row, print_report
 CALLERS = 16
 PAUSE_S = 0.05
 TIMEOUT_S = 30.0
-POST = b"POST /v1/chat/completions HTTP/1.1\r\nHost: soak\r\n"
+POST = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n"
 PATH = POST + b"Authorization: Bearer %b\r\n" % KEY.encode()
 BODY = b"Content-Length: 17\r\n\r\n" + b'{"model":"bench"}'
 RUBBISH = (

@@ -20,7 +20,7 @@ import uvloop
 KEY = "sk-stoker-benchbench-" + "b" * 43
 SCARCE_KEY = "sk-stoker-scarcescar-" + "s" * 43  # of ours: ten calls a minute
 _HEAD = (
-    "POST /v1/chat/completions HTTP/1.1\r\nHost: bench\r\nContent-Type: application/json\r\n"
+    "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     "Accept: */*\r\nUser-Agent: bench\r\nAuthorization: Bearer {}\r\nContent-Length: {}\r\n"
     "\r\n"
 )

@@ -84,7 +84,8 @@ async def test_bytes_that_are_no_text_in_a_header_are_never_a_500(
 ) -> None:
     reader, writer = await asyncio.open_connection(*stack.url.removeprefix("http://").split(":"))
     body = b'{"model":"m","prompt":"x"}' if target.startswith("POST") else b""
-    head = f"{target} HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: {len(body)}\r\n"
+    head = f"{target} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
+    head += f"Content-Length: {len(body)}\r\n"
     if not header.startswith(b"Content-Type") and body:
         head += "Content-Type: application/json\r\n"
     writer.write(head.encode() + header + b"\r\n\r\n" + body)

@@ -444,7 +444,7 @@ async def test_an_answer_broken_off_is_seen_to_be_broken(stack: Stack, framing: 
     version = "1.0" if framing == "http/1.0" else "1.1"
     reader, writer = await asyncio.open_connection(*stack.url.removeprefix("http://").split(":"))
     writer.write(
-        f"POST {CHAT} HTTP/{version}\r\nHost: x\r\n"
+        f"POST {CHAT} HTTP/{version}\r\nHost: localhost\r\n"
         f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n".encode()
         + body
     )
@@ -508,7 +508,7 @@ async def test_refusals(
         host, port = stack.url.removeprefix("http://").split(":")
         reader, writer = await asyncio.open_connection(host, port)  # no client tidies the path up
         head = (
-            f"POST {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
+            f"POST {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
             f"Content-Type: application/json\r\nContent-Length: {len(body)}"
         )
         writer.write(head.encode() + b"\r\n\r\n" + body)
@@ -883,7 +883,7 @@ async def test_a_client_that_does_not_read_does_not_fill_the_routers_memory(tmp_
         reader, writer = await asyncio.open_connection(host, port, limit=65536)
         body = b'{"model":"m"}'
         writer.write(
-            b"POST /v1/completions HTTP/1.1\r\nHost: x\r\n"
+            b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n"
             b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(body)
         )
         writer.write(body)

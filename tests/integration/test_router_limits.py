@@ -146,7 +146,11 @@ async def test_the_last_connection_too_many_is_told_so(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "head", ["POST /v1/chat/completions HTTP/1.1\r\nHost: h\r\nContent-Length: 99\r\n\r\n{"]
+    "head",
+    [
+        "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n"
+        "Content-Type: application/json\r\nContent-Length: 99\r\n\r\n{"
+    ],
 )
 @pytest.mark.parametrize("odd", ["", "Content-Encoding: identity\r\n"])
 async def test_a_request_that_does_not_arrive_ends(tmp_path: Path, head: str, odd: str) -> None:
