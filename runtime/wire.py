@@ -764,6 +764,7 @@ class RouteTable(Struct, frozen=True, kw_only=True):
     version: int
     models: tuple[ModelRoute, ...]
     rules: tuple[RouteRule, ...] = ()
+    lost: tuple[str, ...] = ()  # base URLs of engines on nodes that no longer report
 
 
 # ------------------------------------------------------------------------------ codec

@@ -119,6 +119,8 @@ class Core(Warm):
         if last is not None and (heartbeat.boot_id, heartbeat.seq) <= (last.boot_id, last.seq):
             return
         was_schedulable, old_devices = node.schedulable, node.devices
+        if node.lost:  # what the route table says of it changes
+            self._dirty.update(r.model for r in node.replicas.values())
         node.heartbeat, node.seen_at, node.lost = heartbeat, now, False
         self.state.awaited_nodes.discard(node.node_id)
         devices_differ = self._take_devices(node, heartbeat)

@@ -25,7 +25,7 @@ from scheduler.nodes import Nodes
 from scheduler.placement import Fit, Never, NotNow, place
 from scheduler.scaling import Desired
 from scheduler.state import BUSY, Climb, Model, Node, Replica, Stage
-from scheduler.table import model_route, waiting_for
+from scheduler.table import lost_urls, model_route, waiting_for
 
 EXTRA_S = 1.0  # expected waiting of others that one more replica beside others is worth
 HUNGRY_AT_ONCE = 16  # models without room that are looked at in one go, the most urgent first
@@ -40,6 +40,7 @@ class Planning(Nodes):
         self._hungry: set[str] = set()  # models that want more replicas than they could get
         self._routes: dict[str, ModelRoute] = {}
         self._route_names: list[str] = []  # sorted
+        self._lost: tuple[str, ...] = ()  # as published last
         self._freed = False  # something moved that may have made room
         self._unrouted = False  # a router or the clock may have let an unrouted replica go
 
@@ -295,6 +296,8 @@ class Planning(Nodes):
     def _publish(self, now: float) -> None:
         changed = self._unpublished() or self.state.rules_changed
         self.state.rules_changed = False
+        if self._dirty and (lost := lost_urls(self.state)) != self._lost:
+            self._lost, changed = lost, True
         for name in self._dirty:
             model = self.state.models.get(name)
             route = model_route(self.state, model, now) if model else None
@@ -306,7 +309,10 @@ class Planning(Nodes):
             self.state.routes_version += 1
             ordered = tuple(map(self._routes.__getitem__, self._route_names))
             table = RouteTable(
-                version=self.state.routes_version, models=ordered, rules=self.state.rules
+                version=self.state.routes_version,
+                models=ordered,
+                rules=self.state.rules,
+                lost=self._lost,
             )
             self._out.append(m.Publish(table=table))
 

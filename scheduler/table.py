@@ -41,6 +41,13 @@ def model_route(state: ClusterState, model: Model, now: float) -> ModelRoute:
     )  # fmt: skip
 
 
+def lost_urls(state: ClusterState) -> tuple[str, ...]:
+    """Where engines listened whose node no longer reports, those that were leaving too."""
+    replicas = (r for node in state.nodes.values() if node.lost for r in node.replicas.values())
+    urls = (r.report.base_url for r in replicas if r.report is not None)
+    return tuple(sorted(url for url in urls if url is not None))
+
+
 def _failures(model: Model) -> dict[str, str]:
     """Why engines of its died that do not serve again yet."""
     return {r.replica_id: why for r in model.replicas.values() if (why := died_of(r)) is not None}

@@ -32,6 +32,7 @@ from runtime.router.response_cache import ResponseCache
 from runtime.router.siblings import Siblings
 from runtime.router.upstream import Limits, Upstream
 from runtime.router.workers import worker_index
+from runtime.wire import RouteTable
 
 log = logging.getLogger("stoker.router")
 
@@ -61,9 +62,14 @@ async def run_router(
             asyncio.get_running_loop().add_signal_handler(number, stop.set)
     settings = config.router
     gate, upstream = Gate(settings.max_in_flight), Upstream(_limits(settings))
-    gate.on_routes = lambda table: upstream.keep_only(
-        {endpoint.base_url for route in table.models for endpoint in route.endpoints}
-    )
+
+    def on_routes(table: RouteTable) -> None:
+        upstream.keep_only(
+            {endpoint.base_url for route in table.models for endpoint in route.endpoints}
+        )
+        upstream.lost(table.lost)
+
+    gate.on_routes = on_routes
     local = Local(settings.allowed_hosts) if settings.anonymous == "auto" else None
     keys = Keys(settings.lets_anonymous_in(), local if settings.lets_anonymous_in() else None)
     cache = ResponseCache(settings.cache_bytes)

@@ -39,7 +39,14 @@ from runtime.router.prompt import ANSWER_TOKENS_PER_S, keys_of, prompt_tokens, t
 from runtime.router.refusals import Refused
 from runtime.router.response_cache import ENTRY_BYTES, Kept, ResponseCache, Wanted, wanted
 from runtime.router.routed import Routed
-from runtime.router.upstream import Headers, Reply, Upstream, UpstreamError, UpstreamTimeout
+from runtime.router.upstream import (
+    Headers,
+    HostLost,
+    Reply,
+    Upstream,
+    UpstreamError,
+    UpstreamTimeout,
+)
 from runtime.router.usage import Meter
 from runtime.wire import Endpoint, ModelRoute
 
@@ -340,7 +347,8 @@ class _Exchange:
                 decision = self._proxy.gate.failed(
                     decision.request_id, self._call.model, error.reason, error.delivered
                 )
-                if isinstance(decision, Refused) and decision.code in _DIED:
+                told = not isinstance(error, HostLost)
+                if told and isinstance(decision, Refused) and decision.code in _DIED:
                     decision = await self._with_cause(decision, failed)
 
     def _warn(self, forward: Forward, error: UpstreamError) -> None:
@@ -505,7 +513,8 @@ class _Exchange:
         message = f"model {self._call.model!r}: {error.reason}"
         if isinstance(error, UpstreamTimeout):
             return ApiError(504, error.limit, message)
-        if self._call.streams and _is_open_stream(reply.headers):
+        told = not isinstance(error, HostLost)  # no agent is there to tell why
+        if told and self._call.streams and _is_open_stream(reply.headers):
             message += await self._cause(self.outcome.replica_id)
         return ApiError(502, "replica_failed", message)
 

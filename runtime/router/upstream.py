@@ -29,6 +29,7 @@ from runtime.sockets import notice_silence
 
 BUFFER_BYTES = 256 * 1024
 HEAD_BYTES = 64 * 1024
+SILENT_S = 2.0  # without a byte: below the time after which a node is called lost
 IDLE_S = 3.5  # with the sweep's second below the 5 s after which uvicorn drops an idle connection
 
 Headers = list[tuple[bytes, bytes]]
@@ -41,6 +42,13 @@ class UpstreamError(Exception):
         super().__init__(reason)
         self.reason = reason
         self.delivered = delivered
+
+
+class HostLost(UpstreamError):
+    """The scheduler calls the engine's host lost, and the engine says nothing either."""
+
+    def __init__(self) -> None:
+        super().__init__("the replica's host no longer answers", delivered=True)
 
 
 class UpstreamTimeout(UpstreamError):
@@ -128,6 +136,11 @@ class Reply:
             self._connection.resume_reading()
 
     @property
+    def base_url(self) -> str:
+        """Of the engine that answers."""
+        return self._connection.base_url
+
+    @property
     def held_up(self) -> bool:
         """Nobody takes what the engine sends."""
         return not self.complete and self._connection.paused
@@ -210,7 +223,8 @@ class Reply:
 class _Connection(asyncio.Protocol):
     """One socket: at most one answer at a time."""
 
-    def __init__(self, idle: deque[_Connection], active: set[Reply]) -> None:
+    def __init__(self, base_url: str, idle: deque[_Connection], active: set[Reply]) -> None:
+        self.base_url = base_url
         self._idle = idle
         self._active = active
         self.loop = asyncio.get_running_loop()
@@ -370,6 +384,7 @@ class Upstream:
         self._limits = limits
         self._pools: dict[str, tuple[str, int, bytes, deque[_Connection]]] = {}
         self._active: set[Reply] = set()
+        self._lost: set[str] = set()
         self._every_s = min(1.0, *(limit / 4 for limit in limits[1:]))
         self._timer = self._loop.call_later(self._every_s, self._sweep)
 
@@ -391,14 +406,14 @@ class Upstream:
             reply = connection.send(request, body, self._loop.time())
             try:
                 await reply.head()
-            except UpstreamTimeout:
+            except (UpstreamTimeout, HostLost):
                 raise
             except UpstreamError:
                 delivered = True  # the socket was stale, or this request has just killed the engine
                 continue
             return reply
         try:
-            connection = await self._connect(host, port, idle)
+            connection = await self._connect(base_url, host, port, idle)
         except UpstreamError as error:
             raise UpstreamError(error.reason, delivered) from None
         reply = connection.send(request, body, self._loop.time())
@@ -416,6 +431,23 @@ class Upstream:
         """Drop the pools of all other engines; answers under way go on."""
         for base_url in self._pools.keys() - base_urls:
             for connection in list(self._pools.pop(base_url)[3]):
+                connection.abort()
+
+    def lost(self, base_urls: Iterable[str]) -> None:
+        """End the answers of engines whose hosts are newly called lost, with HostLost.
+
+        One whose bytes still come is left alone: then it is the scheduler that cannot see the
+        host. If they stop, the socket's own time limits end it (`notice_silence`).
+        """
+        news = set(base_urls) - self._lost
+        self._lost = set(base_urls)
+        now = self._loop.time()
+        for reply in [r for r in self._active if r.base_url in news] if news else ():
+            if not _still_comes(reply, now):
+                reply.fail(HostLost())
+                reply.close()
+        for base_url in news & self._pools.keys():
+            for connection in list(self._pools[base_url][3]):
                 connection.abort()
 
     def _pool(self, base_url: str) -> tuple[str, int, bytes, deque[_Connection]]:
@@ -450,12 +482,14 @@ class Upstream:
                 reply.fail(late)
                 reply.close()
 
-    async def _connect(self, host: str, port: int, idle: deque[_Connection]) -> _Connection:
+    async def _connect(
+        self, base_url: str, host: str, port: int, idle: deque[_Connection]
+    ) -> _Connection:
         limit_s = self._limits.connect_s
         try:
             async with asyncio.timeout(limit_s):
                 _, connection = await self._loop.create_connection(
-                    lambda: _Connection(idle, self._active), host, port
+                    lambda: _Connection(base_url, idle, self._active), host, port
                 )
         except TimeoutError:
             reason = f"the replica did not accept a connection in {limit_s:g}s (connect_timeout_s)"
@@ -463,6 +497,13 @@ class Upstream:
         except OSError:
             raise UpstreamError("the replica refused the connection", delivered=False) from None
         return connection
+
+
+def _still_comes(reply: Reply, now: float) -> bool:
+    """Whether bytes of its body came lately, as far as a client that reads lets them come."""
+    if reply.moved or reply.held_up:
+        return True
+    return reply.begun and now - reply.moved_at < SILENT_S
 
 
 def _too_late(reply: Reply, now: float, limits: Limits) -> UpstreamTimeout | None:

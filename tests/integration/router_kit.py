@@ -103,11 +103,15 @@ class Scheduler:
             self._runner = None
 
     async def publish(
-        self, *models: ModelRoute, version: int | None = None, rules: tuple[RouteRule, ...] = ()
+        self,
+        *models: ModelRoute,
+        version: int | None = None,
+        rules: tuple[RouteRule, ...] = (),
+        lost: tuple[str, ...] = (),
     ) -> None:
         """A new table; returns once it is there to be polled."""
         version = version or (self.table.version + 1 if self.table else 1)
-        self.table = RouteTable(version=version, models=models, rules=rules)
+        self.table = RouteTable(version=version, models=models, rules=rules, lost=lost)
         async with self._changed:
             self._changed.notify_all()
 

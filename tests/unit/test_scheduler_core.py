@@ -492,6 +492,29 @@ def test_a_lost_nodes_model_is_started_elsewhere_on_demand() -> None:
     assert len(world.route("a").endpoints) == 1
 
 
+def test_routers_are_told_where_the_engines_of_a_lost_node_were() -> None:
+    """Those that serve, and one that left the table while a call was in flight there."""
+    world = World(FakeNode("n1", {"g0": 24 * GIB}))
+    world.put(spec("a"), spec("b"))
+    world.want("a")
+    world.want("b")
+    world.run(5)
+    assert world.table.lost == ()
+    urls = {r.model: r.report.base_url for r in world.core.state.replicas.values()}
+    (b,) = world.core.state.models["b"].replicas.values()
+    world.flying[b.replica_id] = 1
+    world.apply(m.ModelRemoved(now=world.now, name="b"))
+    world.run(2)
+    assert world.hot() == {"a"}
+    for _ in range(2):  # a second loss is told as the first one was
+        world.nodes["n1"].up = False
+        world.run(15)
+        assert world.table.lost == tuple(sorted(urls.values()))
+        world.nodes["n1"].up = True
+        world.run(2)
+        assert world.table.lost == ()
+
+
 def test_a_node_that_returns_is_adopted_again() -> None:
     world = World(one_gpu())
     world.put(spec("a"))

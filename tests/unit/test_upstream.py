@@ -62,7 +62,7 @@ async def exchange(raw: bytes, cuts: list[int], end: bool) -> tuple[Reply, bytes
     """Feed `raw` in pieces to one request's connection; its body or the reason it has none, and
     whether the connection went back to the pool."""
     idle: deque[_Connection] = deque()
-    connection, transport = _Connection(idle, set()), Transport()
+    connection, transport = _Connection("", idle, set()), Transport()
     connection.connection_made(transport)
     reply = connection.send(b"POST / HTTP/1.1\r\n\r\n", b"", 0.0)
     edges = sorted({0, len(raw), *(cut % (len(raw) + 1) for cut in cuts)})
@@ -151,7 +151,7 @@ def test_a_connection_with_more_behind_its_answer_is_not_reused(
 
 def test_an_unread_answer_stops_the_socket_and_reading_resumes_it() -> None:
     async def check() -> None:
-        connection, transport = _Connection(deque(), set()), Transport()
+        connection, transport = _Connection("", deque(), set()), Transport()
         connection.connection_made(transport)
         reply = connection.send(b"", b"", 0.0)
         connection.data_received(b"HTTP/1.1 200 OK\r\nContent-Length: 9999999\r\n\r\n")
@@ -187,7 +187,7 @@ def test_a_piped_body_is_the_same_however_it_comes(
     raw = raw[:-1] if cut_short else raw
 
     async def check() -> None:
-        connection, transport, sink = _Connection(deque(), set()), Transport(), Sink()
+        connection, transport, sink = _Connection("", deque(), set()), Transport(), Sink()
         connection.connection_made(transport)
         reply = connection.send(b"", b"", 0.0)
         edges = sorted({0, len(raw), *(cut % (len(raw) + 1) for cut in cuts)})
@@ -213,7 +213,7 @@ def test_a_piped_body_is_the_same_however_it_comes(
 def test_each_time_limit_says_which_it_is() -> None:
     async def check() -> None:
         limits = Limits(first_byte_s=1.0, idle_s=2.0, total_s=10.0)
-        connection, transport = _Connection(deque(), set()), Transport()
+        connection, transport = _Connection("", deque(), set()), Transport()
         connection.connection_made(transport)
         reply = connection.send(b"", b"", 100.0)
         assert _too_late(reply, 100.9, limits) is None
