@@ -218,7 +218,7 @@ def _remove(
 
 @click.group()
 def tenant() -> None:
-    """List tenants, and set what all keys of one may together."""
+    """List tenants, set what all keys of one may together, and print its webhook key."""
 
 
 @tenant.command(name="ls")
@@ -275,6 +275,37 @@ def _tenant_text(t: Tenant) -> str:
 def tenant_rm(where: Where, names: tuple[str, ...], as_json: bool) -> None:
     """Forget tenants that have no keys."""
     _remove(where, names, as_json, "removed", lambda admin: admin.remove_tenant)
+
+
+@tenant.command(name="webhook-key")
+@click.argument("name", metavar="TENANT")
+@click.pass_obj
+def tenant_webhook_key(where: Where, name: str) -> None:
+    """Print the secret that TENANT's receivers verify its webhooks with.
+
+    It is computed from router.webhook_secret of the config, so run it where that is set, e.g. on
+    a router's host. Callers without a key are the tenant "anonymous".
+    """
+    import msgspec
+
+    from runtime.access import TenantName
+    from runtime.router.jobs import signing
+
+    try:
+        msgspec.convert(name, TenantName)
+    except msgspec.ValidationError as error:
+        raise click.BadParameter(f"{name!r} is no tenant's name: {error}") from None
+    secret = where.load_config().router.webhook_secret
+    if not secret:
+        raise click.ClickException(
+            "the config has no router.webhook_secret, so no webhooks are sent; name the router's"
+            " config with --config, or set it to what `openssl rand -base64 32` prints"
+        )
+    try:
+        master = signing.key_of(secret)
+    except ValueError as error:
+        raise click.ClickException(f"router.webhook_secret {error}") from None
+    click.echo(signing.secret_of(signing.tenant_key(master, name)))
 
 
 # ------------------------------------------------------------------------------------- tokens

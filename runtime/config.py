@@ -101,7 +101,8 @@ class RouterConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     batches_per_tenant: Annotated[
         int, Meta(gt=0, description="batches of one tenant that have not ended")
     ] = 100
-    webhook_secret: str = ""  # base64 of 24 bytes or more; without one there are no webhooks
+    # base64 of 24 bytes or more: the master of the tenants' keys; without one, no webhooks
+    webhook_secret: str = ""
     webhook_private: Annotated[
         bool, Meta(description="webhooks may go to private addresses, and by http")
     ] = False

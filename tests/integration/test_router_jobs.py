@@ -27,8 +27,10 @@ from runtime.router.jobs.webhooks import PublicResolver
 from runtime.schema import SchemaError
 
 LATER = {"Prefer": "respond-async"}
-KEY = bytes(range(32))
-SECRET = "whsec_" + base64.b64encode(KEY).decode()
+MASTER = bytes(range(32))
+SECRET = "whsec_" + base64.b64encode(MASTER).decode()
+KEY = hmac.digest(MASTER, b"stoker-webhook-v1\0anonymous", "sha256")  # callers have no API key
+TENANT_SECRET = "whsec_" + base64.b64encode(KEY).decode()
 PRIVATE = {"webhook_secret": SECRET, "webhook_private": True}
 
 
@@ -213,7 +215,7 @@ def assert_signed(headers: dict[str, str], body: bytes) -> None:
     signed = f"{headers['webhook-id']}.{headers['webhook-timestamp']}.".encode() + body
     digest = hmac.new(KEY, signed, hashlib.sha256).digest()
     assert headers["webhook-signature"] == "v1," + base64.b64encode(digest).decode()
-    verifier = openai.OpenAI(api_key="x", webhook_secret=SECRET)
+    verifier = openai.OpenAI(api_key="x", webhook_secret=TENANT_SECRET)
     verifier.webhooks.verify_signature(body, headers)
     with pytest.raises(openai.InvalidWebhookSignatureError):
         verifier.webhooks.verify_signature(body + b" ", headers)
@@ -274,7 +276,7 @@ async def test_a_batchs_webhook(tmp_path: Path) -> None:
         await eventually(lambda: hook.got, "not sent")
         _, headers, body = hook.got[0]
         assert_signed(headers, body)
-        event = client.webhooks.unwrap(body, headers, secret=SECRET)
+        event = client.webhooks.unwrap(body, headers, secret=TENANT_SECRET)
         assert (event.type, event.data.id) == ("batch.completed", batch.id)
         told = json.loads(body)["data"]
         assert (await client.files.content(told["output_file_id"])).text.count("\n") == 1

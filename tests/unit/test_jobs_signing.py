@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import base64
 import socket
+import time
 
+import openai
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -31,6 +33,32 @@ def test_the_signature_is_that_of_the_specifications_own_example() -> None:
 
 def test_a_secret_may_come_without_its_prefix() -> None:
     assert signing.key_of(SECRET) == signing.key_of(SECRET.removeprefix("whsec_"))
+
+
+@pytest.mark.parametrize("master", [SECRET, SECRET.removeprefix("whsec_")])
+def test_a_tenants_key_is_the_hmac_that_openssl_computes(master: str) -> None:
+    """printf 'stoker-webhook-v1\\0acme' | openssl dgst -sha256 -mac HMAC -macopt hexkey:31f2…"""
+    key = signing.tenant_key(signing.key_of(master), "acme")
+    assert signing.secret_of(key) == "whsec_PHlzxtWnAfII0EtxAi1ksdz+dLLJKNp83B2Ck839Zdc="
+    assert signing.key_of(signing.secret_of(key)) == key
+
+
+def test_no_tenant_verifies_what_was_signed_for_another() -> None:
+    """By OpenAI's client, which gets what the tenant is given."""
+    master, body = signing.key_of(SECRET), b'{"type": "job.completed"}'
+    keys = [signing.tenant_key(master, name) for name in ("acme", "globex")]
+    made = [signing.headers(key, "evt_1", time.time(), body) for key in keys]
+
+    def verifies(key: bytes, headers: dict[str, str]) -> bool:
+        client = openai.OpenAI(api_key="x", webhook_secret=signing.secret_of(key))
+        try:
+            client.webhooks.verify_signature(body, headers)
+        except openai.InvalidWebhookSignatureError:
+            return False
+        return True
+
+    taken = [[verifies(key, headers) for headers in made] for key in (*keys, master)]
+    assert taken == [[True, False], [False, True], [False, False]]
 
 
 @pytest.mark.parametrize("secret", ["hunter2-hunter2-hunter2-hunter2!", "c2hvcnQ=", "é"])

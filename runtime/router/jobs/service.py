@@ -52,7 +52,7 @@ class Jobs:
         settings, folder = config.router, Path(config.state_dir)
         self._config = config
         self._proxy = proxy
-        self._key = _key(settings.webhook_secret)
+        self._master = _master(settings.webhook_secret)
         self._lock_file = folder / "jobs.lock"
         self._store = Store(folder / "jobs.db", settings.store_max_bytes)
         self._woken = asyncio.Event()
@@ -89,7 +89,7 @@ class Jobs:
             max_line_bytes=settings.max_body_bytes, wake=wake,
         )  # fmt: skip
         invokes = Invokes(store, proxy, metrics, keep_s=settings.results_keep_s, wake=wake)
-        hooks = Webhooks(store, metrics, key=self._key, private=settings.webhook_private)
+        hooks = Webhooks(store, metrics, master=self._master, private=settings.webhook_private)
         return batches, invokes, hooks
 
     async def _rounds(self, batches: Batches, invokes: Invokes, hooks: Webhooks) -> None:
@@ -176,7 +176,7 @@ def _locked(path: Path) -> int:
     return descriptor
 
 
-def _key(secret: str) -> bytes | None:
+def _master(secret: str) -> bytes | None:
     if not secret:
         return None
     try:

@@ -2,6 +2,8 @@
 
 Rules this file keeps:
 - a secret is in no message;
+- nothing is signed with the master key: each tenant has one of its own, of which no other can be
+  computed;
 - an address is refused unless it is one of the public internet: not loopback, link-local, private,
   multicast, reserved, or one that hides such an IPv4 address in an IPv6 one.
 """
@@ -21,6 +23,7 @@ from runtime.places import is_numeric
 MIN_KEY_BYTES = 24
 MAX_URL = 2048
 _PREFIX = "whsec_"
+_DERIVES = b"stoker-webhook-v1\0"  # what the master key is used for, apart from all other uses
 _HOST = re.compile(r"[A-Za-z0-9_-]{1,63}(\.[A-Za-z0-9_-]{1,63})*")
 _HIDES_IPV4 = (ip_network("64:ff9b::/96"), ip_network("64:ff9b:1::/48"), ip_network("2002::/16"))
 
@@ -37,6 +40,16 @@ def key_of(secret: str) -> bytes:
             f" prints; it may begin with {_PREFIX}"
         )
     return key
+
+
+def tenant_key(master: bytes, tenant: str) -> bytes:
+    """The key that one tenant's webhooks are signed with; `master`: see `key_of`."""
+    return hmac.digest(master, _DERIVES + tenant.encode(), hashlib.sha256)
+
+
+def secret_of(key: bytes) -> str:
+    """A key as its receiver enters it: the inverse of `key_of`."""
+    return _PREFIX + base64.b64encode(key).decode()
 
 
 def headers(key: bytes, hook_id: str, now: float, body: bytes) -> dict[str, str]:

@@ -67,16 +67,16 @@ class PublicResolver(AbstractResolver):
 class Webhooks:
     """The deliveries of one host, in the one process that holds its lock.
 
-    `key`: see `signing.key_of`; None: what is in the store waits for one. `private`: any address
-    will do.
+    `master`: see `signing.key_of`; None: what is in the store waits for one. `private`: any
+    address will do.
     """
 
     def __init__(
-        self, store: Store, metrics: JobMetrics, *, key: bytes | None, private: bool
+        self, store: Store, metrics: JobMetrics, *, master: bytes | None, private: bool
     ) -> None:
         self._store = store
         self._metrics = metrics
-        self._key = key
+        self._master = master
         self._private = private
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._session: aiohttp.ClientSession | None = None
@@ -85,11 +85,12 @@ class Webhooks:
 
     async def step(self) -> None:
         """Begin what the store says is to be delivered. Raises StoreError."""
-        if self._key is None:
+        if self._master is None:
             return
         for hook in await self._store.read(hook_rows.due, KNOWN):
             if hook.id not in self._tasks:
-                task = asyncio.get_running_loop().create_task(self._deliver(hook, self._key))
+                key = signing.tenant_key(self._master, hook.tenant)
+                task = asyncio.get_running_loop().create_task(self._deliver(hook, key))
                 self._tasks[hook.id] = task
 
     async def close(self) -> None:

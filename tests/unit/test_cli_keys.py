@@ -1,0 +1,41 @@
+"""`stoker tenant`: what needs no cluster."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.unit.cli_kit import stoker
+
+SECRET = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
+
+
+def webhook_key(tmp_path: Path, router: str, tenant: str) -> tuple[int, str]:
+    config = tmp_path / "stoker.toml"
+    config.write_text(f"[router]\n{router}\n")
+    done = stoker(None, "--config", str(config), "tenant", "webhook-key", tenant)
+    return done.exit_code, done.output
+
+
+def test_a_tenants_webhook_key_comes_from_the_routers_config(tmp_path: Path) -> None:
+    status, output = webhook_key(tmp_path, f'webhook_secret = "{SECRET}"', "acme")
+    assert (status, output) == (0, "whsec_PHlzxtWnAfII0EtxAi1ksdz+dLLJKNp83B2Ck839Zdc=\n")
+    assert webhook_key(tmp_path, f'webhook_secret = "{SECRET}"', "globex")[1] != output
+
+
+@pytest.mark.parametrize(
+    ("router", "tenant", "said"),
+    [
+        ("", "acme", "no router.webhook_secret"),
+        ('webhook_secret = "hunter2"', "acme", "router.webhook_secret must be base64"),
+        (f'webhook_secret = "{SECRET}"', "no spaces", "'no spaces' is no tenant's name"),
+    ],
+)
+def test_a_webhook_key_that_cannot_be_is_told(
+    tmp_path: Path, router: str, tenant: str, said: str
+) -> None:
+    status, output = webhook_key(tmp_path, router, tenant)
+    assert status != 0
+    assert said in output
+    assert "hunter2" not in output
