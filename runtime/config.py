@@ -77,6 +77,13 @@ class RouterConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     cache_bytes: Annotated[
         int, Meta(ge=0, description="memory of one worker for kept answers (response_cache)")
     ] = 64 * 2**20
+    cors_origins: Annotated[
+        tuple[str, ...],
+        Meta(
+            description="web pages that may call from a browser, e.g. https://chat.example.com;"
+            " '*': all; left out: none"
+        ),
+    ] = ()
     access_log: Annotated[
         str, Meta(description="a file for one JSON line a call; '-': standard output; '': none")
     ] = ""

@@ -2,8 +2,7 @@
 
 Rules this file keeps:
 - every error has the shape of its path's protocol and every answer carries X-Request-ID;
-- a path reaches an engine only below /v1, decoded, made of plain segments, and built anew here:
-  no dots, no encoded slashes, never one of an engine's control routes;
+- a path reaches an engine only if `paths` lists it; any other is refused before its body is read;
 - a JSON body is passed on as it came, unless the path names the model.
 """
 
@@ -27,12 +26,13 @@ from runtime.router import body as bodies
 from runtime.router.access_log import Line
 from runtime.router.call import ANONYMOUS, Call, Caller
 from runtime.router.client import CALLER, AiohttpClient
+from runtime.router.cors import Cors
 from runtime.router.errors import ApiError, internal_error
 from runtime.router.front import RequestIds
 from runtime.router.jobs.service import Jobs
 from runtime.router.keys import given_token, sees
 from runtime.router.openapi import document, page
-from runtime.router.paths import ROOT_PATHS, STREAMS, v1_target
+from runtime.router.paths import ROOT_PATHS, STREAMS, V1_PATHS, engine_target
 from runtime.router.proxy import Proxy
 from runtime.router.refusals import unknown_model
 from runtime.router.siblings import OWN, Siblings
@@ -43,11 +43,13 @@ log = logging.getLogger("stoker.router")
 _REQUEST_ID = web.RequestKey("request_id", str)
 _TAKEN = web.RequestKey("taken", int)  # bytes of the budget for its body
 _SERVED = web.RequestKey("served", bool)  # by the proxy, which tells of it
-_UNLOGGED = {"/healthz", "/readyz", "/metrics"}
+_UNLOGGED = {"/healthz", "/readyz", "/metrics", "/health", "/ping"}
 _GOOD_REQUEST_ID = re.compile(r"[!-~]{1,128}")
 _CREATED = 1735689600  # OpenAI's clients want a time; a model here has none worth telling
 
-_OPEN = {"/healthz", "/readyz", "/metrics", "/openapi.json", "/docs"}
+_HEALTH = ("/health", "/ping")  # as vLLM has them, for probes and load generators
+_OPEN = {"/healthz", "/readyz", "/metrics", "/openapi.json", "/docs", "/version", *_HEALTH}
+_OWN_PATHS = f"/models/{{model:.+?}}{{path:{'|'.join(map(re.escape, V1_PATHS))}}}"
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -67,7 +69,9 @@ class Api:
         jobs: Jobs,
         siblings: Siblings | None = None,
         scrapers: tuple[str, ...] = (),
+        cors: Cors | None = None,
     ) -> None:
+        self._cors = cors or Cors(())
         self._jobs = jobs
         self._siblings = siblings
         self._scrapers = scrapers
@@ -81,18 +85,22 @@ class Api:
     def app(self) -> web.Application:
         """The aiohttp application."""
         app = web.Application(client_max_size=self._max_body_bytes, middlewares=[self._shaped])
+        app.on_response_prepare.append(self._cors.mark)
         app.add_routes(
             [
                 *self._jobs.routes(),
-                web.post("/v1/{tail:.+}", self._openai),
-                *(web.post(path, self._root) for path in ROOT_PATHS),
+                *(web.post(path, self._openai) for path in (*V1_PATHS, *ROOT_PATHS)),
                 web.get("/v1/models", self._models),
                 web.get("/v1/models/{model:.+}", self._model),
                 web.post("/invoke/{model:.+}", self._invoke),
                 web.get("/models/{model:.+?}/v1/models", self._own_models),
                 web.get("/models/{model:.+?}/v1/models/{name:.+}", self._own_model),
-                web.post("/models/{model:.+?}/v1/{tail:.+}", self._own_openai),
+                web.post(_OWN_PATHS, self._own_openai),
                 web.get("/healthz", self._healthz),
+                *(web.get(path, self._health) for path in _HEALTH),
+                web.post("/ping", self._health),
+                web.get("/version", self._version_of),
+                web.get("/load", self._load),
                 web.get("/readyz", self._readyz),
                 web.get("/metrics", self._metrics),
                 web.get("/openapi.json", self._openapi),
@@ -104,22 +112,33 @@ class Api:
     # -------------------------------------------------------------------------------- inference
 
     async def _openai(self, request: web.Request) -> web.StreamResponse:
-        return await self._by_body(request, _engine_path(request))
-
-    async def _root(self, request: web.Request) -> web.StreamResponse:
-        return await self._by_body(request, request.path)
+        return await self._by_body(request, _engine_path(request, request.path))
 
     async def _by_body(self, request: web.Request, path: str) -> web.StreamResponse:
         """A call whose body names the model."""
         if not bodies.takes_form(types := _types(request), path):
             body = await self._body(request)
-            return await self._serve(request, path, body, bodies.read_head(body))
+            body, head = self._read_head(request, body)
+            return await self._serve(request, path, body, head)
         form, head = bodies.read_form(await self._body(request), types[0])
         bodies.checked(head)
         return await self._serve(request, path, form.with_model(head.model), head)
 
+    def _read_head(self, request: web.Request, body: bytes) -> tuple[bytes, bodies.Head]:
+        """A JSON body and its head; as with vLLM it need not name the one model there is."""
+        try:
+            return body, bodies.read_head(body)
+        except ApiError as error:
+            if error.code != "missing_field":
+                raise
+            table = self._table()
+            models = [r.name for r in table.models if _sees(request, r)]
+            if len(models) != 1 or table.rules:
+                raise
+            return bodies.with_model(body, models[0])
+
     async def _own_openai(self, request: web.Request) -> web.StreamResponse:
-        model, path = request.match_info["model"], _engine_path(request)
+        model, path = request.match_info["model"], _engine_path(request, request.match_info["path"])
         self._route(request, model)
         if not bodies.takes_form(types := _types(request), path):
             body, head = bodies.with_model(await self._body(request), model)
@@ -257,6 +276,19 @@ class Api:
             return web.Response(status=503, text="no route table yet\n")
         return web.Response(text="ready\n")
 
+    async def _health(self, request: web.Request) -> web.Response:
+        """As vLLM answers probes: by the status alone."""
+        served = not self.draining and self._proxy.gate.table is not None
+        return web.Response(status=200 if served else 503)
+
+    async def _version_of(self, request: web.Request) -> web.Response:
+        return _json({"version": self._document["info"]["version"]})
+
+    async def _load(self, request: web.Request) -> web.Response:
+        """Requests that this worker holds or has sent, as vLLM counts its own."""
+        models, _ = self._proxy.gate.demand()
+        return _json({"server_load": sum(model.waiting + model.in_flight for model in models)})
+
     async def _openapi(self, request: web.Request) -> web.Response:
         return _json(self._document)
 
@@ -291,10 +323,12 @@ class Api:
         request_id = wish if _GOOD_REQUEST_ID.fullmatch(wish) else self._request_id()
         request[_REQUEST_ID] = request_id
         code = None
+        if (preflight := self._cors.preflight(request)) is not None:
+            return preflight
         try:
             if request.path not in _OPEN:
                 request[CALLER] = caller = self._identify(request)
-                if caller is ANONYMOUS:
+                if caller is ANONYMOUS and not self._cors.allows(request.headers.get("Origin", "")):
                     self._proxy.keys.check_local(request.raw_headers)
             response = await handler(request)
         except ApiError as error:
@@ -308,10 +342,25 @@ class Api:
             code, response = failed.code, _error_response(failed, request)
         finally:
             self._proxy.memory.give(request.get(_TAKEN, 0))
+        return self._told(request, response, code)
+
+    def refuse(self, request: web.BaseRequest, error: ApiError) -> web.Response:
+        """The answer to what never came to a handler, told to the access log."""
+        request[_REQUEST_ID] = self._request_id()
+        response = _error_response(error, request)
+        self._told(request, response, error.code)
+        return response
+
+    def _told(
+        self, request: web.BaseRequest, response: web.StreamResponse, code: str | None
+    ) -> web.StreamResponse:
+        """Marked with its id, and in the access log if nobody else writes it there."""
+        request_id = request[_REQUEST_ID]
         if not response.prepared:
             response.headers["X-Request-ID"] = request_id
         access_log = self._proxy.access_log
-        if access_log is not None and _SERVED not in request and request.path not in _UNLOGGED:
+        unlogged = code is None and request.path in _UNLOGGED
+        if access_log is not None and _SERVED not in request and not unlogged:
             access_log.add(
                 Line(
                     datetime.now(UTC), request_id, request.remote or "", request.method,
@@ -326,17 +375,19 @@ def _of_http(request: web.Request, error: web.HTTPException) -> ApiError:
     if error.status == 404:
         return ApiError(404, "not_found", f"there is no {where} here; the API is below /v1")
     if error.status == 405:
-        return ApiError(405, "method_not_allowed", f"{where} is not offered")
+        allow = error.headers["Allow"].encode()
+        message = f"{where} is not offered; {request.path} takes {allow.decode()}"
+        return ApiError(405, "method_not_allowed", message, headers=((b"Allow", allow),))
     return ApiError(error.status, "http_error", error.reason)
 
 
-def _whose(request: web.Request) -> tuple[str | None, str | None]:
+def _whose(request: web.BaseRequest) -> tuple[str | None, str | None]:
     """Tenant and key of the caller, where it is known."""
     caller = request.get(CALLER)
     return (None, None) if caller is None else (caller.tenant, caller.key_id)
 
 
-def _error_response(error: ApiError, request: web.Request) -> web.Response:
+def _error_response(error: ApiError, request: web.BaseRequest) -> web.Response:
     return web.Response(
         status=error.status,
         body=error.body(request.path, request[_REQUEST_ID]),
@@ -345,11 +396,13 @@ def _error_response(error: ApiError, request: web.Request) -> web.Response:
     )
 
 
-def _engine_path(request: web.Request) -> str:
-    """The request target for the engine, below /v1. Raises ApiError (404)."""
-    target = v1_target(request.match_info["tail"], request.rel_url.raw_query_string)
+def _engine_path(request: web.Request, path: str) -> str:
+    """The request target for the engine. Raises ApiError (400)."""
+    target = engine_target(path, request.rel_url.raw_query_string)
     if target is None:
-        raise ApiError(404, "not_found", f"there is no POST {request.path} here")
+        raise ApiError(
+            400, "invalid_query", "the query has other characters than ASCII; quote them"
+        )
     return target
 
 

@@ -104,6 +104,8 @@ class AiohttpClient:
             (n.decode("latin-1"), v.decode("utf-8", "replace")) for n, v in headers
         )
         self.response = web.StreamResponse(status=status, headers=shown)
+        if self._request.version < HttpVersion11 and self.response.content_length is None:
+            self.response.force_close()  # nothing else says where the answer ends
         await self.response.prepare(self._request)
 
     async def write(self, data: bytes) -> None:

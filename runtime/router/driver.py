@@ -17,6 +17,7 @@ from runtime.config import Config, RouterConfig
 from runtime.registration import keep_registered, withdraw
 from runtime.registry import Registry, Service
 from runtime.router.api import Api
+from runtime.router.cors import Cors
 from runtime.router.front import Front
 from runtime.router.gate import Gate
 from runtime.router.jobs.service import Jobs
@@ -26,6 +27,7 @@ from runtime.router.local import Local
 from runtime.router.memory import Memory
 from runtime.router.metrics import Metrics
 from runtime.router.observed import observed
+from runtime.router.odd import OddConnection, prepare
 from runtime.router.plain import KEEP_ALIVE_S
 from runtime.router.proxy import Proxy
 from runtime.router.response_cache import ResponseCache
@@ -35,10 +37,6 @@ from runtime.router.workers import worker_index
 from runtime.wire import RouteTable
 
 log = logging.getLogger("stoker.router")
-
-# aiohttp tells of every malformed request with a stack trace; our own failures `Api` tells of.
-_http_log = logging.getLogger("stoker.router.http")
-_http_log.setLevel(logging.CRITICAL)
 
 TTL_S = 15.0
 _BACKLOG = 4096
@@ -81,7 +79,10 @@ async def run_router(
         siblings = Siblings(Path(config.state_dir), worker, settings.workers)
     scrapers = (config.metrics_token, config.cluster_token)
     jobs = Jobs(config, proxy)
-    api = Api(proxy, settings.max_body_bytes, settings.read_timeout_s, jobs, siblings, scrapers)
+    api = Api(
+        proxy, settings.max_body_bytes, settings.read_timeout_s, jobs, siblings, scrapers,
+        Cors(settings.cors_origins),
+    )  # fmt: skip
     runner, front = await _servers(settings, api, proxy)
     try:
         await observing.enter_async_context(observed(proxy, settings))
@@ -129,15 +130,16 @@ async def _servers(settings: RouterConfig, api: Api, proxy: Proxy) -> tuple[web.
         api.app(),
         handler_cancellation=True,
         access_log=None,
-        logger=_http_log,
-        keepalive_timeout=KEEP_ALIVE_S,
         shutdown_timeout=settings.drain_s,
     )
     await runner.setup()
     assert runner.server is not None
+    server = runner.server
+    prepare(server, api.refuse)
     front = Front(
         proxy,
-        runner.server,
+        server,
+        lambda: OddConnection(server, api.refuse, min(KEEP_ALIVE_S, settings.read_timeout_s)),
         read_s=settings.read_timeout_s,
         max_connections=settings.max_connections,
         max_body_bytes=settings.max_body_bytes,

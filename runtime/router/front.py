@@ -10,10 +10,12 @@ from __future__ import annotations
 import asyncio
 import itertools
 import secrets
+from collections.abc import Callable
 
 from aiohttp import web
 
 from runtime.router.errors import ApiError
+from runtime.router.odd import OddConnection
 from runtime.router.plain import PLAIN_BODY_BYTES, PlainConnection, error_answer
 from runtime.router.proxy import Proxy
 
@@ -43,15 +45,17 @@ class RequestIds:
 class Front:
     """What all connections share; `server` is aiohttp's.
 
-    `read_s`: how long a request may take to arrive, and a caller to read any of its answer. A
-    connection beyond `max_connections` (known to a second where it was handed over) gets a 503 and
-    is closed.
+    `read_s`: how long a request may take to arrive, and a caller to read any of its answer.
+    Beyond `max_connections` (known to a second where they were handed over) the one that has been
+    silent longest is closed, first those that never asked for anything; if all are busy, the new
+    one gets a 503. `odd` makes who takes over.
     """
 
     def __init__(
         self,
         proxy: Proxy,
         server: web.Server,
+        odd: Callable[[], web.RequestHandler],
         *,
         read_s: float,
         max_connections: int,
@@ -61,6 +65,9 @@ class Front:
         self.proxy = proxy
         self.memory = proxy.memory
         self.server = server
+        self._odd = odd
+        # Who may be closed for others, the first to go last; None: not looked for since the sweep.
+        self._silent: list[PlainConnection | OddConnection] | None = None
         self.max_body_bytes = min(PLAIN_BODY_BYTES, max_body_bytes)
         self.request_id = RequestIds()
         self.connections: set[PlainConnection] = set()
@@ -80,14 +87,33 @@ class Front:
         self.connections.add(connection)
         count = len(self.connections) + self._handed_over
         self.proxy.metrics.connections = count
-        if count > self._max_connections:
+        if count > self._max_connections and not self._make_room(connection):
             connection.turn_away(_FULL)
+
+    def _make_room(self, new: PlainConnection) -> bool:
+        """Whether a connection that only waits was closed; looked for once a sweep."""
+        if self._silent is None:
+            now = self.loop.time()
+            plain = [c for c in self.connections if c is not new and c.waits_since is not None]
+            plain.sort(key=lambda c: (not c.served, now - (c.waits_since or now)))
+            odd = [c for c in self.server.connections if isinstance(c, OddConnection) and c.idle]
+            self._silent = [*odd, *plain]
+        while self._silent:
+            found = self._silent.pop()
+            if isinstance(found, OddConnection) and found.idle:
+                found.force_close()
+                self._handed_over -= 1
+                return True
+            if isinstance(found, PlainConnection) and found.waits_since is not None:
+                found.abort()
+                return True
+        return False
 
     def hand_over(self, connection: PlainConnection) -> web.RequestHandler:
         """Who serves it from now on."""
         self.forget(connection)
         self._handed_over += 1
-        return self.server()
+        return self._odd()
 
     def forget(self, connection: PlainConnection) -> None:
         """It is served elsewhere, or closed."""
@@ -114,6 +140,7 @@ class Front:
         now = self.loop.time()
         self._timer = self.loop.call_later(SWEEP_S, self._sweep)
         self._handed_over = len(self.server.connections)
+        self._silent = None
         self.proxy.metrics.connections = len(self.connections) + self._handed_over
         for connection in list(self.connections):
             connection.close_if_late(now, self._read_s)

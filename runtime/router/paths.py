@@ -1,12 +1,10 @@
 """Which paths of an engine the router offers, and what it knows of each.
 
-Rule this file keeps: a path reaches an engine only if it is here, or below /v1 and made of plain
-segments: never one of an engine's control routes.
+Rule this file keeps: a path reaches an engine only if it is here. What is not is refused before
+its body is read: no call to a mistyped path starts an engine.
 """
 
 from __future__ import annotations
-
-import re
 
 # What vLLM serves outside /v1 for clients, the model in the body of each. An engine's own guard
 # (runtime/engine/guard.py) has to list them too.
@@ -19,6 +17,10 @@ ROOT_PATHS = (
     "/rerank",
     "/v2/rerank",
     "/v2/embed",
+    "/generative_scoring",
+    "/cohere/v2/chat",
+    "/inference/v1/generate",
+    "/invocations",
 )
 STREAMS = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages"})
 JSON_PATHS = (
@@ -33,13 +35,23 @@ JSON_PATHS = (
 FORM_PATHS = frozenset({"/v1/audio/transcriptions", "/v1/audio/translations"})
 # The raw request targets that the front answers itself.
 PLAIN_PATHS = {path.encode(): path for path in JSON_PATHS}
+# All that vLLM 0.32 serves below /v1 by POST, without an id in the path, but for what steers it.
+V1_PATHS = (
+    *(path for path in JSON_PATHS if path.startswith("/v1/")),
+    *sorted(FORM_PATHS),
+    "/v1/chat/completions/batch",
+    "/v1/chat/completions/render",
+    "/v1/chat/completions/derender",
+    "/v1/completions/render",
+    "/v1/completions/derender",
+    "/v1/messages/render",
+    "/v1/responses/render",
+    "/v1/systemone",
+)
 
-_SEGMENTS = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*(/[A-Za-z0-9_-][A-Za-z0-9._-]*)*")
-_CONTROL = {"load_lora_adapter", "unload_lora_adapter"}
 
-
-def v1_target(tail: str, query: str) -> str | None:
-    """The engine's request target for `/v1/{tail}?{query}`; None: it is not offered."""
-    if not _SEGMENTS.fullmatch(tail) or tail.lower() in _CONTROL or not query.isascii():
+def engine_target(path: str, query: str) -> str | None:
+    """The engine's request target for `path`, which is one of those here; None: a bad query."""
+    if not query.isascii():
         return None
-    return f"/v1/{tail}?{query}" if query else f"/v1/{tail}"
+    return f"{path}?{query}" if query else path

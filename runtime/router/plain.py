@@ -47,8 +47,10 @@ KEEP_ALIVE_S = 75.0  # as nginx; longer than the pauses between a client's calls
 
 _REASONS = {status.value: status.phrase.encode() for status in HTTPStatus}
 _BODYLESS = (204, 304)
-# Headers that make a request no plain one.
-_ODD = {b"transfer-encoding", b"content-encoding", b"expect", b"upgrade", b"te", b"trailer"}
+# Headers that make a request no plain one: among them a browser's.
+_ODD = {
+    b"transfer-encoding", b"content-encoding", b"expect", b"upgrade", b"te", b"trailer", b"origin",
+}  # fmt: skip
 _CONNECTION, _LENGTH, _TYPE = b"connection", b"content-length", b"content-type"
 _JSON = JSON_TYPE.encode()
 _ID, _HOST, _AUTHORIZATION, _API_KEY = b"x-request-id", b"host", b"authorization", b"x-api-key"
@@ -64,6 +66,7 @@ class PlainConnection(asyncio.Protocol):
         "_host", "_id", "_more", "_parser", "_path", "_plain", "_raw", "_raw_bytes", "_reply",
         "_since", "_stopped", "_stopped_at", "_stuffed", "_taken", "_task", "_token", "_transport",
         "_url", "_whole", "_writable", "begun",
+        "served",
     )  # fmt: skip
 
     def __init__(self, front: Front) -> None:
@@ -76,6 +79,7 @@ class PlainConnection(asyncio.Protocol):
         self._behind = b""
         self._stuffed = self._stopped = False
         self._stopped_at = 0.0
+        self.served = False  # a request, whatever became of it
         self._writable: asyncio.Future[None] | None = None
         self._taken = 0  # of the front's memory
         self._since = front.loop.time()  # idle, or the request has been coming in, since then
@@ -206,7 +210,7 @@ class PlainConnection(asyncio.Protocol):
             elif lower == _HOST:
                 hosts += 1
                 self._host = value
-            elif lower in FOREIGN:
+            elif lower in FOREIGN and lower not in _ODD:
                 self._foreign = True
             elif lower == _ID:
                 self._id = _usable_id(value)
@@ -239,6 +243,7 @@ class PlainConnection(asyncio.Protocol):
             self._hand_over()  # it gets its 403 there
             return
         path = cast(str, self._path)
+        self.served = True
         call = Call(
             self._id or self._front.request_id(), head.model, path, self._fields, body,
             bool(head.stream) and path in STREAMS, head, caller, address=self._address,
@@ -359,18 +364,26 @@ class PlainConnection(asyncio.Protocol):
 
     # -- its end
 
+    @property
+    def waits_since(self) -> float | None:
+        """Since when it has been owing us a whole request; None: one is being answered."""
+        return self._since if self._task is None else None
+
     def close_if_idle(self) -> None:
         if self._task is None and not self._raw and self._transport is not None:
             self._transport.close()
 
     def close_if_late(self, now: float, read_s: float) -> None:
-        """Close what is idle too long, takes too long to say what it wants, or does not read."""
+        """Close what is idle too long, takes too long to say what it wants, or does not read.
+
+        Who has never asked for anything is not idle: its first request is due in `read_s`.
+        """
         if self._transport is None:
             return
         if self._stopped and now - self._stopped_at > read_s:
             self._transport.abort()
         elif self._task is None:
-            limit_s = read_s if self._raw else KEEP_ALIVE_S
+            limit_s = KEEP_ALIVE_S if self.served and not self._raw else read_s
             if now - self._since > limit_s:
                 self._transport.close()
 

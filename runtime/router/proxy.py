@@ -59,10 +59,12 @@ _HOP_BY_HOP = {
     b"connection", b"keep-alive", b"proxy-authenticate", b"proxy-authorization",
     b"proxy-connection", b"te", b"trailer", b"transfer-encoding", b"upgrade",
 }  # fmt: skip
-# The body was read whole and inflated; the router speaks to the engine in its own name.
+# The body was read whole and inflated; the router speaks to the engine in its own name. By
+# SageMaker's headers vLLM would put another adapter into the body than the one that was let in.
 _NOT_SENT = _HOP_BY_HOP | {
     b"host", b"authorization", b"x-api-key", b"content-length", b"content-encoding", b"expect",
-    b"x-request-id",
+    b"x-request-id", b"x-amzn-sagemaker-adapter-identifier", b"x-amzn-sagemaker-adapter-alias",
+    b"x-amzn-sagemaker-session-id",
     MODEL_HEADER,
 }  # fmt: skip
 # Nor what a caller's own proxy, browser or other services know it by: an engine reads none of it.
@@ -70,9 +72,15 @@ _PRIVATE = (
     b"auth", b"cookie", b"token", b"secret", b"password", b"credential", b"api-key", b"forwarded",
     b"x-real-ip", b"origin", b"referer",
 )  # fmt: skip
-_NOT_RETURNED = _HOP_BY_HOP | {b"x-request-id"}
 _DIED = ("replica_failed", "retry_budget_spent")  # refusals of what a replica's engine died of
 CAUSE_S = 2.0  # until a table tells why an engine died, its agent having seen the end of it
+# Which pages may read an answer is for the router to say: vLLM says "all".
+_NOT_RETURNED = _HOP_BY_HOP | {
+    b"x-request-id", b"access-control-allow-origin", b"access-control-allow-credentials",
+    b"access-control-expose-headers",
+}  # fmt: skip
+# nginx would keep a stream back until it has 8 KiB of it.
+_UNBUFFERED = (b"X-Accel-Buffering", b"no")
 CACHE_HEADER = b"X-Stoker-Cache"
 _ERROR_BYTES = 64 * 1024
 _FIXED = (b"content-length", b"content-encoding")  # of a body that nothing can be added to
@@ -400,6 +408,7 @@ class _Exchange:
             headers = [
                 (b"Content-Type", b"text/event-stream; charset=utf-8"),
                 (b"Cache-Control", b"no-cache"),
+                _UNBUFFERED,
             ]
             if self._is_spare():  # it is not known yet which model will answer
                 headers.append((b"X-Request-ID", self._call.request_id.encode()))
@@ -653,7 +662,10 @@ def _sent_headers(call: Call, key: str) -> list[bytes]:
 
 
 def _returned_headers(raw: Headers, call: Call) -> Headers:
-    return _passed(raw, _not_returned) + _own_headers(call)
+    headers = _passed(raw, _not_returned) + _own_headers(call)
+    if call.head.stream:
+        headers.append(_UNBUFFERED)
+    return headers
 
 
 def _own_headers(call: Call) -> Headers:

@@ -110,7 +110,7 @@ class Bench:
     def __init__(self, **options: object) -> None:
         self.proxy, self.server, self.transport = Proxy(), Server(), Transport()
         limits = {"read_s": 5.0, "max_connections": 10, "max_body_bytes": 2**20} | options
-        self.front = Front(self.proxy, self.server, **limits)  # type: ignore[arg-type]
+        self.front = Front(self.proxy, self.server, self.server, **limits)  # type: ignore[arg-type]
         self.connection = self.front()
         self.transport.protocol = self.connection
         self.connection.connection_made(self.transport)

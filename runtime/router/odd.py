@@ -1,0 +1,141 @@
+"""aiohttp's server as the router runs it: its limits, and what is said before any handler runs.
+
+Rules this file keeps:
+- what cannot be parsed, or is refused before it is routed, is answered in OpenAI's shape with a
+  request id and told to the access log, as any other call;
+- a head is bounded as a whole, not only line by line;
+- a path means the same with a slash at its end.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from aiohttp import HttpVersion11, StreamReader, web
+from aiohttp.http_exceptions import ContentEncodingError, LineTooLong
+
+from runtime.router.errors import ApiError, internal_error
+
+# aiohttp tells of every malformed request with a stack trace; our own failures `Api` tells of.
+_http_log = logging.getLogger("stoker.router.http")
+_http_log.setLevel(logging.CRITICAL)
+
+LINE_BYTES = 16 * 1024
+HEADERS = 256
+HEAD_BYTES = 64 * 1024
+
+Refuse = Callable[[web.BaseRequest, ApiError], web.Response]
+_REFUSED = web.RequestKey("refused", ApiError)
+
+
+class OddConnection(web.RequestHandler):
+    """One connection that the front handed over; `refuse` makes the answer to a failure."""
+
+    __slots__ = ("_body", "_head_bytes", "_refuse")
+
+    def __init__(self, server: web.Server, refuse: Refuse, idle_s: float) -> None:
+        super().__init__(
+            server,
+            loop=asyncio.get_running_loop(),
+            keepalive_timeout=idle_s,
+            access_log=None,  # type: ignore[arg-type]  # what AppRunner passes on
+            logger=_http_log,
+            max_line_size=LINE_BYTES,
+            max_field_size=LINE_BYTES,
+            max_headers=HEADERS,
+        )
+        self._refuse = refuse
+        self._head_bytes = 0
+        self._body: StreamReader | None = None
+
+    @property
+    def idle(self) -> bool:
+        """It waits for a request, or for the rest of a request's head."""
+        return self._waiter is not None and not self._messages
+
+    def data_received(self, data: bytes) -> None:
+        count = self._request_count
+        super().data_received(data)
+        if self._request_count != count:
+            self._head_bytes = 0
+            self._body = self._messages[-1][1] if self._messages else None
+        elif self._body is None or self._body.is_eof():
+            self._head_bytes += len(data)
+            if self._head_bytes > HEAD_BYTES:
+                self.force_close()
+
+    def handle_error(
+        self,
+        request: web.BaseRequest,
+        status: int = 500,
+        exc: BaseException | None = None,
+        message: str | None = None,
+    ) -> web.StreamResponse:
+        """The answer to what was no request."""
+        if request.writer.output_size > 0:
+            raise ConnectionError("the answer has begun: it can only break off")
+        response = self._refuse(request, _told(status, exc, message or ""))
+        response.force_close()
+        return response
+
+
+def prepare(server: web.Server, refuse: Refuse) -> None:
+    """Make `server` do as this module says."""
+    server.request_factory = _factory(server.request_factory)
+    server.request_handler = _handler(server.request_handler, refuse)
+
+
+def _factory(inner: Callable[..., web.BaseRequest]) -> Callable[..., web.BaseRequest]:
+    def make(message: Any, *rest: Any) -> web.BaseRequest:
+        too_new = message.version > HttpVersion11
+        if too_new or message.method == "UNKNOWN":  # aiohttp's word for what is no request
+            message = message._replace(version=HttpVersion11)
+        raw = message.url.raw_path
+        if len(raw) > 1 and raw.endswith("/"):
+            url = message.url.with_path(raw.rstrip("/") or "/", encoded=True, keep_query=True)
+            message = message._replace(url=url, path=str(url))
+        request = inner(message, *rest)
+        if too_new:
+            text = "this is an HTTP/1.1 server: it speaks no later version on this connection"
+            request[_REFUSED] = ApiError(505, "http_version", text, final=True)
+        return request
+
+    return make
+
+
+def _handler(
+    inner: Callable[[Any], Awaitable[web.StreamResponse]], refuse: Refuse
+) -> Callable[[Any], Awaitable[web.StreamResponse]]:
+    async def handle(request: web.BaseRequest) -> web.StreamResponse:
+        refused = request.get(_REFUSED)
+        if refused is None:
+            try:
+                return await inner(request)
+            except web.HTTPException as error:  # before the middlewares, e.g. of Expect
+                text = error.text or error.reason
+                refused = ApiError(error.status, "http_error", text)
+        response = refuse(request, refused)
+        response.force_close()
+        return response
+
+    return handle
+
+
+def _told(status: int, exc: BaseException | None, message: str) -> ApiError:
+    """What a caller is told of a request that aiohttp could not read."""
+    if status >= 500:
+        return internal_error()
+    if isinstance(exc, LineTooLong):
+        text = f"a line of the request's head is longer than {LINE_BYTES} bytes"
+        return ApiError(431, "head_too_large", text)
+    if "Too many headers" in message:
+        return ApiError(431, "head_too_large", f"the request has more than {HEADERS} headers")
+    if isinstance(exc, ContentEncodingError) or "content-encoding" in message:
+        text = "the body's Content-Encoding cannot be read; send gzip, deflate, zstd or none"
+        return ApiError(415, "unsupported_encoding", text)
+    first = message.replace("Pause on PRI/Upgrade", "an HTTP/2 preface").split("\n")[0]
+    first = first.strip(" :.") or "it cannot be parsed"
+    return ApiError(400, "bad_request", f"this is no HTTP/1.1 request: {first[:200]}")
