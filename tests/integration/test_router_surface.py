@@ -71,7 +71,7 @@ async def raw(stack: Stack, data: bytes, wait_s: float = 5.0) -> Answer:
 
 
 def request(line: str, *headers: str, body: bytes = b"") -> bytes:
-    fields = [line, "Host: x", *headers]
+    fields = [line, "Host: localhost", *headers]
     if body:
         fields += [f"Content-Length: {len(body)}"]
         if not any(h.lower().startswith("content-type") for h in headers):
@@ -157,8 +157,8 @@ async def test_compressed_bodies_are_read(stack: Stack, name: str, pack: Any) ->
     "data",
     [
         b"",
-        b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\n",
-        b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\nGET /v1/mo",
+        b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n",
+        b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\nGET /v1/mo",
         b"POST /v1/completions HTTP/1.1\r\nX: %b\r\nY: %b\r\n" % (b"a" * 7000, b"a" * 7000),
     ],
 )
@@ -261,7 +261,7 @@ async def test_a_stream_to_http_1_0_ends_with_its_connection(stack: Stack) -> No
         assert answer.headers.get("connection") != "keep-alive"
 
 
-@pytest.mark.parametrize("odd", [(), ("Origin: http://a",)])
+@pytest.mark.parametrize("odd", [(), (f"Origin: {PAGE}",)])
 async def test_proxies_are_told_not_to_buffer_streams(stack: Stack, odd: tuple[str, ...]) -> None:
     body = b'{"model":"m","stream":true}'
     await stack.serve("m", await stack.engine(kit.sse(b"data: 1\n\n")))

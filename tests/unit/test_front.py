@@ -315,12 +315,17 @@ async def test_an_error_is_a_whole_answer_and_the_connection_goes_on(error: Exce
 
 async def test_one_connection_too_many_is_told_so() -> None:
     bench = Bench(max_connections=1)
+    bench.proxy.hold = asyncio.Event()
+    bench.feed(plain())
+    await bench.settle()
     late, transport = bench.front(), Transport()
     late.connection_made(transport)
     assert transport.closed
     assert transport.written.startswith(b"HTTP/1.1 503 Service Unavailable\r\nConnection: close")
     assert b"Retry-After: 1" in transport.written
     late.connection_lost(None)
+    bench.proxy.hold.set()
+    await bench.settle()
     again, free = bench.front(), Transport()
     bench.connection.connection_lost(None)
     again.connection_made(free)
@@ -330,8 +335,12 @@ async def test_one_connection_too_many_is_told_so() -> None:
 async def test_idle_and_slow_connections_are_closed_and_busy_ones_are_not() -> None:
     bench = Bench(read_s=5.0)
     now = bench.front.loop.time()
-    bench.connection.close_if_late(now + 60, 5.0)
+    bench.connection.close_if_late(now + 4, 5.0)
     assert not bench.transport.closed
+    silent, closed = bench.front(), Transport()
+    silent.connection_made(closed)
+    silent.close_if_late(now + 6, 5.0)
+    assert closed.closed, "its first request never came"
     bench.proxy.hold = asyncio.Event()
     bench.feed(plain())
     await bench.settle()
@@ -339,6 +348,8 @@ async def test_idle_and_slow_connections_are_closed_and_busy_ones_are_not() -> N
     assert not bench.transport.closed
     bench.proxy.hold.set()
     await bench.settle()
+    bench.connection.close_if_late(now + 60, 5.0)
+    assert not bench.transport.closed
     bench.feed(plain()[:10])
     bench.connection.close_if_late(now + 4, 5.0)
     assert not bench.transport.closed
