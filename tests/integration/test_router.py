@@ -641,7 +641,7 @@ async def test_one_base_url_per_model(stack: Stack) -> None:
 
 PATHS = (
     "/v1/responses", "/v1/messages", "/v1/messages/count_tokens", "/v1/embeddings", "/v1/score",
-    "/v1/rerank", "/v1/audio/speech", "/score", "/rerank", "/v2/rerank", "/v2/embed", "/pooling",
+    "/v1/rerank", "/score", "/rerank", "/v2/rerank", "/v2/embed", "/pooling",
     "/classify", "/tokenize", "/detokenize",
 )  # fmt: skip
 
