@@ -9,11 +9,12 @@ PORT ?= 8080
 SCENARIOS ?= 10000
 SEED ?= 0
 DEMO_FLAGS = --port $(PORT) $(if $(filter-out 0,$(EXIT)),--exit)
-TESTS = tests/unit tests/sim tests/contract tests/integration tests/e2e tests/gpu
+TESTS = tests/unit tests/sim tests/contract tests/integration tests/e2e tests/outside tests/gpu
 PYTEST_FLAGS ?=
+VLLM_SOURCE ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup up demo-stub test lint unit sim bench wheel lock clean
+.PHONY: help setup up demo-stub test outside lint unit sim bench wheel lock clean
 
 help: ## This list.
 	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -33,11 +34,18 @@ test: setup ## Every check and every test; says at the end what was skipped, and
 	@scripts/install_consul.sh || printf '\n%s\n%s\n\n' \
 	  '*** THERE IS NO CONSUL: the tests marked "consul" will be SKIPPED. ***' \
 	  '*** The line above says why it could not be installed.            ***'
-	@scripts/install_packages.sh debootstrap iproute2 || printf '\n%s\n%s\n\n' \
+	@scripts/install_packages.sh debootstrap iproute2 curl wrk apache2-utils || printf '\n%s\n%s\n\n' \
 	  '*** THERE IS NO DEBOOTSTRAP: the tests of the Ansible playbook will be SKIPPED. ***' \
 	  '*** The line above says why it could not be installed.                        ***'
 	$(MAKE) --no-print-directory lint
 	$(BIN)/python -m pytest $(TESTS) -ra $(PYTEST_FLAGS)
+
+outside: setup ## What others wrote: clients, tools, hosts; with VLLM_SOURCE=DIR vLLM's own tests too.
+	scripts/setup.sh outside
+	@scripts/install_packages.sh curl wrk apache2-utils || echo '*** some tools are missing: their tests will be SKIPPED ***'
+	STOKER_WRITE_CLIENTS_TABLE=1 $(BIN)/python -m pytest tests/outside -ra $(PYTEST_FLAGS)
+	@if [ -n "$(VLLM_SOURCE)" ]; then $(BIN)/python -m tests.outside.vllm_http "$(VLLM_SOURCE)"; \
+	else echo "SKIPPED vLLM's own HTTP tests: give an unpacked source archive of it as VLLM_SOURCE"; fi
 
 lint: ## ruff and mypy.
 	$(BIN)/ruff check .

@@ -122,6 +122,7 @@ def estimate(
         total_bytes=total,
         explanation=explanation,
         adapters_bytes=adapters,
+        max_model_len=shape.max_model_len,
     )
 
 

@@ -585,6 +585,7 @@ class MemoryEstimate(Struct, frozen=True, kw_only=True):
     total_bytes: int
     explanation: str
     adapters_bytes: int = 0  # LoRA slots
+    max_model_len: int | None = None  # tokens of one sequence, as declared or by its config.json
 
 
 class Inspection(Struct, frozen=True, kw_only=True):
@@ -741,6 +742,8 @@ class ModelRoute(Struct, frozen=True, kw_only=True):
     name: str
     aliases: tuple[str, ...] = ()
     adapters: tuple[str, ...] = ()  # names of its LoRA adapters, "name:adapter": routed alike
+    root: str = ""  # the hub's name of it, for who wants its tokenizer; "": it has none
+    max_model_len: int | None = None  # tokens, where that is known
     warmth: Warmth = "cold"
     endpoints: tuple[Endpoint, ...] = ()
     hold_s: float = 300.0

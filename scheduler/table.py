@@ -28,6 +28,7 @@ def model_route(state: ClusterState, model: Model, now: float) -> ModelRoute:
     why, retry_after_s = (None, None) if endpoints else refusal(model, now)
     return ModelRoute(
         name=spec.name, aliases=spec.aliases, adapters=spec.adapter_names(),
+        root=_hub_name(spec.source), max_model_len=_max_model_len(model),
         warmth=warmth(model, now),
         endpoints=endpoints, target_concurrency=spec.target_concurrency,
         hold_s=spec.hold_s, max_queue=spec.max_queue,
@@ -59,6 +60,16 @@ def died_of(replica: Replica) -> str | None:
     if replica.stage not in (Stage.STARTING, Stage.BACKOFF) or report is None:
         return None
     return report.reason
+
+
+def _hub_name(source: str) -> str:
+    """`org/name` of a source on the hub. A folder's path is nobody's business."""
+    return source.removeprefix("hf:").partition("@")[0] if source.startswith("hf:") else ""
+
+
+def _max_model_len(model: Model) -> int | None:
+    estimate = model.stored.estimate
+    return estimate.max_model_len if estimate else None
 
 
 def _cache_rule(model: Model) -> CacheRule | None:

@@ -87,18 +87,25 @@ lock_vllm() { # vllm and torch-cuda, a part of it
     grep -E '^(torch|triton|cuda-|nvidia-)' "$work/torch.txt" | write torch-cuda
 }
 
+# The clients share nothing with the rest. guidellm wants torch, and nothing of it that is used here.
+lock_outside() {
+    wanted outside | "$PYTHON" -m uv pip compile -q --no-header --no-annotate --python-version 3.11 - |
+        grep -viE '^(torch|triton|cuda-|nvidia-)' | write outside
+}
+
 if [ "$*" = hashes ]; then
-    for name in base build cpu dev torch-cuda vllm; do pins "$name" | write "$name"; done
+    for name in base build cpu dev outside torch-cuda vllm; do pins "$name" | write "$name"; done
     exit
 fi
-names=${*:-base dev cpu vllm}
-wanted cpu dev | resolve "$work/all.txt"
+names=${*:-base dev cpu vllm outside}
+[ "$names" = outside ] || wanted cpu dev | resolve "$work/all.txt"
 for name in $names; do
     case $name in
     base) wanted | lock base -c "$work/all.txt" ;;
     dev) wanted dev | lock dev -c "$work/all.txt" ;;
     cpu) lock_cpu ;;
     vllm) lock_vllm ;;
-    *) echo "lock: there is no lock file $name; choose base, dev, cpu or vllm" >&2; exit 2 ;;
+    outside) lock_outside ;;
+    *) echo "lock: there is no lock file $name; choose base, dev, cpu, vllm or outside" >&2; exit 2 ;;
     esac
 done

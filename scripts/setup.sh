@@ -5,6 +5,7 @@
 #   scripts/setup.sh base          what `stoker` itself needs
 #   scripts/setup.sh engine        and vLLM: for NVIDIA GPUs where there are some, else the CPU build
 #   scripts/setup.sh engine dev    and what the tests and checks need
+#   scripts/setup.sh outside       and, in $VENV-outside, the clients that tests/outside tries
 #
 # PYTHON           the interpreter to make it with (default: the first of 3.11 or newer found)
 # VENV             where it goes (default: .venv)
@@ -129,6 +130,25 @@ ensure() { # base | cpu | vllm | dev
     changed=1
 }
 
+outside() { # the clients, whose packages agree with nobody else's
+    local wanted clients=tests/outside/clients
+    wanted=$({ echo "$PWD"; cat requirements/outside.txt "$clients/package-lock.json"; } | sha256sum)
+    if [ "$(cat "$VENV-outside/.stoker" 2>/dev/null)" = "$wanted" ]; then
+        return
+    fi
+    say "installing requirements/outside.txt into $VENV-outside"
+    "$(find_python)" -m venv "$VENV-outside"
+    "$VENV-outside/bin/python" -m pip install -qq --no-deps -r requirements/outside.txt
+    mkdir -p "$VENV-outside/node"
+    cp "$clients/package.json" "$clients/package-lock.json" "$VENV-outside/node/"
+    if ! command -v npm >/dev/null; then
+        say "there is no npm: the Node clients will be skipped; install nodejs and npm, and run this again"
+        return
+    fi
+    (cd "$VENV-outside/node" && npm ci --no-audit --no-fund --silent)
+    echo "$wanted" >"$VENV-outside/.stoker"
+}
+
 engine() { # vllm or cpu
     if [ -n "${ENGINE:-}" ]; then
         echo "$ENGINE"
@@ -154,7 +174,8 @@ for what in "$@"; do
         esac
         ;;
     dev) ensure dev ;;
-    *) fail "unknown part $what; choose base, engine or dev" ;;
+    outside) outside ;;
+    *) fail "unknown part $what; choose base, engine, dev or outside" ;;
     esac
 done
 if [ "$changed" = 1 ]; then

@@ -95,6 +95,7 @@ class Answer(Struct, frozen=True, kw_only=True):
     words: tuple[str, ...]
     prompt_tokens: int
     fingerprint: str = FINGERPRINT
+    finish: str = "length"
 
     def usage(self) -> dict[str, int]:
         count = len(self.words)
@@ -220,7 +221,7 @@ class Api:
             return await self._stream(request, answer, usage)
         async for _ in self.paced(answer):
             pass
-        whole = answer.body([answer.choice("".join(answer.words), "length")])
+        whole = answer.body([answer.choice("".join(answer.words), answer.finish)])
         return json_response({**whole, "usage": answer.usage()})
 
     def compose(
@@ -228,7 +229,9 @@ class Api:
     ) -> Answer:
         """What is answered to a prompt that says `spoken`, in `limit` words; it is counted."""
         words = ["!"] if self.gibberish else spoken.split() or ["stub"]
-        chosen = itertools.islice(itertools.cycle(words), limit or self._args.max_tokens)
+        most = limit or self._args.max_tokens
+        ends = self._args.says_once and len(words) <= most
+        chosen = words if ends else itertools.islice(itertools.cycle(words), most)
         self._prompt_tokens += prompt_tokens
         return Answer(
             chat=chat,
@@ -238,6 +241,7 @@ class Api:
             words=tuple(word if i == 0 else f" {word}" for i, word in enumerate(chosen)),
             prompt_tokens=prompt_tokens,
             fingerprint=FINGERPRINT if model in self._names else f"{FINGERPRINT}+{model}",
+            finish="stop" if ends else "length",
         )
 
     def _said(self, model: str) -> str:
@@ -261,7 +265,7 @@ class Api:
         last = len(answer.words) - 1
         index = 0
         async for word in self.paced(answer):
-            choice = answer.delta(word, "length" if index == last else None, index == 0)
+            choice = answer.delta(word, answer.finish if index == last else None, index == 0)
             await response.write(_event(answer.body([choice], chunk=True)))
             index += 1
         if include_usage:

@@ -33,6 +33,8 @@ class StubArgs(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     ttft_s: Seconds = 0.01  # request to first token
     token_s: Seconds = 0.005  # between tokens
     max_tokens: Count = 16  # of a request that names none
+    # An answer ends with the prompt's words, as a model ends by itself (finish_reason "stop").
+    says_once: bool = False
     sleep_s: Seconds = 0.05
     wake_1_s: Seconds = 0.1  # from sleep level 1
     wake_2_s: Seconds = 0.3  # from sleep level 2, nearly all of it to reload the weights

@@ -16,6 +16,7 @@ from msgspec import Meta, Struct
 
 from runtime.engine.stub_api import Answer, Api, Message, Tokens, checked, json_response
 
+_STOPS = {"length": "max_tokens", "stop": "end_turn"}  # Anthropic's words for OpenAI's
 SSE = {"Content-Type": "text/event-stream; charset=utf-8"}
 
 
@@ -77,7 +78,7 @@ class Protocols:
             return await _stream(request, _message_events(answer, self._api.paced(answer)))
         async for _ in self._api.paced(answer):
             pass
-        return json_response(_message(answer, "".join(answer.words), "max_tokens"))
+        return json_response(_message(answer, "".join(answer.words), _STOPS[answer.finish]))
 
     async def _count(self, request: web.Request, body: CountRequest) -> web.StreamResponse:
         if refusal := await self._api.unknown_model(body.model):
@@ -123,8 +124,9 @@ async def _message_events(
         delta = {"type": "text_delta", "text": word}
         yield {"type": "content_block_delta", "index": 0, "delta": delta}
     yield {"type": "content_block_stop", "index": 0}
-    usage = _message(answer, "", "max_tokens")["usage"]
-    yield {"type": "message_delta", "delta": {"stop_reason": "max_tokens"}, "usage": usage}
+    stop = _STOPS[answer.finish]
+    usage = _message(answer, "", stop)["usage"]
+    yield {"type": "message_delta", "delta": {"stop_reason": stop}, "usage": usage}
     yield {"type": "message_stop"}
 
 

@@ -13,8 +13,9 @@ import hmac
 import logging
 import re
 import time
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
+from functools import partial
 from importlib.metadata import version as installed_version
 from typing import Any
 
@@ -23,6 +24,7 @@ from aiohttp import web
 
 from runtime import outside
 from runtime.router import body as bodies
+from runtime.router import cards
 from runtime.router.access_log import Line
 from runtime.router.call import ANONYMOUS, Call, Caller
 from runtime.router.client import CALLER, AiohttpClient
@@ -45,7 +47,6 @@ _TAKEN = web.RequestKey("taken", int)  # bytes of the budget for its body
 _SERVED = web.RequestKey("served", bool)  # by the proxy, which tells of it
 _UNLOGGED = {"/healthz", "/readyz", "/metrics", "/health", "/ping"}
 _GOOD_REQUEST_ID = re.compile(r"[!-~]{1,128}")
-_CREATED = 1735689600  # OpenAI's clients want a time; a model here has none worth telling
 
 _HEALTH = ("/health", "/ping")  # as vLLM has them, for probes and load generators
 _OPEN = {"/healthz", "/readyz", "/metrics", "/openapi.json", "/docs", "/version", *_HEALTH}
@@ -214,21 +215,22 @@ class Api:
     async def _models(self, request: web.Request) -> web.Response:
         models = self._table().models
         routes = self._proxy.gate.versions.listed(models)
-        return _listing(request, (*models, *routes))
+        return _json(cards.listing((*models, *routes), partial(sees, request[CALLER])))
 
     async def _model(self, request: web.Request) -> web.Response:
         name = request.match_info["model"]
-        return _json(_card(self._visible(request, name), name))
+        return _json(cards.card(self._visible(request, name), name))
 
     async def _own_models(self, request: web.Request) -> web.Response:
-        return _listing(request, (self._visible(request, request.match_info["model"]),))
+        own = self._visible(request, request.match_info["model"])
+        return _json(cards.listing((own,), partial(sees, request[CALLER])))
 
     async def _own_model(self, request: web.Request) -> web.Response:
         own = self._visible(request, request.match_info["model"])
         name = request.match_info["name"]
         if self._route(request, name).name != own.name:
             raise ApiError(404, "model_not_found", f"only model {own.name!r} is served here")
-        return _json(_card(own, name))
+        return _json(cards.card(own, name))
 
     def _visible(self, request: web.Request, model: str) -> ModelRoute:
         """A model that the caller's key reaches. Raises ApiError (403, 404)."""
@@ -420,37 +422,8 @@ def _stream_wish(request: web.Request) -> bool | None:
     return text.lower() in ("true", "1")
 
 
-def _shown(route: ModelRoute) -> dict[str, Any]:
-    return {
-        "id": route.name,
-        "object": "model",
-        "created": _CREATED,
-        "owned_by": "stoker",
-        "warmth": route.warmth,
-        "aliases": route.aliases,
-    }
-
-
 def _sees(request: web.Request, route: ModelRoute) -> bool:
     return sees(request[CALLER], (route.name, *route.aliases, *route.adapters))
-
-
-def _card(route: ModelRoute, name: str) -> dict[str, Any]:
-    """What is shown of `name`, which may be one of its adapters."""
-    shown = _shown(route)
-    if name in route.adapters:
-        shown |= {"id": name, "aliases": (), "parent": route.name}
-    return shown
-
-
-def _listing(request: web.Request, routes: Iterable[ModelRoute]) -> web.Response:
-    """All that the caller may call; adapters too."""
-    caller, cards = request[CALLER], []
-    for route in routes:
-        own = (route.name, *route.aliases)
-        cards += [_shown(route)] if sees(caller, own) else []
-        cards += [_card(route, n) for n in route.adapters if sees(caller, (n, *own))]
-    return _json({"object": "list", "data": cards})
 
 
 def _json(value: Any) -> web.Response:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import html
 from typing import Any
 
+from runtime.router.error_shapes import shape_of
 from runtime.router.jobs import openapi as jobs
 from runtime.router.paths import ROOT_PATHS, STREAMS
 
@@ -55,7 +56,7 @@ def document(version: str) -> _Json:
     """The document as a dict ready for JSON."""
     paths: dict[str, _Json] = {}
     for path, summary in _INFERENCE.items():
-        paths[path] = {"post": _call(path, summary, _json_body(["model"]), path in STREAMS)}
+        paths[path] = {"post": _call(path, summary, _json_body([]), path in STREAMS)}
     for path, summary in _FORMS.items():
         paths[path] = {"post": _call(path, summary, _form_body(), True)}
     for tail in _OWN:
@@ -78,7 +79,12 @@ def document(version: str) -> _Json:
         "security": [{"key": []}, {"x-api-key": []}, {}],
         "paths": paths,
         "components": {
-            "schemas": {"Error": _error_schema(), "Model": _model_schema(), **jobs.schemas()},
+            "schemas": {
+                "Error": _error_schema(),
+                "AnthropicError": _anthropic_error_schema(),
+                "Model": _model_schema(),
+                **jobs.schemas(),
+            },
             "securitySchemes": {
                 "key": {"type": "http", "scheme": "bearer"},
                 "x-api-key": {"type": "apiKey", "in": "header", "name": "X-Api-Key"},
@@ -120,7 +126,7 @@ def _call(path: str, summary: str, body: _Json, streams: bool) -> _Json:
         "requestBody": body,
         "responses": {
             "200": {"description": "the engine's answer", "content": good},
-            **_errors(*_CALL_ERRORS),
+            **_errors(*_CALL_ERRORS, shape=_shape(path)),
         },
     }
     if "{model}" in path:
@@ -177,6 +183,17 @@ def _reads() -> dict[str, _Json]:
         ),
         "/healthz": _read("healthz", "Whether the process is alive", "text/plain"),
         "/readyz": _readyz(),
+        "/health": _probe("health", "200 while requests are served, as vLLM has it"),
+        "/ping": _probe("ping", "The same, as SageMaker asks for it"),
+        "/version": _read("version", "Stoker's version", "application/json", {"type": "object"}),
+        "/load": _read(
+            "load",
+            "How many requests are carried now",
+            "application/json",
+            {"type": "object"},
+            "401",
+            "503",
+        ),
         "/metrics": _read("metrics", "Prometheus' exposition", "text/plain", None, "401"),
         "/openapi.json": _read("openapi", "This document", "application/json", {"type": "object"}),
         "/docs": _read("docs", "This document as a page", "text/html"),
@@ -195,6 +212,12 @@ def _read(name: str, summary: str, kind: str, schema: _Json | None = None, *erro
     return operation
 
 
+def _probe(name: str, summary: str) -> _Json:
+    """An answer without a body."""
+    answers = {"200": {"description": "it serves"}, "503": {"description": "it does not"}}
+    return {"operationId": f"get_{name}", "summary": summary, "responses": answers}
+
+
 def _readyz() -> _Json:
     operation = _read("readyz", "Whether it has routes and is not draining", "text/plain")
     no = {"text/plain": {"schema": {"type": "string"}}}
@@ -202,8 +225,12 @@ def _readyz() -> _Json:
     return operation
 
 
-def _errors(*statuses: str) -> _Json:
-    content = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}
+def _shape(path: str) -> str:
+    return "AnthropicError" if shape_of(path) == "anthropic" else "Error"
+
+
+def _errors(*statuses: str, shape: str = "Error") -> _Json:
+    content = {"application/json": {"schema": {"$ref": f"#/components/schemas/{shape}"}}}
     return {status: {"description": _ERRORS[status], "content": content} for status in statuses}
 
 
@@ -243,10 +270,28 @@ def _error_schema() -> _Json:
     }
 
 
-def _model_schema() -> _Json:
+def _anthropic_error_schema() -> _Json:
+    text = {"type": "string"}
     return {
         "type": "object",
-        "required": ["id", "object", "created", "owned_by", "warmth", "aliases"],
+        "required": ["type", "error"],
+        "properties": {
+            "type": {"const": "error"},
+            "error": {
+                "type": "object",
+                "required": ["type", "message"],
+                "properties": {"type": text, "message": text},
+            },
+            "request_id": text,
+        },
+    }
+
+
+def _model_schema() -> _Json:
+    own = ["warmth", "aliases", "root", "parent", "max_model_len", "permission"]
+    return {
+        "type": "object",
+        "required": ["id", "object", "created", "owned_by", *own],
         "properties": {
             "id": {"type": "string"},
             "object": {"const": "model"},
@@ -254,6 +299,9 @@ def _model_schema() -> _Json:
             "owned_by": {"type": "string"},
             "warmth": {"type": "string"},
             "aliases": {"type": "array", "items": {"type": "string"}},
-            "parent": {"type": "string"},  # of an adapter: its base
+            "root": {"type": "string"},
+            "parent": {"type": ["string", "null"]},  # of an adapter: its base
+            "max_model_len": {"type": ["integer", "null"]},
+            "permission": {"type": "array", "items": {"type": "object"}},
         },
     }

@@ -473,7 +473,6 @@ async def test_an_answer_broken_off_is_seen_to_be_broken(stack: Stack, framing: 
         (CHAT, b'{"model":"\xff"}', 400, "invalid_json", None),
         ("/invoke/m", b'{"prompt":"a","\xff":1}', 400, "invalid_json", None),
         ("/models/m/v1/completions", b'{"user":"\xff"}', 400, "invalid_json", None),
-        (CHAT, b"{}", 400, "missing_field", "model"),
         (CHAT, b'{"model":3}', 400, "invalid_field", "model"),
         (CHAT, b'{"model":"m","stream":"yes"}', 400, "invalid_field", "stream"),
         (CHAT, b'{"model":"mm"}', 404, "model_not_found", "model"),
@@ -582,17 +581,21 @@ async def test_models(stack: Stack) -> None:
 
     listing = await get("/v1/models")
     assert listing["object"] == "list"
-    a, b = listing["data"]
+    a, *aliases, b = listing["data"]
+    assert [card["id"] for card in aliases] == ["org/a", "other:1"]
     assert a == {
         "id": "a", "object": "model", "created": a["created"], "owned_by": "stoker",
+        "root": "a", "parent": None, "max_model_len": None, "permission": a["permission"],
         "warmth": "hot", "aliases": ["org/a", "other:1"],
     }  # fmt: skip
     assert isinstance(a["created"], int)
     assert (b["id"], b["warmth"]) == ("b", "cold")
-    for name in ("a", "org/a", "org%2Fa", "other:1"):
-        assert await get(f"/v1/models/{name}") == a
-    assert await get("/models/org%2Fa/v1/models") == {"object": "list", "data": [a]}
-    assert await get("/models/a/v1/models/org%2Fa") == a
+    assert await get("/v1/models/a") == a
+    for name in ("org/a", "org%2Fa"):
+        assert await get(f"/v1/models/{name}") == aliases[0]
+    assert await get("/v1/models/other:1") == aliases[1]
+    assert await get("/models/org%2Fa/v1/models") == {"object": "list", "data": [a, *aliases]}
+    assert await get("/models/a/v1/models/org%2Fa") == aliases[0]
     assert (await get("/models/a/v1/models/b"))["error"]["code"] == "model_not_found"
     assert "did you mean" in (await get("/v1/models/org/b"))["error"]["message"]
 

@@ -145,9 +145,10 @@ async def test_a_cold_model_is_waited_for(stack: Stack, client: AsyncOpenAI) -> 
 
 async def test_models(stack: Stack, client: AsyncOpenAI) -> None:
     await stack.serve("m", warmth="cold", aliases=("org/m",))
-    (listed,) = [model async for model in client.models.list()]
+    listed, alias = [model async for model in client.models.list()]
+    assert (alias.id, alias.max_model_len) == ("org/m", None)
     assert (listed.id, listed.owned_by, listed.warmth) == ("m", "stoker", "cold")
-    assert (await client.models.retrieve("org/m")).id == "m"
+    assert (await client.models.retrieve("org/m")).id == "org/m"
 
 
 async def test_errors(stack: Stack, client: AsyncOpenAI) -> None:
@@ -169,7 +170,7 @@ async def test_one_models_own_base_url(stack: Stack, client: AsyncOpenAI) -> Non
     own = client.with_options(base_url=stack.url + "/models/org%2Fm/v1")
     chat = await own.chat.completions.create(model="gpt-4o", messages=MESSAGES)
     assert chat.model == "org/m"
-    assert [model.id async for model in own.models.list()] == ["m"]
+    assert [model.id async for model in own.models.list()] == ["m", "org/m"]
 
 
 @contextlib.asynccontextmanager

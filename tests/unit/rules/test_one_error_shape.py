@@ -49,7 +49,7 @@ def test_no_second_place_makes_errors(path: str) -> None:
 
 # Texts that tell of errors without being one.
 EXCEPTIONS = {
-    "runtime/router/openapi.py": 1,  # the document's schema of an error
+    "runtime/router/openapi.py": 2,  # the document's schemas of an error, one a protocol
 }
 
 

@@ -43,9 +43,9 @@ ALLOWED: dict[str, tuple[set[str], str]] = {
         {"f'/models/{{model}}/v1{tail}'", "'/v1' + tail", "f'/v1{tail}'"},
         "a document of our own paths: nothing is sent there",
     ),
-    "runtime/router/paths.py": (
-        {"f'/v1/{tail}?{query}'", "f'/v1/{tail}'"},
-        "the router's own check of what reaches an engine: plain segments, no control route",
+    "runtime/router/api.py": (
+        {"f\"/models/{{model:.+?}}{{path:{'|'.join(map(re.escape, V1_PATHS))}}}\""},
+        "a pattern that requests are matched by: nothing is sent there",
     ),
 }  # fmt: skip
 
