@@ -58,11 +58,12 @@ class OddConnection(web.RequestHandler):
 
     def data_received(self, data: bytes) -> None:
         count = self._request_count
+        of_a_head = self._body is None or self._body.is_eof()  # the last piece of a body is none
         super().data_received(data)
         if self._request_count != count:
             self._head_bytes = 0
             self._body = self._messages[-1][1] if self._messages else None
-        elif self._body is None or self._body.is_eof():
+        elif of_a_head:
             self._head_bytes += len(data)
             if self._head_bytes > HEAD_BYTES:
                 self.force_close()

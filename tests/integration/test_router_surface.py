@@ -304,3 +304,13 @@ async def test_pages_of_a_listed_origin_may_call(stack: Stack) -> None:
             assert "origin" in answer.headers["vary"]
     plain = await raw(stack, request(f"POST {CHAT} HTTP/1.1", body=BODY))
     assert "access-control-allow-origin" not in plain.headers, "the engine's word is not ours"
+
+
+async def test_a_large_body_that_was_handed_over_is_no_head(stack: Stack) -> None:
+    """Its last piece comes when the body is nearly whole: it must not be counted as a head."""
+    engine = await stack.engine(unary())
+    await stack.serve("m", engine)
+    body = b'{"model":"m","x":"%b"}' % (b"x" * 3_000_000)
+    data = request(f"POST {CHAT} HTTP/1.1", "Accept: */*", body=body)
+    assert (await raw(stack, data, 20.0)).status == 200
+    assert engine.received[0].body == body
