@@ -14,8 +14,9 @@ import logging
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from aiohttp import HttpVersion11, StreamReader, web
+from aiohttp import HttpVersion10, HttpVersion11, StreamReader, web
 from aiohttp.http_exceptions import ContentEncodingError, LineTooLong
+from aiohttp.web_protocol import _ErrInfo
 
 from runtime.router.errors import ApiError, internal_error
 
@@ -62,11 +63,28 @@ class OddConnection(web.RequestHandler):
         super().data_received(data)
         if self._request_count != count:
             self._head_bytes = 0
+            if self._body is not None and not self._body.is_eof() and self._is_broken():
+                self._break_off(self._body)
+                return
             self._body = self._messages[-1][1] if self._messages else None
         elif of_a_head:
             self._head_bytes += len(data)
             if self._head_bytes > HEAD_BYTES:
                 self.force_close()
+
+    def _is_broken(self) -> bool:
+        return bool(self._messages) and isinstance(self._messages[-1][0], _ErrInfo)
+
+    def _break_off(self, body: StreamReader) -> None:
+        """A body that goes on as its head did not say: that request is told, and is the last one.
+
+        aiohttp takes it for a second request, has that one answered, and leaves the first one
+        waiting for its body.
+        """
+        failure, _ = self._messages.pop()
+        assert isinstance(failure, _ErrInfo)
+        body.set_exception(web.RequestPayloadError(failure.message.split("\n")[0].strip(" :.")))
+        self.close()
 
     def handle_error(
         self,
@@ -94,6 +112,11 @@ def _factory(inner: Callable[..., web.BaseRequest]) -> Callable[..., web.BaseReq
         too_new = message.version > HttpVersion11
         if too_new or message.method == "UNKNOWN":  # aiohttp's word for what is no request
             message = message._replace(version=HttpVersion11)
+        too_old = message.version < HttpVersion10  # a request line without a version, as HTTP/0.9
+        if too_old:
+            message = message._replace(version=HttpVersion11)
+        if "Upgrade" in message.headers:  # declined; aiohttp loses what came in one piece with it
+            message = message._replace(should_close=True)
         raw = message.url.raw_path
         if len(raw) > 1 and raw.endswith("/"):
             url = message.url.with_path(raw.rstrip("/") or "/", encoded=True, keep_query=True)
@@ -102,6 +125,9 @@ def _factory(inner: Callable[..., web.BaseRequest]) -> Callable[..., web.BaseReq
         if too_new:
             text = "this is an HTTP/1.1 server: it speaks no later version on this connection"
             request[_REFUSED] = ApiError(505, "http_version", text, final=True)
+        elif too_old:
+            text = "this is no HTTP/1.1 request: its first line does not end with a version"
+            request[_REFUSED] = ApiError(400, "bad_request", text)
         return request
 
     return make
