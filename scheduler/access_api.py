@@ -14,7 +14,7 @@ from msgspec import Struct
 
 from runtime.access import KeySpec, Limits, Priority, Role, Scope, StoredKey, StoredToken, Tenant
 from scheduler.access import Access
-from scheduler.http import ApiError, bad, read_body, reply, unknown
+from scheduler.http import SUBJECT, ApiError, bad, read_body, reply, unknown
 
 DAY_S = 86400.0
 NO_TENANT = "anonymous"
@@ -115,6 +115,7 @@ class AccessApi:
     async def create_key(self, request: web.Request) -> web.Response:
         spec = _checked(await read_body(request, KeySpec))
         key, token = await self._access.create_key(spec)
+        request[SUBJECT] = f"{request.path}/{key.key_id}"
         return reply(NewKey(key=_key_view(key), token=token), 201)
 
     async def show_key(self, request: web.Request) -> web.Response:
@@ -189,6 +190,7 @@ class AccessApi:
         if body.expires_at is not None and body.expires_at <= time.time():
             raise bad("expires_at", body.expires_at, "is in the past", "use a time to come")
         stored, token = await self._access.create_token(body.role, body.name, body.expires_at)
+        request[SUBJECT] = f"{request.path}/{stored.token_id}"
         return reply(NewToken(info=_token_view(stored), token=token), 201)
 
     async def delete_token(self, request: web.Request) -> web.Response:

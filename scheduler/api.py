@@ -41,6 +41,7 @@ from scheduler.access_api import AccessApi
 from scheduler.cache_api import CacheClient, CachePullBody
 from scheduler.driver import Driver
 from scheduler.http import (
+    SUBJECT,
     WHO,
     ApiError,
     bad,
@@ -150,7 +151,8 @@ class Api:
         """Note who changed a model or whose access; secrets and bodies are left out."""
         book = self.driver.rules
         async with book.lock:
-            await book.audit.note(request[WHO], action, request.path, "by the admin API")
+            subject = request.get(SUBJECT, request.path)
+            await book.audit.note(request[WHO], action, subject, "by the admin API")
 
     def _is_scraper(self, request: web.Request) -> bool:
         token = self.driver.config.metrics_token
@@ -231,6 +233,7 @@ class Api:
         if spec.name in self.core.state.models:
             how = "PUT to its address, or `stoker model add` without --new, changes it"
             raise ApiError(409, f"it exists already: {how}")
+        request[SUBJECT] = f"{request.path}/{spec.name}"
         return await self._save(spec)
 
     async def put_model(self, request: web.Request) -> web.Response:

@@ -18,6 +18,7 @@ from scheduler import views as v
 
 S = TypeVar("S", bound=msgspec.Struct)
 WHO = web.RequestKey("who", str)  # the name of the token that was sent
+SUBJECT = web.RequestKey("subject", str)  # the address of what was made, for the audit trail
 
 
 class ApiError(Exception):

@@ -420,7 +420,13 @@ def test_roles_of_admin_tokens(cluster: Cluster) -> None:
     trail = cluster.admin("GET", "/admin/audit?limit=500")["audit"]
     assert {"create_token", "delete_token", "create_key"} <= {entry["action"] for entry in trail}
     assert ("the-admin", "create_key") in {(entry["who"], entry["action"]) for entry in trail}
-    assert ("the-admin", "create_model") in {(e["who"], e["action"]) for e in trail}
+    made = {
+        e["subject"] for e in trail if e["who"] == "the-admin" and e["action"] == "create_model"
+    }
+    assert made == {f"/admin/models/{spec['name']}"}
+    for action in ("create_key", "create_token"):  # each is named by its id, not by its secret
+        subjects = [e["subject"] for e in trail if e["action"] == action]
+        assert len(set(subjects)) == len(subjects)
     assert not [secret for secret in tokens.values() if secret[-43:] in json.dumps(trail)]
 
 
