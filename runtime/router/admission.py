@@ -150,7 +150,7 @@ class Admission:
         if route is None:
             if self.table is None:
                 return refusals.no_table(request_id)
-            return refusals.unknown(request_id, model, self._route)
+            return refusals.unknown(request_id, model)
         name = route.name
         self._arrived[name] += 1
         self._budget.request(now)

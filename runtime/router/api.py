@@ -36,7 +36,6 @@ from runtime.router.keys import given_token, sees
 from runtime.router.openapi import document, page
 from runtime.router.paths import ROOT_PATHS, STREAMS, V1_PATHS, engine_target
 from runtime.router.proxy import Proxy
-from runtime.router.refusals import unknown_model
 from runtime.router.siblings import OWN, Siblings
 from runtime.wire import ModelRoute, RouteTable
 
@@ -261,9 +260,7 @@ class Api:
         for route in routes:
             if model in (route.name, *route.aliases):
                 return route
-        own = (r for r in (*table.models, *routes) if _sees(request, r))
-        known = (n for r in own for n in (r.name, *r.aliases, *r.adapters))
-        message = unknown_model(model, known)
+        message = f"there is no model {model!r}{self._proxy.meant(request[CALLER], model)}"
         raise ApiError(404, "model_not_found", message, param="model")
 
     # -------------------------------------------------------------------------------- operations

@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from zlib import crc32
 
 from runtime.router.body import Head
+from runtime.router.usage import Usage
 
 BYTES_PER_TOKEN = 4
 ANSWER_TOKENS = 256  # where the caller sets no limit
@@ -68,6 +69,27 @@ def tokens_of(body: bytes, head: Head) -> int:
     size = len(body)
     read = size // BYTES_PER_TOKEN if size < MEDIA_BYTES else prompt_tokens(body)
     return max(1, read + limit)
+
+
+def taken_tokens(
+    body: bytes, expected: int, usage: Usage, *, answered: bool, worked_s: float
+) -> int:
+    """What a call that is over is charged where `expected` tokens were paid for.
+
+    `answered`: an answer had begun: what the engine said, or else what was expected. `worked_s`:
+    how long an engine worked for a caller who hung up before that: its prompt and
+    ANSWER_TOKENS_PER_S, at most what was expected. Else nothing: the failure was ours.
+
+    Example: a prompt of 2,000 bytes whose caller hung up after 2 s took 500 + 2 * 50 tokens.
+    """
+    if answered:
+        if usage.completion_tokens is None:
+            return expected
+        read = usage.prompt_tokens
+        return (prompt_tokens(body) if read is None else read) + usage.completion_tokens
+    if worked_s <= 0:
+        return 0
+    return min(expected, prompt_tokens(body) + round(worked_s * ANSWER_TOKENS_PER_S))
 
 
 def keys_of(

@@ -29,13 +29,13 @@ from runtime.router.errors import ApiError, engine_error, internal_error
 from runtime.router.fairness import Wish
 from runtime.router.gate import Gate
 from runtime.router.hedge import HEDGED, first_of
-from runtime.router.keys import Keys, may, rate_headers
+from runtime.router.keys import Keys, may, rate_headers, sees
 from runtime.router.limits import GpuShare
 from runtime.router.memory import Memory, MemoryFull
 from runtime.router.metrics import Metrics
 from runtime.router.outcome import BROKEN_OFF, HUNG_UP, Observer, Outcome
 from runtime.router.patience import patience
-from runtime.router.prompt import ANSWER_TOKENS_PER_S, keys_of, prompt_tokens, tokens_of
+from runtime.router.prompt import keys_of, taken_tokens, tokens_of
 from runtime.router.refusals import Refused
 from runtime.router.response_cache import ENTRY_BYTES, Kept, ResponseCache, Wanted, wanted
 from runtime.router.routed import Routed
@@ -166,20 +166,14 @@ class Proxy:
         return exchange
 
     def _settle(self, caller: Caller, expected: int, exchange: _Exchange) -> None:
-        """Charge what was taken: what the engine said, or else what was expected."""
-        outcome, tokens = exchange.outcome, 0
-        usage = outcome.usage
-        if outcome.ttft_s is not None and exchange.status < 400:
-            tokens = expected
-            if usage.completion_tokens is not None:
-                prompt = usage.prompt_tokens
-                if prompt is None:
-                    prompt = prompt_tokens(outcome.call.body)
-                tokens = prompt + usage.completion_tokens
-        elif exchange.status == HUNG_UP and exchange.gpu_s > 0:  # the engine worked until then
-            sent_s = outcome.total_s - outcome.held_s
-            worked = prompt_tokens(outcome.call.body) + round(sent_s * ANSWER_TOKENS_PER_S)
-            tokens = min(expected, worked)
+        """Charge what was taken, and not what was expected."""
+        outcome = exchange.outcome
+        answered = outcome.ttft_s is not None and exchange.status < 400
+        hung_up = exchange.status == HUNG_UP and exchange.gpu_s > 0
+        tokens = taken_tokens(
+            outcome.call.body, expected, outcome.usage, answered=answered,
+            worked_s=outcome.total_s - outcome.held_s if hung_up else 0.0,
+        )  # fmt: skip
         self.keys.end(caller, expected, tokens, exchange.gpu_s)
 
     def _tell(self, outcome: Outcome) -> None:
@@ -208,6 +202,19 @@ class Proxy:
         route, way = self.gate.find(model), self.gate.versions.ways.get(model)
         name = way.route if way is not None else route.name if route is not None else model
         _check_scope(caller, name, model, path)
+
+    def meant(self, caller: Caller, model: str) -> str:
+        """What an error about an unknown `model` adds: close names, of those `caller` may call."""
+        table = self.gate.table
+        models = table.models if table is not None else ()
+        routes = (*models, *self.gate.versions.listed(models))
+        known = (
+            name
+            for r in routes
+            for name in (r.name, *r.aliases, *r.adapters)
+            if sees(caller, (name, r.name, *r.aliases))
+        )
+        return refusals.meant(model, known)
 
     def _wish(self, call: Call, route: ModelRoute | None) -> Wish:
         """Keys of the prompt are made only where there is a choice of replicas, and how long the
@@ -418,8 +425,11 @@ class _Exchange:
         await self._client.write(data)
 
     async def _refuse(self, refused: Refused) -> None:
+        message, call = refused.message, self._call
+        if refused.code == refusals.UNKNOWN and self._proxy.gate.find(call.model) is None:
+            message += self._proxy.meant(call.caller, call.model)
         error = ApiError(
-            refused.status, refused.code, refused.message,
+            refused.status, refused.code, message,
             param=refused.param, retry_after_s=refused.retry_after_s, final=refused.final or None,
         )  # fmt: skip
         if not self._client.begun or self._is_spare():

@@ -13,6 +13,7 @@ from runtime.router.fairness import Wish
 from runtime.schema import close_names
 from runtime.wire import ModelRoute
 
+UNKNOWN = "model_not_found"  # whoever tells it adds the names that its caller may see
 RETRY_AFTER_S = 5.0  # where neither the scheduler nor an estimate says better
 
 
@@ -34,23 +35,23 @@ def no_table(request_id: str) -> Refused:
     return Refused(request_id, 503, "no_routes", message, 1.0)
 
 
-def unknown(request_id: str, model: str, known: Iterable[str]) -> Refused:
-    """No model, alias or adapter has that name."""
-    message = unknown_model(model, known)
-    return Refused(request_id, 404, "model_not_found", message, None, "model", final=True)
+def unknown(request_id: str, model: str) -> Refused:
+    """No model, alias or adapter has that name. Which one was meant is added where it is told, as
+    it depends on what the caller may see."""
+    message = f"there is no model {model!r}"
+    return Refused(request_id, 404, UNKNOWN, message, None, "model", final=True)
 
 
-def unknown_model(model: str, known: Iterable[str]) -> str:
-    """What a caller is told who asked for `model`, with the names they may have meant."""
+def meant(model: str, known: Iterable[str]) -> str:
+    """The end of that message: those of `known`, names that its caller may see, that are close."""
     close = close_names(model, known)
-    hint = f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
-    return f"there is no model {model!r}{hint}"
+    return f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
 
 
 def removed(request_id: str, model: str) -> Refused:
     """It was there when the request came."""
     message = f"model {model!r} was removed while the request waited"
-    return Refused(request_id, 404, "model_not_found", message, None, "model", final=True)
+    return Refused(request_id, 404, UNKNOWN, message, None, "model", final=True)
 
 
 def unavailable(request_id: str, route: ModelRoute) -> Refused:

@@ -14,7 +14,7 @@ import router_kit as kit
 import uvloop
 from router_kit import Stack, eventually, unary
 
-from runtime.access import KEY_PREFIX, KeySpec, Limits, Scope, StoredKey, digest
+from runtime.access import KEY_PREFIX, KeySpec, Limits, Scope, StoredKey, Used, digest
 from runtime.router.jobs import invokes
 
 LATER = {"Prefer": "respond-async"}
@@ -45,6 +45,7 @@ KEYS = (
     key("globex", "globex"),
     key("slow", "slowpoke", limits=Limits(requests_per_min=3)),
     key("embed", "acme", scope=Scope(endpoints=("/v1/embeddings",), models=("beta",))),
+    key("alph", "acme", scope=Scope(models=("alphx", "bet*"))),
     key("beta", "acme", scope=Scope(models=("beta",))),
 )
 
@@ -251,6 +252,34 @@ async def test_engines_get_no_credentials_of_callers_and_hints_name_no_others_mo
     for path in ("/v1/models/alphx", "/models/alphx/v1/models"):
         assert "'alpha'" not in str((await ask(stack, "beta", "GET", path))[1])
         assert "'alpha'" in str((await ask(stack, "acme", "GET", path))[1])
+
+
+async def test_an_unknown_model_hints_at_no_name_outside_of_the_keys_scope(stack: Stack) -> None:
+    """By the error of admission: the scope allows the name that was asked for."""
+    body = {"model": "alphx", "messages": []}
+    for name, hinted in (("alph", False), ("acme", True)):
+        status, error, _ = await ask(stack, name, "POST", "/v1/chat/completions", body)
+        assert (status, error["error"]["code"]) == (404, "model_not_found")
+        assert ("'alpha'" in error["error"]["message"]) is hinted
+    body["model"] = "betx"
+    _, error, _ = await ask(stack, "alph", "POST", "/v1/chat/completions", body)
+    assert "did you mean 'beta'" in error["error"]["message"]
+
+
+async def test_who_hangs_up_before_the_first_byte_pays_for_the_engines_work(stack: Stack) -> None:
+    """Its prompt of 500 tokens and some for the time, not the 100,000 that it might have had."""
+    stack.engines[0].answer = kit.never
+    body = {"model": "alpha", "messages": [{"role": "user", "content": "x" * 2000}]}
+    body["max_tokens"] = 100_000
+    call = asyncio.create_task(ask(stack, "globex", "POST", "/v1/chat/completions", body))
+    await eventually(lambda: stack.engines[0].received, "not sent")
+    call.cancel()
+
+    def used() -> Used:
+        return stack.scheduler.usage.totals(0.0).get("tenant:globex", Used())
+
+    await eventually(lambda: used().gpu_ms, "the end was not reported")
+    assert 500 <= used().tokens < 50_000
 
 
 # ---------------------------------------------------------------------- memory

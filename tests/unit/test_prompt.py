@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from runtime.router.body import Head, read_head
-from runtime.router.prompt import keys_of, tokens_of
+from runtime.router.prompt import keys_of, taken_tokens, tokens_of
+from runtime.router.usage import NOTHING, Usage
 
 CHAT = "/v1/chat/completions"
 
@@ -43,6 +44,26 @@ def keys(
 )
 def test_tokens(size: int, head: Head, tokens: int) -> None:
     assert tokens_of(b"x" * size, head) == tokens
+
+
+@pytest.mark.parametrize(
+    ("usage", "answered", "worked_s", "tokens"),
+    [
+        (Usage(7, 3, True, 0), True, 0.0, 10),
+        (Usage(None, 3, False, 3), True, 0.0, 503),
+        (NOTHING, True, 0.0, 756),
+        (NOTHING, False, 2.0, 600),
+        (NOTHING, False, 0.001, 500),
+        (NOTHING, False, 3600.0, 756),
+        (NOTHING, False, 0.0, 0),
+    ],
+)
+def test_who_hangs_up_before_the_answer_pays_for_the_engines_work(
+    usage: Usage, answered: bool, worked_s: float, tokens: int
+) -> None:
+    """And nobody for a failure, which is no work of an engine for its caller."""
+    body = b"x" * 2000
+    assert taken_tokens(body, 756, usage, answered=answered, worked_s=worked_s) == tokens
 
 
 @given(size=st.integers(0, 2**24), limit=st.none() | st.booleans() | st.integers() | st.text())
