@@ -48,6 +48,8 @@ def cold_start_table(answer: views.ColdStarts) -> Table | str:
 
 def _cold_start_row(c: views.ColdStartView) -> tuple[str, ...]:
     longest = sorted(c.phases.items(), key=lambda item: -item[1])[:SHOWN_PHASES]
+    spent = ", ".join(f"{name} {seconds:.2f}" for name, seconds in longest if seconds >= 0.005)
+    after = ", ".join(f"{name} {seconds:.2f}" for name, seconds in c.after.items())
     return (
         str(c.number),
         age(c.age_s),
@@ -55,7 +57,7 @@ def _cold_start_row(c: views.ColdStartView) -> tuple[str, ...]:
         c.rung if c.outcome == "ready" else f"{c.rung}, {c.outcome}",
         c.node_id,
         age(c.total_s),
-        ", ".join(f"{name} {seconds:.2f}" for name, seconds in longest if seconds >= 0.005),
+        f"{spent}; then {after}" if after else spent,
         c.cause,
         ", ".join(c.moved_down) or "nothing",
     )

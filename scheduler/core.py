@@ -243,10 +243,12 @@ class Core(Warm):
             model = self.state.models.get(name)
             if model is None:
                 continue
-            model.first_token_s = part.first_token_s or model.first_token_s
             if part.idle_for_s is not None:
                 model.active_at = max(model.active_at or 0.0, made_at - part.idle_for_s)
             before = old.get(name)
+            known_s = before.first_token_s if before else None
+            if last is not None and part.first_token_s not in (None, known_s):
+                model.first_token_s, model.first_token_at = part.first_token_s, now
             if part.waiting or before is None or _differs(before, part):
                 self._dirty.add(name)
         for name in old.keys() - models.keys():

@@ -32,6 +32,7 @@ from scheduler.access import Access
 from scheduler.core import Core
 from scheduler.forecast import Sketch
 from scheduler.ladder import climb_s
+from scheduler.ledger import mismatch
 from scheduler.moves import Settings
 from scheduler.rulebook import RuleBook
 
@@ -132,6 +133,8 @@ class Driver:
                     self._table_changed.set()
                     self._table_changed = asyncio.Event()
                 case m.ColdStart():
+                    if wrong := mismatch(command):
+                        log.error("%s", wrong)
                     self.on_cold_start(command)
                 case m.Sketched():
                     self._sketches[command.model] = command.sketch

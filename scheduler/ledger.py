@@ -6,6 +6,8 @@ from runtime.footprints import Footprint, Key
 from scheduler.messages import ColdStart
 from scheduler.state import Climb, ClusterState, Model, Replica
 
+ROUNDING_S = 0.0001  # of each figure of a record
+
 
 def footprint_key(state: ClusterState, replica: Replica) -> Key | None:
     """The ledger entry a replica's measurements belong to; None before it has reported."""
@@ -33,12 +35,13 @@ def finished(
 ) -> ColdStart:  # fmt: skip
     """The post-mortem of a climb that ended at `now`.
 
-    What comes after it serves is beside the total: its first canary, and `first_token`, the
-    seconds from there to the first byte of a held request, as a router told.
+    What comes after it serves is no phase of it, but in `after`: the canary of a start, and
+    `first_token`, the seconds from there to the first byte of a held request, as a router told.
 
-    Worked example: a request had waited 0.1 s when the replica was planned at 100.0; its memory
-    was free at 102.0; its agent reports weights 1.0 s and kv 0.5 s; it serves at 104.0. Then
-    total_s is 4.1 and the phases are queue 0.1, evict 2.0, weights 1.0, kv 0.5, other 0.5.
+    Worked example: a request had waited 0.1 s when the replica was planned at 100.0; what was
+    moved down for it had left its memory at 101.5; another start on the device ended at 102.0; its
+    agent reports weights 1.0 s and kv 0.5 s; it serves at 104.0. Then total_s is 4.1 and the
+    phases are queue 0.1, evict 1.5, turn 0.5, weights 1.0, kv 0.5, other 0.5.
     """
     sent_at = climb.sent_at if climb.sent_at is not None else now
     reported = dict(replica.report.phases) if replica.report else {}
@@ -50,7 +53,12 @@ def finished(
     # The agent's clock is another one: what it reports never exceeds what was seen from here.
     seen_s = max(now - sent_at, 0.0)
     scale = min(1.0, seen_s / known_s) if known_s > 0 else 1.0
-    phases = {"queue": climb.waited_s, "evict": sent_at - climb.planned_at}
+    free_at = climb.planned_at
+    if climb.moved_down:
+        free_at = sent_at if climb.room_at is None else min(climb.room_at, sent_at)
+    phases = {
+        "queue": climb.waited_s, "evict": free_at - climb.planned_at, "turn": sent_at - free_at,
+    }  # fmt: skip
     phases |= {name: seconds * scale for name, seconds in reported.items() if name != "other"}
     rung = climb.rung
     if rung == "stopped":  # what it began from is its agent's to tell
@@ -61,6 +69,21 @@ def finished(
         number=number, at=now, model=replica.model, replica_id=replica.replica_id,
         node_id=replica.node_id, rung=rung, outcome=outcome, cause=climb.cause,
         reason=climb.reason, moved_down=climb.moved_down, total_s=round(total_s, 4),
-        phases={name: round(seconds, 4) for name, seconds in (phases | after).items()},
+        phases={name: round(seconds, 4) for name, seconds in phases.items()},
+        after={name: round(seconds, 4) for name, seconds in after.items()},
         expected_s=climb.expected_s, considered=climb.considered,
     )  # fmt: skip
+
+
+def mismatch(record: ColdStart) -> str | None:
+    """Why a record can't be true: its phases do not add up to its total, or one is negative."""
+    negative = [name for name, seconds in record.phases.items() if seconds < 0]
+    if negative:
+        return f"cold start {record.number} of {record.model}: {', '.join(negative)} below 0 s"
+    known_s = sum(record.phases.values())
+    if abs(known_s - record.total_s) > ROUNDING_S * (len(record.phases) + 1):
+        return (
+            f"cold start {record.number} of {record.model}: its phases add up to {known_s:.4f} s,"
+            f" its total is {record.total_s:.4f} s"
+        )
+    return None

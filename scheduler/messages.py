@@ -218,9 +218,11 @@ class Quarantined(Struct, frozen=True, kw_only=True):
 class ColdStart(Struct, frozen=True, kw_only=True):
     """The post-mortem of one climb to hot: why, what it moved down, and where the time went.
 
-    `phases` are seconds: `queue` (the longest wait before it was planned), `evict` (until its
-    memory was free), then what its agent reports (fork, import, weights, kv, canary, …), with
-    `other` for what no phase accounts for. They add up to `total_s`.
+    `phases` are seconds: `queue` (the longest wait before it was planned), `evict` (until what was
+    moved down for it had left), `turn` (until its devices were free of other starts and wakes, and
+    of what left on its own), then what its agent reports (fork, import, weights, kv, …), with
+    `other` for what no phase accounts for. They add up to `total_s` (`ledger.mismatch`).
+    `after` is what came once it served: the `canary` of a start, and `first_token`.
     """
 
     number: int
@@ -235,6 +237,7 @@ class ColdStart(Struct, frozen=True, kw_only=True):
     moved_down: tuple[str, ...]  # "b-1-2 (b) to asleep-1"
     total_s: float
     phases: dict[str, float]
+    after: dict[str, float] = {}
     expected_s: float | None = None  # what placement counted on
     considered: tuple[str, ...] = ()
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 
+import prometheus_client
 from prometheus_client import CollectorRegistry, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from scheduler.driver import Driver
 from scheduler.eviction import standing
+from scheduler.ledger import mismatch
 from scheduler.messages import ColdStart
 
 
@@ -28,10 +30,17 @@ class ColdStartTimes:
             "stoker_cold_start_phase_seconds", "the same, by phase", ["rung", "phase"],
             buckets=self.BUCKETS_S, registry=registry,
         )  # fmt: skip
+        self._mismatches = prometheus_client.Counter(
+            "stoker_cold_start_mismatches",
+            "post-mortems whose phases do not add up to their total: a fault of the scheduler",
+            registry=registry,
+        )
 
     def observe(self, record: ColdStart) -> None:
         self._total.labels(record.rung, record.outcome).observe(record.total_s)
-        for phase, seconds in record.phases.items():
+        if mismatch(record) is not None:
+            self._mismatches.inc()
+        for phase, seconds in (record.phases | record.after).items():
             self._phases.labels(record.rung, phase).observe(seconds)
 
 

@@ -190,7 +190,9 @@ class Moves:
             return
         self.state.cold_start_count += 1
         model = self.state.models.get(replica.model)
-        first_token_s = model.first_token_s if model else None
+        ready_at, first_token_s = replica.climb.ready_at, None
+        if model is not None and ready_at is not None and model.first_token_at >= ready_at:
+            first_token_s = model.first_token_s  # not that of an earlier climb
         record = finished(
             self.state.cold_start_count, replica, replica.climb, outcome, now, first_token_s
         )

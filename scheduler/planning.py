@@ -254,7 +254,7 @@ class Planning(Nodes):
                 self._unplan(replica, now)
                 self._hungry.add(replica.model)
                 self._freed = True
-            elif all(self._device_open(node, d, replica) for d in replica.device_ids):
+            elif self._has_room(node, replica, now) and not _in_use(node, replica):
                 if replica.stage is Stage.RISING:
                     self._send_wake(replica, now)
                 else:
@@ -281,11 +281,14 @@ class Planning(Nodes):
         if route.waiting_for != waiting_for(self.state, model):
             self._dirty.add(replica.model)
 
-    def _device_open(self, node: Node, device_id: str, replica: Replica) -> bool:
+    def _has_room(self, node: Node, replica: Replica, now: float) -> bool:
+        """Whether its memory is really free; its climb is told when that was so first."""
         more = replica.bytes - replica.physical
-        if node.physical(device_id) + more > node.capacity(device_id):
+        if any(node.physical(d) + more > node.capacity(d) for d in replica.device_ids):
             return False
-        return not any(r.stage in BUSY for r in node.on_device(device_id))
+        if replica.climb is not None and replica.climb.room_at is None:
+            replica.climb.room_at = now
+        return True
 
     # ------------------------------------------------------------------------------- routes
 
@@ -379,3 +382,8 @@ def _cause(model: Model, waiting: int, now: float) -> str:
     if len(model.coming()) < model.spec.min_replicas:
         return "min_replicas"
     return model.wanted_why or "concurrency"
+
+
+def _in_use(node: Node, replica: Replica) -> bool:
+    """Whether another one has its turn on a device of `replica`."""
+    return any(r.stage in BUSY for d in replica.device_ids for r in node.on_device(d))

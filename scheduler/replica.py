@@ -61,6 +61,7 @@ class Climb:
     moved_down: tuple[str, ...]
     considered: tuple[str, ...] = ()
     expected_s: float | None = None
+    room_at: float | None = None  # its memory was found free
     sent_at: float | None = None
     ready_at: float | None = None  # it serves; its agent has not told yet where the time went
     woken_from: int = 0

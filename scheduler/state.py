@@ -56,6 +56,7 @@ class Model:
     unfit_final: bool = False  # nor could any known one, were all of them up, healthy and open
     waiting_for: str | None = None  # why it is not placed yet
     first_token_s: float | None = None  # of the last request that was held, as a router told
+    first_token_at: float = 0.0  # when it told
     rest_at: float = 0.0  # before this no idle timer of it can be over
     wanted: int = 0  # replicas, as last decided, and why
     wanted_why: str = ""

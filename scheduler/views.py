@@ -148,7 +148,8 @@ class ColdStartView(Struct, frozen=True, kw_only=True):
     reason: str
     moved_down: tuple[str, ...]
     total_s: float
-    phases: dict[str, float]
+    phases: dict[str, float]  # seconds; they add up to total_s
+    after: dict[str, float] = {}  # seconds of what came once it served: canary, first_token
     expected_s: float | None = None  # what placement counted on
     considered: tuple[str, ...] = ()
 

@@ -5,6 +5,7 @@ Rules it checks as they can be broken (a broken one raises Violation at once):
 - no agent obeys a leader after a later one (the nodes tell);
 - nothing that was evicted or idle is ended with a request in flight;
 - nothing that is hot is evicted within the dwell time;
+- the phases of a cold start's post-mortem add up to its total;
 - a request that was let in ends once (its router's books raise KeyError, this counts).
 
 Definitions, for reports:
@@ -22,6 +23,7 @@ from dataclasses import dataclass
 from runtime.sim.loop import Loop
 from runtime.wire import ReplicaPhase, StartReplica
 from scheduler import messages as m
+from scheduler.ledger import mismatch
 from scheduler.sim.routers import Request
 
 OCCUPIES = frozenset({"starting", "ready", "draining", "sleeping", "waking"})
@@ -183,6 +185,8 @@ class Truth:
         """A leader's record."""
         if isinstance(record, m.ColdStart):
             self.cold_starts.append(record)
+            if wrong := mismatch(record):
+                self.violated(wrong)
             return
         self.decisions.append(record)
         self.actions[record.action] += 1

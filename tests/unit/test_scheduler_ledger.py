@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import pytest
+from msgspec.structs import replace
 
 from runtime.footprints import Footprint, Key, Times
 from runtime.wire import MemoryEstimate, ModelSpec
 from scheduler import messages as m
-from scheduler.state import Model
+from scheduler.ledger import finished, mismatch
+from scheduler.state import Climb, Model
 from tests.unit.scheduler_world import GIB, FakeNode, World, spec
 
 
@@ -41,6 +43,58 @@ def test_a_record_names_what_moved_down_and_how_long_that_took() -> None:
     assert second.moved_down == ("a-1-1 (a) to asleep-1",)
     assert second.phases["evict"] >= 2.0
     assert (third.rung, third.moved_down) == ("asleep-1", ("b-1-2 (b) to asleep-1",))
+
+
+def test_the_wait_behind_another_start_is_no_eviction() -> None:
+    """Two models start on one device that has room for both, one after the other."""
+    world = World(node(phases={"weights": 1.0}))
+    world.put(spec("a", 8), spec("b", 8))
+    world.waiting.update({"a": 1, "b": 1})
+    world.report()
+    world.run(12)
+    first, second = world.cold_starts
+    assert (first.moved_down, second.moved_down) == ((), ())
+    assert (first.phases["evict"], second.phases["evict"]) == (0.0, 0.0)
+    assert first.phases["turn"] == 0.0
+    assert second.phases["turn"] >= 2.0  # the start of the first
+    assert [mismatch(record) for record in world.cold_starts] == [None, None]
+
+
+@pytest.mark.parametrize(
+    ("phases", "words"),
+    [
+        ({"queue": 0.3, "first_token": 7.83}, "add up to 8.1300 s, its total is 0.3000 s"),
+        ({"queue": 0.4, "turn": -0.1}, "turn below 0 s"),
+    ],
+)
+def test_figures_that_cannot_be_true_are_named(phases: dict[str, float], words: str) -> None:
+    world = World(node())
+    world.put(spec("a", 20))
+    world.want("a")
+    world.run(5)
+    (record,) = world.cold_starts
+    assert mismatch(record) is None
+    assert words in str(mismatch(replace(record, phases=phases, total_s=0.3)))
+
+
+def test_the_first_token_stands_beside_the_phases_and_is_not_that_of_an_earlier_climb() -> None:
+    world = World(node())
+    world.put(spec("a", 20))
+    world.want("a")
+    world.run(5)
+    model, (replica,) = world.core.state.models["a"], world.core.state.replicas.values()
+    (record,) = world.cold_starts
+    assert record.after == {}
+    climb = Climb("stopped", world.now - 2, 0.0, "c", "r", (), sent_at=world.now - 2)
+    told = finished(9, replica, climb, "ready", world.now, 7.83)
+    assert (told.after, mismatch(told)) == ({"first_token": 7.83}, None)
+    model.first_token_s, model.first_token_at = 7.83, world.now  # told before the next one
+    world.apply(m.UnloadAsked(now=world.now, model="a"))
+    world.run(8)
+    world.want("a")
+    world.run(8)
+    assert len(world.cold_starts) == 2
+    assert "first_token" not in world.cold_starts[1].after
 
 
 def test_a_failed_start_leaves_a_record_too() -> None:
