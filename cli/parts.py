@@ -109,7 +109,7 @@ def _run(
     """Set up logging, the registry and the event loop around one part; errors in words."""
     import uvloop
 
-    from runtime import places
+    from runtime import notify, places
     from runtime.private import keep_private
     from runtime.registration import warn_if_open
     from runtime.registries import open_registry
@@ -129,6 +129,7 @@ def _run(
         raise click.ClickException(f"{part}: can't use state_dir: {error}") from None
 
     def ready(url: str) -> None:
+        notify.ready()
         line = {"part": part, "url": url}
         click.echo(json.dumps(line) if as_json else f"{part} ready at {url}")
 

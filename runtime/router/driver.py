@@ -23,6 +23,7 @@ from runtime.router.gate import Gate
 from runtime.router.jobs.service import Jobs
 from runtime.router.keys import Keys
 from runtime.router.link import Link
+from runtime.router.listener import BACKLOG, listen
 from runtime.router.local import Local
 from runtime.router.memory import Memory
 from runtime.router.metrics import Metrics
@@ -39,7 +40,6 @@ from runtime.wire import RouteTable
 log = logging.getLogger("stoker.router")
 
 TTL_S = 15.0
-_BACKLOG = 4096
 
 
 async def run_router(
@@ -86,7 +86,7 @@ async def run_router(
     runner, front = await _servers(settings, api, proxy)
     try:
         await observing.enter_async_context(observed(proxy, settings))
-        listener = _listen(settings.host, settings.port, shared=worker is not None)
+        listener = listen(settings.host, settings.port, shared=worker is not None)
         port = listener.getsockname()[1]
         router_id = f"{socket.gethostname()}:{port}" + (f":{worker}" if worker else "")
         link = _link(config, proxy, registry, router_id)
@@ -102,7 +102,7 @@ async def run_router(
             await web.UnixSite(runner, str(siblings.socket)).start()
         async with _background(link.run()), _background(keep_registered(registry, service, TTL_S)):
             server = await asyncio.get_running_loop().create_server(
-                front, sock=listener, backlog=_BACKLOG
+                front, sock=listener, backlog=BACKLOG
             )
             if on_ready is not None:
                 on_ready(places.base_url(settings.host, port))
@@ -169,11 +169,6 @@ def _limits(settings: RouterConfig) -> Limits:
         idle_s=settings.idle_timeout_s,
         total_s=settings.total_timeout_s,
     )
-
-
-def _listen(host: str, port: int, shared: bool) -> socket.socket:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    return socket.create_server((host, port), family=family, backlog=_BACKLOG, reuse_port=shared)
 
 
 @contextlib.asynccontextmanager

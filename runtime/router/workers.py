@@ -22,6 +22,7 @@ from typing import BinaryIO
 import msgspec
 
 from runtime.config import Config
+from runtime.router.listener import given_fd, worker_environ
 
 log = logging.getLogger("stoker.router")
 
@@ -85,6 +86,10 @@ def leaves(error: BaseException) -> Iterator[BaseException]:
 @contextlib.contextmanager
 def _reserved(host: str, port: int) -> Iterator[int]:
     """The port, held but not listened on."""
+    if (fd := given_fd()) is not None:
+        with socket.socket(fileno=os.dup(fd)) as given:
+            yield given.getsockname()[1]
+        return
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family) as holder:
         holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
@@ -127,8 +132,13 @@ async def _child(
 ) -> AsyncIterator[asyncio.subprocess.Process]:
     """A child that is asked to end with the block, and has ended after it."""
     env = {**os.environ, WORKER_ENV: str(index), "STOKER_ROUTER_PORT": str(port)}
+    fd = given_fd()
     child = await asyncio.create_subprocess_exec(
-        *argv, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, env=env
+        *argv,
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+        env=env if fd is None else env | worker_environ(fd),
+        pass_fds=() if fd is None else (fd,),
     )
     try:
         yield child
