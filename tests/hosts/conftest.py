@@ -1,0 +1,43 @@
+"""Hosts to apply the playbook to; without nspawn every test here skips, and says why."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from base_root import CannotMake, missing, wheelhouse
+from machines import Machines, machines
+from playbook import make_wheel
+
+SETTINGS: dict[str, object] = {
+    "stoker_cluster_token": 'a-test\'s "own" token, 0123',
+    "stoker_pip_args": "--no-index --find-links /wheelhouse",
+    "stoker_engine": "none",
+    "stoker_agent": {"devices": "simulated:1x8GiB", "labels": {"rack": "r7"}},
+    "stoker_os_packages": ["python3-venv", "ca-certificates", "g++", "python3-dev"],
+}
+
+
+@pytest.fixture(scope="module")
+def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machines]:
+    """Where hosts are booted, with the bind mount that each needs."""
+    if why := missing():
+        pytest.skip(f"hosts with systemd: {why}")
+    try:
+        wheelhouse()
+        with machines(tmp_path_factory.mktemp("hosts")) as made:
+            yield made
+    except CannotMake as error:
+        pytest.skip(f"no hosts with systemd here: {error}")
+
+
+@pytest.fixture(scope="session")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel of this checkout."""
+    return make_wheel(tmp_path_factory.mktemp("wheel"))
+
+
+def wheels() -> str:
+    """The option of nspawn that shows a host the packages."""
+    return f"--bind-ro={wheelhouse()}:/wheelhouse"

@@ -1,0 +1,82 @@
+"""The playbook on one clean Debian with real systemd: every service really started, run twice."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from conftest import SETTINGS, wheels
+from machines import Machine, Machines
+from playbook import Played, Site
+
+pytestmark = pytest.mark.timeout(900)
+
+GROUPS = ("consul", "scheduler", "router", "agent")
+
+
+@pytest.fixture(scope="module")
+def site(fleet: Machines, wheel: Path) -> Site:
+    one = fleet.boot("one", wheels())
+    settings = {**SETTINGS, "stoker_wheel": str(wheel)}
+    return Site(fleet.folder / "site", fleet.key, {group: [one] for group in GROUPS}, **settings)
+
+
+@pytest.fixture(scope="module")
+def checked_fresh(site: Site) -> Played:
+    return site.play("--check")
+
+
+@pytest.fixture(scope="module")
+def one(site: Site, checked_fresh: Played) -> Machine:
+    """The host after the playbook."""
+    site.play().succeeded()
+    return site.hosts["one"]
+
+
+def test_check_mode_works_on_a_fresh_host_and_changes_nothing(
+    site: Site, checked_fresh: Played
+) -> None:
+    checked_fresh.succeeded()
+    assert checked_fresh.total("changed") > 5
+
+
+def test_every_service_runs_and_a_second_run_changes_nothing(site: Site, one: Machine) -> None:
+    assert not (units := inactive(one)), units
+    again = site.play().succeeded()
+    assert again.total("changed") == 0, again.output[-4000:]
+    checked = site.play("--check").succeeded()
+    assert checked.total("changed") == 0, checked.output[-4000:]
+
+
+def inactive(host: Machine) -> list[str]:
+    names = ["consul", "stoker-scheduler", "stoker-router.socket", "stoker-router", "stoker-agent"]
+    return [
+        f"{name}: {host.logs(name)}"
+        for name in names
+        if host.run(f"systemctl is-active {name}").stdout.strip() != "active"
+    ]
+
+
+def test_stoker_is_on_the_path_and_finds_the_cluster(one: Machine) -> None:
+    assert '"one"' in one.checked("stoker nodes --json")
+
+
+def test_router_and_scheduler_have_a_memory_limit(one: Machine) -> None:
+    for part, limit in (("router", 4 * 2**30), ("scheduler", 2 * 2**30)):
+        said = one.checked(f"systemctl show -P MemoryMax stoker-{part}").strip()
+        assert said == str(limit)
+
+
+def test_a_play_fails_where_nobody_can_lead(site: Site, one: Machine) -> None:
+    """A wrong Consul address stands for all that lets parts live and reach nobody."""
+    broken = site.play(stoker_consul_url="http://127.0.0.1:9", stoker_ready_tries=4)
+    assert broken.status != 0
+    assert "does not see a leader that hears all 1" in broken.output, broken.output[-4000:]
+    site.play().succeeded()
+
+
+def test_the_removal_leaves_nothing_running(site: Site, one: Machine) -> None:
+    site.play(book="remove.yml").succeeded()
+    assert one.run("ls /etc/systemd/system/stoker-*").returncode != 0
+    assert one.run("pgrep -u stoker").stdout == ""
+    assert one.run("command -v stoker").returncode != 0
