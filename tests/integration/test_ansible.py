@@ -41,11 +41,11 @@ SETTINGS = {
 RECAP = re.compile(r"^one\s+: (.*)$", re.MULTILINE)
 
 
-def play(root: Root, **settings: object) -> tuple[dict[str, int], str]:
+def play(root: Root, *options: str, **settings: object) -> tuple[dict[str, int], str]:
     """The counts of the recap (ok, changed, failed …) and the whole output."""
     variables = json.dumps(SETTINGS | settings)
     command = "cd /src/ansible && exec /ansible/bin/ansible-playbook -i /src/inventory.yml site.yml"
-    done = root.run("bash", "-c", f'{command} -e "$1"', "play", variables)
+    done = root.run("bash", "-c", f'{command} -e "$@"', "play", variables, *options)
     found = RECAP.search(done.stdout)
     assert found, done.stdout[-3000:]
     counts = {k: int(v) for k, v in (pair.split("=") for pair in found[1].split())}
@@ -67,7 +67,13 @@ def bare(tmp_path_factory: pytest.TempPathFactory) -> Root:
 
 
 @pytest.fixture(scope="module")
-def refused(bare: Root) -> dict[str, str]:
+def checked_bare(bare: Root) -> tuple[dict[str, int], str]:
+    """Check mode before anything is installed, Consul included."""
+    return play(bare, "--check", stoker_manage_services=True)
+
+
+@pytest.fixture(scope="module")
+def refused(bare: Root, checked_bare: object) -> dict[str, str]:
     """What the playbook says where it can do nothing."""
     return {
         "known token": play(bare, stoker_cluster_token="change-me")[1],
@@ -98,6 +104,14 @@ def mode(root: Root, path: str) -> tuple[str, str]:
             names[kind, int(number)] = name
     owner = f"{names['passwd', found.st_uid]}:{names['group', found.st_gid]}"
     return oct(stat.S_IMODE(found.st_mode)), owner
+
+
+def test_check_mode_works_on_a_host_without_consul(
+    checked_bare: tuple[dict[str, int], str],
+) -> None:
+    counts, output = checked_bare
+    assert counts["failed"] == 0, output[-3000:]
+    assert counts["changed"] > 5
 
 
 def test_what_cannot_work_is_refused_in_words(refused: dict[str, str]) -> None:
