@@ -9,7 +9,8 @@ PORT ?= 8080
 SCENARIOS ?= 10000
 SEED ?= 0
 DEMO_FLAGS = --port $(PORT) $(if $(filter-out 0,$(EXIT)),--exit)
-TESTS = tests/unit tests/sim tests/contract tests/integration tests/e2e tests/outside tests/gpu
+TESTS = tests/unit tests/sim tests/contract tests/integration tests/hosts tests/e2e tests/outside tests/gpu
+TOOLS = debootstrap iproute2 systemd-container openssh-client curl wrk apache2-utils
 PYTEST_FLAGS ?=
 VLLM_SOURCE ?=
 
@@ -34,16 +35,16 @@ test: setup ## Every check and every test; says at the end what was skipped, and
 	@scripts/install_consul.sh || printf '\n%s\n%s\n\n' \
 	  '*** THERE IS NO CONSUL: the tests marked "consul" will be SKIPPED. ***' \
 	  '*** The line above says why it could not be installed.            ***'
-	@scripts/install_packages.sh debootstrap iproute2 curl wrk apache2-utils || printf '\n%s\n%s\n\n' \
-	  '*** THERE IS NO DEBOOTSTRAP: the tests of the Ansible playbook will be SKIPPED. ***' \
-	  '*** The line above says why it could not be installed.                        ***'
+	@scripts/install_packages.sh $(TOOLS) || printf '\n%s\n%s\n\n' \
+	  '*** A PACKAGE IS MISSING: tests of the Ansible playbook (tests/hosts too) will be SKIPPED. ***' \
+	  '*** The line above says which, and why it could not be installed.                     ***'
 	$(MAKE) --no-print-directory lint
-	$(BIN)/python -m pytest $(TESTS) -ra $(PYTEST_FLAGS)
+	$(BIN)/python -m pytest $(TESTS) -m "not slow" -ra $(PYTEST_FLAGS)
 
 outside: setup ## What others wrote: clients, tools, hosts; with VLLM_SOURCE=DIR vLLM's own tests too.
 	scripts/setup.sh outside
-	@scripts/install_packages.sh curl wrk apache2-utils || echo '*** some tools are missing: their tests will be SKIPPED ***'
-	STOKER_WRITE_CLIENTS_TABLE=1 $(BIN)/python -m pytest tests/outside -ra $(PYTEST_FLAGS)
+	@scripts/install_packages.sh $(TOOLS) || echo '*** some tools are missing: their tests will be SKIPPED ***'
+	STOKER_WRITE_CLIENTS_TABLE=1 $(BIN)/python -m pytest tests/outside tests/hosts -ra $(PYTEST_FLAGS)
 	@if [ -n "$(VLLM_SOURCE)" ]; then $(BIN)/python -m tests.outside.vllm_http "$(VLLM_SOURCE)"; \
 	else echo "SKIPPED vLLM's own HTTP tests: give an unpacked source archive of it as VLLM_SOURCE"; fi
 

@@ -10,14 +10,6 @@ from base_root import CannotMake, missing, wheelhouse
 from machines import Machines, machines
 from playbook import make_wheel
 
-SETTINGS: dict[str, object] = {
-    "stoker_cluster_token": 'a-test\'s "own" token, 0123',
-    "stoker_pip_args": "--no-index --find-links /wheelhouse",
-    "stoker_engine": "none",
-    "stoker_agent": {"devices": "simulated:1x8GiB", "labels": {"rack": "r7"}},
-    "stoker_os_packages": ["python3-venv", "ca-certificates", "g++", "python3-dev"],
-}
-
 
 @pytest.fixture(scope="module")
 def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machines]:
@@ -36,8 +28,3 @@ def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machines]:
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The wheel of this checkout."""
     return make_wheel(tmp_path_factory.mktemp("wheel"))
-
-
-def wheels() -> str:
-    """The option of nspawn that shows a host the packages."""
-    return f"--bind-ro={wheelhouse()}:/wheelhouse"

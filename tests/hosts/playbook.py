@@ -12,8 +12,16 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from base_root import REPO
+from base_root import REPO, wheelhouse
 from machines import Machine
+
+SETTINGS: dict[str, object] = {
+    "stoker_cluster_token": 'a-test\'s "own" token, 0123',
+    "stoker_pip_args": "--no-index --find-links /wheelhouse",
+    "stoker_engine": "none",
+    "stoker_agent": {"devices": "simulated:1x8GiB", "labels": {"rack": "r7"}},
+    "stoker_os_packages": ["python3-venv", "ca-certificates", "g++", "python3-dev"],
+}
 
 _RECAP = re.compile(r"^(\S+)\s+: (ok=.*)$", re.MULTILINE)
 _PLAYBOOK = Path(sys.executable).with_name("ansible-playbook")
@@ -106,3 +114,8 @@ def make_wheel(folder: Path) -> Path:
     done = subprocess.run([*pip, str(checkout)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     return next((folder / "dist").glob("*.whl"))
+
+
+def wheels() -> str:
+    """The option of nspawn that shows a host the packages."""
+    return f"--bind-ro={wheelhouse()}:/wheelhouse"

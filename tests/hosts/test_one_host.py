@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import uuid
 from pathlib import Path
 
 import pytest
-from conftest import SETTINGS, wheels
 from machines import Machine, Machines
-from playbook import Played, Site
+from playbook import SETTINGS, Site, wheels
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -22,28 +22,25 @@ def site(fleet: Machines, wheel: Path) -> Site:
 
 
 @pytest.fixture(scope="module")
-def checked_fresh(site: Site) -> Played:
-    return site.play("--check")
-
-
-@pytest.fixture(scope="module")
-def one(site: Site, checked_fresh: Played) -> Machine:
+def one(site: Site) -> Machine:
     """The host after the playbook."""
     site.play().succeeded()
     return site.hosts["one"]
 
 
-def test_check_mode_works_on_a_fresh_host_and_changes_nothing(
-    site: Site, checked_fresh: Played
-) -> None:
-    checked_fresh.succeeded()
-    assert checked_fresh.total("changed") > 5
+@pytest.mark.slow
+def test_check_mode_works_on_a_fresh_host(site: Site) -> None:
+    assert site.play("--check").succeeded().total("changed") > 5
 
 
 def test_every_service_runs_and_a_second_run_changes_nothing(site: Site, one: Machine) -> None:
     assert not (units := inactive(one)), units
     again = site.play().succeeded()
     assert again.total("changed") == 0, again.output[-4000:]
+
+
+@pytest.mark.slow
+def test_check_mode_has_nothing_to_change_afterwards(site: Site, one: Machine) -> None:
     checked = site.play("--check").succeeded()
     assert checked.total("changed") == 0, checked.output[-4000:]
 
@@ -67,11 +64,13 @@ def test_router_and_scheduler_have_a_memory_limit(one: Machine) -> None:
         assert said == str(limit)
 
 
-def test_a_play_fails_where_nobody_can_lead(site: Site, one: Machine) -> None:
-    """A wrong Consul address stands for all that lets parts live and reach nobody."""
-    broken = site.play(stoker_consul_url="http://127.0.0.1:9", stoker_ready_tries=4)
-    assert broken.status != 0
-    assert "does not see a leader that hears all 1" in broken.output, broken.output[-4000:]
+@pytest.mark.slow
+def test_a_play_fails_where_consul_knows_no_such_token(site: Site, one: Machine) -> None:
+    """All parts are alive then, and reach nobody."""
+    unknown = {"consul_agent_token": str(uuid.uuid4()), "stoker_consul_token": str(uuid.uuid4())}
+    refused = site.play(stoker_ready_tries=4, **unknown)
+    assert refused.status != 0
+    assert "does not see a leader that hears all 1" in refused.output, refused.output[-4000:]
     site.play().succeeded()
 
 
