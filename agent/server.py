@@ -32,6 +32,7 @@ from runtime import footprint, lora, outside, wire
 from runtime.adapters import with_lora_args
 from runtime.engine import get_engine, resolve_source
 from runtime.engine_policy import node_problems
+from runtime.leftovers import drop_packed
 from runtime.wire import (
     AgentCommand,
     CommandReply,
@@ -54,6 +55,7 @@ def make_app(node: Node, token: str, metrics_token: str = "") -> web.Application
     """The agent's HTTP application."""
     endpoints = _Endpoints(node)
     app = web.Application(middlewares=[_guard(token, metrics_token)], client_max_size=2**20)
+    app.on_response_prepare.append(drop_packed)
     app.add_routes(
         [
             web.get("/healthz", endpoints.healthz),

@@ -21,6 +21,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 
 from runtime import outside
 from runtime.access import ROLES, Role, RouterUsage
+from runtime.leftovers import drop_packed
 from runtime.places import url
 from runtime.prewarm import Ask
 from runtime.registry import RegistryError
@@ -79,6 +80,7 @@ def make_app(driver: Driver) -> web.Application:
     """The application; its routes are `scheduler.routes.ADMIN` and /internal."""
     api = Api(driver)
     app = web.Application(middlewares=[_errors, api.guard], client_max_size=8 * 2**20)
+    app.on_response_prepare.append(drop_packed)
     for route in ADMIN:
         app.router.add_route(route.method, route.path, attrgetter(route.handler)(api))
     app.router.add_post("/internal/heartbeat", api.heartbeat)

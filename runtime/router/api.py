@@ -23,6 +23,7 @@ import msgspec
 from aiohttp import web
 
 from runtime import outside
+from runtime.leftovers import drop_packed
 from runtime.router import body as bodies
 from runtime.router import cards
 from runtime.router.access_log import Line
@@ -86,6 +87,7 @@ class Api:
         """The aiohttp application."""
         app = web.Application(client_max_size=self._max_body_bytes, middlewares=[self._shaped])
         app.on_response_prepare.append(self._cors.mark)
+        app.on_response_prepare.append(drop_packed)
         app.add_routes(
             [
                 *self._jobs.routes(),
