@@ -218,7 +218,7 @@ def _remove(
 
 @click.group()
 def tenant() -> None:
-    """List tenants, set what all keys of one may together, and print its webhook key."""
+    """List tenants, set their limits, and print a webhook key."""
 
 
 @tenant.command(name="ls")
@@ -279,8 +279,9 @@ def tenant_rm(where: Where, names: tuple[str, ...], as_json: bool) -> None:
 
 @tenant.command(name="webhook-key")
 @click.argument("name", metavar="TENANT")
+@json_option
 @click.pass_obj
-def tenant_webhook_key(where: Where, name: str) -> None:
+def tenant_webhook_key(where: Where, name: str, as_json: bool) -> None:
     """Print the secret that TENANT's receivers verify its webhooks with.
 
     It is computed from router.webhook_secret of the config, so run it where that is set, e.g. on
@@ -305,7 +306,9 @@ def tenant_webhook_key(where: Where, name: str) -> None:
         master = signing.key_of(secret)
     except ValueError as error:
         raise click.ClickException(f"router.webhook_secret {error}") from None
-    click.echo(signing.secret_of(signing.tenant_key(master, name)))
+    made = signing.secret_of(signing.tenant_key(master, name))
+    shown = {"tenant": name, "secret": made}
+    click.echo(msgspec.json.encode(shown).decode() if as_json else made)
 
 
 # ------------------------------------------------------------------------------------- tokens

@@ -72,7 +72,7 @@ GROUPS: dict[str, dict[str, tuple[str, str]]] = {
     },
     "Who may call": {
         "key": ("cli.keys:key", "Make, list, change, rotate and revoke API keys."),
-        "tenant": ("cli.keys:tenant", "List tenants, and set what all keys of one may together."),
+        "tenant": ("cli.keys:tenant", "List tenants, set their limits, and print a webhook key."),
         "token": ("cli.keys:token", "Make, list and revoke tokens for the admin API."),
         "usage": ("cli.keys:usage", "List what keys and tenants used of a day."),
     },

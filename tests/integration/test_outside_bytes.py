@@ -58,7 +58,7 @@ async def said(stack: Stack, path: str, body: bytes, **headers: str) -> tuple[in
 
 @pytest.mark.parametrize(
     "path",
-    [*JSON_PATHS, "/v1/responses/render", "/invoke/m", "/models/m/v1/chat/completions", "/v1/batches"],
+    [*JSON_PATHS, "/v1/systemone", "/invoke/m", "/models/m/v1/chat/completions", "/v1/batches"],
 )
 async def test_a_body_nested_too_deep_is_a_400_that_names_the_depth(
     stack: Stack, path: str
