@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 import sys
-import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
-from typing import TypeVar
 
 import pytest
 
@@ -18,8 +15,6 @@ from runtime.registry import Registry
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from consul_server import MISSING, consul_is_installed, consul_server
-
-T = TypeVar("T")
 
 
 @pytest.fixture(scope="session")
@@ -68,18 +63,3 @@ def other(registry_factory: Callable[[], Registry]) -> Registry:
 def base() -> str:
     """A prefix of this test's own: the Consul server is shared by all."""
     return f"test-{uuid.uuid4().hex}"
-
-
-async def eventually(question: Callable[[], Awaitable[T]], deadline_s: float = 60.0) -> T:
-    """The first truthy answer. Fails after `deadline_s` seconds, with the last answer."""
-    deadline = time.monotonic() + deadline_s
-    while not (answer := await question()):
-        assert time.monotonic() < deadline, f"still {answer!r} after {deadline_s} s"
-        await asyncio.sleep(0.05)
-    return answer
-
-
-async def still_waits(task: asyncio.Task[T], for_s: float = 0.3) -> bool:
-    """True if the task has not ended after `for_s` seconds."""
-    await asyncio.wait({task}, timeout=for_s)
-    return not task.done()

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Awaitable, Callable
 
 import pytest
-from conftest import eventually, still_waits
+from registry_kit import eventually, still_waits
 from test_registry_services import service
 
 from runtime.registry import Registry

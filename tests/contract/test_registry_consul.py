@@ -8,8 +8,8 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 
 import pytest
 from aiohttp import web
-from conftest import eventually, still_waits
 from consul_server import MISSING, bootstrap_token, consul_is_installed, consul_server
+from registry_kit import eventually, still_waits
 from test_registry_services import service
 
 import runtime.consul

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
-from conftest import eventually
+from registry_kit import eventually
 
 from runtime.registry import Lock, Registry
 

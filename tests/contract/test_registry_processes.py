@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import eventually
+from registry_kit import eventually
 
 from runtime.embedded import EmbeddedRegistry
 from runtime.registry import Lock

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
-from conftest import eventually
+from registry_kit import eventually
 
 from runtime.registry import Registry, Service
 
