@@ -146,7 +146,7 @@ def test_requests_for_an_adapter_follow_its_model():
     refused = admission.arrive("2", "m:sqk", 0.0)
     assert isinstance(refused, Refused)
     assert refused.status == 404
-    assert "m:sql" in refused.message
+    assert "m:sqk" in refused.message
     demand = admission.demand(0.0)
     assert [part.model for part in demand] == ["m"]
 

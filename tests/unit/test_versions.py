@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runtime.router import admission
+from runtime.router import refusals
 from runtime.router.versions import FALLS_BACK, Versions, Way
 from runtime.rules import LEAST, with_share
 from runtime.wire import Mirror, ModelRoute, RouteRule, RouteTarget, TargetCounts
@@ -153,7 +153,9 @@ def test_counts_outlive_a_changed_rule_and_go_with_their_route() -> None:
 
 def test_whatever_admission_refuses_for_falls_back_once_there_is_a_table() -> None:
     """A new code has to be decided on."""
-    tree = ast.parse(Path(admission.__file__).read_text(encoding="utf-8"))
+    tree = ast.parse(Path(refusals.__file__).read_text(encoding="utf-8"))
     calls = [n for n in ast.walk(tree) if isinstance(n, ast.Call)]
-    codes = {c.args[2].value for c in calls if ast.unparse(c.func) == "Refused"}
-    assert codes - {"no_routes"} == FALLS_BACK
+    codes = {c.args[2] for c in calls if ast.unparse(c.func) == "Refused"}
+    named = {c.value if isinstance(c, ast.Constant) else getattr(refusals, c.id) for c in codes}
+    # The second is said of a replica that has the model, when the request has reached it.
+    assert named - {"no_routes", "adapter_not_ready"} == FALLS_BACK
