@@ -131,10 +131,20 @@ async def test_what_a_replica_may_not_take_yet_waits_its_turn(tmp_path: Path) ->
             assert await (await call).read() == b"data: 1\n\ndata: 2\n\n"
 
 
+HELD = (
+    b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    b'Content-Length: 27\r\n\r\n{"model": "m", "prompt": 1}'
+)
+
+
 async def test_the_last_connection_too_many_is_told_so(tmp_path: Path) -> None:
     async with kit.stack(tmp_path, max_connections=2) as stack:
         host, port = stack.url.removeprefix("http://").split(":")
+        await stack.serve("m", warmth="cold")
         kept = [await asyncio.open_connection(host, int(port)) for _ in range(2)]
+        for _, held in kept:  # a connection that only waits would give way to the new one
+            held.write(HELD)
+        await kit.eventually(lambda: stack.scheduler.waiting() == 2, "not held")
         reader, writer = await asyncio.open_connection(host, int(port))
         answer = await reader.read()
         assert answer.startswith(b"HTTP/1.1 503 ")
