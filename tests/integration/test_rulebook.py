@@ -103,7 +103,7 @@ async def test_a_canary_goes_its_steps_across_leaders(tmp_path, agent, registry,
         assert table.rules[0].canary is None
         _, trail = await client("GET", "/admin/audit")
         assert [(e["number"], e["action"]) for e in trail["audit"]] == [
-            (3, "promote"), (2, "step"), (1, "put"),
+            (5, "promote"), (4, "step"), (3, "put"), (2, "create_model"), (1, "create_model"),
         ]  # fmt: skip
 
 
@@ -143,7 +143,7 @@ async def test_a_change_the_registry_did_not_take_is_not_made(
         flaky.broken = "/audit/"
         assert (await client("PUT", "/admin/routes/r", changed))[0] == 200
         flaky.broken = "/nothing/"
-        await until_audited(flaky, 2)
+        await until_audited(flaky, 4)  # two models, and the two changes
 
 
 async def until_audited(registry: EmbeddedRegistry, count: int) -> None:
@@ -167,7 +167,7 @@ async def test_the_audit_trail_is_bounded_and_its_numbers_go_on(
         await leading(client, agent)
         assert (await client("DELETE", "/admin/routes/r"))[0] == 204
         _, trail = await client("GET", "/admin/audit")
-        assert [e["number"] for e in trail["audit"]] == [6, 5, 4]
+        assert [e["number"] for e in trail["audit"]] == [8, 7, 6]  # after two models
         assert (trail["audit"][0]["new"], trail["audit"][0]["action"]) == (None, "remove")
 
 
@@ -227,7 +227,7 @@ async def test_the_trail_names_who_did_it(tmp_path, agent, registry, session) ->
         client = Client(url, session)
         await with_models(client, agent)
         tokens = {}
-        for name, role in (("ann", "operator"), ("eve", "viewer")):
+        for name, role in (("ann", "admin"), ("eve", "viewer")):
             _, made = await client("POST", "/admin/tokens", {"name": name, "role": role})
             tokens[name] = made["token"]
         assert (await client("PUT", "/admin/routes/r", RULE, token=tokens["eve"]))[0] == 403
