@@ -147,7 +147,7 @@ async def test_an_engines_anthropic_error_gets_anthropics_types_and_the_id(stack
     [
         (MESSAGES, {"data": b"{"}, 400),
         (COUNT, {"data": b"[1]"}, 400),
-        (MESSAGES, {"data": b"{}"}, 400),
+        (MESSAGES, {"data": b'{"model":1}'}, 400),
         (MESSAGES, {"data": b'{"model":"nope"}'}, 404),
         (MESSAGES + "/batches/x/y/..z", {"data": b"{}"}, 404),
         (MESSAGES, {"method": "PUT", "data": b"{}"}, 405),
