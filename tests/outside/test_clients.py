@@ -38,6 +38,7 @@ class Client(NamedTuple):
 
 # Why a client is not put through a situation.
 UNFIT = {
+    "pydantic-ai-anthropic": "it ends in a TypeError of its own with this Anthropic SDK, unsent",
     "instructor": "it asks for the whole object again by itself, until it is one",
 }
 CLIENTS_TRIED = {
@@ -63,7 +64,11 @@ CLIENTS_TRIED = {
         "Pydantic AI, OpenAI", "pydantic_ai_python.py", "pydantic-ai-slim", "chat"
     ),
     "pydantic-ai-anthropic": Client(
-        "Pydantic AI, Anthropic", "pydantic_ai_python.py", "pydantic-ai-slim", "anthropic"
+        "Pydantic AI, Anthropic",
+        "pydantic_ai_python.py",
+        "pydantic-ai-slim",
+        "anthropic",
+        tuple(SITUATIONS),
     ),
     "instructor": Client("Instructor", "instructor_python.py", "instructor", "", ("dies",)),
     "openai-node": Client("openai, Node: chat", "openai_node.mjs", "openai", "chat"),
