@@ -15,6 +15,9 @@ cell shows how long the answer took, or the name of the error that the client's 
 """
 
 
+NOT_TRIED = "–"
+
+
 class Cell(NamedTuple):
     """What was seen, and whether it was right."""
 
@@ -30,12 +33,13 @@ def written(
     for title, version in versions.items():
         shown = [_shown(cells.get((title, column))) for column in columns]
         lines.append(f"| {title} {version} | " + " | ".join(shown) + " |")
-    right = sum(cell.right for cell in cells.values())
-    lines += ["", f"{right} of {len(cells)} as they should be."]
+    tried = [cell for cell in cells.values() if cell.shown != NOT_TRIED]
+    right = sum(cell.right for cell in tried)
+    lines += ["", f"{right} of {len(tried)} as they should be."]
     return _HEAD + "\n".join(lines) + "\n"
 
 
 def _shown(cell: Cell | None) -> str:
     if cell is None:
-        return "–"
+        return NOT_TRIED
     return cell.shown if cell.right else f"**{cell.shown}**"

@@ -20,7 +20,7 @@ import pytest
 
 from tests.cluster import ROOT, Cluster, running
 from tests.outside.situations import SITUATIONS
-from tests.outside.table import Cell, written
+from tests.outside.table import NOT_TRIED, Cell, written
 from tests.outside.talk import CLIENTS, Script
 
 OUTSIDE = Path(os.environ.get("STOKER_OUTSIDE_VENV", ROOT / ".venv-outside"))
@@ -176,7 +176,7 @@ def test_client(
     client, tried = CLIENTS_TRIED[name], SITUATIONS[situation]
     where = (client.title, tried.title)
     if situation in client.unfit:
-        cells[where] = Cell("–", True)
+        cells[where] = Cell(NOT_TRIED, True)
         pytest.skip(f"{name} has no part in {situation}: {UNFIT[name]}")
     with tried.model(cluster) as model:
         told = script(name).ask(tried.asked(cluster.router, key, model, client.api))
