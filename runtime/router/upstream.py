@@ -44,6 +44,13 @@ class UpstreamError(Exception):
         self.delivered = delivered
 
 
+class Unanswered(UpstreamError):
+    """The connection was closed without a byte: its socket was stale, or the engine died."""
+
+    def __init__(self) -> None:
+        super().__init__("the replica closed the connection without an answer", delivered=True)
+
+
 class HostLost(UpstreamError):
     """The scheduler calls the engine's host lost, and the engine says nothing either."""
 
@@ -316,7 +323,7 @@ class _Connection(asyncio.Protocol):
         if reply.until_eof and exc is None:
             reply.end()
         else:
-            reply.fail(_closed(reply))
+            reply.fail(_closed() if reply.status or self._head_bytes else Unanswered())
 
     # -- called by the parser
 
@@ -371,9 +378,9 @@ def _is_framed(headers: Headers) -> bool:
     return False
 
 
-def _closed(reply: Reply) -> UpstreamError:
-    when = "in the middle of its answer" if reply.status else "without an answer"
-    return UpstreamError(f"the replica closed the connection {when}", delivered=True)
+def _closed() -> UpstreamError:
+    reason = "the replica closed the connection in the middle of its answer"
+    return UpstreamError(reason, delivered=True)
 
 
 class Upstream:
@@ -406,10 +413,8 @@ class Upstream:
             reply = connection.send(request, body, self._loop.time())
             try:
                 await reply.head()
-            except (UpstreamTimeout, HostLost):
-                raise
-            except UpstreamError:
-                delivered = True  # the socket was stale, or this request has just killed the engine
+            except Unanswered:
+                delivered = True
                 continue
             return reply
         try:

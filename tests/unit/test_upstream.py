@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import socket
 from collections import deque
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -14,6 +16,7 @@ from runtime.router.upstream import (
     BUFFER_BYTES,
     Limits,
     Reply,
+    Upstream,
     UpstreamError,
     _Connection,
     _too_late,
@@ -233,3 +236,38 @@ def test_each_time_limit_says_which_it_is() -> None:
         assert late.limit == "total_timeout"
 
     asyncio.run(check())
+
+
+LIMITS = Limits(connect_s=5, first_byte_s=5, idle_s=5, total_s=5)
+GOOD = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
+
+
+@pytest.mark.parametrize("bad", [b"this is no HTTP\r\n\r\n", b"HTTP/1.1 2"])
+async def test_a_request_that_was_answered_in_part_is_not_sent_again(bad: bytes) -> None:
+    """Though other connections to the same engine are free: it would do no better on those."""
+    answers: list[bytes] = []
+    together = asyncio.Barrier(3)
+
+    async def engine(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        await together.wait()  # so that each of the three has a connection of its own
+        writer.write(GOOD)
+        with contextlib.suppress(asyncio.IncompleteReadError):
+            await reader.readuntil(b"\r\n\r\n")
+            answers.append(bad)
+            writer.write(bad)
+        writer.close()
+
+    async with await asyncio.start_server(engine, "127.0.0.1", 0) as server:
+        port = server.sockets[0].getsockname()[1]
+        upstream = Upstream(LIMITS)
+
+        async def ask() -> bytes:
+            reply = await upstream.post(f"http://127.0.0.1:{port}", "/v1/completions", [], b"")
+            return await reply.read()
+
+        assert await asyncio.gather(ask(), ask(), ask()) == [b"ok"] * 3
+        with pytest.raises(UpstreamError):
+            await ask()
+        upstream.close()
+        assert len(answers) == 1
