@@ -22,7 +22,8 @@ import pytest
 
 from runtime.router import admission, breaker
 from runtime.wire import Endpoint
-from tests.integration import http_fuzz_kit as fuzz
+from tests.integration import http_fuzz_cases as cases
+from tests.integration import http_fuzz_judge as judge
 from tests.integration import router_kit as kit
 
 SEED = int(os.environ.get("STOKER_FUZZ_SEED", "9"))
@@ -38,7 +39,7 @@ _LENGTH = re.compile(rb"\r\ncontent-length: (\d+)\r\n", re.IGNORECASE)
 class RawEngine:
     """Keeps the bytes of each request; answers by `says`, or with a plain good answer."""
 
-    def __init__(self, says: list[fuzz.Answer] | None = None) -> None:
+    def __init__(self, says: list[cases.Answer] | None = None) -> None:
         self.says = says
         self.seen: dict[int, list[bytes]] = defaultdict(list)
         self.lost: list[bytes] = []  # belongs to no case
@@ -141,7 +142,7 @@ async def side_by_side(work: list[Callable[[], Coroutine[Any, Any, None]]]) -> N
 
 @contextlib.asynccontextmanager
 async def serving(
-    state_dir: Path, models: list[str], says: list[fuzz.Answer] | None = None
+    state_dir: Path, models: list[str], says: list[cases.Answer] | None = None
 ) -> AsyncIterator[tuple[kit.Stack, RawEngine]]:
     async with kit.stack(state_dir) as stack:
         engine = await RawEngine(says).start()
@@ -168,17 +169,17 @@ async def test_odd_requests_get_one_answer_and_reach_no_engine_unframed(
     faults: list[str] = []
     async with serving(tmp_path, ["m"]) as (stack, engine):
 
-        async def one(case: fuzz.Case) -> None:
+        async def one(case: cases.Case) -> None:
             data, ended = await exchange(stack.url, case.pieces, CUT_S if case.cut else 20.0)
-            wrong = fuzz.judge_request(case, data, engine.seen[case.number])
-            if not ended and not case.cut and fuzz.read_requests(case.data).end != "short":
+            wrong = judge.judge_request(case, data, engine.seen[case.number])
+            if not ended and not case.cut and judge.read_requests(case.data).end != "short":
                 wrong.append("it hangs")
             if wrong:
                 faults.append(f"case {case.number} {case.names}: {wrong}\n  {case.data[:600]!r}")
 
         target = path.replace(b"%b", b"m")
-        cases = [lambda case=case: one(case) for case in fuzz.requests(SEED, COUNT, target)]
-        await side_by_side(cases)
+        tries = [lambda case=case: one(case) for case in cases.requests(SEED, COUNT, target)]
+        await side_by_side(tries)
         assert len(engine.seen) > COUNT / 10, "hardly any request reached the engine"
         assert not engine.lost, told([repr(data[:300]) for data in engine.lost])
     assert not faults, told(faults)
@@ -192,17 +193,17 @@ async def test_odd_answers_arrive_whole_or_as_errors_or_break_visibly(
         monkeypatch.setattr(module, name, 0.05)  # else each that is tried again takes 8 s
     monkeypatch.setattr(breaker, "PROBE_S", 0.05)
     faults: list[str] = []
-    says = list(fuzz.answers(SEED, COUNT // 2))
+    says = list(cases.answers(SEED, COUNT // 2))
     models = [f"m{answer.number}" for answer in says]
     async with serving(tmp_path, models, says) as (stack, _engine):
 
-        async def one(answer: fuzz.Answer) -> None:
+        async def one(answer: cases.Answer) -> None:
             model = f"m{answer.number}"
             target = path.replace(b"%b", model.encode())
             data, ended = await exchange(
-                stack.url, [fuzz.question(answer, target, model)], DEADLINE_S
+                stack.url, [cases.question(answer, target, model)], DEADLINE_S
             )
-            wrong = fuzz.judge_answer(answer, data) if ended else ["it hangs"]
+            wrong = judge.judge_answer(answer, data) if ended else ["it hangs"]
             if wrong:
                 shown = f"\n  said {answer.data[:300]!r}\n  told {data[:500]!r}"
                 faults.append(f"case {answer.number} {answer.name}: {wrong}{shown}")
@@ -219,12 +220,12 @@ OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}"
 LAST_OK = b"HTTP/1.1 200 OK\r\nContent-Length: 3\r\nConnection: close\r\n\r\nok\n"
 
 
-def asked(data: bytes, *, refused: bool = False) -> fuzz.Case:
-    return fuzz.Case(0, ("planted",), data + fuzz.LAST, [data + fuzz.LAST], refused)
+def asked(data: bytes, *, refused: bool = False) -> cases.Case:
+    return cases.Case(0, ("planted",), data + cases.LAST, [data + cases.LAST], refused)
 
 
 def test_the_judge_of_requests_is_content_with_what_is_right() -> None:
-    assert fuzz.judge_request(asked(SENT), OK + LAST_OK, [SENT]) == []
+    assert judge.judge_request(asked(SENT), OK + LAST_OK, [SENT]) == []
 
 
 @pytest.mark.parametrize(
@@ -243,13 +244,13 @@ def test_the_judge_of_requests_is_content_with_what_is_right() -> None:
     ],
 )
 def test_the_judge_of_requests_sees_what_is_wrong(
-    case: fuzz.Case, data: bytes, seen: list[bytes], fault: str
+    case: cases.Case, data: bytes, seen: list[bytes], fault: str
 ) -> None:
-    assert fault in " ".join(fuzz.judge_request(case, data, seen))
+    assert fault in " ".join(judge.judge_request(case, data, seen))
 
 
-def said(data: bytes, end: str = "keep") -> fuzz.Answer:
-    return fuzz.Answer(0, "good", (data,), end)
+def said(data: bytes, end: str = "keep") -> cases.Answer:
+    return cases.Answer(0, "good", (data,), end)
 
 
 @pytest.mark.parametrize(
@@ -261,13 +262,13 @@ def said(data: bytes, end: str = "keep") -> fuzz.Answer:
         (said(b"", "close"), b"", "neither an answer"),
         (said(OK[:-1], "close"), OK[:-1].replace(b": 2", b": 1") + LAST_OK, "half an answer"),
         (said(OK), OK.replace(b"200 OK", b"502 No") + LAST_OK, "a failure in no shape"),
-        (said(OK), OK + fuzz.STRAY, "no part of its answer"),
+        (said(OK), OK + cases.STRAY, "no part of its answer"),
         (said(OK), OK + b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}", "second answer is"),
         (said(OK), OK.replace(b"OK\r\n", b"OK\r\nX: case-7.\r\n") + LAST_OK, "parts of others'"),
     ],
 )
 def test_the_judge_of_answers_sees_what_is_wrong(
-    answer: fuzz.Answer, data: bytes, fault: str
+    answer: cases.Answer, data: bytes, fault: str
 ) -> None:
-    assert fuzz.judge_answer(answer, OK + LAST_OK) == [] or answer.data != OK
-    assert fault in " ".join(fuzz.judge_answer(answer, data))
+    assert judge.judge_answer(answer, OK + LAST_OK) == [] or answer.data != OK
+    assert fault in " ".join(judge.judge_answer(answer, data))
