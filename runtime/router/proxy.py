@@ -14,10 +14,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from runtime.engine.guard import CLOSED, CLOSED_HEADER, MODEL_HEADER
+from runtime.engine.guard import CLOSED
 from runtime.router import refusals
 from runtime.router.access_log import AccessLog
 from runtime.router.admission import Decision, Forward, Held
@@ -28,6 +27,15 @@ from runtime.router.error_shapes import shape_of
 from runtime.router.errors import ApiError, engine_error, internal_error
 from runtime.router.fairness import Wish
 from runtime.router.gate import Gate
+from runtime.router.headers import (
+    UNBUFFERED,
+    is_closed,
+    is_open_stream,
+    own_headers,
+    returned_headers,
+    sent_headers,
+    without_body,
+)
 from runtime.router.hedge import HEDGED, first_of
 from runtime.router.keys import Keys, may, rate_headers, sees
 from runtime.router.limits import GpuShare
@@ -55,38 +63,10 @@ if TYPE_CHECKING:  # it needs packages that need not be there
 
 log = logging.getLogger("stoker.router")
 
-_HOP_BY_HOP = {
-    b"connection", b"keep-alive", b"proxy-authenticate", b"proxy-authorization",
-    b"proxy-connection", b"te", b"trailer", b"transfer-encoding", b"upgrade",
-}  # fmt: skip
-# The body was read whole and inflated; the router speaks to the engine in its own name. By
-# SageMaker's headers vLLM would put another adapter into the body than the one that was let in.
-_NOT_SENT = _HOP_BY_HOP | {
-    b"host", b"authorization", b"x-api-key", b"content-length", b"content-encoding", b"expect",
-    b"x-request-id", b"x-amzn-sagemaker-adapter-identifier", b"x-amzn-sagemaker-adapter-alias",
-    b"x-amzn-sagemaker-session-id",
-    MODEL_HEADER,
-}  # fmt: skip
-# Nor what a caller's own proxy, browser or other services know it by: an engine reads none of it.
-_PRIVATE = (
-    b"auth", b"cookie", b"token", b"secret", b"password", b"credential", b"api-key", b"forwarded",
-    b"x-real-ip", b"origin", b"referer",
-)  # fmt: skip
 _DIED = ("replica_failed", "retry_budget_spent")  # refusals of what a replica's engine died of
 CAUSE_S = 2.0  # until a table tells why an engine died, its agent having seen the end of it
-# Which pages may read an answer is for the router to say: vLLM says "all".
-_NOT_RETURNED = _HOP_BY_HOP | {
-    b"x-request-id", b"access-control-allow-origin", b"access-control-allow-credentials",
-    b"access-control-expose-headers",
-}  # fmt: skip
-# nginx would keep a stream back until it has 8 KiB of it.
-_UNBUFFERED = (b"X-Accel-Buffering", b"no")
 CACHE_HEADER = b"X-Stoker-Cache"
 _ERROR_BYTES = 64 * 1024
-_FIXED = (b"content-length", b"content-encoding")  # of a body that nothing can be added to
-_OF_BODY = (b"content-type", b"content-length", b"content-encoding")
-_NAMES = 1024  # header names remembered; there are a few dozen
-_NAME_BYTES = 64  # of one that is remembered
 
 
 class Proxy:
@@ -307,7 +287,7 @@ class _Exchange:
             (b"Content-Length", b"%d" % len(kept.body)),
             (b"Age", b"%d" % (self._began_at - kept.kept_at)),
             (CACHE_HEADER, b"hit"),
-            *_own_headers(call),
+            *own_headers(call),
         ]
         await self._client.begin(200, headers + self._rate_headers())
         await self._client.write(kept.body)
@@ -332,7 +312,7 @@ class _Exchange:
         headers = [
             (b"Content-Type", b"application/json"),
             (b"Content-Length", b"%d" % len(answer.body)),
-            *_own_headers(call),
+            *own_headers(call),
         ]
         await self._client.begin(answer.status, headers + self._rate_headers())
         await self._client.write(answer.body)
@@ -415,12 +395,12 @@ class _Exchange:
             headers = [
                 (b"Content-Type", b"text/event-stream; charset=utf-8"),
                 (b"Cache-Control", b"no-cache"),
-                _UNBUFFERED,
+                UNBUFFERED,
             ]
             if self._is_spare():  # it is not known yet which model will answer
                 headers.append((b"X-Request-ID", self._call.request_id.encode()))
             else:
-                headers += _own_headers(self._call)
+                headers += own_headers(self._call)
             await self._client.begin(200, headers)
         await self._client.write(data)
 
@@ -486,7 +466,7 @@ class _Exchange:
     async def _post(self, endpoint: Endpoint) -> Reply:
         """Send to the replica; its answer's head."""
         call, trace = self._call, self.outcome.trace
-        headers = _sent_headers(call, endpoint.key)
+        headers = sent_headers(call, endpoint.key)
         if trace is not None:
             headers = trace.sent(headers, endpoint)
         return await self._proxy.upstream.post(endpoint.base_url, call.path, headers, call.body)
@@ -497,7 +477,7 @@ class _Exchange:
         outcome.replica_id = forward.endpoint.replica_id
         if reply.status == 401:  # our key, not the caller's: the table is behind the replica
             raise UpstreamError("the replica refused this router's key", delivered=True)
-        if reply.status == 503 and _is_closed(reply.headers):
+        if reply.status == 503 and is_closed(reply.headers):
             raise UpstreamError(CLOSED, delivered=False)  # held until it wakes, or elsewhere
         if reply.status == 404 and (late := self._adapter_late(forward)):
             return await self._refuse(late)
@@ -509,7 +489,7 @@ class _Exchange:
         if reply.status != 200 and (client.begun or self._is_foreign(reply)):
             return await self._tell_error(reply, first)
         if not client.begun:
-            headers = _returned_headers(reply.headers, call) + self._rate_headers()
+            headers = returned_headers(reply.headers, call) + self._rate_headers()
             if self._asked is not None:
                 headers.append((CACHE_HEADER, b"miss"))
             await client.begin(reply.status, headers)
@@ -533,7 +513,7 @@ class _Exchange:
         if isinstance(error, UpstreamTimeout):
             return ApiError(504, error.limit, message)
         told = not isinstance(error, HostLost)  # no agent is there to tell why
-        if told and self._call.streams and _is_open_stream(reply.headers):
+        if told and self._call.streams and is_open_stream(reply.headers):
             message += await self._cause(self.outcome.replica_id)
         return ApiError(502, "replica_failed", message)
 
@@ -562,7 +542,7 @@ class _Exchange:
             await self._end_stream(error)
             return
         body = error.body(call.path, call.request_id)
-        kept = [h for h in _returned_headers(reply.headers, call) if h[0].lower() not in _OF_BODY]
+        kept = without_body(returned_headers(reply.headers, call))
         kept.append((b"Content-Type", b"application/json"))
         kept.append((b"Content-Length", b"%d" % len(body)))
         await client.begin(reply.status, kept + self._rate_headers())
@@ -574,7 +554,7 @@ class _Exchange:
         call, meter = self._call, self.outcome.meter
         sent = meter.end() if meter is not None else b""
         try:
-            if call.streams and (_is_open_stream(reply.headers) if reply else not sent):
+            if call.streams and (is_open_stream(reply.headers) if reply else not sent):
                 await self._client.write(error.last_event(call.path, call.request_id, sent))
         finally:
             self._client.break_off()
@@ -614,78 +594,6 @@ def _hedge_after_s(route: ModelRoute | None, call: Call) -> float | None:
     if route is None or route.hedge_after_s is None or call.streams or call.path not in HEDGED:
         return None
     return route.hedge_after_s
-
-
-def _is_open_stream(headers: Headers) -> bool:
-    """Whether events can be added to an answer with these."""
-    shown = {name.lower(): value for name, value in headers}
-    kind = shown.get(b"content-type", b"")
-    return kind.startswith(b"text/event-stream") and shown.keys().isdisjoint(_FIXED)
-
-
-def _is_closed(headers: Headers) -> bool:
-    """Whether the engine did not let the request in, as it is asleep or about to sleep."""
-    return any(name.lower() == CLOSED_HEADER for name, _ in headers)
-
-
-class _Dropped(dict[bytes, bool]):
-    """Whether a header of that name, as it is written, is not passed on: one look-up."""
-
-    def __init__(self, names: set[bytes], words: tuple[bytes, ...] = ()) -> None:
-        super().__init__()
-        self._names = names
-        self._words = words
-
-    def __missing__(self, name: bytes) -> bool:
-        lower = name.lower()
-        dropped = lower in self._names or any(word in lower for word in self._words)
-        if len(self) < _NAMES and len(name) <= _NAME_BYTES:
-            self[name] = dropped
-        return dropped
-
-
-_not_sent = _Dropped(_NOT_SENT, _PRIVATE)
-_not_returned = _Dropped(_NOT_RETURNED)
-
-
-def _passed(raw: Iterable[tuple[bytes, bytes]], dropped: _Dropped) -> Headers:
-    """The headers that are not of this hop only."""
-    options = b""
-    kept = []
-    for header in raw:
-        if not dropped[header[0]]:
-            kept.append(header)
-        elif header[0].lower() == b"connection" and header[1].lower() != b"keep-alive":
-            options += header[1].lower() + b","
-    if options:
-        named = {option.strip() for option in options.split(b",")}
-        kept = [header for header in kept if header[0].lower() not in named]
-    return kept
-
-
-def _sent_headers(call: Call, key: str) -> list[bytes]:
-    lines = [b"%b: %b" % header for header in _passed(call.headers, _not_sent)]
-    lines.append(b"Authorization: Bearer %b\r\nX-Request-ID: %b\r\nX-Stoker-Model: %b" % (
-        key.encode(), call.request_id.encode(), call.model.encode()
-    ))  # fmt: skip
-    return lines
-
-
-def _returned_headers(raw: Headers, call: Call) -> Headers:
-    headers = _passed(raw, _not_returned) + _own_headers(call)
-    if call.head.stream:
-        headers.append(_UNBUFFERED)
-    return headers
-
-
-def _own_headers(call: Call) -> Headers:
-    """The call's id, and which model answers where a route chose it."""
-    if call.attempt is None:
-        return [(b"X-Request-ID", call.request_id.encode())]
-    return [
-        (b"X-Request-ID", call.request_id.encode()),
-        (b"X-Stoker-Model", call.model.encode()),
-    ]
 
 
 async def _whole_error(reply: Reply, first: bytes) -> bytes:

@@ -277,15 +277,15 @@ async def test_a_form_reaches_the_engine_with_the_model_that_was_checked(stack: 
 
 async def test_many_odd_names_and_headers_leave_nothing_behind(stack: Stack) -> None:
     """What is kept by a caller's text is bounded in bytes."""
-    from runtime.router.proxy import _not_sent
+    from runtime.router.headers import not_sent
 
-    names = len(_not_sent)
+    names = len(not_sent)
     for number in range(20):
         long = f"x-{number}-" + "a" * 2_000
         headers = {"Content-Type": "application/json", long: "1"}
         await said(stack, CHAT, b'{"model":"m"}', **headers)
-    assert len(_not_sent) <= names + 8
-    assert all(len(name) <= 64 for name in _not_sent)
+    assert len(not_sent) <= names + 8
+    assert all(len(name) <= 64 for name in not_sent)
 
 
 async def test_every_line_of_a_bom_file_is_read(stack: Stack) -> None:
