@@ -144,9 +144,8 @@ def chunked(draft: Draft) -> None:
     at = draft.rng.randrange(1, len(draft.body))
     extra = draft.rng.choice((b"", b";a=b", b';a="b c"', b";a"))
     body = _chunk(draft.body[:at], extra) + _chunk(draft.body[at:])
-    trailer = draft.rng.choice(
-        (b"", b"X-Trailer: a\r\n", b"Content-Length: 3\r\n", b"Host: other\r\n")
-    )
+    # Not Content-Length: h11 takes such a trailer, llhttp refuses it, and both may.
+    trailer = draft.rng.choice((b"", b"X-Trailer: a\r\n", b"Host: other\r\n"))
     draft.framed(b"Transfer-Encoding: chunked", body + b"0\r\n" + trailer + b"\r\n")
 
 
@@ -261,8 +260,9 @@ def odd_target(draft: Draft) -> None:
 
 @_mutation
 def odd_method(draft: Draft) -> None:
+    # Not HEAD: of a request that cannot be read nobody knows that its answer has no body.
     odd = (
-        b"post", b"PoST", b"POSTT", b"P" * 5000, b"PO\x00ST", b"POST\t", b"", b"GET", b"HEAD",
+        b"post", b"PoST", b"POSTT", b"P" * 5000, b"PO\x00ST", b"POST\t", b"", b"GET",
         b"OPTIONS", b"CONNECT", b"TRACE", b"DELETE", b"PUT", b"PRI", b"M-SEARCH", b"X(", b"\xff",
     )  # fmt: skip
     draft.method = draft.rng.choice(odd)
@@ -273,8 +273,8 @@ def odd_method(draft: Draft) -> None:
 def odd_version(draft: Draft) -> None:
     odd = (
         b"HTTP/2.0", b"HTTP/0.9", b"HTTP/1.2", b"HTTP/3", b"HTTP/11", b"http/1.1", b"HTTP/1.1 x",
-        b"HTTP/1,1", b"HTTP/-1.1", b"HTTPS/1.1", b"", b"\x00", b"HTTP/1.10", b"RTSP/1.0",
-    )  # fmt: skip
+        b"HTTP/1,1", b"HTTP/-1.1", b"HTTPS/1.1", b"", b"\x00", b"HTTP/1.10",
+    )  # fmt: skip  # not RTSP/1.0: llhttp takes it for HTTP/1.0, and nothing behind it can tell
     draft.version = draft.rng.choice(odd)
     draft.refuse = draft.version != b"HTTP/1.2"
 
@@ -513,7 +513,10 @@ def answers(seed: int, count: int) -> Iterator[Answer]:
         ).encode()
         kinds = list(_answer_bytes(rng, body).items())
         name, (data, end) = kinds[number % len(kinds)]
-        pieces = split(rng, data) if data else []
+        # What comes a moment after an answer's end is, for any client that keeps connections, the
+        # answer to the next request: only bytes that come with the end can be told from it.
+        whole = STRAY in data and end == "keep"
+        pieces = [data] if whole else split(rng, data) if data else []
         yield Answer(number, name, tuple(pieces), end)
 
 

@@ -154,7 +154,7 @@ def engine_faults(data: bytes) -> list[str]:
     faults = [f"{names.count(name)} x {name!r}" for name in _SINGLE if names.count(name) > 1]
     faults += [f"no {name!r}" for name in (b"host", b"content-length") if name not in names]
     faults += [f"a header of the caller's hop, {name!r}" for name in _HOP if name in names]
-    if (message.what, message.target) != ("POST", "/v1/completions"):
+    if (message.what, message.target.partition("?")[0]) != ("POST", "/v1/completions"):
         faults.append(f"{message.what} {message.target}")
     if re.search(rb"\x00|\r(?!\n)|(?<!\r)\n|\r\n[ \t]", head):
         faults.append(f"a head that others may read otherwise: {head[:200]!r}")
