@@ -42,10 +42,13 @@ RECAP = re.compile(r"^one\s+: (.*)$", re.MULTILINE)
 
 
 def play(root: Root, *options: str, **settings: object) -> tuple[dict[str, int], str]:
-    """The counts of the recap (ok, changed, failed …) and the whole output."""
+    """The counts of the recap (ok, changed, failed …) and the whole output.
+
+    The operator's umask is the strictest there is, as on a hardened host.
+    """
     variables = json.dumps(SETTINGS | settings)
     command = "cd /src/ansible && exec /ansible/bin/ansible-playbook -i /src/inventory.yml site.yml"
-    done = root.run("bash", "-c", f'{command} -e "$@"', "play", variables, *options)
+    done = root.run("bash", "-c", f'umask 077 && {command} -e "$@"', "play", variables, *options)
     found = RECAP.search(done.stdout)
     assert found, done.stdout[-3000:]
     counts = {k: int(v) for k, v in (pair.split("=") for pair in found[1].split())}
