@@ -10,7 +10,7 @@ import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import click
 import msgspec
@@ -54,12 +54,7 @@ def _family(host: str) -> socket.AddressFamily:
 @contextmanager
 def claim(state_dir: Path) -> Iterator[None]:
     """Hold the state dir. Raises click.ClickException if another `stoker up` has it."""
-    try:
-        before = keep_private(state_dir)
-        lock = (state_dir / "up.lock").open("a+")
-    except OSError as error:
-        raise click.ClickException(f"can't use the state dir {state_dir}: {error}") from None
-    with lock:
+    with _private(state_dir), _lock_file(state_dir) as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -72,7 +67,29 @@ def claim(state_dir: Path) -> Iterator[None]:
         finally:
             (state_dir / UP_FILE).unlink(missing_ok=True)
             (state_dir / CONFIG_FILE).unlink(missing_ok=True)
-            os.umask(before)
+
+
+@contextmanager
+def _private(state_dir: Path) -> Iterator[None]:
+    try:
+        before = keep_private(state_dir)
+    except OSError as error:
+        raise _no_use(state_dir, error) from None
+    try:
+        yield
+    finally:
+        os.umask(before)
+
+
+def _lock_file(state_dir: Path) -> IO[str]:
+    try:
+        return (state_dir / "up.lock").open("a+")
+    except OSError as error:
+        raise _no_use(state_dir, error) from None
+
+
+def _no_use(state_dir: Path, error: OSError) -> click.ClickException:
+    return click.ClickException(f"can't use the state dir {state_dir}: {error}")
 
 
 def check_port(host: str, port: int) -> None:

@@ -23,17 +23,24 @@ def keep_private(state_dir: str | Path) -> int:
     """See to it that nobody else may read what this process makes, and what is in `state_dir`.
 
     Returns the umask of before. The state dir stays open to its group, if somebody chose that.
-    Raises OSError where it can't be made.
+    Raises OSError where it can't be made; the umask is as before then.
     """
     before = os.umask(0o077)
-    folder = Path(state_dir)
+    try:
+        _close_all(Path(state_dir))
+    except OSError:
+        os.umask(before)
+        raise
+    return before
+
+
+def _close_all(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     _close(folder, stat.S_IRWXO)
     inner = [path for name in _SECRETS for path in below(folder, name).glob("*")]
     for path in [*folder.iterdir(), *inner]:
         if path.is_file() or path.is_socket() or path.name in _SECRETS:
             _close(path, _OTHERS)
-    return before
 
 
 def _close(path: Path, bits: int) -> None:

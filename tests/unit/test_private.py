@@ -52,3 +52,10 @@ def test_what_an_earlier_version_left_open_is_closed(tmp_path: Path) -> None:
     assert mode(tmp_path / "logs") == "0o700"
     assert mode(tmp_path / "models") == "0o755", "what is large is not walked"
     assert mode(outside) == "0o644", "no link is followed"
+
+
+def test_where_it_fails_the_process_is_as_before(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(NotADirectoryError):
+        keep_private(tmp_path / "file" / "state")
+    assert os.umask(0o022) == 0o022
