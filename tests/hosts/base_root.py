@@ -93,6 +93,7 @@ def _once(name: str) -> Iterator[tuple[Path, bool]]:
         if new:
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir()
+            folder.chmod(0o755)  # whatever the umask: a host's service users look in here
         yield folder, new
         done.touch()
 

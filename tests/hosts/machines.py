@@ -137,6 +137,7 @@ def _overlay(folder: Path) -> Iterator[Path]:
     upper, work, root = folder / "upper", folder / "work", folder / "root"
     for path in (upper, work, root):
         path.mkdir(parents=True)
+        path.chmod(0o755)  # the host's /: its services' users must get in
     layers = f"lowerdir={base_root()},upperdir={upper},workdir={work}"
     done = subprocess.run(
         ["mount", "-t", "overlay", "-o", layers, "stoker-test", str(root)],
