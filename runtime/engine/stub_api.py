@@ -50,7 +50,8 @@ class Message(Struct):
 
 
 class StreamOptions(Struct):
-    include_usage: bool = False
+    include_usage: bool | None = False
+    continuous_usage_stats: bool | None = False
 
 
 class _Generation(Struct, kw_only=True):
@@ -97,8 +98,9 @@ class Answer(Struct, frozen=True, kw_only=True):
     fingerprint: str = FINGERPRINT
     finish: str = "length"
 
-    def usage(self) -> dict[str, int]:
-        count = len(self.words)
+    def usage(self, words: int | None = None) -> dict[str, int]:
+        """Of the whole answer, or of so many words of it."""
+        count = len(self.words) if words is None else words
         return {
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": count,
@@ -215,10 +217,12 @@ class Api:
     ) -> web.StreamResponse:
         if refusal := await self.unknown_model(body.model):
             return refusal
+        if body.stream_options and not body.stream:
+            words = "Stream options can only be defined when `stream=True`."
+            return error_response(400, words, param="stream_options")
         answer = self.compose(body.model, limit, spoken, prompt_tokens, chat)
         if body.stream:
-            usage = bool(body.stream_options and body.stream_options.include_usage)
-            return await self._stream(request, answer, usage)
+            return await self._stream(request, answer, body.stream_options or StreamOptions())
         async for _ in self.paced(answer):
             pass
         whole = answer.body([answer.choice("".join(answer.words), answer.finish)])
@@ -258,7 +262,7 @@ class Api:
             yield word
 
     async def _stream(
-        self, request: web.Request, answer: Answer, include_usage: bool
+        self, request: web.Request, answer: Answer, options: StreamOptions
     ) -> web.StreamResponse:
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream; charset=utf-8"})
         await response.prepare(request)
@@ -266,9 +270,12 @@ class Api:
         index = 0
         async for word in self.paced(answer):
             choice = answer.delta(word, answer.finish if index == last else None, index == 0)
-            await response.write(_event(answer.body([choice], chunk=True)))
             index += 1
-        if include_usage:
+            said = answer.body([choice], chunk=True)
+            if options.include_usage and options.continuous_usage_stats:
+                said["usage"] = answer.usage(index)
+            await response.write(_event(said))
+        if options.include_usage:
             await response.write(_event({**answer.body([], chunk=True), "usage": answer.usage()}))
         await response.write(b"data: [DONE]\n\n")
         await response.write_eof()

@@ -44,6 +44,7 @@ class Head(Struct):
     max_completion_tokens: int | None = None
     temperature: int | float | bool | None = None
     seed: int | None = None
+    stream_options: msgspec.Raw = msgspec.Raw()  # as it was written; empty: it was not
 
 
 class Invocation(NamedTuple):
@@ -103,6 +104,7 @@ def _odd_head(body: bytes) -> Head:
         if 0 < len(value) <= _HINT_BYTES:
             with contextlib.suppress(OutsideError):
                 setattr(head, name, read(value))
+    head.stream_options = raw.stream_options
     if raw.model:
         head.model = _field(raw.model, _read_model, "model", "a model's name")
     if raw.stream:

@@ -47,6 +47,7 @@ from runtime.router.prompt import keys_of, taken_tokens, tokens_of
 from runtime.router.refusals import Refused
 from runtime.router.response_cache import ENTRY_BYTES, Kept, ResponseCache, Wanted, wanted
 from runtime.router.routed import Routed
+from runtime.router.stream_usage import Strip, asking
 from runtime.router.upstream import (
     Headers,
     HostLost,
@@ -218,16 +219,22 @@ class Recorder(Meter):
 
     __slots__ = ("_body",)
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, strip: Strip | None = None) -> None:
+        super().__init__(strip)
         self._body: list[bytes] = []
 
-    def feed(self, data: bytes) -> None:
-        super().feed(data)
+    def feed(self, data: bytes) -> bytes:
+        given = super().feed(data)
         if self.size <= ENTRY_BYTES:
-            self._body.append(data)
+            self._body.append(given)
         else:
             self._body.clear()
+        return given
+
+    def rest(self) -> bytes:
+        given = super().rest()
+        self._body.append(given)
+        return given
 
     def body(self) -> bytes | None:
         """All of it; None: it was too large."""
@@ -239,7 +246,7 @@ class _Exchange:
 
     __slots__ = (
         "_asked", "_batching", "_began_at", "_call", "_client", "_hedge_after_s", "_loop", "_proxy",
-        "_rule", "gpu_s", "outcome", "status",
+        "_rule", "_strips", "gpu_s", "outcome", "status",
     )  # fmt: skip
 
     def __init__(self, proxy: Proxy, call: Call, client: Client, route: ModelRoute | None) -> None:
@@ -252,6 +259,7 @@ class _Exchange:
         self._batching = route.batching if route is not None else None
         self._hedge_after_s = _hedge_after_s(route, call)
         self._asked: Wanted | None = None  # of the cache
+        self._strips = False  # usage out of the stream, which the caller did not ask for
         self.outcome = Outcome(call, route, self._began_at)
         if proxy.tracer is not None:
             self.outcome.trace = proxy.tracer.begin(self.outcome)
@@ -466,10 +474,13 @@ class _Exchange:
     async def _post(self, endpoint: Endpoint) -> Reply:
         """Send to the replica; its answer's head."""
         call, trace = self._call, self.outcome.trace
-        headers = sent_headers(call, endpoint.key)
+        headers, body = sent_headers(call, endpoint.key), call.body
         if trace is not None:
             headers = trace.sent(headers, endpoint)
-        return await self._proxy.upstream.post(endpoint.base_url, call.path, headers, call.body)
+        if call.head.stream and call.caller.accounts:  # somebody pays for its tokens
+            asked = asking(call.path, body, call.head)
+            self._strips, body = asked is not None, asked or body
+        return await self._proxy.upstream.post(endpoint.base_url, call.path, headers, body)
 
     async def _relay(self, forward: Forward, reply: Reply) -> None:
         """Hand the answer to the client. Raises UpstreamError while it has been told nothing."""
@@ -481,7 +492,10 @@ class _Exchange:
             raise UpstreamError(CLOSED, delivered=False)  # held until it wakes, or elsewhere
         if reply.status == 404 and (late := self._adapter_late(forward)):
             return await self._refuse(late)
-        reply.meter = outcome.meter = meter = Meter() if self._asked is None else Recorder()
+        strip = Strip() if self._strips else None
+        reply.meter = outcome.meter = meter = (
+            Meter(strip) if self._asked is None else Recorder(strip)
+        )
         first = await reply.read()
         outcome.ttft_s = self._loop.time() - self._began_at
         self._proxy.gate.answered(forward.request_id, reply.status)
@@ -552,7 +566,7 @@ class _Exchange:
         """An answer that is not whole, of `reply` or (None) of ours: told in its stream where an
         event can be, and cut off."""
         call, meter = self._call, self.outcome.meter
-        sent = meter.end() if meter is not None else b""
+        sent = meter.told() if meter is not None else b""
         try:
             if call.streams and (is_open_stream(reply.headers) if reply else not sent):
                 await self._client.write(error.last_event(call.path, call.request_id, sent))

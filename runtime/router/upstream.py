@@ -82,6 +82,16 @@ class Sink(Protocol):
         """One piece. Never blocks: `Reply.pause` is how to slow the engine."""
 
 
+class Filter(Protocol):
+    """Sees every piece of a body on its way, and says what is passed on of it."""
+
+    def feed(self, data: bytes) -> bytes:
+        """One piece."""
+
+    def rest(self) -> bytes:
+        """What it kept back; no more pieces will come."""
+
+
 class Reply:
     """One answer: `status` and `headers` now, the body by `read` until b"", or by `pipe`."""
 
@@ -103,21 +113,23 @@ class Reply:
         self._size = 0
         self._error: UpstreamError | None = None
         self._sink: Sink | None = None
-        self.meter: Sink | None = None  # sees every piece on its way
+        self.meter: Filter | None = None
         self._waiter: asyncio.Future[None] | None = None
 
     async def read(self) -> bytes:
         """All bytes that have come, at least one; b"" at the end. Raises UpstreamError."""
-        while not self._chunks:
-            if self._error is not None:
-                raise self._error
-            if self.complete:
-                return b""
-            await self._wait()
-        data = self._take()
-        if not self.complete:
-            self._connection.resume_reading()
-        return data
+        data = b""
+        while not data:
+            while not self._chunks:
+                if self._error is not None:
+                    raise self._error
+                if self.complete:
+                    return self._rest()
+                await self._wait()
+            data = self._take()
+            if not self.complete:
+                self._connection.resume_reading()
+        return data + self._rest() if self.complete else data
 
     async def pipe(self, sink: Sink) -> None:
         """Hand every piece to `sink` when it comes, without waking a task, until the end.
@@ -128,6 +140,8 @@ class Reply:
         self.flush()
         while self._error is None:
             if self.complete:
+                if rest := self._rest():
+                    sink.feed(rest)
                 return
             await self._wait()
         raise self._error
@@ -211,9 +225,11 @@ class Reply:
         data = self._chunks[0] if len(self._chunks) == 1 else b"".join(self._chunks)
         self._chunks.clear()
         self._size = 0
-        if self.meter is not None:
-            self.meter.feed(data)
-        return data
+        return data if self.meter is None else self.meter.feed(data)
+
+    def _rest(self) -> bytes:
+        """What the meter kept back, once the answer is whole."""
+        return b"" if self.meter is None else self.meter.rest()
 
     async def _wait(self) -> None:
         self._waiter = self._connection.loop.create_future()

@@ -1,7 +1,7 @@
 """How many tokens a call took, read from its answer as it passes. Pure.
 
 Rules this file keeps:
-- the answer is looked at, never changed, delayed or copied whole: only its end is kept;
+- the answer is looked at, never changed (but by a `Strip`) or copied whole: only its end is kept;
 - the same bytes give the same result however they were cut into pieces;
 - a piece costs a count of one mark; JSON is decoded once, after the end, and no more of it than
   what stands behind the last `usage`;
@@ -17,6 +17,7 @@ from msgspec import Meta, Struct
 
 from runtime import outside
 from runtime.outside import OutsideError
+from runtime.router.stream_usage import Strip
 
 # Behind `usage` there are few bytes, but for logprobs of the prompt or its text where asked for.
 JSON_BYTES = 256 * 1024
@@ -85,24 +86,26 @@ _nested: Callable[[bytes], _Nested] = outside.reader(_Nested)
 class Meter:
     """Watches one answer: `feed` it the body, piece by piece, then ask for `usage`.
 
-    `size` is the body's bytes so far.
+    `size` is the body's bytes so far. What `feed` returns is for the caller: the same bytes, unless
+    `strip` takes the usage out of a stream.
     """
 
-    __slots__ = ("_carry", "_events", "_kept", "_limit", "_pieces", "size")
+    __slots__ = ("_carry", "_events", "_kept", "_limit", "_pieces", "_strip", "size")
 
-    def __init__(self) -> None:
+    def __init__(self, strip: Strip | None = None) -> None:
         self.size = 0
+        self._strip = strip
         self._pieces: list[bytes] = []  # the end of the body
         self._kept = 0  # bytes in them
         self._limit = 0  # 0: no byte has come
         self._carry: bytes | None = None  # the end of the last piece, in a stream
         self._events = 0
 
-    def feed(self, data: bytes) -> None:
-        """The next piece of the body."""
+    def feed(self, data: bytes) -> bytes:
+        """The next piece of the body, and what the caller gets."""
         if not self._limit:
             if not data:
-                return
+                return data
             if data[0] in _EVENT_STARTS:
                 self._limit, self._carry = STREAM_BYTES, b"\n"
             else:
@@ -117,10 +120,17 @@ class Meter:
             window = self._carry + data
             self._events += window.count(_MARK)
             self._carry = window[-_CARRY:]
+            if self._strip is not None:
+                return self._strip.feed(data)
+        return data
+
+    def rest(self) -> bytes:
+        """What the caller gets when no more will come."""
+        return b"" if self._strip is None else self._strip.rest()
 
     def usage(self, path: str) -> Usage:
         """What the answer, from the engine's `path`, says so far."""
-        end = self.end()
+        end = self._end()
         if self._carry is None:
             prompt, completion, _ = _last(end, stream=False)
             return NOTHING if prompt is None else Usage(prompt, completion, True, 0)
@@ -140,7 +150,12 @@ class Meter:
             gone += 1
         del self._pieces[:gone]
 
-    def end(self) -> bytes:
+    def told(self) -> bytes:
+        """The end of what the caller was given, as much as is kept."""
+        end = self._end()
+        return end if self._strip is None else self._strip.told(end)
+
+    def _end(self) -> bytes:
         """The body's end, as much as is kept."""
         pieces = self._pieces
         body = pieces[0] if len(pieces) == 1 else b"".join(pieces)

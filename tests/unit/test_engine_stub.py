@@ -174,6 +174,23 @@ async def test_streams_one_word_an_event():
         assert usage["usage"]["completion_tokens"] == 3
 
 
+async def test_it_tells_usage_of_a_stream_only_where_it_is_asked_to_as_vllm_does():
+    async with running() as engine:
+        asked = {**CHAT, "stream": True, "max_tokens": 2}
+        both = {"include_usage": True, "continuous_usage_stats": True}
+        for options, told in (
+            (None, 0), ({}, 0), ({"include_usage": None}, 0), ({"include_usage": True}, 1),
+            ({"continuous_usage_stats": True}, 0), (both, 3),
+        ):  # fmt: skip
+            body = {**asked, "stream_options": options}
+            async with engine.http.post("/v1/chat/completions", json=body) as got:
+                assert (await got.text()).count('"usage"') == told
+        body = {**CHAT, "stream_options": {"include_usage": False}}
+        status, error = await engine.post("/v1/chat/completions", body)
+        assert status == 400
+        assert "only be defined when" in error["error"]["message"]
+
+
 async def test_the_openai_client_is_content_with_it():
     async with running() as engine:
         client = openai.AsyncOpenAI(base_url=f"{engine.url}/v1", api_key=ROUTE, max_retries=0)
