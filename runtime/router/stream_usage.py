@@ -8,7 +8,8 @@ Rules this file keeps:
 - what the caller asked for itself is neither asked again nor taken out;
 - the same bytes give the same result however they were cut into pieces, and events without usage
   pass as they came;
-- an event is kept back until it is whole, unless it is larger than any with usage alone.
+- an event is kept back until it is whole, unless it is larger than any with usage alone;
+- a stream with other line ends than vLLM's is not waited for: all of it passes as it comes.
 """
 
 from __future__ import annotations
@@ -61,15 +62,19 @@ def asking(path: str, body: bytes, head: Head) -> bytes | None:
 class Strip:
     """Takes the usage out of a stream of events that nobody but us asked it for."""
 
-    __slots__ = ("_held", "_last", "_long")
+    __slots__ = ("_as_is", "_held", "_last", "_long")
 
     def __init__(self) -> None:
         self._held = b""  # the beginning of an event
         self._long = False  # within an event that passes as it comes
         self._last = b""  # byte that passed of it
+        self._as_is = False  # all that comes
 
     def feed(self, data: bytes) -> bytes:
         """What is to be passed on, now that this piece has come."""
+        if self._as_is or b"\r" in data:  # JSON escapes it within a text
+            self._as_is = True
+            return self.rest() + data
         if not self._long:
             return self._events(data)
         window = self._last + data

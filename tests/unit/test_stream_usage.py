@@ -126,3 +126,12 @@ def test_what_was_told_of_an_answer_that_breaks_off_ends_with_an_event() -> None
     meter = Meter(Strip())
     assert meter.feed(WORD + LONG[:-10]) == WORD + LONG[:-10]
     assert not meter.told().endswith(b"\n\n")
+
+
+@pytest.mark.parametrize("cut", range(1, len(WORD) + 2))
+def test_events_with_other_line_ends_are_not_kept_back(cut: int) -> None:
+    """An engine that is not vLLM: its callers would wait for 8 KiB of words."""
+    odd = WORD.replace(b"\n", b"\r\n")
+    strip = Strip()
+    assert strip.feed(odd[:cut]) + strip.feed(odd[cut:]) == odd
+    assert strip.feed(b"data: x") == b"data: x"
