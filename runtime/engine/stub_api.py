@@ -9,6 +9,7 @@ import asyncio
 import base64
 import hashlib
 import itertools
+import os
 import struct
 import time
 import zlib
@@ -97,6 +98,7 @@ class Answer(Struct, frozen=True, kw_only=True):
     prompt_tokens: int
     fingerprint: str = FINGERPRINT
     finish: str = "length"
+    response_id: str | None = None  # that the caller chose, of a response
 
     def usage(self, words: int | None = None) -> dict[str, int]:
         """Of the whole answer, or of so many words of it."""
@@ -141,7 +143,7 @@ class Api:
         self._adapters = adapters
         self._args = args
         self._started = int(time.time())
-        self._ids = itertools.count()
+        self._ids, self._boot = itertools.count(), os.urandom(4).hex()
         self._prompt_tokens = 0
         self._generated_tokens = 0
         self.gibberish = False  # its weights are not the model's any more, and it can't know
@@ -239,7 +241,7 @@ class Api:
         self._prompt_tokens += prompt_tokens
         return Answer(
             chat=chat,
-            id=f"{'chatcmpl' if chat else 'cmpl'}-stub-{next(self._ids)}",
+            id=f"{'chatcmpl' if chat else 'cmpl'}-stub-{self._boot}-{next(self._ids)}",
             model=self._said(model),
             created=int(time.time()),
             words=tuple(word if i == 0 else f" {word}" for i, word in enumerate(chosen)),

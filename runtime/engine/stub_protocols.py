@@ -6,7 +6,9 @@ Rule this file keeps: the events of a stream come in the order and with the name
 
 from __future__ import annotations
 
+import asyncio
 import itertools
+import os
 from collections.abc import AsyncIterator
 from typing import Annotated, Any
 
@@ -14,8 +16,17 @@ import msgspec
 from aiohttp import web
 from msgspec import Meta, Struct
 
-from runtime.engine.stub_api import Answer, Api, Message, Tokens, checked, json_response
+from runtime.engine.stub_api import (
+    Answer,
+    Api,
+    Message,
+    Tokens,
+    checked,
+    error_response,
+    json_response,
+)
 
+STORE_ENV = "VLLM_ENABLE_RESPONSES_API_STORE"  # vLLM keeps responses where it is 1
 _STOPS = {"length": "max_tokens", "stop": "end_turn"}  # Anthropic's words for OpenAI's
 SSE = {"Content-Type": "text/event-stream; charset=utf-8"}
 
@@ -43,6 +54,10 @@ class ResponsesRequest(Struct, kw_only=True):
     input: str | list[dict[str, Any]]
     max_output_tokens: Tokens | None = None
     stream: bool | None = False
+    store: bool | None = True
+    background: bool | None = False
+    previous_response_id: str | None = None
+    request_id: str | None = None
 
     def spoken(self) -> str:
         """The words of the last message of the input."""
@@ -60,6 +75,9 @@ class Protocols:
 
     def __init__(self, api: Api) -> None:
         self._api = api
+        self._stores = os.environ.get(STORE_ENV, "0") == "1"
+        self._stored: dict[str, dict[str, Any]] = {}  # as in vLLM, none is ever dropped
+        self._tasks: dict[str, asyncio.Task[None]] = {}  # in the background
 
     def routes(self) -> list[web.RouteDef]:
         """What to add to the server."""
@@ -67,6 +85,8 @@ class Protocols:
             web.post("/v1/messages", checked(MessagesRequest, self._messages, _anthropic)),
             web.post("/v1/messages/count_tokens", checked(CountRequest, self._count, _anthropic)),
             web.post("/v1/responses", checked(ResponsesRequest, self._responses)),
+            web.get("/v1/responses/{id}", self._retrieve),
+            web.post("/v1/responses/{id}/cancel", self._cancel),
         ]
 
     async def _messages(self, request: web.Request, body: MessagesRequest) -> web.StreamResponse:
@@ -88,14 +108,53 @@ class Protocols:
     async def _responses(self, request: web.Request, body: ResponsesRequest) -> web.StreamResponse:
         if refusal := await self._api.unknown_model(body.model):
             return refusal
+        if body.background and body.store and not self._stores:
+            words = f"This vLLM engine does not support `store=True`; set `{STORE_ENV}=1`."
+            return error_response(400, words, "invalid_request_error", "background")
+        if (before := body.previous_response_id) is not None and before not in self._stored:
+            return _no_response(before)
         spoken = body.spoken()
         limit, count = body.max_output_tokens, len(spoken.split())
         answer = self._api.compose(body.model, limit, spoken, count, True)
+        answer = msgspec.structs.replace(answer, response_id=body.request_id)
+        if body.background and self._stores:
+            return json_response(self._begin(answer))
         if body.stream:
             return await _stream(request, _response_events(answer, self._api.paced(answer)))
         async for _ in self._api.paced(answer):
             pass
-        return json_response(_response(answer, "completed", "".join(answer.words)))
+        whole = _response(answer, "completed", "".join(answer.words))
+        if self._stores and body.store:
+            self._stored[whole["id"]] = whole
+        return json_response(whole)
+
+    def _begin(self, answer: Answer) -> dict[str, Any]:
+        """Answer in the background."""
+        queued = self._stored[_id(answer)] = _response(answer, "queued")
+
+        async def work() -> None:
+            async for _ in self._api.paced(answer):
+                pass
+            if queued["status"] == "queued":
+                queued.update(_response(answer, "completed", "".join(answer.words)))
+
+        self._tasks[queued["id"]] = asyncio.create_task(work())
+        return queued
+
+    async def _retrieve(self, request: web.Request) -> web.StreamResponse:
+        found = self._stored.get(request.match_info["id"])
+        return _no_response(request.match_info["id"]) if found is None else json_response(found)
+
+    async def _cancel(self, request: web.Request) -> web.StreamResponse:
+        found = self._stored.get(request.match_info["id"])
+        if found is None:
+            return _no_response(request.match_info["id"])
+        if found["status"] not in ("queued", "in_progress"):
+            words = "Cannot cancel a synchronous response."
+            return error_response(400, words, "invalid_request_error", "response_id")
+        found["status"] = "cancelled"
+        self._tasks[found["id"]].cancel()
+        return json_response(found)
 
 
 # ------------------------------------------------------------------------------------ Messages
@@ -149,7 +208,7 @@ def _response(answer: Answer, status: str, text: str | None = None) -> dict[str,
     """The response object; `text` is there once it is completed."""
     done = text is not None
     return {
-        "id": f"resp_{answer.id}",
+        "id": _id(answer),
         "object": "response",
         "created_at": answer.created,
         "status": status,
@@ -166,6 +225,15 @@ def _response(answer: Answer, status: str, text: str | None = None) -> dict[str,
         "top_p": 1.0,
         "usage": _response_usage(answer) if done else None,
     }
+
+
+def _id(answer: Answer) -> str:
+    return answer.response_id or f"resp_{answer.id}"
+
+
+def _no_response(response_id: str) -> web.Response:
+    words = f"Response with id '{response_id}' not found."
+    return error_response(404, words, "invalid_request_error", "response_id")
 
 
 def _response_usage(answer: Answer) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from runtime.router import body as bodies
 from runtime.router import cards
 from runtime.router.access_log import Line
 from runtime.router.call import ANONYMOUS, Call, Caller
-from runtime.router.client import CALLER, AiohttpClient
+from runtime.router.client import CALLER, REQUEST_ID, AiohttpClient
 from runtime.router.cors import Cors
 from runtime.router.errors import ApiError, internal_error
 from runtime.router.front import RequestIds
@@ -38,15 +38,15 @@ from runtime.router.openapi import document, page
 from runtime.router.paths import ROOT_PATHS, STREAMS, V1_PATHS, engine_target
 from runtime.router.proxy import Proxy
 from runtime.router.siblings import OWN, Siblings
+from runtime.router.stored_handlers import StoredHandlers
 from runtime.wire import ModelRoute, RouteTable
 
 log = logging.getLogger("stoker.router")
 
-_REQUEST_ID = web.RequestKey("request_id", str)
 _TAKEN = web.RequestKey("taken", int)  # bytes of the budget for its body
 _SERVED = web.RequestKey("served", bool)  # by the proxy, which tells of it
 _UNLOGGED = {"/healthz", "/readyz", "/metrics", "/health", "/ping"}
-_GOOD_REQUEST_ID = re.compile(r"[!-~]{1,128}")
+_GOODREQUEST_ID = re.compile(r"[!-~]{1,128}")
 
 _HEALTH = ("/health", "/ping")  # as vLLM has them, for probes and load generators
 _OPEN = {"/healthz", "/readyz", "/metrics", "/openapi.json", "/docs", "/version", *_HEALTH}
@@ -76,6 +76,7 @@ class Api:
         self._jobs = jobs
         self._siblings = siblings
         self._scrapers = scrapers
+        self._stored = StoredHandlers(proxy, siblings)
         self._proxy = proxy
         self._max_body_bytes = max_body_bytes
         self._read_timeout_s = read_timeout_s
@@ -91,6 +92,7 @@ class Api:
         app.add_routes(
             [
                 *self._jobs.routes(),
+                *self._stored.routes(),
                 *(web.post(path, self._openai) for path in (*V1_PATHS, *ROOT_PATHS)),
                 web.get("/v1/models", self._models),
                 web.get("/v1/models/{model:.+}", self._model),
@@ -166,7 +168,7 @@ class Api:
     ) -> web.StreamResponse:
         streams = bool(head.stream) and path.partition("?")[0] in STREAMS
         client = AiohttpClient(request)
-        request_id, headers = request[_REQUEST_ID], request.raw_headers
+        request_id, headers = request[REQUEST_ID], request.raw_headers
         call = Call(
             request_id, head.model, path, headers, body, streams, head, request[CALLER],
             address=request.remote or "", asked=request.path,
@@ -321,8 +323,8 @@ class Api:
     async def _shaped(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         """Request ids in and out, and every failure in its protocol's shape."""
         wish = request.headers.get("X-Request-ID", "")
-        request_id = wish if _GOOD_REQUEST_ID.fullmatch(wish) else self._request_id()
-        request[_REQUEST_ID] = request_id
+        request_id = wish if _GOODREQUEST_ID.fullmatch(wish) else self._request_id()
+        request[REQUEST_ID] = request_id
         code = None
         if (preflight := self._cors.preflight(request)) is not None:
             return preflight
@@ -347,7 +349,7 @@ class Api:
 
     def refuse(self, request: web.BaseRequest, error: ApiError) -> web.Response:
         """The answer to what never came to a handler, told to the access log."""
-        request[_REQUEST_ID] = self._request_id()
+        request[REQUEST_ID] = self._request_id()
         response = _error_response(error, request)
         self._told(request, response, error.code)
         return response
@@ -356,7 +358,7 @@ class Api:
         self, request: web.BaseRequest, response: web.StreamResponse, code: str | None
     ) -> web.StreamResponse:
         """Marked with its id, and in the access log if nobody else writes it there."""
-        request_id = request[_REQUEST_ID]
+        request_id = request[REQUEST_ID]
         if not response.prepared:
             response.headers["X-Request-ID"] = request_id
         access_log = self._proxy.access_log
@@ -391,7 +393,7 @@ def _whose(request: web.BaseRequest) -> tuple[str | None, str | None]:
 def _error_response(error: ApiError, request: web.BaseRequest) -> web.Response:
     return web.Response(
         status=error.status,
-        body=error.body(request.path, request[_REQUEST_ID]),
+        body=error.body(request.path, request[REQUEST_ID]),
         headers=error.headers(),
         content_type="application/json",
     )

@@ -44,6 +44,8 @@ class Head(Struct):
     max_completion_tokens: int | None = None
     temperature: int | float | bool | None = None
     seed: int | None = None
+    previous_response_id: str | None = None
+    request_id: str | None = None  # what a response is to be called
     stream_options: msgspec.Raw = msgspec.Raw()  # as it was written; empty: it was not
 
 
@@ -70,6 +72,8 @@ _HINTS: Any = {
     "max_completion_tokens": outside.reader(int),
     "temperature": outside.reader(int | float | bool),
     "seed": outside.reader(int),
+    "previous_response_id": outside.reader(str),
+    "request_id": outside.reader(str),
 }
 
 

@@ -19,7 +19,9 @@ from runtime.router.upstream import Headers, Reply
 
 MAX_ANSWER_BYTES = 64 * 2**20  # that `Collected` keeps
 
-CALLER = web.RequestKey("caller", Caller)  # whoever serves a request by aiohttp finds it there
+# Whoever serves a request by aiohttp finds there:
+CALLER = web.RequestKey("caller", Caller)
+REQUEST_ID = web.RequestKey("request_id", str)
 
 
 class Client(Protocol):
@@ -119,14 +121,20 @@ class AiohttpClient:
             data = await reply.read()
 
     def break_off(self) -> None:
-        transport = self._request.transport
-        if transport is None or self.response is None:
-            return
-        if self.response.content_length is not None or self._request.version >= HttpVersion11:
-            transport.close()  # what is buffered still goes out; the framing shows the gap
-        else:
-            reset(transport.get_extra_info("socket"))  # a mere end would look like success
-            transport.abort()
+        if self.response is not None:
+            cut_off(self._request, self.response)
+
+
+def cut_off(request: web.Request, response: web.StreamResponse) -> None:
+    """End the connection so that `response`, which has begun, can't be taken for a whole one."""
+    transport = request.transport
+    if transport is None:
+        return
+    if response.content_length is not None or request.version >= HttpVersion11:
+        transport.close()  # what is buffered still goes out; the framing shows the gap
+    else:
+        reset(transport.get_extra_info("socket"))  # a mere end would look like success
+        transport.abort()
 
 
 def reset(sock: socket.socket) -> None:

@@ -83,3 +83,9 @@ def internal_error() -> ApiError:
     """What is told of a failure of our own."""
     message = "the router failed; its log has more under this request id"
     return ApiError(500, "internal_error", message)
+
+
+def no_response(response_id: str, why: str = "", param: str = "response_id") -> ApiError:
+    """What is told of a response that is not known here, or is another tenant's."""
+    message = f"there is no response {response_id[:128]!r} here{why}"
+    return ApiError(404, "response_not_found", message, param=param)

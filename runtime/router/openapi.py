@@ -11,7 +11,7 @@ from typing import Any
 
 from runtime.router.error_shapes import shape_of
 from runtime.router.jobs import openapi as jobs
-from runtime.router.paths import ROOT_PATHS, STREAMS
+from runtime.router.paths import RESPONSES, ROOT_PATHS, STREAMS
 
 _Json = dict[str, Any]
 
@@ -65,7 +65,7 @@ def document(version: str) -> _Json:
         paths[path] = {"post": _call(path, summary, _json_body([]), f"/v1{tail}" in STREAMS)}
     paths["/invoke/{model}"] = {"post": _invoke()}
     paths |= {path: {"get": operation} for path, operation in _reads().items()}
-    paths |= _jobs()
+    paths |= _jobs() | _responses()
     return {
         "openapi": "3.1.0",
         "info": {
@@ -198,6 +198,21 @@ def _reads() -> dict[str, _Json]:
         "/openapi.json": _read("openapi", "This document", "application/json", {"type": "object"}),
         "/docs": _read("docs", "This document as a page", "text/html"),
     }
+
+
+def _responses() -> _Json:
+    """What is asked of a response that an engine keeps."""
+    got = _read(
+        "response", "A response that its engine keeps", "application/json", {"type": "object"},
+        "400", "401", "403", "404", "429", "503",
+    )  # fmt: skip
+    cancel = got | {"operationId": "cancel_response", "summary": "End one in the background"}
+    for operation in (got, cancel):
+        operation["parameters"] = [
+            {"name": "response_id", "in": "path", "required": True, "schema": {"type": "string"}}
+        ]
+    path = f"{RESPONSES}/{{response_id}}"
+    return {path: {"get": got}, path + "/cancel": {"post": cancel}}
 
 
 def _read(name: str, summary: str, kind: str, schema: _Json | None = None, *errors: str) -> _Json:

@@ -22,7 +22,8 @@ ROOT_PATHS = (
     "/inference/v1/generate",
     "/invocations",
 )
-STREAMS = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages"})
+RESPONSES = "/v1/responses"
+STREAMS = frozenset({"/v1/chat/completions", "/v1/completions", RESPONSES, "/v1/messages"})
 JSON_PATHS = (
     *STREAMS,
     "/v1/embeddings",

@@ -24,7 +24,7 @@ from runtime.router.batcher import Batcher
 from runtime.router.call import ANONYMOUS, Call, Caller
 from runtime.router.client import Client
 from runtime.router.error_shapes import shape_of
-from runtime.router.errors import ApiError, engine_error, internal_error
+from runtime.router.errors import ApiError, engine_error, internal_error, no_response
 from runtime.router.fairness import Wish
 from runtime.router.gate import Gate
 from runtime.router.headers import (
@@ -42,11 +42,13 @@ from runtime.router.limits import GpuShare
 from runtime.router.memory import Memory, MemoryFull
 from runtime.router.metrics import Metrics
 from runtime.router.outcome import BROKEN_OFF, HUNG_UP, Observer, Outcome
+from runtime.router.paths import RESPONSES
 from runtime.router.patience import patience
 from runtime.router.prompt import keys_of, taken_tokens, tokens_of
 from runtime.router.refusals import Refused
 from runtime.router.response_cache import ENTRY_BYTES, Kept, ResponseCache, Wanted, wanted
 from runtime.router.routed import Routed
+from runtime.router.stored import Made, Stored, id_in
 from runtime.router.stream_usage import Strip, asking
 from runtime.router.upstream import (
     Headers,
@@ -88,6 +90,7 @@ class Proxy:
         self.keys = keys
         self.cache = cache
         self.shares = GpuShare()
+        self.stored = Stored()
         self.upstream = upstream
         self.metrics = metrics
         self.heartbeat_s = heartbeat_s
@@ -110,6 +113,8 @@ class Proxy:
             if caller is not ANONYMOUS:
                 self._let_in(call, route, wish.tokens)
                 charged = True
+            if call.head.previous_response_id is not None or call.head.request_id is not None:
+                self._check_ids(call)
             if exchange.has_no_short_cut or not await exchange.by_a_short_cut():
                 decision = self.gate.arrive(call.model, wish)
                 await exchange.run(decision)
@@ -176,6 +181,19 @@ class Proxy:
         _check_scope(call.caller, name, asked, call.path)
         again = attempt is not None and attempt.again
         self.keys.begin(call.caller, tokens, self.gate.loop.time(), again, call.counted)
+
+    def _check_ids(self, call: Call) -> None:
+        """An engine goes on with any response that it keeps, whoever had it made. Raises ApiError
+        (404) unless the caller's tenant is known to have; where there are no keys, all are one."""
+        if not call.path.startswith(RESPONSES):
+            return
+        head, tenant = call.head, call.caller.tenant
+        before, named = head.previous_response_id, head.request_id
+        if before is not None and self.keys.any and self.stored.find(tenant, before) is None:
+            raise no_response(before, param="previous_response_id")
+        if named is not None and self.stored.is_anothers(tenant, named):
+            message = f"request_id {named[:128]!r} is taken; choose another"
+            raise ApiError(400, "invalid_field", message, param="request_id")
 
     def check_scope(self, caller: Caller, model: str, path: str) -> None:
         """Raises ApiError (403) where `caller` may not call `path` of `model`, which may be a
@@ -502,6 +520,8 @@ class _Exchange:
         self.status = reply.status
         if reply.status != 200 and (client.begun or self._is_foreign(reply)):
             return await self._tell_error(reply, first)
+        if reply.status == 200 and call.path.startswith(RESPONSES):
+            self._note_response(first)
         if not client.begun:
             headers = returned_headers(reply.headers, call) + self._rate_headers()
             if self._asked is not None:
@@ -516,6 +536,14 @@ class _Exchange:
             outcome.error = BROKEN_OFF
             reply.close()
             await self.break_off(await self._broken(error, reply), reply)
+
+    def _note_response(self, first: bytes) -> None:
+        """Who made it, for a GET of it."""
+        call, response_id = self._call, id_in(first)
+        if response_id is not None and call.path.partition("?")[0] == RESPONSES:
+            asked = call.attempt.asked if call.attempt is not None else call.model
+            made = Made(call.caller.tenant, call.model, asked, self.outcome.replica_id)
+            self._proxy.stored.keep(response_id, made)
 
     def _is_foreign(self, reply: Reply) -> bool:
         """Whether it is an error that the path's clients can't read: Anthropic's have types, and a

@@ -1,4 +1,5 @@
-"""One /metrics for all workers of a port: a scrape reaches any one of them, and it asks the others.
+"""What a worker of a port asks the others: their figures, as a scrape of /metrics reaches any one
+of them, and what only one of them may know.
 
 Rule this file keeps: a figure is the sum over the workers that answer; one that is just being
 started again is left out, and its counters begin anew, as after any restart.
@@ -15,15 +16,27 @@ import tempfile
 from pathlib import Path
 
 import aiohttp
+from aiohttp import web
+from multidict import CIMultiDict
 from prometheus_client import CollectorRegistry, Metric, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
 
 from runtime import places
+from runtime.router.client import REQUEST_ID, cut_off
 
 log = logging.getLogger("stoker.router")
 
 TIMEOUT_S = 2.0
+_OF_HOP = {
+    "connection", "content-length", "content-encoding", "transfer-encoding", "expect",
+    "x-request-id",
+}  # fmt: skip
+# Those that every answer gets where it goes out.
+_NOT_PASSED_ON = {
+    "connection", "transfer-encoding", "date", "server", "vary",
+    "access-control-allow-origin", "access-control-expose-headers",
+}  # fmt: skip
 OWN = {"worker": "own"}  # the query that asks for one worker's own figures
 
 
@@ -61,6 +74,17 @@ class Siblings:
         self.socket = folder / f"router-{index}.sock"
         self._others = [folder / f"router-{n}.sock" for n in range(1, count + 1) if n != index]
 
+    async def ask(self, request: web.Request) -> web.StreamResponse | None:
+        """The answer of the first other worker that has one; None: none of them knows it.
+
+        One that came from a worker is asked no further: it came by a Unix socket.
+        """
+        peer = request.transport.get_extra_info("peername") if request.transport else None
+        for path in self._others if isinstance(peer, tuple) else ():
+            if (answer := await _passed_on(path, request)) is not None:
+                return answer
+        return None
+
     async def metrics(self, own: bytes) -> bytes:
         """Our own exposition and everybody else's, summed."""
         texts = await asyncio.gather(*map(_fetch, self._others))
@@ -80,6 +104,36 @@ async def _fetch(path: Path) -> str | None:
     except (aiohttp.ClientError, TimeoutError, OSError) as error:
         log.warning("metrics without those of the worker at %s: %s", path, error)
         return None
+
+
+async def _passed_on(path: Path, request: web.Request) -> web.StreamResponse | None:
+    """What the worker at `path` answers to the same request; None: 404, or no answer."""
+    timeout = aiohttp.ClientTimeout(total=None, sock_connect=TIMEOUT_S)
+    headers = [(n, v) for n, v in request.headers.items() if n.lower() not in _OF_HOP]
+    headers.append(("X-Request-ID", request[REQUEST_ID]))
+    url = places.url("http://worker", *request.path.strip("/").split("/"))
+    response = web.StreamResponse()
+    try:
+        async with (
+            aiohttp.ClientSession(
+                connector=aiohttp.UnixConnector(str(path)), timeout=timeout, auto_decompress=False
+            ) as session,
+            session.request(request.method, url, params=request.query, headers=headers) as reply,
+        ):
+            if reply.status in (401, 404):  # its keys may be a little older
+                return None
+            kept = [(n, v) for n, v in reply.headers.items() if n.lower() not in _NOT_PASSED_ON]
+            response = web.StreamResponse(status=reply.status, headers=CIMultiDict(kept))
+            await response.prepare(request)
+            async for data in reply.content.iter_any():
+                await response.write(data)
+            return response
+    except (aiohttp.ClientError, TimeoutError) as error:
+        log.warning("the worker at %s did not answer: %s", path, error)
+        if not response.prepared:
+            return None
+        cut_off(request, response)
+        return response
 
 
 class _Ready(Collector):

@@ -76,6 +76,8 @@ class Strip:
             self._as_is = True
             return self.rest() + data
         if not self._long:
+            if not self._held and data.endswith(_END) and _USAGE not in data:
+                return data  # nearly every piece
             return self._events(data)
         window = self._last + data
         end = window.find(_END)

@@ -411,8 +411,15 @@ class Upstream:
         self._every_s = min(1.0, *(limit / 4 for limit in limits[1:]))
         self._timer = self._loop.call_later(self._every_s, self._sweep)
 
-    async def post(self, base_url: str, path: str, headers: Iterable[bytes], body: bytes) -> Reply:
-        """Send one POST and wait for the answer's head, as long as it takes.
+    async def post(
+        self,
+        base_url: str,
+        path: str,
+        headers: Iterable[bytes],
+        body: bytes,
+        method: str = "POST",
+    ) -> Reply:
+        """Send one POST (or `method`) and wait for the answer's head, as long as it takes.
 
         `path` is the raw request target; `headers` are whole `name: value` lines without Host and
         Content-Length. Raises UpstreamError; a cancelled wait closes the connection.
@@ -420,7 +427,7 @@ class Upstream:
         host, port, host_line, idle = self._pool(base_url)
         request = b"\r\n".join(
             (
-                b"POST %b HTTP/1.1" % path.encode("ascii"), host_line,
+                f"{method} {path} HTTP/1.1".encode("ascii"), host_line,
                 b"Content-Length: %d" % len(body), *headers, b"\r\n",
             )
         )  # fmt: skip

@@ -31,7 +31,7 @@ PURE = (
     "agent/staging_policy.py", "agent/host_ram.py", "agent/load_format.py",
     "runtime/router/admission.py", "runtime/router/breaker.py", "runtime/router/sketch.py",
     "runtime/router/limits.py", "runtime/router/keys.py", "runtime/access.py", "scheduler/usage.py",
-    "runtime/router/usage.py", "runtime/router/stream_usage.py",
+    "runtime/router/usage.py", "runtime/router/stream_usage.py", "runtime/router/stored.py",
     "runtime/router/fairness.py", "runtime/router/cards.py",
     "runtime/router/headers.py",
     "runtime/router/local.py", "runtime/router/memory.py", "runtime/router/paths.py",

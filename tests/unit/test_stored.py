@@ -1,0 +1,64 @@
+"""Which replica keeps which response, and for whom."""
+
+from __future__ import annotations
+
+import pytest
+
+from runtime.router.stored import Made, Stored, id_in
+
+
+def made(tenant: str, replica_id: str = "r1") -> Made:
+    return Made(tenant, "m", "m", replica_id)
+
+
+def test_a_response_is_its_tenants_alone() -> None:
+    stored = Stored()
+    stored.keep("resp_1", made("a"))
+    assert stored.find("a", "resp_1") == made("a")
+    assert stored.find("b", "resp_1") is None
+    assert stored.is_anothers("b", "resp_1")
+    assert not stored.is_anothers("a", "resp_1")
+    stored.keep("resp_1", made("b", "r2"))  # an id that its caller chose
+    assert stored.find("a", "resp_1") == made("a")
+    assert stored.find("b", "resp_1") is None
+    stored.keep("resp_1", made("a", "r2"))
+    assert stored.find("a", "resp_1") == made("a", "r2")
+
+
+def test_a_tenant_with_many_pushes_out_its_own() -> None:
+    stored = Stored(most=8, most_of_tenant=6)
+    stored.keep("small", made("small"))
+    for n in range(20):
+        stored.keep(f"big_{n}", made("big"))
+    assert stored.find("big", "big_13") is None
+    assert stored.find("big", "big_14") is not None
+    for n in range(20):
+        stored.keep(f"third_{n}", made("third"))
+        assert len(stored) <= 8
+    assert stored.find("small", "small") is not None
+
+
+def test_what_was_asked_for_stays_longer() -> None:
+    stored = Stored(most_of_tenant=2)
+    stored.keep("one", made("a"))
+    stored.keep("two", made("a"))
+    assert stored.find("a", "one")
+    stored.keep("three", made("a"))
+    assert stored.find("a", "one")
+    assert stored.find("a", "two") is None
+
+
+@pytest.mark.parametrize(
+    ("beginning", "found"),
+    [
+        (b'{"id":"resp_1","created_at":1', "resp_1"),
+        (b'event: response.created\ndata: {"response":{"id":"resp_2","x":{"id":"no"}}}', "resp_2"),
+        (b'{"id": "resp_3"}', "resp_3"),
+        (b'{"id":"../x"}', None),
+        (b'{"id":"' + b"x" * 200 + b'"}', None),
+        (b" " * 2000 + b'{"id":"resp_1"}', None),
+        (b"", None),
+    ],
+)
+def test_the_id_is_the_first_of_an_answer(beginning: bytes, found: str | None) -> None:
+    assert id_in(beginning) == found
