@@ -347,10 +347,12 @@ class Api:
             self._proxy.memory.give(request.get(_TAKEN, 0))
         return self._told(request, response, code)
 
-    def refuse(self, request: web.BaseRequest, error: ApiError) -> web.Response:
-        """The answer to what never came to a handler, told to the access log."""
+    def refuse(self, request: web.BaseRequest, error: ApiError, origin: str) -> web.Response:
+        """The answer to what never came to a handler, told to the access log; `origin`: the page
+        that it came from, as a browser writes it, "": none."""
         request[REQUEST_ID] = self._request_id()
         response = _error_response(error, request)
+        self._cors.mark_for(origin, response)
         self._told(request, response, error.code)
         return response
 

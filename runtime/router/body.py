@@ -109,7 +109,7 @@ def _odd_head(body: bytes) -> Head:
             with contextlib.suppress(OutsideError):
                 setattr(head, name, read(value))
     head.stream_options = raw.stream_options
-    if raw.model:
+    if raw.model and bytes(raw.model) != b"null":
         head.model = _field(raw.model, _read_model, "model", "a model's name")
     if raw.stream:
         head.stream = _field(raw.stream, _read_stream, "stream", "true or false")

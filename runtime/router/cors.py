@@ -44,11 +44,14 @@ class Cors:
 
     async def mark(self, request: web.Request, response: web.StreamResponse) -> None:
         """Add what a browser wants to know to any answer: aiohttp's `on_response_prepare`."""
+        self.mark_for(request.headers.get("Origin", ""), response)
+
+    def mark_for(self, origin: str, response: web.StreamResponse) -> None:
+        """The same for an answer to a page of that origin, which no application prepares."""
         if not self._origins:
             return
         vary = response.headers.get("Vary")
         response.headers["Vary"] = f"{vary}, Origin" if vary else "Origin"
-        origin = request.headers.get("Origin", "")
         if self.allows(origin):
             response.headers["Access-Control-Allow-Origin"] = ANY if self._any else origin
             response.headers["Access-Control-Expose-Headers"] = _EXPOSED

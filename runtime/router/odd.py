@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 from collections.abc import Awaitable, Callable
 from typing import Any
 
 from aiohttp import HttpVersion10, HttpVersion11, StreamReader, web
-from aiohttp.http_exceptions import ContentEncodingError, LineTooLong
+from aiohttp.http_exceptions import ContentEncodingError, HttpProcessingError, LineTooLong
+from aiohttp.streams import EMPTY_PAYLOAD
 from aiohttp.web_protocol import _ErrInfo
 
 from runtime.router.errors import ApiError, internal_error
@@ -28,14 +30,21 @@ LINE_BYTES = 16 * 1024
 HEADERS = 256
 HEAD_BYTES = 64 * 1024
 
-Refuse = Callable[[web.BaseRequest, ApiError], web.Response]
+LINGER_S = 1.0  # while a caller who still sends a head can read why it is not wanted
+
+Refuse = Callable[[web.BaseRequest, ApiError, str], web.Response]  # with the page's origin
+_ORIGIN = re.compile(rb"\norigin:[ \t]*([^\r\n]{1,512})", re.IGNORECASE)
 _REFUSED = web.RequestKey("refused", ApiError)
+
+
+class _HeadTooLarge(HttpProcessingError):
+    """All of a head is larger than HEAD_BYTES."""
 
 
 class OddConnection(web.RequestHandler):
     """One connection that the front handed over; `refuse` makes the answer to a failure."""
 
-    __slots__ = ("_body", "_head_bytes", "_refuse")
+    __slots__ = ("_body", "_head", "_refuse", "_refused")
 
     def __init__(self, server: web.Server, refuse: Refuse, idle_s: float) -> None:
         super().__init__(
@@ -49,7 +58,8 @@ class OddConnection(web.RequestHandler):
             max_headers=HEADERS,
         )
         self._refuse = refuse
-        self._head_bytes = 0
+        self._head = b""  # of the request that is coming in, and what came in one piece with it
+        self._refused = False  # what still comes is thrown away
         self._body: StreamReader | None = None
 
     @property
@@ -58,19 +68,41 @@ class OddConnection(web.RequestHandler):
         return self._waiter is not None and not self._messages
 
     def data_received(self, data: bytes) -> None:
+        if self._refused:
+            return
         count = self._request_count
-        of_a_head = self._body is None or self._body.is_eof()  # the last piece of a body is none
+        if self._body is None or self._body.is_eof():  # the last piece of a body is no head
+            self._head += data
         super().data_received(data)
         if self._request_count != count:
-            self._head_bytes = 0
             if self._body is not None and not self._body.is_eof() and self._is_broken():
                 self._break_off(self._body)
                 return
             self._body = self._messages[-1][1] if self._messages else None
-        elif of_a_head:
-            self._head_bytes += len(data)
-            if self._head_bytes > HEAD_BYTES:
-                self.force_close()
+            if self._is_broken():
+                return
+            if len(self._head) > HEAD_BYTES and self._messages and self._is_too_large():
+                self._messages.pop()
+                self._refuse_head()
+            else:
+                self._head = b""
+        elif len(self._head) > HEAD_BYTES:
+            self._refuse_head()
+
+    def _is_too_large(self) -> bool:
+        """The head that came last, which is whole: a body may have come with it."""
+        message, _ = self._messages[-1]
+        assert not isinstance(message, _ErrInfo)
+        return sum(len(n) + len(v) + 4 for n, v in message.raw_headers) > HEAD_BYTES
+
+    def _refuse_head(self) -> None:
+        """Have it answered as aiohttp answers what it cannot parse."""
+        self._refused = True
+        error = _HeadTooLarge(message="the head is too large")
+        self._messages.append((_ErrInfo(400, error, error.message), EMPTY_PAYLOAD))
+        self._request_count += 1
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
 
     def _is_broken(self) -> bool:
         return bool(self._messages) and isinstance(self._messages[-1][0], _ErrInfo)
@@ -96,8 +128,14 @@ class OddConnection(web.RequestHandler):
         """The answer to what was no request."""
         if request.writer.output_size > 0:
             raise ConnectionError("the answer has begun: it can only break off")
-        response = self._refuse(request, _told(status, exc, message or ""))
-        response.force_close()
+        found = _ORIGIN.search(self._head)
+        origin = found[1].decode("latin-1").strip() if found else ""
+        response = self._refuse(request, _told(status, exc, message or ""), origin)
+        if self._refused:  # a close with bytes unread would take the answer back
+            response.headers["Connection"] = "close"
+            self._loop.call_later(LINGER_S, self.force_close)
+        else:
+            response.force_close()
         return response
 
 
@@ -110,8 +148,10 @@ def prepare(server: web.Server, refuse: Refuse) -> None:
 def _factory(inner: Callable[..., web.BaseRequest]) -> Callable[..., web.BaseRequest]:
     def make(message: Any, *rest: Any) -> web.BaseRequest:
         too_new = message.version > HttpVersion11
-        if too_new or message.method == "UNKNOWN":  # aiohttp's word for what is no request
+        if too_new:
             message = message._replace(version=HttpVersion11)
+        if message.method == "UNKNOWN":  # aiohttp's word for what is no request; we close it
+            message = message._replace(version=HttpVersion11, should_close=False)
         too_old = message.version < HttpVersion10  # a request line without a version, as HTTP/0.9
         if too_old:
             message = message._replace(version=HttpVersion11)
@@ -144,7 +184,7 @@ def _handler(
             except web.HTTPException as error:  # before the middlewares, e.g. of Expect
                 text = error.text or error.reason
                 refused = ApiError(error.status, "http_error", text)
-        response = refuse(request, refused)
+        response = refuse(request, refused, request.headers.get("Origin", ""))
         response.force_close()
         return response
 
@@ -155,6 +195,9 @@ def _told(status: int, exc: BaseException | None, message: str) -> ApiError:
     """What a caller is told of a request that aiohttp could not read."""
     if status >= 500:
         return internal_error()
+    if isinstance(exc, _HeadTooLarge):
+        text = f"the request's head has more than {HEAD_BYTES} bytes"
+        return ApiError(431, "head_too_large", text)
     if isinstance(exc, LineTooLong):
         text = f"a line of the request's head is longer than {LINE_BYTES} bytes"
         return ApiError(431, "head_too_large", text)

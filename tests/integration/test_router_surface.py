@@ -14,6 +14,7 @@ import pytest
 import router_kit as kit
 import uvloop
 from router_kit import Stack, unary
+from test_router_tenants import token
 
 if sys.version_info >= (3, 14):
     from compression import zstd
@@ -46,12 +47,15 @@ class Answer(NamedTuple):
         return json.loads(self.body)["error"]
 
 
-async def raw(stack: Stack, data: bytes, wait_s: float = 5.0) -> Answer:
+async def raw(stack: Stack, data: bytes, wait_s: float = 5.0, cut: int = 2**20) -> Answer:
     """What comes back for these bytes, up to the first answer's end by its framing."""
     host, port = stack.url.removeprefix("http://").split(":")
     reader, writer = await asyncio.open_connection(host, port)
     try:
-        writer.write(data)
+        for at in range(0, len(data), cut):
+            writer.write(data[at : at + cut])
+            await writer.drain()
+            await asyncio.sleep(0)
         async with asyncio.timeout(wait_s):
             head = (await reader.readuntil(b"\r\n\r\n")).decode()
             lines = head.split("\r\n")
@@ -100,6 +104,7 @@ BODY = b'{"model":"m"}'
         (request(f"POST {CHAT} HTTP/1.1", "Content-Encoding: br", body=BODY), 415),
         (request(f"POST {CHAT} HTTP/1.1", "Expect: miracles", body=BODY), 417),
         (request("GET /v1/models/\xff HTTP/1.1"), 400),
+        (request(f"POST {CHAT} HTTP/1.1", "Content-Length: x"), 400),
         (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + b"a" * 100, 400),
     ],
 )
@@ -128,11 +133,32 @@ async def test_large_cookies_and_many_headers_are_served(stack: Stack, header: s
         assert (await raw(stack, request(line, header, body=body))).status == 200
 
 
-async def test_a_head_is_bounded_as_a_whole(stack: Stack) -> None:
+@pytest.mark.parametrize("fields", [20, 12])
+@pytest.mark.parametrize("ends", [False, True])
+@pytest.mark.parametrize("cut", [3_000, 1_000_000])
+async def test_a_head_is_bounded_as_a_whole(
+    stack: Stack, tmp_path: Path, fields: int, ends: bool, cut: int
+) -> None:
+    """Each of its lines may be there, and all come in one piece or in many."""
     await stack.serve("m", await stack.engine(unary()))
-    data = request("GET /healthz HTTP/1.1", *(f"X-{n}: {'y' * 8000}" for n in range(20)))
-    with pytest.raises((asyncio.IncompleteReadError, ConnectionError)):
-        await raw(stack, data[:-2])  # it never ends
+    lines = (f"X-{n}: {'y' * 8000}" for n in range(fields))
+    data = request("GET /healthz HTTP/1.1", f"Origin: {PAGE}", *lines)
+    answer = await raw(stack, data if ends else data[:-2], cut=cut)
+    assert (answer.status, answer.error()["code"]) == (431, "head_too_large")
+    assert "65536 bytes" in answer.error()["message"]
+    assert answer.headers["access-control-allow-origin"] == PAGE
+    assert answer.headers["connection"] == "close"
+    log = tmp_path / "access.log"
+    request_id = answer.headers["x-request-id"]
+    await kit.eventually(lambda: request_id in log.read_text(), "not in the access log")
+
+
+async def test_a_head_that_is_as_large_as_it_may_be_is_served(stack: Stack) -> None:
+    await stack.serve("m", await stack.engine(unary()))
+    lines = [f"X-{n}: {'y' * 8000}" for n in range(7)]
+    for body in (BODY, b'{"model":"m","x":"' + b"x" * 200_000 + b'"}'):
+        data = request(f"POST {CHAT} HTTP/1.1", *lines, body=body)
+        assert (await raw(stack, data)).status == 200
 
 
 @pytest.mark.parametrize(("name", "pack"), [("zstd", zstd.compress), ("gzip", gzip.compress)])
@@ -240,12 +266,16 @@ async def test_a_slash_at_the_end_makes_no_difference(stack: Stack) -> None:
 async def test_a_body_without_a_model_means_the_only_one(stack: Stack) -> None:
     engine = await stack.engine(unary())
     await stack.serve("m", engine, aliases=("org/m",))
-    answer = await raw(stack, request(f"POST {CHAT} HTTP/1.1", body=b'{"messages":[]}'))
-    assert (answer.status, engine.received[-1].json()["model"]) == (200, "m")
+    bodies = (b'{"messages":[]}', b'{"model":null,"messages":[]}', b'{"model" : null}')
+    for body in bodies:
+        answer = await raw(stack, request(f"POST {CHAT} HTTP/1.1", body=body))
+        assert (answer.status, engine.received[-1].json()["model"]) == (200, "m")
     await stack.scheduler.publish(kit.model("m", engine), kit.model("n", engine))
     await stack.scheduler.in_force()
-    answer = await raw(stack, request(f"POST {CHAT} HTTP/1.1", body=b'{"messages":[]}'))
-    assert (answer.status, answer.error()["param"]) == (400, "model")
+    for body in bodies:
+        answer = await raw(stack, request(f"POST {CHAT} HTTP/1.1", body=body))
+        assert (answer.status, answer.error()["param"]) == (400, "model")
+        assert answer.error()["message"] == "the body has no model; add it"
 
 
 # ------------------------------------------------------------------------------- streams, versions
@@ -304,6 +334,44 @@ async def test_pages_of_a_listed_origin_may_call(stack: Stack) -> None:
             assert "origin" in answer.headers["vary"]
     plain = await raw(stack, request(f"POST {CHAT} HTTP/1.1", body=BODY))
     assert "access-control-allow-origin" not in plain.headers, "the engine's word is not ours"
+
+
+@pytest.mark.parametrize(
+    ("line", "field", "status"),
+    [
+        (f"POST {CHAT} HTTP/1.1", f"X-Api-Key: {token('nobody')}", 401),
+        (
+            f"POST {CHAT} HTTP/1.1",
+            "Content-Type: application/json\r\nContent-Length: 99999999999",
+            413,
+        ),
+        (f"POST {CHAT} HTTP/1.1", "Content-Encoding: br", 415),
+        (f"POST {CHAT} HTTP/1.1", "Content-Type: text/plain", 400),
+        (f"POST {CHAT} HTTP/1.1", "Expect: miracles", 417),
+        (f"POST {CHAT} HTTP/2.0", "X: y", 505),
+        ("GET /v1/models HTTP/1.1", "Cookie: " + "a" * 20_000, 431),
+        ("GET /nothing HTTP/1.1", "X: y", 404),
+        (f"DELETE {CHAT} HTTP/1.1", "X: y", 405),
+        ("GET /v1/models/\xff HTTP/1.1", "X: y", 400),
+    ],
+)
+async def test_a_page_can_read_why_it_failed_before_a_handler(
+    stack: Stack, line: str, field: str, status: int
+) -> None:
+    await stack.scheduler.publish_keys()
+    await stack.serve("m", await stack.engine(unary()))
+    unknown = request("GET /v1/models HTTP/1.1", f"X-Api-Key: {token('nobody')}")
+    async with asyncio.timeout(kit.DEADLINE_S):  # until the table of keys is in force
+        while (await raw(stack, unknown)).status != 401:
+            await asyncio.sleep(0.05)
+    body = BODY if line.startswith("POST") and "Length" not in field else b""
+    for origin, allowed in ((PAGE, PAGE), ("https://evil.example.com", None)):
+        answer = await raw(stack, request(line, f"origin:{origin}", field, body=body))
+        assert answer.status == status or (allowed is None and answer.status == 403)
+        assert answer.headers.get("access-control-allow-origin") == allowed
+        assert "origin" in answer.headers["vary"]
+        if allowed:
+            assert "x-request-id" in answer.headers["access-control-expose-headers"]
 
 
 async def test_a_large_body_that_was_handed_over_is_no_head(stack: Stack) -> None:
