@@ -46,7 +46,7 @@ log = logging.getLogger("stoker.router")
 _TAKEN = web.RequestKey("taken", int)  # bytes of the budget for its body
 _SERVED = web.RequestKey("served", bool)  # by the proxy, which tells of it
 _UNLOGGED = {"/healthz", "/readyz", "/metrics", "/health", "/ping"}
-_GOODREQUEST_ID = re.compile(r"[!-~]{1,128}")
+_GOOD_REQUEST_ID = re.compile(r"[!-~]{1,128}")
 
 _HEALTH = ("/health", "/ping")  # as vLLM has them, for probes and load generators
 _OPEN = {"/healthz", "/readyz", "/metrics", "/openapi.json", "/docs", "/version", *_HEALTH}
@@ -323,7 +323,7 @@ class Api:
     async def _shaped(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         """Request ids in and out, and every failure in its protocol's shape."""
         wish = request.headers.get("X-Request-ID", "")
-        request_id = wish if _GOODREQUEST_ID.fullmatch(wish) else self._request_id()
+        request_id = wish if _GOOD_REQUEST_ID.fullmatch(wish) else self._request_id()
         request[REQUEST_ID] = request_id
         code = None
         if (preflight := self._cors.preflight(request)) is not None:
