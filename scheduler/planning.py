@@ -92,8 +92,10 @@ class Planning(Nodes):
             self._unplan(replica, now)
         if wanted <= len(coming):
             model.waiting_for = None
-            if wanted < len(coming) and wanted > 0 and not demand.waiting:
-                self._fewer(model, wanted, desired.reason, now)
+            # The last one goes by its own idleness, but more than the most is too many at any time.
+            enough = wanted or model.spec.max_replicas
+            if enough < len(coming) and not demand.waiting:
+                self._fewer(model, enough, desired.reason, now)
         elif model.blocked_until > now:
             self._hungry.add(name)
             return
@@ -111,12 +113,19 @@ class Planning(Nodes):
                 break
 
     def _fewer(self, model: Model, wanted: int, reason: str, now: float) -> None:
-        """Let the least used of too many replicas step down; its requests end first."""
+        """Let the least used of too many replicas step down; its requests end first.
+
+        Beyond max_replicas (a lost node came back, the limit was lowered) none is of use asleep.
+        """
         if any(r.stage is not Stage.READY for r in model.coming()):
             return
         ready = [r for r in model.ready() if r.doomed_at is None]
         spare = sorted(ready, key=lambda r: (self.state.in_flight(r), r.used_at, r.replica_id))
-        for replica in spare[: max(0, len(ready) - wanted)]:
+        limit = model.spec.max_replicas
+        over = max(0, len(ready) - max(wanted, limit))
+        for replica in spare[:over]:
+            self._leave(replica, f"more than max_replicas ({limit})", "autoscale", now)
+        for replica in spare[over : max(over, len(ready) - wanted)]:
             node = self.state.nodes[replica.node_id]
             way = resting_place(self.state, model, node, replica, now)
             if way is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from runtime.wire import DemandReport, StartReplica, StopReplica
+from runtime.wire import DemandReport, ModelDemand, StartReplica, StopReplica
 from scheduler import messages as m
 from scheduler import snapshot
 from scheduler.state import Stage
@@ -463,6 +463,21 @@ def test_a_leader_stops_replicas_of_models_nobody_declares_any_more() -> None:
     assert not world.nodes["n1"].replicas
 
 
+def one_waits(world: World, model: str) -> None:
+    """A router reports a caller that waits, although the table has an endpoint: it is of no use."""
+    world.waiting[model] = 1
+    world.router_seq += 1
+    world.apply(
+        m.DemandSeen(
+            now=world.now,
+            report=DemandReport(
+                router_id="r", boot_id=1, seq=world.router_seq, routes_version=world.table.version,
+                models=(ModelDemand(model=model, waiting=1),),
+            ),
+        )
+    )  # fmt: skip
+
+
 def test_a_lost_nodes_model_is_started_elsewhere_on_demand() -> None:
     world = World(one_gpu(), FakeNode("n2", {"g0": 24 * GIB}))
     world.put(spec("a"))
@@ -473,19 +488,7 @@ def test_a_lost_nodes_model_is_started_elsewhere_on_demand() -> None:
     world.run(15)
     assert replica.stage is Stage.UNKNOWN
     assert world.hot() == {"a"}  # it may well serve still: routers try, and report who waits
-    world.waiting["a"] = 1
-    world.router_seq += 1
-    from runtime.wire import DemandReport, ModelDemand
-
-    world.apply(
-        m.DemandSeen(
-            now=world.now,
-            report=DemandReport(
-                router_id="r", boot_id=1, seq=world.router_seq, routes_version=world.table.version,
-                models=(ModelDemand(model="a", waiting=1),),
-            ),
-        )
-    )  # fmt: skip
+    one_waits(world, "a")
     world.run(5)
     other = {"n1", "n2"} - {replica.node_id}
     assert {r.node_id for r in world.core.state.models["a"].ready()} == other
@@ -529,6 +532,38 @@ def test_a_node_that_returns_is_adopted_again() -> None:
     (replica,) = world.core.state.replicas.values()
     assert replica.stage is Stage.READY
     assert world.nodes["n1"].started == ["a-1-1"]
+
+
+@pytest.mark.parametrize("elected", [False, True], ids=["same leader", "another leader"])
+def test_a_node_that_returns_does_not_leave_more_than_max_replicas(elected: bool) -> None:
+    """What was started elsewhere meanwhile stays; also if nobody calls, and a new leader adopts."""
+    world = World(one_gpu(), FakeNode("n2", {"g0": 24 * GIB}))
+    world.put(spec("a"))
+    world.want("a")
+    world.run(5)
+    (replica,) = world.core.state.replicas.values()
+    world.nodes[replica.node_id].up = False
+    world.run(15)
+    one_waits(world, "a")
+    world.run(5)
+    other = {"n1", "n2"} - {replica.node_id}
+    assert {r.node_id for r in world.core.state.models["a"].ready()} == other
+    world.nodes[replica.node_id].up = True
+    if elected:
+        world.elect((m.StoredModel(spec=spec("a")),))
+    world.run(8)
+    assert {name for name, node in world.nodes.items() if node.replicas} == other
+    assert world.hot() == {"a"}
+
+
+def test_a_lowered_max_replicas_is_kept_though_nobody_calls() -> None:
+    world = World(one_gpu(), FakeNode("n2", {"g0": 24 * GIB}))
+    world.put(spec("a", min_replicas=2, max_replicas=2))
+    world.run(5)
+    assert len(world.core.state.replicas) == 2
+    world.put(spec("a"))
+    world.run(8)
+    assert len(world.core.state.replicas) == 1
 
 
 def test_cordon_drain_uncordon() -> None:
