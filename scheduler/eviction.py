@@ -18,12 +18,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from scheduler.autoscale import floor
-from scheduler.ladder import Descent, descents
+from scheduler.ladder import Descent, climb_s, descents
 from scheduler.state import ClusterState, Model, Node, Replica, Stage
 
 SAME_WAIT_S = 10.0  # expected waits up to this are alike
 ALIKE = 4.0  # and those up to so many times the least: so much slower is a start on a busy host
 AGING_S = 30.0  # of waiting raise a model's standing by one class of priority
+LONG_WAKE_S = 5.0  # what still lasts so long is not waited for
 TURN_S = 30.0  # a busy replica serves at least so long before another model takes its place
 Rank = tuple[bool, int, int, float]
 
@@ -64,13 +65,28 @@ def evictable(
 
 
 def given_up(state: ClusterState, replica: Replica, now: float) -> bool:
-    """Whether it starts and nobody waits for it any more: no caller, no operator, no floor."""
+    """Whether it starts and nobody waits for it any more: no caller, no operator, no floor.
+
+    A wake can't be broken off: its engine would be stopped, and the next caller wait for a start.
+    So it gives way only where it would go on for LONG_WAKE_S.
+    """
     model = state.models.get(replica.model)
-    if model is None or replica.stage not in (Stage.SENT, Stage.STARTING):
+    if model is None or replica.stage not in (Stage.SENT, Stage.STARTING, Stage.WAKING):
+        return False
+    if replica.stage is Stage.WAKING and _wake_left_s(model, replica, now) < LONG_WAKE_S:
         return False
     demand = state.demand(replica.model)
     least, why = floor(model, now)
     return not (demand.waiting or demand.in_flight) and (not least or why == "forecast")
+
+
+def _wake_left_s(model: Model, replica: Replica, now: float) -> float:
+    """How long it still takes to wake; one that is late takes as long again as it took so far.
+
+    Example: 3 s were measured, and it has been waking for 6 s: 6 s more.
+    """
+    expected_s, took_s = climb_s(model, replica.sleep_level), now - replica.since
+    return expected_s - took_s if took_s <= expected_s else took_s
 
 
 def busy(state: ClusterState, replica: Replica) -> bool:

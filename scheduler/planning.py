@@ -273,13 +273,15 @@ class Planning(Nodes):
                 self._tell_turn(replica)
 
     def _take_turn(self, node: Node, replica: Replica, now: float) -> None:
-        """A start that nobody waits for any more gives way to one that somebody waits for."""
+        """A start or a long wake that nobody waits for any more gives way to one that somebody
+        waits for."""
         if not self.state.demand(replica.model).waiting:
             return
         there = {r.replica_id: r for d in replica.device_ids for r in node.on_device(d)}
         for other in there.values():
             if given_up(self.state, other, now):
-                reason = f"nobody waits for its start any more, and {replica.model} needs its turn"
+                way = "wake" if other.stage is Stage.WAKING else "start"
+                reason = f"nobody waits for its {way} any more, and {replica.model} needs its turn"
                 self._leave(other, reason, replica.cause, now)
 
     def _tell_turn(self, replica: Replica) -> None:

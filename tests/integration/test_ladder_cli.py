@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -92,3 +93,51 @@ def test_a_model_is_warm_by_the_time_it_was_asked_for(cluster: Cluster) -> None:
     assert decision["cause"] == "prewarm: hot"
     refused = cluster.stoker("prewarm", "a", "--by", "tomorrow", status=1)
     assert "is not a time with a time zone" in refused
+
+
+SLOW_S = 120.0  # longer than anything here takes on a busy machine
+
+
+def hang_up(cluster: Cluster, model: str, state: str) -> None:
+    """Call a model, and leave once its replica is in that state."""
+    with ThreadPoolExecutor(1) as pool:
+        call = pool.submit(cluster.complete, model, timeout=3)
+        wait_until(lambda: state in [r["state"] for r in cluster.replicas(model)], state)
+        with pytest.raises(requests.Timeout):
+            call.result()
+
+
+def test_a_slow_start_that_nobody_waits_for_keeps_nobody_waiting(cluster: Cluster) -> None:
+    cluster.add_stub("slow", 22, engine_args={"start_s": SLOW_S})
+    cluster.add_stub("quick", 22)
+    hang_up(cluster, "slow", "starting")
+    assert cluster.complete("quick", timeout=SLOW_S / 2).ok
+
+
+def test_a_slow_wake_that_nobody_waits_for_keeps_nobody_waiting(cluster: Cluster) -> None:
+    cluster.add_stub("slow", 4, engine_args={"wake_1_s": SLOW_S, "wake_2_s": SLOW_S})
+    cluster.add_stub("quick", 22)
+    assert cluster.complete("slow").ok
+    assert cluster.complete("quick").ok
+    assert cluster.replicas("slow")[0]["state"] == "asleep"
+    hang_up(cluster, "slow", "waking")
+    assert cluster.complete("quick", timeout=SLOW_S / 2).ok
+    assert "waking" not in [r["state"] for r in cluster.replicas("slow")]
+
+
+def test_model_add_says_that_a_model_is_on_its_way(cluster: Cluster, tmp_path: Path) -> None:
+    """It is being placed, and said so: not that it can't run, with the place for a reason."""
+    file = tmp_path / "m.yaml"
+    spec = {
+        "name": "m", "source": "/stub", "engine": "stub", "device_memory_bytes": "4GiB",
+        "min_replicas": 1, "engine_args": {"start_s": SLOW_S},
+    }  # fmt: skip
+    file.write_text(json.dumps(spec))
+    said = cluster.stoker("model", "add", str(file))
+    for _ in range(2):
+        assert "added m" in said or "unchanged m" in said
+        assert "can't run" not in said, said
+        wait_until(lambda: cluster.replicas("m"), "it is placed")
+        said = cluster.stoker("model", "add", str(file))
+    assert "it is on its way: starting on" in said
+    assert "best fit" not in said

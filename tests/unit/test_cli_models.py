@@ -38,6 +38,26 @@ def bad_file(tmp_path: Path) -> Path:
 # ------------------------------------------------------------------------------ add, check, rm
 
 
+@pytest.mark.parametrize(
+    ("warmth", "waiting", "words"),
+    [
+        ("starting", 0, "it is on its way: starting on n1"),
+        ("starting", 3, "it is on its way: starting on n1"),
+        ("cold", 3, "it waits: starting on n1"),
+        ("cold", 0, "it can't run now: starting on n1"),
+        ("failed", 0, "it can't run now: starting on n1"),
+    ],
+)
+def test_add_says_what_its_problem_means(
+    fake: FakeServer, spec_file: Path, warmth: str, waiting: int, words: str
+) -> None:
+    shown = model(warmth=warmth, waiting=waiting, problem="starting on n1")
+    saved = views.Saved(created=True, model=shown, checked_against="", notes=())
+    fake.replies["PUT /admin/models/m"] = (201, saved)
+    done = stoker(fake, "model", "add", str(spec_file))
+    assert words in done.output
+
+
 def test_add_sends_the_spec_and_says_what_was_checked(fake: FakeServer, spec_file: Path) -> None:
     estimate = MemoryEstimate(
         weights_bytes=1, kv_bytes=1, overhead_bytes=1, total_bytes=3, explanation="1 + 1 + 1 = 3"

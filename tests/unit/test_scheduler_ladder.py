@@ -39,6 +39,44 @@ def test_an_evicted_model_sleeps_and_is_woken_in_its_place() -> None:
     )  # fmt: skip
 
 
+@pytest.mark.parametrize(("wake_s", "gives_way"), [(25.0, True), (4.0, False)])
+def test_a_long_wake_that_nobody_waits_for_gives_way(wake_s: float, gives_way: bool) -> None:
+    """Its engine is stopped then, so a short one is waited for: it sleeps again at once."""
+    node = sleepy()
+    world = World(node)
+    world.put(spec("a", 20), spec("b", 20), spec("c", 20))
+    for name in "ab":
+        world.want(name)
+        world.run(6)
+    node.wake_s = wake_s
+    world.want("a")
+    world.run(2)
+    assert stages(world)["a"] is Stage.WAKING
+    world.waiting.clear()  # its caller hangs up
+    world.report()
+    world.want("c")
+    world.run(14)
+    assert stages(world)["c"] is Stage.READY
+    stopped = [c.replica_id for c in world.sent if isinstance(c, StopReplica)]
+    assert ("a-1-1" in stopped) is gives_way
+    assert ("a" in stages(world)) is not gives_way
+
+
+def test_a_long_wake_that_somebody_waits_for_goes_on() -> None:
+    node = sleepy()
+    world = World(node)
+    world.put(spec("a", 20), spec("b", 20), spec("c", 20))
+    for name in "ab":
+        world.want(name)
+        world.run(6)
+    node.wake_s = 25.0
+    world.want("a")
+    world.run(2)
+    world.want("c")
+    world.run(14)
+    assert stages(world)["a"] is Stage.WAKING
+
+
 def test_what_a_sleeper_keeps_stays_booked() -> None:
     world = World(sleepy(22, residue=3 * GIB))
     world.put(spec("a", 20), spec("b", 20))
