@@ -102,14 +102,18 @@ class Site:
         return Played(done.stdout, done.returncode, time.monotonic() - began)
 
 
-def make_wheel(folder: Path) -> Path:
-    """The wheel of this checkout, as `make wheel` builds it."""
+def make_wheel(folder: Path, version: str = "") -> Path:
+    """The wheel of this checkout, as `make wheel` builds it; `version`: that of another release."""
     checkout = folder / "checkout"
     ignored = shutil.ignore_patterns("__pycache__", "*.egg-info")
     for name in ("runtime", "scheduler", "agent", "cli"):
         shutil.copytree(REPO / name, checkout / name, ignore=ignored)
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(REPO / name, checkout / name)
+    if version:
+        project = checkout / "pyproject.toml"
+        text = re.sub(r'^version = ".*"', f'version = "{version}"', project.read_text(), flags=re.M)
+        project.write_text(text)
     pip = [sys.executable, "-m", "pip", "-q", "wheel", "--no-deps", "-w", str(folder / "dist")]
     done = subprocess.run([*pip, str(checkout)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]

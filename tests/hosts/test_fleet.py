@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import base64
 import json
-import urllib.error
-import urllib.request
+import os
+import time
+import uuid
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from callers import Callers, call
 from machines import Machine, Machines
-from playbook import SETTINGS, Site, wheels
+from playbook import SETTINGS, Site, make_wheel, wheels
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
@@ -21,11 +25,21 @@ ROLES = {
 }
 
 
+# Until a caller has an answer from another host: the scheduler misses heartbeats for 10 s
+# (scheduler.node_timeout_s), the stub starts in 1 s; Consul may elect another leader meanwhile.
+SILENT_S = 30
+
+
 @pytest.fixture(scope="module")
 def site(fleet: Machines, wheel: Path) -> Site:
     hosts = {name: fleet.boot(name, wheels()) for name in ROLES["consul"]}
     groups = {role: [hosts[name] for name in names] for role, names in ROLES.items()}
-    settings = {**SETTINGS, "stoker_wheel": str(wheel)}
+    settings = {
+        **SETTINGS,
+        "stoker_wheel": str(wheel),
+        "consul_encrypt_key": base64.b64encode(os.urandom(32)).decode(),
+        "consul_management_token": str(uuid.uuid4()),
+    }
     return Site(fleet.folder / "site", fleet.key, groups, **settings)
 
 
@@ -65,6 +79,64 @@ def test_every_host_sees_both_agents(installed: Site) -> None:
         assert live == set(ROLES["agent"]), (host.name, nodes)
 
 
+WRITE_LEADER = "consul kv put stoker/leader mine"
+WRITE_MODEL = "consul kv put stoker/models/mine {}"
+WRITE_CACHE = "consul kv put stoker/cache/pins/mine 1"
+READ_LEADER = "consul kv get stoker/leader"
+READ_TOKENS = "consul kv get -keys stoker/tokens"
+JOIN_AS = "consul services register -id mine -name stoker-"
+LEAVE = "consul services deregister -id mine"
+
+
+@pytest.mark.parametrize(
+    ("who", "may"),
+    [
+        ("nobody", set()),
+        ("cli", {READ_LEADER}),
+        ("router", {READ_LEADER, f"{JOIN_AS}router"}),
+        ("agent", {READ_LEADER, WRITE_CACHE, f"{JOIN_AS}agent"}),
+    ],
+)
+def test_a_token_opens_what_its_part_needs_and_nothing_else(
+    installed: Site, who: str, may: set[str]
+) -> None:
+    host = installed.hosts["two"]  # which has all of them
+    refused = {WRITE_LEADER, WRITE_MODEL, f"{JOIN_AS}scheduler", WRITE_CACHE, f"{JOIN_AS}agent"}
+    refused |= {READ_LEADER, f"{JOIN_AS}router"}
+    token = {
+        "nobody": "true",
+        "cli": "export CONSUL_HTTP_TOKEN=$(sed -n 's/^consul_token = .\\(.*\\)./\\1/p'"
+        " /etc/stoker/stoker.toml)",
+    }.get(who, f". /etc/stoker/{who}.env; export CONSUL_HTTP_TOKEN=$STOKER_REGISTRY_CONSUL_TOKEN")
+    for command in sorted(may):
+        host.checked(f"{token}; {command}")
+        if command.startswith(JOIN_AS):
+            host.checked(f"{token}; {LEAVE}")
+    for command in sorted(refused - may):
+        said = host.run(f"{token}; {command}")
+        assert said.returncode != 0, (command, said.stdout)
+        assert "Permission denied" in said.stdout or "403" in said.stdout, (command, said.stdout)
+    secret = host.run(f"{token}; {READ_TOKENS}")
+    assert secret.stdout.strip() in ("", "Error! No key exists at: stoker/tokens"), secret.stdout
+
+
+def test_no_part_finds_the_registry_open(installed: Site) -> None:
+    for host in installed.hosts.values():
+        said = host.checked("journalctl --no-pager -o cat -u 'stoker-*'")
+        assert "ready at" in said
+        assert "may be written by" not in said
+        assert "no heartbeat" not in host.logs("stoker-agent", lines=5)
+    for name in ("scheduler.env", "router.env", "agent.env"):
+        mode = installed.hosts["two"].checked(f"stat -c '%a %U' /etc/stoker/{name}")
+        assert mode.strip() == "600 root"
+
+
+def test_gossip_is_encrypted(installed: Site) -> None:
+    token = installed.settings["consul_management_token"]
+    listed = installed.hosts["one"].checked(f"CONSUL_HTTP_TOKEN={token} consul keyring -list")
+    assert str(installed.settings["consul_encrypt_key"]) in listed
+
+
 @pytest.fixture(scope="module")
 def key(installed: Site) -> str:
     """An API key: the routers listen on more than loopback, so nobody gets in without."""
@@ -87,25 +159,84 @@ def model(installed: Site) -> str:
     return "tiny"
 
 
-def call(host: Machine, key: str, model: str, timeout_s: float = 60) -> str:
-    """One call by a connection of its own through the router there; what is wrong, or ''."""
-    body = {"model": model, "messages": [{"role": "user", "content": "hello"}], "max_tokens": 4}
-    request = urllib.request.Request(
-        f"http://{host.address}:8080/v1/chat/completions",
-        json.dumps(body).encode(),
-        {"Authorization": f"Bearer {key}", "Content-Type": "application/json"},
-    )
-    try:
-        with urllib.request.urlopen(request, timeout=timeout_s) as answer:
-            said = json.load(answer)
-    except urllib.error.HTTPError as error:
-        return f"{error.code}: {error.read()[:300]!r}"
-    except (OSError, ValueError) as error:
-        return repr(error)
-    right = said["model"] == model and said["choices"][0]["message"]["content"]
-    return "" if right else repr(said)
-
-
 def test_a_model_is_called_through_each_router(installed: Site, key: str, model: str) -> None:
     for name in ROLES["router"]:
-        assert call(installed.hosts[name], key, model) == ""
+        assert call(installed.hosts[name].address, key, model) == ""
+
+
+def versions(site: Site) -> set[str]:
+    said = [host.checked("stoker version --json") for host in site.hosts.values()]
+    return {json.loads(text)["stoker"] for text in said}
+
+
+def test_an_upgrade_and_the_way_back_lose_no_call(
+    installed: Site, key: str, model: str, tmp_path: Path
+) -> None:
+    """Both routers are called all the time, by fresh connections of callers with 30 s patience."""
+    before = versions(installed)
+    routers = [installed.hosts[name].address for name in ROLES["router"]]
+    for wheel, expected in (
+        (make_wheel(tmp_path, version="0.1.1"), {"0.1.1"}),
+        (installed.settings["stoker_wheel"], before),
+    ):
+        with Callers(routers, key, model, per_second=10, timeout_s=30) as callers:
+            played = installed.play(stoker_wheel=str(wheel)).succeeded()
+        assert versions(installed) == expected
+        print(f"to {expected}: {played.took_s:.0f} s, {callers}")
+        assert callers.wrong == [], callers
+        assert callers.answered > 10 * played.took_s
+
+
+def eventually(condition: Callable[[], object], what: str, within_s: float = 60) -> None:
+    deadline = time.monotonic() + within_s
+    while not condition():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.5)
+
+
+def replicas(site: Site, model: str) -> list[tuple[str, str]]:
+    """Where the leader has it, and in which state."""
+    found = json.loads(site.hosts["one"].checked("stoker ps --json"))["replicas"]
+    return [(each["node_id"], each["state"]) for each in found if each["model"] == model]
+
+
+def engines(site: Site, model: str) -> list[str]:
+    """The hosts on which a process of it really runs."""
+    # The brackets: the shell that looks holds the pattern itself.
+    look = f"pgrep -f '[r]untime.engine.stub .*--names {model} ' | wc -l"
+    return [n for n in ROLES["agent"] for _ in range(int(site.hosts[n].checked(look)))]
+
+
+def test_a_host_that_falls_silent_is_replaced_and_comes_back(
+    installed: Site, key: str, model: str
+) -> None:
+    """Nobody is told: its packets just go nowhere, those of its Consul server too."""
+    one, lost = installed.hosts["one"], installed.hosts["three"]
+    one.checked(f"stoker unload {model} && stoker cordon two")
+    assert call(one.address, key, model) == ""
+    one.checked("stoker uncordon two")
+    assert replicas(installed, model) == [("three", "ready")]
+
+    routers = [installed.hosts[name].address for name in ROLES["router"]]
+    with Callers(routers, key, model, per_second=5, timeout_s=60) as callers:
+        time.sleep(2)
+        lost.unplug()
+        try:
+            cut = time.monotonic()
+            eventually(lambda: ("two", "ready") in replicas(installed, model), "no replica on two")
+            took_s = time.monotonic() - cut
+            time.sleep(5)
+        finally:
+            lost.plug()
+    print(f"ready elsewhere after {took_s:.1f} s; {callers}")
+    assert callers.wrong == [], callers
+    assert callers.slowest_s < SILENT_S, callers
+
+    eventually(lambda: engines(installed, model) == ["two"], "it runs twice", within_s=90)
+    assert replicas(installed, model) == [("two", "ready")]
+    nodes = json.loads(one.checked("stoker nodes --json"))["nodes"]
+    assert {node["node_id"]: node["state"] for node in nodes} == dict.fromkeys(
+        ROLES["agent"], "ready"
+    )
+    for address in routers:
+        assert call(address, key, model) == ""
