@@ -40,6 +40,7 @@ from runtime.wire import RouteTable
 log = logging.getLogger("stoker.router")
 
 TTL_S = 15.0
+FIRST_REQUEST_S = 1.0  # at the end, of a caller that has connected already
 
 
 async def run_router(
@@ -111,6 +112,7 @@ async def run_router(
             api.draining = True
             log.info("draining for up to %g s", settings.drain_s)
             server.close()
+            await front.hear_new(min(FIRST_REQUEST_S, settings.drain_s))
             await asyncio.gather(front.drain(settings.drain_s), runner.cleanup())
         await withdraw(registry, service)
     finally:

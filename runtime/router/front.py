@@ -20,6 +20,7 @@ from runtime.router.plain import PLAIN_BODY_BYTES, PlainConnection, error_answer
 from runtime.router.proxy import Proxy
 
 SWEEP_S = 1.0
+LOOK_S = 0.02  # between two looks at who has just connected
 
 
 def _full() -> bytes:
@@ -120,6 +121,14 @@ class Front:
         self.connections.discard(connection)
         if not self.connections:
             self._idle.set()
+
+    async def hear_new(self, within_s: float) -> None:
+        """Let who has just connected ask, before `drain`: a first request may be under way."""
+        self.draining = True
+        until = self.loop.time() + within_s
+        # An event would cost every call; this is once, at the end.
+        while self.loop.time() < until and any(not c.served for c in self.connections):  # noqa: ASYNC110
+            await asyncio.sleep(LOOK_S)
 
     async def drain(self, timeout_s: float) -> None:
         """End idle connections now, the others with their answer, or after `timeout_s`."""

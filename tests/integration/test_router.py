@@ -863,6 +863,36 @@ async def test_streams_under_way_end_before_it_does(stack: Stack) -> None:
     await ending
 
 
+@pytest.mark.parametrize("odd", ["", "Expect: 100-continue\r\n"], ids=["plain", "odd"])
+async def test_who_connected_before_its_end_is_answered(stack: Stack, odd: str) -> None:
+    """Its request was on the way: a caller that knows only of its own connection loses nothing."""
+    await stack.serve("m", await stack.engine(unary(b'"here"')))
+    host, port = stack.url.removeprefix("http://").split(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    async with stack.post(CHAT, {"model": "m"}) as later:  # so ours has been accepted
+        assert later.status == 200
+    ending = stack.ask_to_stop()
+    await asyncio.sleep(0.1)
+    body = '{"model": "m"}'
+    head = f"POST {CHAT} HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n{odd}"
+    writer.write(f"{head}Content-Length: {len(body)}\r\n\r\n{body}".encode())
+    async with asyncio.timeout(kit.DEADLINE_S):
+        said = await reader.read()
+    assert b" 200 OK\r\n" in said
+    assert b'"here"' in said
+    writer.close()
+    await ending
+
+
+async def test_who_connected_and_asks_nothing_holds_up_no_end(stack: Stack) -> None:
+    host, port = stack.url.removeprefix("http://").split(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    async with asyncio.timeout(4.0):  # drain_s is 5
+        await stack.ask_to_stop()
+        assert await reader.read() == b""
+    writer.close()
+
+
 async def test_a_client_that_does_not_read_does_not_fill_the_routers_memory(tmp_path: Path) -> None:
     total, piece = 200 * 2**20, b"x" * 65536
     written = 0
