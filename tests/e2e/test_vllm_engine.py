@@ -15,10 +15,12 @@ import aiohttp
 import psutil
 import pytest
 
+from runtime.access import KeySpec, StoredKey, Used, digest
 from runtime.engine import LaunchContext, get_engine
 from runtime.footprint import estimate
 from runtime.tiny_models import write_model
-from runtime.wire import ModelSpec
+from runtime.wire import Endpoint, ModelRoute, ModelSpec
+from tests.integration import router_kit as kit
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(420)]
 
@@ -41,6 +43,7 @@ def start(folder, **engine_args):
     spec = ModelSpec(
         name="tiny", aliases=("org/tiny",), source="tiny",
         engine_args={"enforce_eager": True, "max_model_len": 512, **engine_args},
+        env={"VLLM_ENABLE_RESPONSES_API_STORE": "1"},
     )  # fmt: skip
     model = str(write_model(folder / "models", "tiny"))
     booked = estimate(spec, model, "cpu").total_bytes
@@ -133,6 +136,59 @@ async def test_the_route_key_opens_inference_only(engine):
     status, metrics = await ask(engine, "GET", "/metrics", CONTROL)
     assert status == 200
     assert "vllm:num_requests_running" in metrics
+
+
+async def test_a_router_bills_by_its_usage_and_gets_its_responses_again(engine, tmp_path):
+    """What the stub is made like: the caller, who did not ask for usage, sees no trace of it."""
+    secret, asked = "s" * 43, {"model": "tiny", "stream": True, "max_tokens": 20}
+    token = f"sk-stoker-{'k' * 10}-{secret}"
+    key = StoredKey(
+        key_id="k" * 10, digest=digest(token), created_at=0.0, spec=KeySpec(tenant="acme")
+    )
+    endpoint = Endpoint(replica_id="r1", base_url=engine[0], key=ROUTE)
+
+    async def tokens(stack):
+        now = asyncio.get_running_loop().time()
+        return stack.scheduler.usage.totals(now).get("tenant:acme", Used()).tokens
+
+    async with kit.stack(tmp_path, anonymous="on") as stack:
+        await stack.scheduler.publish(ModelRoute(name="tiny", endpoints=(endpoint,)))
+        await stack.scheduler.publish_keys(key)
+        await stack.scheduler.in_force()
+        headers, total = {"Authorization": f"Bearer {token}"}, 0
+        async with asyncio.timeout(60):
+            while True:
+                async with stack.session.get(stack.url + "/v1/models", headers=headers) as got:
+                    if got.status == 200:
+                        break
+        for path, prompt in (
+            ("/v1/chat/completions", {"messages": [{"role": "user", "content": "hello"}]}),
+            ("/v1/completions", {"prompt": "hello"}),
+        ):
+            body = {**asked, **prompt, "ignore_eos": True}
+            told = {**body, "stream_options": {"include_usage": True}}
+            async with stack.post(path, told) as got:  # of nobody's key
+                usage = json.loads((await got.text()).split("data: ")[-2])["usage"]
+            async with stack.post(path, body, headers=headers) as got:
+                text = await got.text()
+            assert text.endswith("data: [DONE]\n\n")
+            assert "usage" not in text
+            assert '"choices":[]' not in text
+            total += usage["total_tokens"]
+            assert usage["completion_tokens"] == 20
+        async with asyncio.timeout(60):
+            while await tokens(stack) != total:
+                await asyncio.sleep(0.1)
+        body = {"model": "tiny", "input": "hello", "max_output_tokens": 5}
+        async with stack.post("/v1/responses", body, headers=headers) as got:
+            made = await got.json()
+        where = f"{stack.url}/v1/responses/{made['id']}"
+        async with stack.session.get(where, headers=headers) as got:
+            assert (got.status, (await got.json())["id"]) == (200, made["id"])
+        async with stack.session.get(where) as got:  # tenant "anonymous"
+            assert got.status == 404
+        async with stack.session.post(where + "/cancel", headers=headers) as got:
+            assert got.status == 400
 
 
 async def test_chat_streams_tokens_and_the_guard_counts_them(engine):
