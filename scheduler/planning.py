@@ -17,7 +17,7 @@ from bisect import bisect_left, insort
 from runtime.wire import ModelRoute, RouteTable
 from scheduler import autoscale
 from scheduler import messages as m
-from scheduler.eviction import given_up, standing
+from scheduler.eviction import UNWANTED, given_up, standing
 from scheduler.fitness import suits, why_never
 from scheduler.ladder import resting_place
 from scheduler.moves import Settings
@@ -171,7 +171,8 @@ class Planning(Nodes):
             # What was loaded for later and made way is not loaded again at this one's cost.
             self.state.models[way.replica.model].asked_until = 0.0
             action = "move" if way.elsewhere else "evict"
-            self._descend(way, f"makes room for {name}", cause, now, action)
+            why = UNWANTED if given_up(self.state, way.replica, now) else ""
+            self._descend(way, f"makes room for {name}{why}", cause, now, action)
         evicted = ", ".join(sorted({way.replica.model for way in fit.victims}))
         reason = f"after evicting {evicted}" if evicted else "best fit"
         self._dirty.add(name)

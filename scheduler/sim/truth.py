@@ -4,7 +4,8 @@ Rules it checks as they can be broken (a broken one raises Violation at once):
 - no device and no host memory holds more than there is (the nodes tell);
 - no agent obeys a leader after a later one (the nodes tell);
 - nothing that was evicted or idle is ended with a request in flight;
-- nothing that is hot is evicted within the dwell time;
+- nothing that is hot is evicted within the dwell time, but for a start that nobody waited for and
+  of which its leader has not heard yet that it is done;
 - the phases of a cold start's post-mortem add up to its total;
 - a request that was let in ends once (its router's books raise KeyError, this counts).
 
@@ -23,6 +24,7 @@ from dataclasses import dataclass
 from runtime.sim.loop import Loop
 from runtime.wire import ReplicaPhase, StartReplica
 from scheduler import messages as m
+from scheduler.eviction import UNWANTED
 from scheduler.ledger import mismatch
 from scheduler.sim.routers import Request
 
@@ -194,7 +196,8 @@ class Truth:
             return
         self._last_action[record.replica_id] = record
         hot_at = self._hot_at.get(record.replica_id)
-        if record.action == "evict" and hot_at is not None:
+        unheard = record.reason.endswith(UNWANTED)
+        if record.action == "evict" and hot_at is not None and not unheard:
             hot_s = self._loop.now - hot_at
             if hot_s < self._min_dwell_s - 1e-6:
                 self.violated(

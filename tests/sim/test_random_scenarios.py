@@ -24,3 +24,8 @@ def test_whatever_happens_the_rules_hold_and_demand_is_met_in_the_end() -> None:
             ) from violation
         seed += 1
     print(f"{seed} scenarios")
+
+
+def test_a_start_that_is_done_may_go_while_its_leader_has_not_heard_of_it() -> None:
+    """Seed 20415: nobody waits for it any more, and messages are slow."""
+    run_random(20415, make_node)
