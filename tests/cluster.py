@@ -17,6 +17,8 @@ import psutil
 import requests
 
 ROOT = Path(__file__).parent.parent
+# A model's first save imports vLLM to check its arguments: 10 s alone, over 30 s on a busy host.
+ADMIN_S = 150  # the scheduler waits for 120 s (INSPECT_TIMEOUT_S)
 
 
 def wait_until(condition: Callable[[], Any], what: str, limit_s: float = 60.0) -> Any:
@@ -54,7 +56,7 @@ class Cluster:
         """One admin call; asserts that it went well."""
         headers = {"Authorization": f"Bearer {self.up['token']}"}
         answer = requests.request(
-            method, self.up["admin"] + path, json=body, headers=headers, timeout=30
+            method, self.up["admin"] + path, json=body, headers=headers, timeout=ADMIN_S
         )
         assert answer.ok, f"{method} {path}: {answer.status_code} {answer.text}"
         return answer.json() if answer.content else None
@@ -79,7 +81,13 @@ class Cluster:
         argv = [sys.executable, "-m", "cli.main", *words]
         environ = {"PATH": "/usr/bin:/bin", "STOKER_STATE_DIR": str(self.state_dir)}
         done = subprocess.run(
-            argv, capture_output=True, text=True, cwd=ROOT, env=environ, timeout=60, check=False
+            argv,
+            capture_output=True,
+            text=True,
+            cwd=ROOT,
+            env=environ,
+            timeout=ADMIN_S,
+            check=False,
         )
         assert done.returncode == status, done.stderr
         return done.stdout if status == 0 else done.stderr
@@ -143,7 +151,7 @@ def running(state_dir: Path, *options: str, **environ: str) -> Iterator[Cluster]
     finally:
         process.send_signal(signal.SIGINT)
         try:
-            process.wait(60)
+            process.wait(ADMIN_S)
         except subprocess.TimeoutExpired:
             process.kill()
             raise

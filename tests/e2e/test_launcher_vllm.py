@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from agent import process
-from agent.launcher import Launcher
+from agent.launcher import CannotFork, Launcher
 from agent.process import Owner
 from agent.supervisor import Supervisor
 from runtime.engine import LaunchContext, get_engine
@@ -69,8 +69,18 @@ class World:
     async def fork(self, replica_id, launch):
         env = self.supervisor.environment(replica_id, launch.env)
         with self.supervisor.open_log(replica_id) as output:
-            held = await self.launcher.fork(launch, env, output.fileno())
+            held = await self._forked(launch, env, output)
         return self.supervisor.release(replica_id, held)
+
+    async def _forked(self, launch, env, output):
+        """As the agent asks again: on a busy host vLLM's import takes longer than a start waits."""
+        deadline = time.monotonic() + DEADLINE_S
+        while True:
+            try:
+                return await self.launcher.fork(launch, env, output.fileno())
+            except CannotFork as error:
+                if error.why != "not_ready" or time.monotonic() > deadline:
+                    raise
 
     async def end(self, replica_id):
         await self.supervisor.kill_tree(replica_id)
