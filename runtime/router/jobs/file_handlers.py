@@ -108,6 +108,8 @@ class FileHandlers:
                     raise
                 break
             if not response.prepared:
+                if left and not data:  # it was deleted since it was found
+                    raise not_found("file", file.id)
                 await response.prepare(request)
             left -= len(data)
             await response.write(data)
