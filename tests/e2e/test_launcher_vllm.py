@@ -111,6 +111,15 @@ async def healthy(world, replica_id, url):
             await asyncio.sleep(0.05)
 
 
+def joined(deltas):
+    """A stream's message. Where one event ends and the next begins is left to vLLM, which puts
+    tokens together that nobody has read yet."""
+    whole = {}
+    for delta in deltas:
+        whole |= {name: whole.get(name, "") + text for name, text in delta.items()}
+    return whole
+
+
 async def seen_from_outside(url):
     """All that two starts of one model must have in common."""
     headers = {"Authorization": "Bearer control"}
@@ -130,7 +139,7 @@ async def seen_from_outside(url):
             async with http.post("/v1/chat/completions", json=chat) as got:
                 events = [e for e in (await got.text()).split("\n\n") if "data: {" in e]
             deltas = [json.loads(e.removeprefix("data: "))["choices"][0]["delta"] for e in events]
-            seen[f"chat: {prompt}"] = deltas
+            seen[f"chat: {prompt}"] = joined(deltas)
         async with http.get("/openapi.json") as got:
             seen["openapi"] = await got.json()
         async with http.get("/metrics") as got:
