@@ -26,7 +26,8 @@ from runtime.router import table_file
 from runtime.router.api import Api
 from runtime.router.call import Caller
 from runtime.router.fairness import BACKGROUND
-from runtime.router.jobs import batch_handlers, service
+from runtime.router.jobs import batch_handlers, file_rows, service
+from runtime.router.jobs.file_rows import FileRow
 from runtime.router.proxy import Proxy
 from runtime.wire import RouteTable
 
@@ -375,6 +376,24 @@ async def test_a_file_that_is_deleted_while_it_is_read_does_not_look_whole(
         await client.files.delete(file.id)
         with pytest.raises(aiohttp.ClientPayloadError):
             await response.read()
+
+
+async def test_a_file_that_is_deleted_before_its_first_byte_is_read_is_not_found(
+    stack: Stack, client: AsyncOpenAI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Schemathesis' two workers did: the answer began, and broke off."""
+    file = await client.files.create(file=("a", b"x" * 8), purpose="batch")
+
+    def deleted_meanwhile(
+        db: sqlite3.Connection, row: FileRow, position: int
+    ) -> tuple[bytes, int | None]:
+        db.execute("DELETE FROM chunks")
+        return content(db, row, position)
+
+    content = file_rows.content
+    monkeypatch.setattr(file_rows, "content", deleted_meanwhile)
+    with pytest.raises(openai.NotFoundError, match=file.id):
+        await client.files.content(file.id)
 
 
 async def test_a_batch_that_takes_too_long_expires(
