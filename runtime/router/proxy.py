@@ -24,7 +24,7 @@ from runtime.router.batcher import Batcher
 from runtime.router.call import ANONYMOUS, Call, Caller
 from runtime.router.client import Client
 from runtime.router.error_shapes import shape_of
-from runtime.router.errors import ApiError, engine_error, internal_error, no_response
+from runtime.router.errors import ApiError, engine_error, internal_error
 from runtime.router.fairness import Wish
 from runtime.router.gate import Gate
 from runtime.router.headers import (
@@ -46,7 +46,7 @@ from runtime.router.paths import RESPONSES
 from runtime.router.patience import patience
 from runtime.router.prompt import keys_of, taken_tokens, tokens_of
 from runtime.router.refusals import Refused
-from runtime.router.response_cache import ENTRY_BYTES, Kept, ResponseCache, Wanted, wanted
+from runtime.router.response_cache import Kept, Recorder, ResponseCache, Wanted, wanted
 from runtime.router.routed import Routed
 from runtime.router.stored import Made, Stored, id_in
 from runtime.router.stream_usage import Strip, asking
@@ -113,8 +113,8 @@ class Proxy:
             if caller is not ANONYMOUS:
                 self._let_in(call, route, wish.tokens)
                 charged = True
-            if call.head.previous_response_id is not None or call.head.request_id is not None:
-                self._check_ids(call)
+            if call.path.startswith(RESPONSES):
+                self.stored.check(call.head, call.caller.tenant, self.keys.any)
             if exchange.has_no_short_cut or not await exchange.by_a_short_cut():
                 decision = self.gate.arrive(call.model, wish)
                 await exchange.run(decision)
@@ -182,19 +182,6 @@ class Proxy:
         again = attempt is not None and attempt.again
         self.keys.begin(call.caller, tokens, self.gate.loop.time(), again, call.counted)
 
-    def _check_ids(self, call: Call) -> None:
-        """An engine goes on with any response that it keeps, whoever had it made. Raises ApiError
-        (404) unless the caller's tenant is known to have; where there are no keys, all are one."""
-        if not call.path.startswith(RESPONSES):
-            return
-        head, tenant = call.head, call.caller.tenant
-        before, named = head.previous_response_id, head.request_id
-        if before is not None and self.keys.any and self.stored.find(tenant, before) is None:
-            raise no_response(before, param="previous_response_id")
-        if named is not None and self.stored.is_anothers(tenant, named):
-            message = f"request_id {named[:128]!r} is taken; choose another"
-            raise ApiError(400, "invalid_field", message, param="request_id")
-
     def check_scope(self, caller: Caller, model: str, path: str) -> None:
         """Raises ApiError (403) where `caller` may not call `path` of `model`, which may be a
         route's name: what `serve` would say, for a call that is answered later."""
@@ -230,33 +217,6 @@ class Proxy:
                 waits = patience(call.headers, call.streams)
         wait_s, limit = waits or (None, "")
         return Wish(caller.tenant, caller.priority, tokens, keys, wait_s, caller.weight, limit)
-
-
-class Recorder(Meter):
-    """A meter that keeps the answer, unless it is too large to be given again."""
-
-    __slots__ = ("_body",)
-
-    def __init__(self, strip: Strip | None = None) -> None:
-        super().__init__(strip)
-        self._body: list[bytes] = []
-
-    def feed(self, data: bytes) -> bytes:
-        given = super().feed(data)
-        if self.size <= ENTRY_BYTES:
-            self._body.append(given)
-        else:
-            self._body.clear()
-        return given
-
-    def rest(self) -> bytes:
-        given = super().rest()
-        self._body.append(given)
-        return given
-
-    def body(self) -> bytes | None:
-        """All of it; None: it was too large."""
-        return b"".join(self._body) if self.size <= ENTRY_BYTES else None
 
 
 class _Exchange:

@@ -21,6 +21,8 @@ from hashlib import blake2b
 from typing import NamedTuple
 
 from runtime.router.body import Head
+from runtime.router.stream_usage import Strip
+from runtime.router.usage import Meter
 from runtime.wire import CacheRule
 
 ENTRY_BYTES = 1024 * 1024  # larger answers are not kept
@@ -133,3 +135,30 @@ class ResponseCache:
         kept = self._kept.pop(key, None)
         if kept is not None:
             self.size_bytes -= len(kept.body) + _OVERHEAD_BYTES
+
+
+class Recorder(Meter):
+    """A meter that keeps the answer, unless it is too large to be given again."""
+
+    __slots__ = ("_body",)
+
+    def __init__(self, strip: Strip | None = None) -> None:
+        super().__init__(strip)
+        self._body: list[bytes] = []
+
+    def feed(self, data: bytes) -> bytes:
+        given = super().feed(data)
+        if self.size <= ENTRY_BYTES:
+            self._body.append(given)
+        else:
+            self._body.clear()
+        return given
+
+    def rest(self) -> bytes:
+        given = super().rest()
+        self._body.append(given)
+        return given
+
+    def body(self) -> bytes | None:
+        """All of it; None: it was too large."""
+        return b"".join(self._body) if self.size <= ENTRY_BYTES else None

@@ -13,6 +13,9 @@ import re
 from collections import OrderedDict
 from typing import NamedTuple
 
+from runtime.router.body import Head
+from runtime.router.errors import ApiError, no_response
+
 MOST = 20_000  # remembered, of some 500 bytes each
 MOST_OF_TENANT = 5_000
 _GOOD_ID = re.compile(r"[A-Za-z0-9_-]{1,128}")
@@ -75,8 +78,19 @@ class Stored:
         self._of[tenant].move_to_end(response_id)
         return made
 
-    def is_anothers(self, tenant: str, response_id: str) -> bool:
-        """Whether it is known to be some other tenant's."""
+    def check(self, head: Head, tenant: str, keyed: bool) -> None:
+        """An engine goes on with any response that it keeps, whoever had it made. Raises ApiError:
+        404 where nobody knows that `tenant` had it made, 400 where a new one's id is another's.
+        Without keys (not `keyed`) all callers are one, and an older response may be gone on with.
+        """
+        before, named = head.previous_response_id, head.request_id
+        if before is not None and keyed and self.find(tenant, before) is None:
+            raise no_response(before, param="previous_response_id")
+        if named is not None and self._is_anothers(tenant, named):
+            message = f"request_id {named[:128]!r} is taken; choose another"
+            raise ApiError(400, "invalid_field", message, param="request_id")
+
+    def _is_anothers(self, tenant: str, response_id: str) -> bool:
         made = self._made.get(response_id)
         return made is not None and made.tenant != tenant
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from runtime.router.body import Head
+from runtime.router.errors import ApiError
 from runtime.router.stored import Made, Stored, id_in
 
 
@@ -16,13 +18,29 @@ def test_a_response_is_its_tenants_alone() -> None:
     stored.keep("resp_1", made("a"))
     assert stored.find("a", "resp_1") == made("a")
     assert stored.find("b", "resp_1") is None
-    assert stored.is_anothers("b", "resp_1")
-    assert not stored.is_anothers("a", "resp_1")
     stored.keep("resp_1", made("b", "r2"))  # an id that its caller chose
     assert stored.find("a", "resp_1") == made("a")
     assert stored.find("b", "resp_1") is None
     stored.keep("resp_1", made("a", "r2"))
     assert stored.find("a", "resp_1") == made("a", "r2")
+
+
+def test_an_engine_is_not_asked_to_go_on_with_another_tenants() -> None:
+    stored = Stored()
+    stored.keep("resp_1", made("a"))
+    after, named = Head(previous_response_id="resp_1"), Head(request_id="resp_1")
+    for head in (after, named, Head(request_id="resp_2"), Head()):
+        stored.check(head, "a", keyed=True)
+    with pytest.raises(ApiError, match="no response 'resp_1'") as error:
+        stored.check(after, "b", keyed=True)
+    assert (error.value.status, error.value.param) == (404, "previous_response_id")
+    with pytest.raises(ApiError, match="'resp_1' is taken") as error:
+        stored.check(named, "b", keyed=True)
+    assert (error.value.status, error.value.param) == (400, "request_id")
+    unknown = Head(previous_response_id="resp_0")
+    stored.check(unknown, "", keyed=False)
+    with pytest.raises(ApiError, match="no response 'resp_0'"):
+        stored.check(unknown, "a", keyed=True)
 
 
 def test_a_tenant_with_many_pushes_out_its_own() -> None:
