@@ -7,7 +7,7 @@ import pytest
 from runtime.wire import DemandReport, ModelDemand, StartReplica, StopReplica
 from scheduler import messages as m
 from scheduler import snapshot
-from scheduler.state import Stage
+from scheduler.state import Replica, Stage
 from tests.unit.scheduler_world import GIB, FakeNode, World, spec
 
 
@@ -478,7 +478,8 @@ def one_waits(world: World, model: str) -> None:
     )  # fmt: skip
 
 
-def test_a_lost_nodes_model_is_started_elsewhere_on_demand() -> None:
+def lost_with_a() -> tuple[World, Replica]:
+    """Two nodes, of which the one with `a` has not been heard of for 15 s."""
     world = World(one_gpu(), FakeNode("n2", {"g0": 24 * GIB}))
     world.put(spec("a"))
     world.want("a")
@@ -486,6 +487,11 @@ def test_a_lost_nodes_model_is_started_elsewhere_on_demand() -> None:
     (replica,) = world.core.state.replicas.values()
     world.nodes[replica.node_id].up = False
     world.run(15)
+    return world, replica
+
+
+def test_a_lost_nodes_model_is_started_elsewhere_on_demand() -> None:
+    world, replica = lost_with_a()
     assert replica.stage is Stage.UNKNOWN
     assert world.hot() == {"a"}  # it may well serve still: routers try, and report who waits
     one_waits(world, "a")
@@ -537,13 +543,7 @@ def test_a_node_that_returns_is_adopted_again() -> None:
 @pytest.mark.parametrize("elected", [False, True], ids=["same leader", "another leader"])
 def test_a_node_that_returns_does_not_leave_more_than_max_replicas(elected: bool) -> None:
     """What was started elsewhere meanwhile stays; also if nobody calls, and a new leader adopts."""
-    world = World(one_gpu(), FakeNode("n2", {"g0": 24 * GIB}))
-    world.put(spec("a"))
-    world.want("a")
-    world.run(5)
-    (replica,) = world.core.state.replicas.values()
-    world.nodes[replica.node_id].up = False
-    world.run(15)
+    world, replica = lost_with_a()
     one_waits(world, "a")
     world.run(5)
     other = {"n1", "n2"} - {replica.node_id}

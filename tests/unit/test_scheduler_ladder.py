@@ -39,9 +39,8 @@ def test_an_evicted_model_sleeps_and_is_woken_in_its_place() -> None:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize(("wake_s", "gives_way"), [(25.0, True), (4.0, False)])
-def test_a_long_wake_that_nobody_waits_for_gives_way(wake_s: float, gives_way: bool) -> None:
-    """Its engine is stopped then, so a short one is waited for: it sleeps again at once."""
+def waking_a(wake_s: float) -> World:
+    """`a` has been waking for 2 s, and takes so many; `c` has no room beside it."""
     node = sleepy()
     world = World(node)
     world.put(spec("a", 20), spec("b", 20), spec("c", 20))
@@ -52,6 +51,13 @@ def test_a_long_wake_that_nobody_waits_for_gives_way(wake_s: float, gives_way: b
     world.want("a")
     world.run(2)
     assert stages(world)["a"] is Stage.WAKING
+    return world
+
+
+@pytest.mark.parametrize(("wake_s", "gives_way"), [(25.0, True), (4.0, False)])
+def test_a_long_wake_that_nobody_waits_for_gives_way(wake_s: float, gives_way: bool) -> None:
+    """Its engine is stopped then, so a short one is waited for: it sleeps again at once."""
+    world = waking_a(wake_s)
     world.waiting.clear()  # its caller hangs up
     world.report()
     world.want("c")
@@ -63,15 +69,7 @@ def test_a_long_wake_that_nobody_waits_for_gives_way(wake_s: float, gives_way: b
 
 
 def test_a_long_wake_that_somebody_waits_for_goes_on() -> None:
-    node = sleepy()
-    world = World(node)
-    world.put(spec("a", 20), spec("b", 20), spec("c", 20))
-    for name in "ab":
-        world.want(name)
-        world.run(6)
-    node.wake_s = 25.0
-    world.want("a")
-    world.run(2)
+    world = waking_a(wake_s=25.0)
     world.want("c")
     world.run(14)
     assert stages(world)["a"] is Stage.WAKING
