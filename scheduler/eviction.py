@@ -26,7 +26,7 @@ ALIKE = 4.0  # and those up to so many times the least: so much slower is a star
 AGING_S = 30.0  # of waiting raise a model's standing by one class of priority
 LONG_WAKE_S = 5.0  # what still lasts so long is not waited for
 TURN_S = 30.0  # a busy replica serves at least so long before another model takes its place
-UNWANTED = ", and nobody waits for it any more"  # in the reason of the end of one that is `given_up`
+UNWANTED = ", and nobody waits for it any more"  # in the reason why a `given_up` one ends
 Rank = tuple[bool, int, int, float]
 
 
