@@ -102,6 +102,10 @@ class RouterConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     store_max_bytes: Annotated[
         int, Meta(gt=0, description="of <state_dir>/jobs.db; then nothing more is taken in")
     ] = 10 * 2**30
+    store_tenant_share: Annotated[
+        float,
+        Meta(gt=0, le=1, description="of store_max_bytes, for one tenant's files and jobs"),
+    ] = 0.5
     jobs_per_tenant: Annotated[
         int, Meta(gt=0, description="jobs of one tenant that wait or run, webhooks included")
     ] = 10_000

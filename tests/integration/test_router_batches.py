@@ -335,7 +335,9 @@ async def test_what_cannot_be_is_refused_at_once(stack: Stack, client: AsyncOpen
 
 
 async def test_limits_of_a_file_and_of_the_store(tmp_path: Path) -> None:
-    settings = {"batch_file_max_bytes": 300_000, "store_max_bytes": 500_000}
+    settings = {
+        "batch_file_max_bytes": 300_000, "store_max_bytes": 500_000, "store_tenant_share": 1.0,
+    }  # fmt: skip
     async with kit.stack(tmp_path, **settings) as stack, client_of(stack.url) as client:
         with pytest.raises(openai.APIStatusError, match=r"router\.batch_file_max_bytes") as large:
             await client.files.create(file=("a", b"x" * 300_001), purpose="batch")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,9 @@ import uvloop
 from router_kit import Stack, eventually, unary
 
 from runtime.access import KEY_PREFIX, KeySpec, Limits, Scope, StoredKey, Used, digest
-from runtime.router.jobs import invokes
+from runtime.router.jobs import file_rows, invokes
+from runtime.router.jobs.store import Store
+from runtime.router.jobs.tenants import Owner
 
 LATER = {"Prefer": "respond-async"}
 LINE = {
@@ -59,11 +62,16 @@ async def stack(tmp_path: Path) -> AsyncIterator[Stack]:
         engine = await made.engine(unary())
         await made.scheduler.publish(kit.model("alpha", engine), kit.model("beta", engine))
         await made.scheduler.in_force()
-        await made.scheduler.publish_keys(*KEYS)
-        async with asyncio.timeout(kit.DEADLINE_S):
-            while (await ask(made, "acme", "GET", "/v1/models"))[0] != 200:
-                await asyncio.sleep(0.02)
+        await with_keys(made)
         yield made
+
+
+async def with_keys(stack: Stack) -> None:
+    """Its keys are KEYS, from now on."""
+    await stack.scheduler.publish_keys(*KEYS)
+    async with asyncio.timeout(kit.DEADLINE_S):
+        while (await ask(stack, "acme", "GET", "/v1/models"))[0] != 200:
+            await asyncio.sleep(0.02)
 
 
 async def ask(
@@ -88,9 +96,11 @@ async def submit(stack: Stack, name: str, model: str = "alpha") -> tuple[int, An
     return await ask(stack, name, "POST", f"/invoke/{model}", {"prompt": "x"}, **LATER)
 
 
-async def upload(stack: Stack, name: str) -> tuple[int, Any, Any]:
+async def upload(
+    stack: Stack, name: str, data: bytes = json.dumps(LINE).encode()
+) -> tuple[int, Any, Any]:
     form = aiohttp.FormData({"purpose": "batch"})
-    form.add_field("file", json.dumps(LINE), filename="in.jsonl")
+    form.add_field("file", data, filename="in.jsonl")
     return await ask(stack, name, "POST", "/v1/files", form)
 
 
@@ -136,6 +146,64 @@ async def test_a_tenant_has_so_many_jobs_at_most(stack: Stack) -> None:
     assert "50 jobs" in error["error"]["message"]
     assert headers["Retry-After"]
     assert (await submit(stack, "globex"))[0] == 202
+
+
+async def test_a_tenant_that_fills_its_share_of_the_store_keeps_no_other_out(
+    tmp_path: Path,
+) -> None:
+    settings = {"anonymous": "off", "store_max_bytes": 800_000, "store_tenant_share": 0.5}
+    async with kit.stack(tmp_path, **settings) as stack:
+        await stack.serve("alpha", await stack.engine(unary()))
+        await with_keys(stack)
+        status, file, _ = await upload(stack, "acme", b"x" * 390_000)
+        assert status == 200
+        refused = [
+            await upload(stack, "acme", b"x" * 10_000),
+            await ask(
+                stack, "acme", "POST", "/invoke/alpha", {"prompt": "x" * 10_000}, **LATER
+            ),
+        ]  # fmt: skip
+        for status, error, headers in refused:
+            assert (status, error["error"]["code"]) == (507, "store_share_full")
+            assert "400000 (router.store_tenant_share)" in error["error"]["message"]
+            assert headers["x-should-retry"] == "false"
+        assert (await upload(stack, "globex", b"x" * 100_000))[0] == 200
+        _, job, _ = await submit(stack, "globex")
+        await until_completed(stack, "globex", job["id"])
+        assert (await ask(stack, "acme", "DELETE", f"/v1/files/{file['id']}"))[0] == 200
+        assert (await upload(stack, "acme", b"x" * 10_000))[0] == 200
+
+
+async def test_a_tenant_far_beyond_its_share_of_the_store_waits_and_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its results may take it beyond its share, and then no further."""
+    monkeypatch.setattr(invokes, "PER_MODEL", 1)
+    settings = {"anonymous": "off", "store_max_bytes": 800_000, "store_tenant_share": 0.25}
+    async with kit.stack(tmp_path, **settings) as stack:
+        engine = await stack.engine(kit.never)
+        await stack.serve("alpha", engine)
+        await with_keys(stack)
+        jobs = [(await submit(stack, "acme"))[1]["id"] for _ in range(2)]
+        await eventually(lambda: engine.received, "not sent")
+        other = Store(tmp_path / "jobs.db", 2**30)  # as another worker
+        file = await other.write(file_rows.begin, "file-1", Owner("acme"), time.time())
+        await other.write(file_rows.add_chunks, file, 0, b"x" * 300_000)
+
+        async def waits_for() -> str:
+            return (await ask(stack, "acme", "GET", f"/jobs/{jobs[1]}"))[1]["waits_for"] or ""
+
+        async with asyncio.timeout(kit.DEADLINE_S):
+            while "router.store_tenant_share" not in await waits_for():
+                await asyncio.sleep(0.02)
+        engine.answer = unary()
+        await ask(stack, "acme", "DELETE", f"/jobs/{jobs[0]}")  # the one that hangs
+        _, job, _ = await submit(stack, "globex")
+        await until_completed(stack, "globex", job["id"])
+        assert "router.store_tenant_share" in await waits_for()
+        await other.write(file_rows.delete, file)
+        await other.close()
+        await until_completed(stack, "acme", jobs[1])
 
 
 # ---------------------------------------------------------------------- a narrow scope

@@ -62,6 +62,14 @@ def test_who_fills_the_limit_keeps_no_other_tenant_out() -> None:
     assert sorted(i.tenant for i in sent(plan)) == ["a", "b"]
 
 
+def test_a_paused_tenants_pieces_wait_and_no_others() -> None:
+    plan = plan_of(*items(1, 2, "a"), *items(2, 2, "b"))
+    plan.paused = frozenset({"a"})
+    assert [i.tenant for i in sent(plan)] == ["b", "b"]
+    plan.paused = frozenset()
+    assert [i.tenant for i in sent(plan)] == ["a", "a"]
+
+
 def test_a_refusal_of_one_tenant_says_nothing_of_another() -> None:
     plan = plan_of(*items(1, 3, "over its limit"), *items(2, 3, "other"), first=1)
     sent(plan)

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from runtime.router.jobs import batch_rows, file_rows, hook_rows, job_rows
+from runtime.router.jobs import batch_rows, file_rows, held_rows, hook_rows, job_rows
 from runtime.router.jobs.batch_rows import BatchRow, LineRow
 from runtime.router.jobs.file_rows import CHUNK_BYTES, ERROR, OK, FileRow
-from runtime.router.jobs.store import Store, StoreError, StoreFull
+from runtime.router.jobs.store import ShareFull, Store, StoreError, StoreFull, used_bytes
 from runtime.router.jobs.tenants import Owner
 
 ROOT = Path(__file__).parents[2]
@@ -81,7 +81,9 @@ async def test_a_write_that_fails_leaves_nothing(db: Store) -> None:
     assert (await upload(db, b"abc")).seq == 1
 
 
-async def test_a_file_of_another_version_is_refused_and_left_alone(tmp_path: Path) -> None:
+async def test_a_file_of_another_version_is_refused_and_left_alone(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     path = tmp_path / "jobs.db"
     with sqlite3.connect(path) as made:
         made.execute("PRAGMA user_version = 99")
@@ -90,6 +92,11 @@ async def test_a_file_of_another_version_is_refused_and_left_alone(tmp_path: Pat
         await Store(path, 2**30).has_room()
     assert caught.value.status == 503
     assert str(tmp_path) not in caught.value.message
+    assert "its format is 99, and this release reads 2: a newer one wrote it" in caplog.text
+    assert "-wal and -shm" in caplog.text
+    with sqlite3.connect(path) as left:
+        assert left.execute("SELECT count(*) FROM sqlite_master").fetchone() == (0,)
+    left.close()
 
 
 async def test_uploads_come_back_whole_and_in_part(db: Store) -> None:
@@ -213,11 +220,11 @@ async def test_the_limit_counts_what_is_used_and_gives_back_what_was_deleted(
     tmp_path: Path,
 ) -> None:
     db = Store(tmp_path / "jobs.db", 2**20)
-    await db.check_room(2**19)
+    await db.check_room("t", 2**19)
     file = await upload(db, b"x" * 2**20)
     assert not await db.has_room()
     with pytest.raises(StoreFull, match=r"router\.store_max_bytes") as caught:
-        await db.check_room()
+        await db.check_room("other")
     assert caught.value.status == 507
     await db.write(file_rows.delete, file.seq)
     assert await db.has_room()
@@ -315,7 +322,71 @@ async def test_a_file_of_the_first_format_is_taken_over_whole(tmp_path: Path) ->
     assert [row.id for row in await db.read(job_rows.unfinished, 9)] == ["job_1"]
     assert [hook.tenant for hook in await db.read(hook_rows.due, 9)] == ["b"]
     assert (await db.read(file_rows.get, Owner("a"), "file-1")).key_id is None
+    assert set(await db.read(held)) == {"a", "b"}
     await db.close()
     again = Store(path, 2**30)
     assert len(await again.read(hook_rows.due, 9)) == 1
     await again.close()
+
+
+async def test_one_tenant_fills_its_share_and_not_the_store(tmp_path: Path) -> None:
+    db = Store(tmp_path / "jobs.db", 2**20, 0.5)
+    file = await upload(db, b"x" * (2**19 - 1000), "file-1", "greedy")
+    with pytest.raises(ShareFull, match=r"524288 \(router\.store_tenant_share\)") as caught:
+        await db.check_room("greedy", 1000)
+    assert (caught.value.status, caught.value.final) == (507, True)
+    await db.check_room("modest", 2**18)
+    assert await db.overdrawn() == frozenset()  # what was taken in is worked on
+    await upload(db, b"x" * 2**18, "file-2", "greedy")
+    assert await db.overdrawn() == {"greedy"}
+    await db.write(file_rows.delete, file.seq)
+    await db.check_room("greedy", 1000)
+    assert await db.overdrawn() == frozenset()
+    await db.close()
+
+
+def held(db: sqlite3.Connection) -> dict[str, int]:
+    return {tenant: size for tenant, size in db.execute("SELECT * FROM held") if size}
+
+
+def counted_again(db: sqlite3.Connection) -> dict[str, int]:
+    """What the rows that are there hold, whatever was counted on the way."""
+    for (name,) in db.execute("SELECT name FROM sqlite_master WHERE type = 'trigger'").fetchall():
+        db.execute(f"DROP TRIGGER {name}")
+    db.execute("DROP TABLE held")
+    held_rows.prepare(db)
+    return held(db)
+
+
+async def test_what_a_tenant_holds_is_counted_through_all_that_a_row_goes_through(
+    db: Store,
+) -> None:
+    webhook = "https://x.example/"
+    row = await batch_of(db, 500, tenant="a", webhook=webhook)
+    await batch_of(db, 20, "batch_2", "b")
+    for line in range(1, 300):
+        await db.write(batch_rows.finish_line, row.seq, line, OK, b"x" * line)
+    job = await job_of(db, "a", "job_1")
+    await db.write(job_rows.end, job, "completed", 200, b"y" * 5000, NOW, 10.0)
+    await job_of(db, "b", "job_2")
+    await db.write(batch_rows.end, row.seq, "cancelled", NOW, "file-out", "file-err", "why")
+    bad = await batch_of(db, 3, "batch_3", "b")
+    await db.write(batch_rows.begin_lines, bad.seq)
+    before = await db.read(held)
+    assert before["a"] > 500 + 299 * 150 + 5000
+    assert before == await db.write(counted_again)
+    await db.write(batch_rows.delete, row.seq)
+    await db.write(file_rows.delete, row.input)
+    await db.write(job_rows.sweep, NOW + 11)
+    for hook in await db.read(hook_rows.due, 10):
+        await db.write(hook_rows.delete, hook.id)
+    after = await db.read(held)
+    assert "a" not in after
+    assert after["b"] == before["b"]
+
+
+async def test_many_small_rows_are_counted_as_what_they_take(db: Store) -> None:
+    for number in range(2000):
+        await job_of(db, "t", f"job_{number:024}")
+    used = await db.read(used_bytes)
+    assert used / 2 < await db.read(held_rows.of, "t") < 2 * used

@@ -99,7 +99,7 @@ class BatchHandlers:
             raise ApiError(400, "invalid_field", message, param="input_file_id")
         webhook = (asked.metadata or {}).get(WEBHOOK_KEY)
         check_webhook(f"metadata.{WEBHOOK_KEY}", webhook, self._settings)
-        await self._store.check_room()
+        await self._store.check_room(caller.tenant)
         if await self._store.read(batch_rows.waiting, caller.tenant) >= most:
             raise too_many("batches", most)
         expiry = asked.output_expires_after

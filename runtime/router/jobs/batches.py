@@ -86,6 +86,7 @@ class Batches:
                 log.exception("batch %s cannot go on", row.id)
         self._validate_next([row for row in rows if row.status == "validating"])
         self._has_room = await self._store.has_room()  # else results could not be kept
+        self.sender.plan.paused = await self._store.overdrawn()
         self._pump()
 
     async def _step(self, row: BatchRow, now: float) -> None:

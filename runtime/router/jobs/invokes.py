@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from runtime.router.call import Caller
 from runtime.router.jobs import job_rows
@@ -24,6 +24,7 @@ WINDOW_S = 24 * 3600.0  # what has no answer by then gets none
 IN_FLIGHT = 64
 PER_MODEL = 16  # at first
 KNOWN = 200  # of each tenant, its oldest
+_OVERDRAWN = "room for its answer (router.store_tenant_share); delete files and jobs"
 _HEADERS = ((b"Content-Type", b"application/json"),)
 
 
@@ -63,7 +64,17 @@ class Invokes:
             elif row.seq not in self._rows:
                 self._rows[row.seq] = row
                 self.sender.plan.add(Item(row.seq, 0, row.tenant, row.model))
+        self.sender.plan.paused = await self._store.overdrawn()
+        await self._say_paused(rows.values())
         self.sender.pump()
+
+    async def _say_paused(self, rows: Iterable[JobRow]) -> None:
+        """Jobs that wait for room say so, each once."""
+        plan = self.sender.plan
+        for row in rows:
+            waits = row.tenant in plan.paused and (row.seq, 0) not in plan.in_flight
+            if waits and row.waits_for != _OVERDRAWN:
+                await self._store.write(job_rows.put_back, row.seq, _OVERDRAWN)
 
     async def close(self) -> None:
         """End what is under way."""

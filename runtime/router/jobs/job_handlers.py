@@ -73,8 +73,8 @@ class JobHandlers:
             return await self._keep(request, call)
 
     async def _keep(self, request: web.Request, call: Invocation) -> web.Response:
-        await self._store.check_room(len(call.body))
         caller, most = caller_of(request), self._settings.jobs_per_tenant
+        await self._store.check_room(caller.tenant, len(call.body))
         if await self._store.read(job_rows.waiting, caller.tenant) >= most:
             raise too_many("jobs", most)
         row = await self._store.write(

@@ -58,6 +58,7 @@ class Plan:
         self._flying: Counter[str] = Counter()  # by tenant
         self._breaks: Counter[Key] = Counter()
         self.in_flight: dict[Key, Item] = {}
+        self.paused: frozenset[str] = frozenset()  # tenants of whom nothing is sent now
 
     def add(self, item: Item) -> None:
         """A piece behind those of its lane; it must not be known already."""
@@ -79,7 +80,7 @@ class Plan:
             return None
         full = len(self.in_flight) >= self._limit
         for tenant in list(self._lanes):
-            if full and self._flying[tenant]:
+            if tenant in self.paused or (full and self._flying[tenant]):
                 continue
             lanes = self._lanes[tenant]
             ready = (lane for lane in lanes if self._may(tenant, lane[1], now))

@@ -54,7 +54,9 @@ class Jobs:
         self._proxy = proxy
         self._master = _master(settings.webhook_secret)
         self._lock_file = folder / "jobs.lock"
-        self._store = Store(folder / "jobs.db", settings.store_max_bytes)
+        self._store = Store(
+            folder / "jobs.db", settings.store_max_bytes, settings.store_tenant_share
+        )
         self._woken = asyncio.Event()
         self._metrics = JobMetrics()
         proxy.metrics.include(self._metrics)

@@ -26,12 +26,16 @@ from typing import Concatenate, ParamSpec, TypeVar
 from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_fixed
 
 from runtime.router.errors import ApiError
+from runtime.router.jobs import held_rows
 
 log = logging.getLogger("stoker.router.jobs")
 
 BUSY_S = 5.0  # how long to wait for another process's write
+# How much of its share a tenant may hold with the results of what was taken in. Bodies of jobs that
+# wait count too: if these stopped at the share itself, they could never make room.
+RESULTS_FACTOR = 1.5
 _SHRUNK_PAGES = 2000  # in one transaction: 8 MB
-FORMAT = 2  # PRAGMA user_version
+FORMAT = 2  # PRAGMA user_version: raised only where an older release could not work with the file
 
 _SCHEMA = """
 CREATE TABLE files (
@@ -113,12 +117,28 @@ class StoreFull(ApiError):
         super().__init__(507, "store_full", message)
 
 
-class Store:
-    """The file `path`, made (0600) with the first call. `max_bytes`: see `check_room`."""
+class ShareFull(ApiError):
+    """Nothing more of this tenant's is taken in; the others' is."""
 
-    def __init__(self, path: Path, max_bytes: int) -> None:
+    def __init__(self, held_bytes: int, most_bytes: int) -> None:
+        message = (
+            f"this tenant's files, batches and jobs hold {held_bytes} bytes of the router's store,"
+            f" and one may have {most_bytes} (router.store_tenant_share); delete files and jobs"
+            " that are not needed any more, or try again when others have expired"
+        )
+        super().__init__(507, "store_share_full", message, final=True)
+
+
+class Store:
+    """The file `path`, made (0600) with the first call.
+
+    `max_bytes`, and `tenant_share` of it for one tenant: see `check_room`.
+    """
+
+    def __init__(self, path: Path, max_bytes: int, tenant_share: float = 1.0) -> None:
         self._path = path
         self._max_bytes = max_bytes
+        self._tenant_bytes = int(max_bytes * tenant_share)
         self._db: sqlite3.Connection | None = None
         self._seen = 0  # PRAGMA data_version: another connection's writes move it
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="jobs")
@@ -141,10 +161,18 @@ class Store:
         """Whether less than `max_bytes` are used, whatever the file's own size."""
         return await self._run(None, used_bytes) < self._max_bytes
 
-    async def check_room(self, size_bytes: int = 0) -> None:
-        """Raises StoreFull where `size_bytes` more would be more than `max_bytes`."""
+    async def check_room(self, tenant: str, size_bytes: int = 0) -> None:
+        """Raises StoreFull, ShareFull (the tenant's) where `size_bytes` more is too much."""
         if await self._run(None, used_bytes) + size_bytes >= self._max_bytes:
             raise StoreFull(self._max_bytes)
+        held = await self._run(None, lambda db: held_rows.of(db, tenant))
+        if held + size_bytes >= self._tenant_bytes:
+            raise ShareFull(held, self._tenant_bytes)
+
+    async def overdrawn(self) -> frozenset[str]:
+        """Tenants whose results have taken them so far beyond their share that more must wait."""
+        most = int(self._tenant_bytes * RESULTS_FACTOR)
+        return await self._run(None, lambda db: held_rows.beyond(db, most))
 
     async def shrink(self) -> None:
         """Give the disk back what is not used any more, a little at a time."""
@@ -228,11 +256,16 @@ def _prepared(path: Path) -> sqlite3.Connection:
         db.execute("BEGIN IMMEDIATE")
         found = _figure(db, "user_version")
         if not 0 <= found <= FORMAT:
-            raise OSError(f"its format is {found}, this version reads {FORMAT}; move it away")
+            raise OSError(
+                f"its format is {found}, and this release reads {FORMAT}: a newer one wrote it. Run"
+                " that one again, or stop this host's routers and move the file away, with its -wal"
+                " and -shm; what is in it is then not served (docs/jobs.md)"
+            )
         steps = [_SCHEMA] if found == 0 else [_UPGRADES[step] for step in range(found, FORMAT)]
         for statement in ";".join(steps).split(";"):
             db.execute(statement)
         db.execute(f"PRAGMA user_version = {FORMAT}")
+        held_rows.prepare(db)
         db.execute("COMMIT")
     except BaseException:
         db.close()

@@ -44,7 +44,7 @@ async def take_in(
         raise ApiError(400, "invalid_body", message, param="file")
     if (request.content_length or 0) > max_bytes + _FORM_BYTES:
         raise _too_large(max_bytes)
-    await store.check_room(request.content_length or 0)
+    await store.check_room(maker.tenant, request.content_length or 0)
     upload = _Upload(store, maker, max_bytes, read_s)
     try:
         fields = await _read_form(request, upload)
@@ -141,7 +141,7 @@ class _Upload:
 
     async def _flush(self, data: bytes) -> None:
         assert self._file is not None
-        await self._store.check_room(len(data))
+        await self._store.check_room(self._maker.tenant, len(data))
         self._chunk = await self._store.write(file_rows.add_chunks, self._file, self._chunk, data)
 
     async def end(self, fields: dict[str, str], keep_s: float) -> FileRow:
