@@ -136,14 +136,15 @@ class Api:
             if error.code != "missing_field":
                 raise
             table = self._table()
-            models = [r.name for r in table.models if _sees(request, r)]
+            caller = request[CALLER]
+            models = [r.name for r in table.models if sees(caller, cards.names(r, r.name))]
             if len(models) != 1 or table.rules:
                 raise
             return bodies.with_model(body, models[0])
 
     async def _own_openai(self, request: web.Request) -> web.StreamResponse:
         model, path = request.match_info["model"], _engine_path(request, request.match_info["path"])
-        self._route(request, model)
+        self._visible(request, model)
         if not bodies.takes_form(types := _types(request), path):
             body, head = bodies.with_model(await self._body(request), model)
             return await self._serve(request, path, body, head)
@@ -153,7 +154,7 @@ class Api:
 
     async def _invoke(self, request: web.Request) -> web.StreamResponse:
         model = request.match_info["model"]
-        self._route(request, model)
+        self._visible(request, model)
         later = self._jobs.handlers.wanted(request)
         stream = False if later else _stream_wish(request)
         bodies.check_json(_types(request))
@@ -231,15 +232,21 @@ class Api:
     async def _own_model(self, request: web.Request) -> web.Response:
         own = self._visible(request, request.match_info["model"])
         name = request.match_info["name"]
-        if self._route(request, name).name != own.name:
+        if self._visible(request, name).name != own.name:
             raise ApiError(404, "model_not_found", f"only model {own.name!r} is served here")
         return _json(cards.card(own, name))
 
     def _visible(self, request: web.Request, model: str) -> ModelRoute:
-        """A model that the caller's key reaches. Raises ApiError (403, 404)."""
-        route = self._route(request, model)
-        if not _sees(request, route):
+        """What `model` names. Raises ApiError: 403 for any name outside of the key's scope, so that
+        nobody can tell whether it is there; 404."""
+        bodies.check_model(model)
+        route = self._find(model)
+        names = cards.names(route, model) if route is not None else (model,)
+        if not sees(request[CALLER], names):
             raise ApiError(403, "not_allowed", f"this API key may not use model {model!r}")
+        if route is None:
+            message = f"there is no model {model!r}{self._proxy.meant(request[CALLER], model)}"
+            raise ApiError(404, "model_not_found", message, param="model")
         return route
 
     def _identify(self, request: web.Request) -> Caller:
@@ -255,17 +262,12 @@ class Api:
             raise ApiError(503, "no_routes", message, retry_after_s=1.0)
         return table
 
-    def _route(self, request: web.Request, model: str) -> ModelRoute:
-        bodies.check_model(model)
+    def _find(self, model: str) -> ModelRoute | None:
         table, route = self._table(), self._proxy.gate.find(model)
         if route is not None:
             return route
         routes = self._proxy.gate.versions.listed(table.models)
-        for route in routes:
-            if model in (route.name, *route.aliases):
-                return route
-        message = f"there is no model {model!r}{self._proxy.meant(request[CALLER], model)}"
-        raise ApiError(404, "model_not_found", message, param="model")
+        return next((r for r in routes if model in (r.name, *r.aliases)), None)
 
     # -------------------------------------------------------------------------------- operations
 
@@ -423,10 +425,6 @@ def _stream_wish(request: web.Request) -> bool | None:
         message = f"stream must be true or false, got {text!r}"
         raise ApiError(400, "invalid_field", message, param="stream")
     return text.lower() in ("true", "1")
-
-
-def _sees(request: web.Request, route: ModelRoute) -> bool:
-    return sees(request[CALLER], (route.name, *route.aliases, *route.adapters))
 
 
 def _json(value: Any) -> web.Response:

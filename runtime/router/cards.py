@@ -31,15 +31,22 @@ def card(route: ModelRoute, name: str) -> dict[str, Any]:
     }
 
 
+def names(route: ModelRoute, name: str) -> tuple[str, ...]:
+    """The names by which a scope may allow `name` of `route`: an adapter by its own too."""
+    own = (route.name, *route.aliases)
+    return (name, *own) if name in route.adapters else own
+
+
 def listing(
     routes: Iterable[ModelRoute], sees: Callable[[tuple[str, ...]], bool]
 ) -> dict[str, Any]:
     """All cards of which `sees` says that the caller may know; it gets all names of each."""
-    cards = []
-    for route in routes:
-        own = (route.name, *route.aliases)
-        cards += [card(route, name) for name in own if sees(own)]
-        cards += [card(route, name) for name in route.adapters if sees((name, *own))]
+    cards = [
+        card(route, name)
+        for route in routes
+        for name in (route.name, *route.aliases, *route.adapters)
+        if sees(names(route, name))
+    ]
     return {"object": "list", "data": cards}
 
 

@@ -120,6 +120,52 @@ async def test_scopes_of_models_and_endpoints(stack: Stack) -> None:
     assert len(engine.received) == len([r for r in engine.received if r.json()["model"] == "m"])
 
 
+@pytest.mark.parametrize(
+    ("method", "path", "body"),
+    [
+        ("GET", "/v1/models/{}", None),
+        ("GET", "/models/{}/v1/models", None),
+        ("GET", "/models/m/v1/models/{}", None),
+        ("POST", "/models/{}/v1/chat/completions", {"messages": []}),
+        ("POST", "/invoke/{}", {"prompt": "x"}),
+        ("POST", CHAT, {"model": "{}"}),
+        ("POST", "/v1/completions", {"model": "{}"}),
+        ("POST", "/v1/embeddings", {"model": "{}"}),
+        ("POST", "/v1/responses", {"model": "{}"}),
+        ("POST", "/v1/messages", {"model": "{}"}),
+        ("POST", "/v1/messages/count_tokens", {"model": "{}"}),
+    ],
+)
+async def test_nobody_can_tell_a_model_outside_of_the_scope_from_none(
+    stack: Stack, method: str, path: str, body: dict[str, object] | None
+) -> None:
+    engine = await stack.engine(unary())
+    await stack.scheduler.publish(
+        kit.model("m", engine, adapters=("m:theirs",)),
+        kit.model("secret", engine, aliases=("hidden",)),
+        kit.model("base", engine, adapters=("base:mine", "base:theirs")),
+    )
+    await stack.scheduler.in_force()
+    await stack.scheduler.publish_keys(key(scope=Scope(models=("m", "base:mine"))))
+    await lets_in(stack)
+
+    async def told(name: str, later: bool) -> tuple[int, str, list[str]]:
+        headers = bearer() | ({"Prefer": "respond-async"} if later else {})
+        sent = body and json.loads(json.dumps(body).replace("{}", name))
+        url = stack.url + path.replace("{}", name)
+        async with stack.session.request(method, url, json=sent, headers=headers) as response:
+            text, request_id = await response.text(), response.headers["X-Request-ID"]
+            said = text.replace(request_id, "ID").replace(name, "NAME")
+            return response.status, said, [n for n in response.headers if n != "Content-Length"]
+
+    for later in (False, True) if "invoke" in path else (False,):
+        status, said, headers = await told("nothere", later)
+        assert status == 403, said
+        for name in ("secret", "hidden", "base", "base:theirs"):
+            assert await told(name, later) == (status, said, headers), name
+    assert not [r for r in engine.received if r.body and r.json().get("model") != "m"]
+
+
 async def test_requests_beyond_a_limit_get_429_with_when_to_come_back(stack: Stack) -> None:
     await stack.serve("m", await stack.engine(unary()))
     await stack.scheduler.publish_keys(key(), key(OTHER, limits=Limits(requests_per_min=3)))
