@@ -10,7 +10,7 @@ SCENARIOS ?= 10000
 SEED ?= 0
 DEMO_FLAGS = --port $(PORT) $(if $(filter-out 0,$(EXIT)),--exit)
 TESTS = tests/unit tests/sim tests/contract tests/integration tests/hosts tests/e2e tests/outside tests/gpu
-TOOLS = debootstrap iproute2 systemd-container openssh-client curl wrk apache2-utils
+TOOLS = debootstrap iproute2 systemd-container openssh-client curl wrk apache2-utils nginx-light
 PYTEST_FLAGS ?=
 VLLM_SOURCE ?=
 

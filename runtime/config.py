@@ -11,6 +11,7 @@ import socket
 import tomllib
 import typing
 from collections.abc import Iterator, Mapping
+from ipaddress import ip_network
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -50,7 +51,9 @@ class RouterConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     first_byte_timeout_s: Seconds = 600.0  # a whole answer, if it is not streamed: then 504
     idle_timeout_s: Seconds = 300.0  # between two pieces of a stream; then it is broken off
     total_timeout_s: Seconds = 3600.0  # for a whole answer
-    read_timeout_s: Seconds = 60.0  # for a request to arrive, or a caller to read anything
+    # For a request to arrive, or a caller to read anything. Idle connections are closed then, if
+    # not before: a proxy in front has to close them first (nginx after 60 s), or calls are lost.
+    read_timeout_s: Seconds = 75.0
     max_connections: Annotated[int, Meta(gt=0)] = 10_000  # of one worker
     max_in_flight: Annotated[
         int, Meta(gt=0, description="requests sent to one replica at a time; more wait here")
@@ -69,6 +72,14 @@ class RouterConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     allowed_hosts: Annotated[
         tuple[str, ...],
         Meta(description="names beside localhost by which this host's callers without a key call"),
+    ] = ()
+
+    trusted_proxies: Annotated[
+        tuple[str, ...],
+        Meta(
+            description="addresses or networks of proxies in front, whose X-Forwarded-For says"
+            " who calls; for the access log and traces"
+        ),
     ] = ()
 
     held_bytes: Annotated[
@@ -262,7 +273,18 @@ def load(
     config = check(raw, Config, "config")
     if problems := [*_weak("cluster_token", config), *_weak("metrics_token", config)]:
         raise SchemaError(problems, "config")
+    if problems := list(_no_networks(config.router.trusted_proxies)):
+        raise SchemaError(problems, "config")
     return config
+
+
+def _no_networks(trusted: tuple[str, ...]) -> Iterator[SpecProblem]:
+    for network in trusted:
+        try:
+            ip_network(network)
+        except ValueError as error:
+            fix = "write an address or a network, e.g. 10.0.0.0/8"
+            yield SpecProblem(field="router.trusted_proxies", message=str(error), fix=fix)
 
 
 def _weak(field: str, config: Config) -> Iterator[SpecProblem]:

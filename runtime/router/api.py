@@ -172,7 +172,7 @@ class Api:
         request_id, headers = request[REQUEST_ID], request.raw_headers
         call = Call(
             request_id, head.model, path, headers, body, streams, head, request[CALLER],
-            address=request.remote or "", asked=request.path,
+            address=self._address(request), asked=request.path,
         )  # fmt: skip
         request[_SERVED] = True
         await self._proxy.serve(call, client)
@@ -358,6 +358,9 @@ class Api:
         self._told(request, response, error.code)
         return response
 
+    def _address(self, request: web.BaseRequest) -> str:
+        return self._proxy.forwarded.address(request.remote or "", request.raw_headers)
+
     def _told(
         self, request: web.BaseRequest, response: web.StreamResponse, code: str | None
     ) -> web.StreamResponse:
@@ -370,7 +373,7 @@ class Api:
         if access_log is not None and _SERVED not in request and not unlogged:
             access_log.add(
                 Line(
-                    datetime.now(UTC), request_id, request.remote or "", request.method,
+                    datetime.now(UTC), request_id, self._address(request), request.method,
                     request.path, response.status, code, *_whose(request),
                 )
             )  # fmt: skip

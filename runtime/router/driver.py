@@ -18,6 +18,7 @@ from runtime.registration import keep_registered, withdraw
 from runtime.registry import Registry, Service
 from runtime.router.api import Api
 from runtime.router.cors import Cors
+from runtime.router.forwarded import Forwarded
 from runtime.router.front import Front
 from runtime.router.gate import Gate
 from runtime.router.jobs.service import Jobs
@@ -73,7 +74,10 @@ async def run_router(
     keys = Keys(settings.lets_anonymous_in(), local if settings.lets_anonymous_in() else None)
     cache = ResponseCache(settings.cache_bytes)
     memory = Memory(settings.held_bytes)
-    proxy = Proxy(gate, upstream, Metrics(gate, cache), keys, cache, settings.heartbeat_s, memory)
+    proxy = Proxy(
+        gate, upstream, Metrics(gate, cache), keys, cache, settings.heartbeat_s, memory,
+        Forwarded(settings.trusted_proxies),
+    )  # fmt: skip
     observing = contextlib.AsyncExitStack()
     worker, siblings = worker_index(), None
     if worker is not None:

@@ -242,11 +242,13 @@ class PlainConnection(asyncio.Protocol):
         ):
             self._hand_over()  # it gets its 403 there
             return
-        path = cast(str, self._path)
+        path, address = cast(str, self._path), self._address
+        if self._foreign:
+            address = self._front.proxy.forwarded.address(address, self._fields)
         self.served = True
         call = Call(
             self._id or self._front.request_id(), head.model, path, self._fields, body,
-            bool(head.stream) and path in STREAMS, head, caller, address=self._address,
+            bool(head.stream) and path in STREAMS, head, caller, address=address,
         )  # fmt: skip
         self._raw = []
         self._raw_bytes = 0

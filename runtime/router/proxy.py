@@ -26,6 +26,7 @@ from runtime.router.client import Client
 from runtime.router.error_shapes import shape_of
 from runtime.router.errors import ApiError, engine_error, internal_error
 from runtime.router.fairness import Wish
+from runtime.router.forwarded import Forwarded
 from runtime.router.gate import Gate
 from runtime.router.headers import (
     UNBUFFERED,
@@ -84,9 +85,11 @@ class Proxy:
         cache: ResponseCache,
         heartbeat_s: float,
         memory: Memory | None = None,
+        forwarded: Forwarded | None = None,
     ) -> None:
         self.gate = gate
         self.memory = memory or Memory()
+        self.forwarded = forwarded or Forwarded()
         self.keys = keys
         self.cache = cache
         self.shares = GpuShare()

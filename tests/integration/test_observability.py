@@ -204,6 +204,21 @@ async def test_what_never_becomes_a_call_is_a_line_too(tmp_path) -> None:
     assert (invoke["path"], invoke["model"], invoke["status"]) == ("/invoke/m", "m", 200)
 
 
+@pytest.mark.parametrize(
+    ("trusted", "client"), [((), "127.0.0.1"), (("127.0.0.0/8",), "192.0.2.7")]
+)
+async def test_a_trusted_proxy_says_whose_call_it_is(tmp_path, odd, trusted, client) -> None:
+    path = tmp_path / "access.log"
+    settings = {"access_log": str(path), "trusted_proxies": trusted, "anonymous": "on"}
+    async with serving(tmp_path, odd, **settings) as stack:
+        await stack.serve("m", await stack.engine(unary(WHOLE)))
+        headers = {"X-Forwarded-For": "192.0.2.1, 192.0.2.7"}
+        await ask(stack, headers=headers)
+        async with stack.session.get(stack.url + "/v1/models", headers=headers):
+            pass
+    assert [line["client"] for line in lines_of(path)] == [client] * 2
+
+
 async def test_a_log_that_was_moved_away_is_begun_anew(tmp_path) -> None:
     path, old = tmp_path / "access.log", tmp_path / "access.log.1"
     async with kit.stack(tmp_path, access_log=str(path)) as stack:

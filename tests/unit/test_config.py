@@ -99,3 +99,11 @@ def test_a_list_in_the_environment_is_written_with_commas() -> None:
     )
     assert config.agent.engine_env == ("NCCL_*", "MY_KNOB")
     assert config.agent.media_domains == ()
+
+
+@pytest.mark.parametrize("network", ["nginx", "10.0.0.1/8", "10.0.0.0/33"])
+def test_a_proxy_is_named_by_its_address_or_network(network: str) -> None:
+    with pytest.raises(SchemaError, match=r"router\.trusted_proxies: .*10\.0\.0\.0/8"):
+        load(environ={"STOKER_ROUTER_TRUSTED_PROXIES": f"127.0.0.1, {network}"})
+    config = load(environ={"STOKER_ROUTER_TRUSTED_PROXIES": "127.0.0.1, fd00::/8"})
+    assert config.router.trusted_proxies == ("127.0.0.1", "fd00::/8")

@@ -33,7 +33,7 @@ PURE = (
     "runtime/router/limits.py", "runtime/router/keys.py", "runtime/access.py", "scheduler/usage.py",
     "runtime/router/usage.py", "runtime/router/stream_usage.py", "runtime/router/stored.py",
     "runtime/router/fairness.py", "runtime/router/cards.py",
-    "runtime/router/headers.py",
+    "runtime/router/headers.py", "runtime/router/forwarded.py",
     "runtime/router/local.py", "runtime/router/memory.py", "runtime/router/paths.py",
     "runtime/router/patience.py", "runtime/router/refusals.py", "runtime/router/error_shapes.py",
     "runtime/router/microbatch.py",
