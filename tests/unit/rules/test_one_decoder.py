@@ -6,13 +6,12 @@ So their depth, size and encoding are bounded, and all that can be wrong with th
 from __future__ import annotations
 
 import ast
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[3]
+from tests.unit.rules.product import sources, text
+
 PLACE = "runtime/outside.py"
-PARTS = ("runtime", "scheduler", "agent", "cli")
 _DECODERS = {
     "json.load", "json.loads", "json.JSONDecoder", "tomllib.load", "tomllib.loads", "yaml.load",
     "yaml.safe_load", "yaml.load_all", "yaml.safe_load_all", "pickle.load", "pickle.loads",
@@ -68,19 +67,14 @@ def violations(source: str) -> list[str]:
     return found
 
 
-def sources() -> list[str]:
-    files = (path for part in PARTS for path in (ROOT / part).rglob("*.py"))
-    return sorted(str(path.relative_to(ROOT)) for path in files)
-
-
-@pytest.mark.parametrize("path", [path for path in sources() if path != PLACE])
+@pytest.mark.parametrize("path", sources(but=PLACE))
 def test_outside_bytes_are_decoded_in_one_place(path: str) -> None:
-    found = violations((ROOT / path).read_text(encoding="utf-8"))
+    found = violations(text(path))
     assert len(found) == EXCEPTIONS.get(path, 0), f"use runtime.outside: {found}"
 
 
 def test_what_the_rule_names_is_there() -> None:
-    assert violations((ROOT / PLACE).read_text(encoding="utf-8"))
+    assert violations(text(PLACE))
     assert set(EXCEPTIONS) <= set(sources())
 
 

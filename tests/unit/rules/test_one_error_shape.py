@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import ast
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[3]
+from tests.unit.rules.product import sources, text
+
 PLACE = "runtime/router/error_shapes.py"
 # What error events, and the end of a stream, are made of.
 _WORDS = ("[DONE]", "event: error", '"error":', "'error':")
@@ -37,14 +37,10 @@ def makes_error(node: ast.Dict) -> bool:
     return "error" in keys and keys <= _ERROR_FIELDS
 
 
-def sources() -> list[str]:
-    return sorted(str(path.relative_to(ROOT)) for path in (ROOT / "runtime/router").rglob("*.py"))
-
-
-@pytest.mark.parametrize("path", [path for path in sources() if path != PLACE])
+@pytest.mark.parametrize("path", sources("runtime/router", but=PLACE))
 def test_no_second_place_makes_errors(path: str) -> None:
     allowed = EXCEPTIONS.get(path, 0)
-    assert len(found := violations((ROOT / path).read_text(encoding="utf-8"))) == allowed, found
+    assert len(found := violations(text(path))) == allowed, found
 
 
 # Texts that tell of errors without being one.
@@ -54,7 +50,7 @@ EXCEPTIONS = {
 
 
 def test_the_place_is_there() -> None:
-    assert violations((ROOT / PLACE).read_text(encoding="utf-8"))
+    assert violations(text(PLACE))
 
 
 @pytest.mark.parametrize(

@@ -7,13 +7,11 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
 from runtime.router.memory import Memory, MemoryFull
-
-ROOT = Path(__file__).parents[3]
+from tests.unit.rules.product import sources, text
 
 READS = frozenset({"read", "text", "json", "post", "multipart", "readany", "read_chunk"})
 GATHERS = frozenset({"bytearray", "BytesIO", "Collected", "Recorder", "StreamReader"})
@@ -45,15 +43,15 @@ def holds(tree: ast.AST) -> set[str]:
     return found
 
 
-def sources() -> Iterator[tuple[str, ast.Module]]:
-    for path in sorted((ROOT / "runtime/router").rglob("*.py")):
-        yield str(path.relative_to(ROOT)), ast.parse(path.read_text())
+def modules() -> Iterator[tuple[str, ast.Module]]:
+    for path in sources("runtime/router"):
+        yield path, ast.parse(text(path))
 
 
 def test_bodies_are_held_in_known_places_alone() -> None:
-    strange = {name: holds(tree) for name, tree in sources() if holds(tree) and name not in KNOWN}
+    strange = {name: holds(tree) for name, tree in modules() if holds(tree) and name not in KNOWN}
     assert not strange, "hold it by runtime/router/memory.py's Memory"
-    assert not set(KNOWN) - {name for name, tree in sources() if holds(tree)}
+    assert not set(KNOWN) - {name for name, tree in modules() if holds(tree)}
 
 
 def test_a_planted_violation_is_found() -> None:

@@ -12,8 +12,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.unit.rules.test_one_way_to_a_url import ROOT, sources
+from tests.unit.rules.product import sources, text
 
+HOME = "runtime/places.py"
 FOLDER = re.compile(
     r"(folder|dir|root|path|files?|logs|staging|shared|parent|target|cache|cgroup|store|snapshot)"
     r"|Path\(", re.I,
@@ -86,9 +87,9 @@ def _sums(words: str) -> bool:
 
 def test_there_is_one_way_to_a_path() -> None:
     found = []
-    for path in sources():
+    for path in sources(but=HOME):
         allowed = ALLOWED.get(path, (set(), ""))[0]
-        for line, words in second_ways((ROOT / path).read_text(encoding="utf-8")):
+        for line, words in second_ways(text(path)):
             if words not in allowed and not _sums(words):
                 found.append(f"{path}:{line}: {words}: use runtime.places.inside or below")
     assert found == []
@@ -96,7 +97,7 @@ def test_there_is_one_way_to_a_path() -> None:
 
 def test_what_is_allowed_is_still_there() -> None:
     for path, (allowed, _) in ALLOWED.items():
-        found = {words for _, words in second_ways((ROOT / path).read_text(encoding="utf-8"))}
+        found = {words for _, words in second_ways(text(path))}
         assert allowed <= found, f"{path}: drop {allowed - found} from the list"
 
 

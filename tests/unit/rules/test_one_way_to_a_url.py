@@ -9,12 +9,11 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[3]
-PARTS = ("runtime", "scheduler", "agent", "cli")
+from tests.unit.rules.product import sources, text
+
 HOME = "runtime/places.py"
 ADDRESS = re.compile(r"(^|[._])(url|urls|base_url|address|peer|endpoint|router|admin|leader)$")
 # file -> (the expressions that may stay, why)
@@ -88,17 +87,11 @@ def _is_sum(node: ast.AST) -> bool:
     return ADDRESS.search(ast.unparse(left).lower()) is not None
 
 
-def sources() -> list[str]:
-    """Every file of ours but the one way itself."""
-    files = (path for part in PARTS for path in (ROOT / part).rglob("*.py"))
-    return sorted(p for f in files if (p := f.relative_to(ROOT).as_posix()) != HOME)
-
-
 def test_there_is_one_way_to_a_url() -> None:
     found = []
-    for path in sources():
+    for path in sources(but=HOME):
         allowed = ALLOWED.get(path, (set(), ""))[0]
-        for line, words in second_ways((ROOT / path).read_text(encoding="utf-8")):
+        for line, words in second_ways(text(path)):
             if words not in allowed:
                 found.append(f"{path}:{line}: {words}: use runtime.places.url")
     assert found == []
@@ -106,7 +99,7 @@ def test_there_is_one_way_to_a_url() -> None:
 
 def test_what_is_allowed_is_still_there() -> None:
     for path, (allowed, _) in ALLOWED.items():
-        found = {words for _, words in second_ways((ROOT / path).read_text(encoding="utf-8"))}
+        found = {words for _, words in second_ways(text(path))}
         assert allowed <= found, f"{path}: drop {allowed - found} from the list"
 
 

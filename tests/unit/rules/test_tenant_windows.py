@@ -9,9 +9,8 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Iterator
-from pathlib import Path
 
-ROOT = Path(__file__).parents[3]
+from tests.unit.rules.product import sources, text
 
 QUEUES = frozenset(
     {
@@ -79,26 +78,24 @@ def unfair(tree: ast.AST) -> list[str]:
     ]  # fmt: skip
 
 
-def sources() -> Iterator[tuple[str, ast.Module]]:
-    for folder in ("runtime/router", "scheduler"):
-        for path in sorted((ROOT / folder).rglob("*.py")):
-            name = str(path.relative_to(ROOT))
-            if not name.startswith("scheduler/sim/"):
-                yield name, ast.parse(path.read_text())
+def modules() -> Iterator[tuple[str, ast.Module]]:
+    for path in sources("runtime/router", "scheduler"):
+        if not path.startswith("scheduler/sim/"):
+            yield path, ast.parse(text(path))
 
 
 def test_every_queue_is_one_of_the_fair_ones() -> None:
-    strange = {name: made(tree) for name, tree in sources() if made(tree) and name not in KNOWN}
+    strange = {name: made(tree) for name, tree in modules() if made(tree) and name not in KNOWN}
     assert not strange, "a queue of several tenants needs a window for each: see jobs/tenants.py"
 
 
 def test_what_is_listed_is_there() -> None:
-    queues = {name for name, tree in sources() if made(tree)}
+    queues = {name for name, tree in modules() if made(tree)}
     assert not set(KNOWN) - queues, "no queue any more: take it off the list"
 
 
 def test_rows_that_wait_are_read_by_windows_of_tenants() -> None:
-    found = {name: unfair(tree) for name, tree in sources() if unfair(tree)}
+    found = {name: unfair(tree) for name, tree in modules() if unfair(tree)}
     assert not found, "read queues in the store by jobs/tenants.py's oldest_of_each"
 
 
