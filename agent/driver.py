@@ -31,7 +31,7 @@ from runtime import places
 from runtime.config import Config
 from runtime.registration import keep_registered, withdraw
 from runtime.registry import Registry, Service
-from runtime.sockets import make_socket
+from runtime.sockets import tcp_connector
 from runtime.wire import HeartbeatReply
 
 log = logging.getLogger("stoker.agent")
@@ -60,8 +60,7 @@ async def run_agent(
             " set one, the same for every part, or listen on 127.0.0.1"
         )
     with contextlib.closing(Records(config.state_dir)) as records:
-        connector = aiohttp.TCPConnector(socket_factory=make_socket)
-        async with aiohttp.ClientSession(connector=connector) as session:
+        async with aiohttp.ClientSession(connector=tcp_connector()) as session:
             agent = _Agent(config, registry, session, records, stop or asyncio.Event())
             await agent.run(on_ready)
 

@@ -13,6 +13,7 @@ import aiohttp
 import click
 
 from runtime import outside
+from runtime.sockets import tcp_connector
 
 
 @dataclass
@@ -76,7 +77,7 @@ def _session() -> aiohttp.ClientSession:
     timeout = aiohttp.ClientTimeout(total=None, sock_connect=5)
     key = os.environ.get("STOKER_API_KEY")
     headers = {"Authorization": f"Bearer {key}"} if key else {}
-    return aiohttp.ClientSession(timeout=timeout, headers=headers)
+    return aiohttp.ClientSession(timeout=timeout, headers=headers, connector=tcp_connector())
 
 
 async def _events(content: aiohttp.StreamReader) -> AsyncIterator[tuple[str, str]]:

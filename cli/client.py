@@ -14,6 +14,7 @@ from msgspec import Struct
 from runtime import outside
 from runtime.access import KeySpec, Tenant
 from runtime.places import url
+from runtime.sockets import tcp_connector
 from runtime.wire import ModelSpec, RouteRule
 from scheduler import access_api, cache_api, route_views, views
 
@@ -40,7 +41,9 @@ async def open_admin(address: str, token: str) -> AsyncIterator[Admin]:
     """A client of the admin API at `address`, closed at the end."""
     headers = {"Authorization": f"Bearer {token}"} if token else {}
     timeout = aiohttp.ClientTimeout(total=120, sock_connect=5)
-    async with aiohttp.ClientSession(headers=headers, timeout=timeout) as session:
+    async with aiohttp.ClientSession(
+        headers=headers, timeout=timeout, connector=tcp_connector()
+    ) as session:
         yield Admin(session, address)
 
 

@@ -19,6 +19,7 @@ from cli.client import Admin
 from cli.invoke import stream_with_status
 from cli.text import size, waiting
 from runtime.places import url
+from runtime.sockets import tcp_connector
 from runtime.wire import DeviceReport, ModelSpec
 from scheduler.views import DecisionView, ReplicaView
 
@@ -101,7 +102,7 @@ async def _until_engine(admin: Admin, engine: str) -> None:
 async def _until_routed(router: str, names: list[str]) -> None:
     """A router hears of a new model a moment after the scheduler has it."""
     deadline = time.monotonic() + _SETTLE_S
-    async with aiohttp.ClientSession() as session:
+    async with aiohttp.ClientSession(connector=tcp_connector()) as session:
         while time.monotonic() < deadline:
             async with session.get(url(router, "v1", "models")) as answer:
                 listed = await answer.json()

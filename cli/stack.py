@@ -23,6 +23,7 @@ from cli.upfiles import check_port, claim, write_config, write_up_file
 from cli.where import UpFile
 from runtime import places
 from runtime.places import url
+from runtime.sockets import tcp_connector
 
 if TYPE_CHECKING:
     from runtime.config import Config
@@ -132,7 +133,10 @@ class Stack:
         await self._found.wait()
         urls = self.urls
         assert urls is not None
-        async with open_admin(urls.admin, urls.token) as admin, aiohttp.ClientSession() as http:
+        async with (
+            open_admin(urls.admin, urls.token) as admin,
+            aiohttp.ClientSession(connector=tcp_connector()) as http,
+        ):
             while True:
                 with contextlib.suppress(AdminError, aiohttp.ClientError):
                     nodes = (await admin.nodes()).value.nodes
@@ -149,7 +153,9 @@ async def check_consul(config: Config) -> None:
         return
     try:
         async with (
-            aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=_CONSUL_S)) as http,
+            aiohttp.ClientSession(
+                timeout=aiohttp.ClientTimeout(total=_CONSUL_S), connector=tcp_connector()
+            ) as http,
             http.get(places.url(url, "v1", "status", "leader")) as answer,
         ):
             await answer.read()

@@ -33,6 +33,7 @@ from urllib.parse import urlsplit
 
 import aiohttp
 import consul.aio
+import consul.base
 from consul.callback import CB
 from consul.exceptions import (
     ACLDisabled,
@@ -45,6 +46,7 @@ from tenacity import AsyncRetrying, retry_if_exception, stop_after_attempt, wait
 
 from runtime import outside
 from runtime.registry import Entry, RegistryError, Service
+from runtime.sockets import tcp_connector
 
 CALL_S = 5.0  # for one answer, on top of what a blocking read waits
 ATTEMPTS = 3
@@ -61,6 +63,27 @@ class _Ask(Protocol):
     async def __call__(
         self, what: str, request: Callable[[Any], Awaitable[T]], wait_s: float = 0.0
     ) -> T: ...
+
+
+class _Http(consul.aio.HTTPClient):  # type: ignore[misc]  # the library has no types
+    """The library's client, over connections that notice when Consul's host is gone.
+
+    Its own constructor would make others, so it is passed by.
+    """
+
+    def __init__(self, host: str, port: int, scheme: str, verify: bool | str) -> None:
+        consul.base.HTTPClient.__init__(self, host, port, scheme, verify)
+        self._session = aiohttp.ClientSession(
+            connector=tcp_connector(ssl=bool(verify)),
+            timeout=aiohttp.ClientTimeout(total=MAX_WAIT_S * 2),
+        )
+
+
+class _Client(consul.aio.Consul):  # type: ignore[misc]
+    def http_connect(
+        self, host: str, port: int, scheme: str, verify: bool | str = True, cert: object = None
+    ) -> _Http:
+        return _Http(host, port, scheme, verify)
 
 
 class ConsulRegistry:
@@ -249,9 +272,7 @@ class ConsulRegistry:
 
     def _client(self) -> Any:
         if self._made is None:
-            self._made = consul.aio.Consul(
-                self._host, self._port, scheme=self._scheme, connections_timeout=MAX_WAIT_S * 2
-            )
+            self._made = _Client(self._host, self._port, scheme=self._scheme)
             if self._token is not None:  # its own argument would yield to CONSUL_HTTP_TOKEN
                 self._made.token = self._token
         return self._made

@@ -1,5 +1,7 @@
 """How a connection to another host notices that the host is gone without a word.
 
+Rule this file keeps: every connector of aiohttp that may lead to another host is made here.
+
 A host that lost its power or its link sends neither FIN nor RST. Probes tell where nothing is under
 way to it, TCP_USER_TIMEOUT where bytes are that it never acknowledges: the kernel would send those
 again for a quarter of an hour, and probe nothing meanwhile.
@@ -9,6 +11,8 @@ from __future__ import annotations
 
 import socket
 from typing import Any
+
+import aiohttp
 
 GONE_S = 10  # as long as the scheduler waits for a heartbeat (scheduler.node_timeout_s)
 _PROBES = (("TCP_KEEPIDLE", 4), ("TCP_KEEPINTVL", 2), ("TCP_KEEPCNT", 3))  # GONE_S in all
@@ -24,8 +28,12 @@ def notice_silence(sock: socket.socket) -> None:
             sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
 
 
-def make_socket(address: tuple[Any, ...]) -> socket.socket:
-    """A socket for aiohttp's connector (`socket_factory`) that notices silence."""
+def tcp_connector(**options: Any) -> aiohttp.TCPConnector:
+    """For a client session of aiohttp: its connections notice silence."""
+    return aiohttp.TCPConnector(socket_factory=_make_socket, **options)
+
+
+def _make_socket(address: tuple[Any, ...]) -> socket.socket:
     family, kind, protocol, *_ = address
     sock = socket.socket(family=family, type=kind, proto=protocol)
     sock.setblocking(False)

@@ -25,7 +25,7 @@ from runtime.outside import decode
 from runtime.prewarm import Ask, floor_at
 from runtime.registration import keep_registered, withdraw
 from runtime.registry import Entry, Lock, Registry, RegistryError, Service
-from runtime.sockets import make_socket
+from runtime.sockets import tcp_connector
 from runtime.wire import AgentCommand, CommandReply, RouteTable, StageModels
 from scheduler import messages as m
 from scheduler.access import Access
@@ -186,8 +186,7 @@ class Driver:
     def http(self) -> aiohttp.ClientSession:
         if self._http is None:
             headers = {"Authorization": f"Bearer {self.config.cluster_token}"}
-            connector = aiohttp.TCPConnector(socket_factory=make_socket)
-            self._http = aiohttp.ClientSession(headers=headers, connector=connector)
+            self._http = aiohttp.ClientSession(headers=headers, connector=tcp_connector())
         return self._http
 
     def _queue_for(self, node_id: str) -> asyncio.Queue[AgentCommand]:

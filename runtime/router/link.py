@@ -30,7 +30,7 @@ from runtime.router import table_file
 from runtime.router.gate import Gate
 from runtime.router.keys import Keys
 from runtime.router.limits import DAY_S
-from runtime.sockets import make_socket
+from runtime.sockets import tcp_connector
 
 log = logging.getLogger("stoker.router")
 
@@ -108,10 +108,7 @@ class Link:
     async def run(self) -> None:
         """Until cancelled."""
         async with (
-            aiohttp.ClientSession(
-                headers=self._headers,
-                connector=aiohttp.TCPConnector(socket_factory=make_socket),
-            ) as session,
+            aiohttp.ClientSession(headers=self._headers, connector=tcp_connector()) as session,
             asyncio.TaskGroup() as tasks,
         ):
             tasks.create_task(_forever(lambda: self._poll_routes(session), self._failed))

@@ -10,9 +10,13 @@ import sys
 import time
 from collections.abc import Iterator
 
+import aiohttp
 import pytest
 
+from runtime.consul import ConsulRegistry
+from runtime.registry import RegistryError
 from runtime.router.upstream import Limits, Upstream, UpstreamError
+from runtime.sockets import tcp_connector
 
 pytestmark = [
     pytest.mark.timeout(120),
@@ -24,14 +28,19 @@ pytestmark = [
 
 NAME = f"st{os.getpid()}"
 HOST = "10.213.77.2"
-# Answers GET-like posts to /quick, and nothing to /slow; of /half it sends the half.
+# Answers posts to /quick, and nothing to /slow; of /half it sends the half. As Consul it answers
+# a read of a key, and one that waits for a change not at all.
 SERVER = """
 import asyncio
 async def serve(reader, writer):
     while True:
         head = await reader.readuntil(b"\\r\\n\\r\\n")
-        await reader.readexactly(2)
-        if b"/quick" in head:
+        if head.startswith(b"POST"):
+            await reader.readexactly(2)
+        if b"/v1/kv/" in head and b"index=" not in head:
+            answer = b"HTTP/1.1 200 OK\\r\\nX-Consul-Index: 7\\r\\nContent-Length: 2\\r\\n\\r\\n[]"
+            writer.write(answer)
+        elif b"/quick" in head:
             writer.write(b"HTTP/1.1 200 OK\\r\\nContent-Length: 2\\r\\n\\r\\nok")
         elif b"/half" in head:
             writer.write(b"HTTP/1.1 200 OK\\r\\nContent-Length: 9\\r\\n\\r\\nhalf")
@@ -108,3 +117,30 @@ async def test_a_call_to_a_host_that_vanishes_ends_within_seconds(host: str, whe
         assert time.monotonic() - began < 25
     finally:
         upstream.close()
+
+
+async def test_a_read_of_a_consul_that_vanishes_ends_long_before_its_own_time(host: str) -> None:
+    registry = ConsulRegistry(host)
+    try:
+        entries, index = await registry.list("models")
+        assert (entries, index) == ((), 7)
+        began = time.monotonic()
+        read = asyncio.create_task(registry.list("models", index, wait_s=300.0))
+        await asyncio.sleep(1.0)
+        cut()
+        with pytest.raises(RegistryError, match="cannot list models"):
+            await asyncio.wait_for(read, 60)
+        assert time.monotonic() - began < 25
+    finally:
+        await registry.close()
+
+
+async def test_a_session_of_ours_hears_that_a_host_vanished(host: str) -> None:
+    """As the command line asks, which waits for a cold start without a limit of its own."""
+    no_limit = aiohttp.ClientTimeout(total=None)
+    async with aiohttp.ClientSession(connector=tcp_connector(), timeout=no_limit) as session:
+        call = asyncio.create_task(session.post(f"{host}/slow", data=b"{}"))
+        await asyncio.sleep(1.0)
+        cut()
+        with pytest.raises(aiohttp.ClientError):
+            await asyncio.wait_for(call, 30)

@@ -30,6 +30,7 @@ from runtime.router.jobs import hook_rows, signing
 from runtime.router.jobs.hook_rows import HookRow
 from runtime.router.jobs.metrics import JobMetrics
 from runtime.router.jobs.store import Store, StoreError
+from runtime.sockets import tcp_connector
 
 log = logging.getLogger("stoker.router.jobs")
 
@@ -155,7 +156,7 @@ class Webhooks:
         if self._session is None:
             resolver = None if self._private else PublicResolver()
             self._session = aiohttp.ClientSession(
-                connector=aiohttp.TCPConnector(resolver=resolver, force_close=True),
+                connector=tcp_connector(resolver=resolver, force_close=True),
                 cookie_jar=aiohttp.DummyCookieJar(),
                 timeout=aiohttp.ClientTimeout(total=TIMEOUT_S),
             )
