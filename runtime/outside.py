@@ -23,6 +23,7 @@ import msgspec
 import yaml
 
 NAME_BYTES = 256  # of a name that a caller gives: no model, alias or adapter has a longer one
+SHORT_NAME = NAME_BYTES // 4  # characters that are not more bytes: UTF-8 has at most four each
 KEYS = 4096  # of an object that is read key by key
 DOCUMENT_BYTES = 1024 * 1024
 DOCUMENT_DEPTH = 64
@@ -114,7 +115,7 @@ def one_line(data: bytes) -> msgspec.Raw:
 
 def name_problem(name: str) -> str | None:
     """What is wrong with the length of a name; None: nothing is."""
-    if len(name) <= NAME_BYTES // 4:  # of UTF-8 at most four bytes a character
+    if len(name) <= SHORT_NAME:
         return None
     size = len(name) if name.isascii() else len(name.encode(errors="surrogatepass"))
     return None if size <= NAME_BYTES else f"may have at most {NAME_BYTES} bytes, got {size}"

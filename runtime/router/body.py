@@ -14,7 +14,7 @@ import msgspec
 from msgspec import Struct
 
 from runtime import outside
-from runtime.outside import OutsideError
+from runtime.outside import SHORT_NAME, OutsideError
 from runtime.router import forms
 from runtime.router.errors import ApiError
 from runtime.router.forms import FORM_TYPE, Form
@@ -85,7 +85,7 @@ def read_head(body: bytes) -> Head:
         if error.field is None:
             raise _not_json(error) from None
         head = _odd_head(body)
-    return checked(head)
+    return head if 0 < len(head.model) <= SHORT_NAME else checked(head)
 
 
 def checked(head: Head) -> Head:

@@ -274,7 +274,8 @@ class PlainConnection(asyncio.Protocol):
         """The answer is whole: read on."""
         self._task = None
         self._reply = None
-        self._give_back()
+        self._front.memory.used -= self._taken
+        self._taken = 0
         transport = self._transport
         if transport is None or transport.is_closing():
             return

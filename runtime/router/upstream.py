@@ -30,6 +30,7 @@ from runtime.sockets import notice_silence
 BUFFER_BYTES = 256 * 1024
 HEAD_BYTES = 64 * 1024
 SILENT_S = 2.0  # without a byte: below the time after which a node is called lost
+_LAST_PIECES = 2  # of a stream whose engine dies: its last words, and vLLM's [DONE]
 IDLE_S = 3.5  # with the sweep's second below the 5 s after which uvicorn drops an idle connection
 
 Headers = list[tuple[bytes, bytes]]
@@ -174,9 +175,6 @@ class Reply:
     # -- called by the connection
 
     def feed(self, data: bytes) -> None:
-        if data.startswith(BEGINNINGS) and core_died(data):
-            self._error = UpstreamError("the replica's engine died at work", delivered=True)
-            self._wake()
         if self._error is None:
             self._chunks.append(data)
             self._size += len(data)
@@ -186,6 +184,20 @@ class Reply:
         if not self._chunks:
             return
         self.moved = True
+        for piece in self._chunks[-_LAST_PIECES:]:
+            if piece.startswith(BEGINNINGS) and core_died(piece):
+                return self._died(piece)
+        self._hand_on()
+
+    def _died(self, word: bytes) -> None:
+        """Its engine's last `word` is not passed on, nor what comes after it."""
+        del self._chunks[self._chunks.index(word) :]
+        self._error = UpstreamError("the replica's engine died at work", delivered=True)
+        if self._chunks:
+            self._hand_on()
+        self._wake()
+
+    def _hand_on(self) -> None:
         if self._sink is not None:
             self._sink.feed(self._take())
             return
