@@ -153,3 +153,6 @@ class Front:
         self.proxy.metrics.connections = len(self.connections) + self._handed_over
         for connection in list(self.connections):
             connection.close_if_late(now, self._read_s)
+        for handed_over in self.server.connections:
+            if isinstance(handed_over, OddConnection):
+                handed_over.close_if_late(now, self._read_s)

@@ -44,7 +44,7 @@ class _HeadTooLarge(HttpProcessingError):
 class OddConnection(web.RequestHandler):
     """One connection that the front handed over; `refuse` makes the answer to a failure."""
 
-    __slots__ = ("_body", "_head", "_refuse", "_refused")
+    __slots__ = ("_body", "_head", "_refuse", "_refused", "_stopped_at")
 
     def __init__(self, server: web.Server, refuse: Refuse, idle_s: float) -> None:
         super().__init__(
@@ -61,11 +61,26 @@ class OddConnection(web.RequestHandler):
         self._head = b""  # of the request that is coming in, and what came in one piece with it
         self._refused = False  # what still comes is thrown away
         self._body: StreamReader | None = None
+        self._stopped_at: float | None = None  # since then the caller reads nothing
 
     @property
     def idle(self) -> bool:
         """It waits for a request, or for the rest of a request's head."""
         return self._waiter is not None and not self._messages
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._stopped_at = self._loop.time()
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._stopped_at = None
+
+    def close_if_late(self, now: float, read_s: float) -> None:
+        """End it where the caller has read nothing for `read_s`: all that it was asked for ends."""
+        stopped = self._stopped_at is not None and now - self._stopped_at > read_s
+        if stopped and self.transport is not None:
+            self.transport.abort()
 
     def data_received(self, data: bytes) -> None:
         if self._refused:

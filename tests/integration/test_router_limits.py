@@ -174,6 +174,57 @@ async def test_a_request_that_does_not_arrive_ends(tmp_path: Path, head: str, od
         writer.close()
 
 
+async def test_a_file_that_drips_in_ends(tmp_path: Path) -> None:
+    """A byte now and then is no upload: it would hold its memory as long as its sender likes."""
+    async with kit.stack(tmp_path, read_timeout_s=0.5) as stack:
+        host, port = stack.url.removeprefix("http://").split(":")
+        reader, writer = await asyncio.open_connection(host, int(port))
+        writer.write(
+            b"POST /v1/files HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9999\r\n"
+            b"Content-Type: multipart/form-data; boundary=b\r\n\r\n--b\r\n"
+            b'Content-Disposition: form-data; name="file"; filename="a"\r\n\r\n'
+        )
+        answer = asyncio.create_task(reader.readuntil(b"\r\n\r\n"))
+
+        def answered() -> bool:
+            writer.write(b"a\n")
+            return answer.done()
+
+        await eventually(answered, "it may go on for hours")
+        assert b" 408 " in answer.result().partition(b"\r\n")[0]
+        writer.close()
+
+
+@pytest.mark.parametrize("odd", ["", "Content-Encoding: identity\r\n"])
+async def test_a_caller_who_reads_nothing_is_closed(tmp_path: Path, odd: str) -> None:
+    """Else a replica works for nobody, and its place is taken as long as the caller likes."""
+
+    ended = asyncio.Event()
+
+    async def flood(received: kit.Received, writer: asyncio.StreamWriter) -> None:
+        writer.write(kit.SSE_HEAD)
+        try:
+            while True:
+                writer.write(b"10000\r\n%b\r\n" % (b"x" * 65536))
+                await writer.drain()
+        finally:
+            ended.set()
+
+    async with kit.stack(tmp_path, read_timeout_s=0.5) as stack:
+        engine = await stack.engine(flood)
+        await stack.serve("m", engine)
+        host, port = stack.url.removeprefix("http://").split(":")
+        _, writer = await asyncio.open_connection(host, int(port), limit=1024)
+        body = b'{"model":"m","stream":true}'
+        writer.write(
+            b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n" + odd.encode() +
+            b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(body) + body
+        )  # fmt: skip
+        async with asyncio.timeout(kit.DEADLINE_S):
+            await ended.wait()
+        writer.close()
+
+
 async def test_demand_tells_arrivals_and_ttft(tmp_path: Path) -> None:
     async with kit.stack(tmp_path) as stack:
         await stack.serve("m", await stack.engine(unary()))

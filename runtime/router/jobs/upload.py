@@ -1,7 +1,9 @@
 """Files that come in: a multipart form, streamed to the store.
 
-Rule this file keeps: no more than FLUSH_BYTES and one piece of a file are in memory; a form that
-breaks off, or is refused at its end, leaves no file.
+Rules this file keeps:
+- no more than FLUSH_BYTES and one piece of a file are in memory;
+- who sends hardly anything is not waited for;
+- a form that breaks off, or is refused at its end, leaves no file.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ import asyncio
 import secrets
 import time
 
-from aiohttp import web
+from aiohttp import StreamReader, web
 
 from runtime.outside import OutsideError
 from runtime.router.body import bad_form
@@ -25,6 +27,7 @@ FLUSH_BYTES = 16 * file_rows.CHUNK_BYTES
 _FIELDS = ("purpose", "expires_after[anchor]", "expires_after[seconds]")
 _FIELD_BYTES = 1024
 _NAME_CHARS = 255
+PACE_BYTES = 64 * 1024
 _FORM_BYTES = 64 * 1024  # what a form may have beside its file
 KEEP_MIN_S, KEEP_MAX_S = 3600, 30 * 24 * 3600  # what OpenAI lets callers ask for
 
@@ -54,7 +57,7 @@ async def take_in(
     except web.RequestPayloadError as error:
         raise ApiError(400, "invalid_body", f"the form broke off: {error}") from None
     except TimeoutError:
-        message = f"nothing more of the body arrived in {read_s:g}s"
+        message = f"less than {PACE_BYTES} bytes of the body arrived in {read_s:g}s"
         raise ApiError(408, "body_timeout", message) from None
     finally:
         await upload.abandon()
@@ -65,11 +68,8 @@ async def _read_form(request: web.Request, upload: _Upload) -> dict[str, str]:
     reader = FormReader(request.headers.get("Content-Type", ""))
     fields = _Fields()
     part = Part("", None, True, 0)
-    while True:
-        async with asyncio.timeout(upload.read_s):
-            piece = await request.content.readany()
-        if not piece:
-            break
+    arrived = _Arrived(request.content, upload.read_s)
+    while piece := await arrived.next():
         for event in reader.feed(piece):
             if isinstance(event, Part):
                 part = event
@@ -81,6 +81,27 @@ async def _read_form(request: web.Request, upload: _Upload) -> dict[str, str]:
                 fields.add(part.name, event.of[event.begin : event.end])
     reader.end()
     return fields.texts()
+
+
+class _Arrived:
+    """A body piece by piece, of which PACE_BYTES at least come in each `read_s` of waiting."""
+
+    def __init__(self, content: StreamReader, read_s: float) -> None:
+        self._content = content
+        self._read_s = self._left_s = read_s
+        self._size = 0
+
+    async def next(self) -> bytes:
+        """b"" at the end. Raises TimeoutError."""
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        async with asyncio.timeout(self._left_s):
+            piece = await self._content.readany()
+        self._left_s -= loop.time() - began
+        self._size += len(piece)
+        if self._size >= PACE_BYTES:
+            self._left_s, self._size = self._read_s, 0
+        return piece
 
 
 class _Fields:
