@@ -186,7 +186,8 @@ class Reply:
         self.moved = True
         for piece in self._chunks[-_LAST_PIECES:]:
             if piece.startswith(BEGINNINGS) and core_died(piece):
-                return self._died(piece)
+                self._died(piece)
+                return
         self._hand_on()
 
     def _died(self, word: bytes) -> None:
