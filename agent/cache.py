@@ -112,14 +112,15 @@ class ModelCache:
         shared = self._config.shared_dir
         return [_short(stored, shared) for stored in self.store.models.values()]
 
-    async def where(self, source: str) -> Path | None:
-        """The folder of a model that need not be pulled; None for one that must be.
+    async def where(self, source: str, *, anywhere: bool = True) -> Path | None:
+        """The folder of a model that need not be pulled; None for one that must be. `anywhere`: see
+        `look`.
 
         Raises CacheError, ValueError.
         """
         if stored := self._find(source):
             return self.store.snapshot(stored.manifest.model_id)
-        wanted = await self._look(source)
+        wanted = await self._look(source, anywhere)
         return wanted if isinstance(wanted, Path) else wanted.folder
 
     async def origin(self, source: str) -> Origin | None:
@@ -138,8 +139,10 @@ class ModelCache:
         ref = cached_as(source, self._config)
         return self.store.find(ref) if ref else None
 
-    async def _look(self, source: str) -> Path | Wanted:
-        return await asyncio.to_thread(look, source, self._config, self._model_dir)
+    async def _look(self, source: str, anywhere: bool = True) -> Path | Wanted:
+        return await asyncio.to_thread(
+            look, source, self._config, self._model_dir, anywhere=anywhere
+        )
 
     # ------------------------------------------------------------------ for operators
 
@@ -150,7 +153,7 @@ class ModelCache:
         """
         if not refresh and self._find(source):
             return None
-        wanted = await self._look(source)
+        wanted = await self._look(source, anywhere=False)
         return None if isinstance(wanted, Path) else self._pull(wanted, refresh)
 
     async def remove(self, source: str) -> int:

@@ -2,7 +2,9 @@
 
 Rules this file keeps:
 - a local folder is never copied, except from the shared store, where the config says so;
-- the shared store is asked before peers and the hub; what it lacks is no error.
+- the shared store is asked before peers and the hub; what it lacks is no error;
+- for who only asks, and declares no model, a folder outside of the node's model folders is neither
+  there nor missing: it is not looked for.
 """
 
 from __future__ import annotations
@@ -27,8 +29,11 @@ class Wanted(Struct, frozen=True, kw_only=True):
     folder: Path | None = None  # in the shared store
 
 
-def look(source: str, config: CacheConfig, model_dir: Path) -> Path | Wanted:
-    """Blocks: looks at folders, which may be mounted ones.
+def look(
+    source: str, config: CacheConfig, model_dir: Path, *, anywhere: bool = True
+) -> Path | Wanted:
+    """Blocks: looks at folders, which may be mounted ones; only below `model_dir` and the shared
+    store, unless `anywhere`.
 
     Raises CacheError for a folder that is not there, ValueError for a source that can't be one.
     """
@@ -48,6 +53,8 @@ def look(source: str, config: CacheConfig, model_dir: Path) -> Path | Wanted:
     if ref is not None:
         remote = ref
         return Wanted(ref=ref, direct=False, origin=lambda revision: open_origin(remote, revision))
+    if not anywhere and not Path(source).is_relative_to(model_dir):
+        raise _elsewhere(source, config, model_dir)
     if Path(source).is_dir():
         return Path(source).resolve()
     raise _missing(source, config, model_dir)
@@ -94,6 +101,15 @@ def open_origin(ref: ModelRef, revision: str | None) -> Origin:
     from agent.cache_s3 import S3Source
 
     return S3Source(ref.source)
+
+
+def _elsewhere(source: str, config: CacheConfig, model_dir: Path) -> CacheError:
+    folders = " or ".join(filter(None, (str(model_dir), config.shared_dir)))
+    return CacheError(
+        "bad_source",
+        f"source {source!r} is no model in {folders}, and other folders are looked at only for a"
+        " model that is declared",
+    )
 
 
 def _missing(source: str, config: CacheConfig, model_dir: Path) -> CacheError:

@@ -25,7 +25,6 @@ class Place(Struct, frozen=True, kw_only=True):
     host: str  # the address engines listen on
     device_kind: DeviceKind
     python: str
-    model_dir: str
     cache_dir: str
     engine_env: tuple[str, ...] = ENGINE_ENV
     media_domains: tuple[str, ...] = ()

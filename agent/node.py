@@ -78,7 +78,6 @@ class Node:
             host=config.agent.host,
             device_kind=devices.kind,
             python=config.agent.engine_python or sys.executable,
-            model_dir=config.agent.model_dir or str(self.state_dir / "models"),
             cache_dir=str(self.state_dir / "cache"),
             engine_env=config.agent.engine_env,
             media_domains=config.agent.media_domains,

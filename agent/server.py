@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from pathlib import Path
+from typing import NamedTuple
 
 from aiohttp import web
 from aiohttp.typedefs import Middleware
@@ -30,7 +31,7 @@ from agent.messages import CommandReceived
 from agent.node import Node
 from runtime import footprint, lora, outside, wire
 from runtime.adapters import with_lora_args
-from runtime.engine import get_engine, resolve_source
+from runtime.engine import get_engine
 from runtime.engine_policy import node_problems
 from runtime.leftovers import drop_packed
 from runtime.wire import (
@@ -126,10 +127,8 @@ class _Endpoints:
         adapters, problems = await (fetch_adapters if fetch else adapters_here)(
             self._node.cache, spec
         )
-        async with _files_of(self._node.cache, spec, fetch) as (folder, unknown):
-            found = await asyncio.to_thread(
-                inspect, spec, self._node.place, folder, adapters, unknown
-            )
+        async with _files_of(self._node.cache, spec, fetch) as files:
+            found = await asyncio.to_thread(inspect, spec, self._node.place, files, adapters)
         return _json(replace(found, problems=(*found.problems, *problems)))
 
     async def logs(self, request: web.Request) -> web.StreamResponse:
@@ -170,42 +169,48 @@ class _Endpoints:
                 return
 
 
-@asynccontextmanager
-async def _files_of(
-    cache: ModelCache, spec: ModelSpec, fetch: bool
-) -> AsyncIterator[tuple[Path | None, str | None]]:
-    """The folder of a spec's model, or of what its origin says of it; and why there is none.
+class ModelFiles(NamedTuple):
+    """The folder of a spec's model, or of what its origin says of it; or why there is none."""
 
-    Unless `fetch`, no origin is asked.
-    """
+    folder: Path | None = None
+    unknown: str | None = None
+    missing: bool = False  # a folder of this node that is not there: it can't be started
+
+
+@asynccontextmanager
+async def _files_of(cache: ModelCache, spec: ModelSpec, fetch: bool) -> AsyncIterator[ModelFiles]:
+    """Unless `fetch`, no origin is asked, and only the node's model folders are looked at."""
     async with AsyncExitStack() as stack:
-        folder, unknown = None, None
+        files = ModelFiles()
         try:
             if spec.engine != "stub":
-                folder = await cache.where(spec.source)
-                origin = None if folder else await cache.origin(spec.source)
-                if origin is not None and not fetch:
-                    unknown = "it is not on this node, and a plan asks nobody for it"
-                elif origin is not None:
-                    folder = await stack.enter_async_context(skeleton.fetched(origin))
+                files = await _found_files(cache, spec, fetch, stack)
         except (SourceError, ValueError) as error:
-            unknown = str(error)
-        except CacheError as error:  # of a folder that is not here, `inspect` says it
-            unknown = None if error.kind == "not_found" else str(error)
-        yield folder, unknown
+            files = ModelFiles(unknown=str(error))
+        except CacheError as error:
+            files = ModelFiles(unknown=str(error), missing=error.kind == "not_found")
+        yield files
+
+
+async def _found_files(
+    cache: ModelCache, spec: ModelSpec, fetch: bool, stack: AsyncExitStack
+) -> ModelFiles:
+    if folder := await cache.where(spec.source, anywhere=fetch):
+        return ModelFiles(folder)
+    if not fetch:
+        return ModelFiles(unknown="it is not on this node, and a plan asks nobody for it")
+    origin = await cache.origin(spec.source)
+    if origin is None:
+        return ModelFiles()
+    return ModelFiles(await stack.enter_async_context(skeleton.fetched(origin)))
 
 
 def inspect(
-    spec: ModelSpec,
-    place: Place,
-    folder: Path | None,
-    adapters: dict[str, Path] | None = None,
-    unknown: str | None = None,
+    spec: ModelSpec, place: Place, files: ModelFiles, adapters: dict[str, Path] | None = None
 ) -> Inspection:
-    """What this node thinks of a spec, whose model, or what is known of it, is in `folder`.
+    """What this node thinks of a spec. `adapters`: the folders of those that are here.
 
-    `adapters`: the folders of those that are here; `unknown`: why there is no folder of a model
-    that must be pulled. Blocks, on an engine's argument parser for a while.
+    Blocks, on an engine's argument parser for a while.
     """
     problems, checked_against = get_engine(spec.engine).check_args(
         spec, place.python, place.cache_dir
@@ -214,23 +219,19 @@ def inspect(
     estimate: MemoryEstimate | None = None
     estimate_error: str | None = None
     rank, warnings = 0, list[str]()
-    try:
-        model_path = str(folder or resolve_source(spec, place.model_dir)[0])
-    except ValueError as error:
-        estimate_error = str(error)
-        problems = [
-            *problems,
-            SpecProblem(field="source", message=str(error), value=spec.source),
-        ]
+    if files.missing:
+        estimate_error = files.unknown or ""
+        problem = SpecProblem(field="source", message=estimate_error, value=spec.source)
+        problems = [*problems, problem]
     else:
-        found, rank = lora.check(spec, Path(model_path), adapters or {})
+        found, rank = lora.check(spec, files.folder, adapters or {})
         problems = [*problems, *found]
         try:
             whole = with_lora_args(spec, rank)
-            estimate = footprint.estimate(whole, model_path, place.device_kind, unknown)
+            estimate = footprint.estimate(whole, files.folder, place.device_kind, files.unknown)
         except ValueError as error:
             estimate_error = str(error)
-        warnings = footprint.warnings(spec, model_path, estimate)
+        warnings = footprint.warnings(spec, files.folder, estimate)
     return Inspection(
         problems=tuple(problems),
         estimate=estimate,
@@ -278,7 +279,7 @@ async def adapters_here(
     folders: dict[str, Path] = {}
     for name, source in spec.adapters.items():
         with suppress(CacheError, ValueError):
-            if folder := await cache.where(source):
+            if folder := await cache.where(source, anywhere=False):
                 folders[name] = folder
     return folders, []
 

@@ -86,17 +86,21 @@ class KvShape(Struct, frozen=True, kw_only=True):
 
 
 def estimate(
-    spec: ModelSpec, model_path: str, device_kind: DeviceKind = "nvml", unknown: str | None = None
+    spec: ModelSpec,
+    model_path: str | Path | None,
+    device_kind: DeviceKind = "nvml",
+    unknown: str | None = None,
 ) -> MemoryEstimate:
     """What one replica of `spec` takes. Raises ValueError naming what is missing to tell.
 
-    `unknown`: why `model_path` is no folder, where that is known.
+    `unknown`: why there is no folder of the model, where that is known.
     """
-    folder = Path(model_path)
     if spec.engine != "vllm":
         raise _undeclared(spec, f"the {spec.engine} engine has no files to size it by")
-    if not folder.is_dir():
-        raise _undeclared(spec, unknown or f"{model_path!r} is not a folder on this node")
+    folder = Path(model_path) if model_path is not None else None
+    if folder is None or not folder.is_dir():
+        where = f"{str(folder)!r} is not a folder" if folder else "it has no folder"
+        raise _undeclared(spec, unknown or f"{where} on this node")
     args = flat_args(spec.engine_args)
     try:
         config = read_config(folder)
@@ -126,11 +130,11 @@ def estimate(
     )
 
 
-def warnings(spec: ModelSpec, model_path: str, estimate: MemoryEstimate | None) -> list[str]:
+def warnings(spec: ModelSpec, folder: Path | None, estimate: MemoryEstimate | None) -> list[str]:
     """What its own files say against its start, for whoever adds it: an engine may know better."""
-    if spec.engine != "vllm" or not Path(model_path).is_dir():
+    if spec.engine != "vllm" or folder is None or not folder.is_dir():
         return []
-    folder, found = Path(model_path), []
+    found = list[str]()
     try:
         config = read_config(folder)
     except ValueError as error:

@@ -11,13 +11,10 @@ Rules this package keeps:
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Protocol
 
 from msgspec import Struct
 
-from runtime import places
-from runtime.models import local_parts, parse_ref
 from runtime.wire import DeviceKind, ModelSpec, SpecProblem
 
 # What `explain_exit` may call the end of an engine.
@@ -132,30 +129,3 @@ def get_engine(name: str) -> Engine:
 
         return StubEngine()
     raise ValueError(f"there is no engine {name!r}; choose vllm or stub")
-
-
-def resolve_source(spec: ModelSpec, model_dir: str) -> tuple[str, str | None]:
-    """(what an engine is told to load, its revision) for `spec.source`.
-
-    A local folder must exist; a relative one is looked for below `model_dir` first. `hf:` and
-    `s3://` are left to the engine to fetch. The stub loads nothing, so any source will do. Raises
-    ValueError naming what is missing.
-    """
-    source = spec.source
-    if source.startswith("hf:"):
-        repository, _, revision = source.removeprefix("hf:").partition("@")
-        return repository, revision or None
-    if source.startswith("s3://") or spec.engine == "stub":
-        return source, None
-    parse_ref(source)  # says what can be no path
-    candidates = [places.below(model_dir, *local_parts(source)), Path(source)]
-    if Path(source).is_absolute():
-        del candidates[0]
-    for folder in candidates:
-        if folder.is_dir():
-            return str(folder.resolve()), None
-    looked = " or ".join(dict.fromkeys(str(c) for c in candidates))
-    raise ValueError(
-        f"{spec.name}: source {source!r} is not a folder on this node (looked for {looked});"
-        " put the model there, or use hf:org/name or s3://bucket/path"
-    )

@@ -229,3 +229,27 @@ async def test_an_inspection_for_a_plan_pulls_nothing(launch, client, hub):
     hub.open_door.set()
     await inspect(1)
     assert (await inspect(0)).lora_rank == 8, "what is here is read"
+
+
+async def test_an_inspection_for_a_plan_tells_no_folder_elsewhere_from_none(
+    launch, client, tmp_path
+):
+    """What an operator may ask about, nobody has declared: the host's folders are no model's."""
+    node = await launch()
+    write_adapter(tmp_path / "elsewhere")
+
+    async def told(source: str, fetch: int) -> bytes:
+        asked = msgspec.structs.replace(
+            spec(), engine="vllm", engine_args={}, source=source, adapters={"sql": source}
+        )
+        async with client.session.post(
+            f"{node.url}/agent/inspect?fetch={fetch}",
+            data=msgspec.json.encode(asked),
+            headers=bearer(TOKEN),
+        ) as got:
+            return (await got.read()).replace(source.encode(), b"SOURCE")
+
+    there, missing = f"{tmp_path}/elsewhere", f"{tmp_path}/none"
+    assert await told(there, 0) == await told(missing, 0)
+    assert b"only for a model that is declared" in await told(there, 0)
+    assert await told(there, 1) != await told(missing, 1)

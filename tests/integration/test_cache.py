@@ -70,14 +70,45 @@ async def test_copying_from_the_shared_store_is_a_choice(nodes, shared) -> None:
     assert node.cache.view().models == ()
 
 
-async def test_a_local_folder_is_used_in_place(nodes, tmp_path, shared) -> None:
+async def test_a_local_folder_is_used_in_place(nodes, tmp_path, shared, monkeypatch) -> None:
     node = await nodes.start(shared_dir=str(shared))
     model = write_model(tmp_path / "elsewhere", a=b"a")
     assert await node.cache.ensure(str(model)) == model
     named = write_model(node.folder / "models" / "named", a=b"a")
     assert await node.cache.ensure("named") == named
+    monkeypatch.chdir(tmp_path)
+    assert await node.cache.ensure("elsewhere") == model
     with pytest.raises(CacheError, match=r"'nowhere' is not a folder.*nfs/nowhere.*put the model"):
         await node.cache.ensure("nowhere")
+
+
+async def test_who_only_asks_cannot_tell_whether_a_folder_elsewhere_is_there(
+    nodes, tmp_path, shared, monkeypatch
+) -> None:
+    """Of a plan or a pull, which operators may ask for; the model folders are no secret."""
+    node = await nodes.start(shared_dir=str(shared), copy_shared=False)
+    write_model(tmp_path / "elsewhere", a=b"a")
+    monkeypatch.chdir(tmp_path)
+
+    async def told(source: str) -> list[str]:
+        words = []
+        for ask in (node.cache.where(source, anywhere=False), node.cache.pull(source)):
+            with pytest.raises(CacheError, match="only for a model that is declared") as caught:
+                await ask
+            words.append(str(caught.value).replace(source, "SOURCE"))
+        return words
+
+    assert await told(f"{tmp_path}/elsewhere") == await told(f"{tmp_path}/missing")
+    assert await told("elsewhere") == await told("missing")
+    with pytest.raises(ValueError, match="no plain path"):
+        await node.cache.where(f"{node.folder}/models/../../elsewhere", anywhere=False)
+    for folder, source in (
+        (node.folder / "models/named", "named"), (shared / "kept", "kept"),
+        (node.folder / "models/full", f"{node.folder}/models/full"),
+    ):  # fmt: skip
+        model = write_model(folder, a=b"a")
+        assert await node.cache.where(source, anywhere=False) == model
+        assert await node.cache.pull(source) is None
 
 
 async def test_a_cached_model_needs_no_shared_store(nodes, shared) -> None:

@@ -156,7 +156,7 @@ def test_what_is_no_archive_is_refused(tmp_path):
 
 def share_of(tmp_path, node, **cache):
     place = Place(
-        host="127.0.0.1", device_kind="cpu", python=sys.executable, model_dir="",
+        host="127.0.0.1", device_kind="cpu", python=sys.executable,
         cache_dir=str(tmp_path / node),
     )  # fmt: skip
     return CompileShare(Config(cache=CacheConfig(**cache)), place, Metrics())

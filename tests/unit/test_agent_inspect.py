@@ -19,7 +19,7 @@ class Cache:
         self.asked = 0
         self.name = "the hub"
 
-    async def where(self, source: str) -> Path | None:
+    async def where(self, source: str, *, anywhere: bool) -> Path | None:
         return None
 
     async def origin(self, source: str) -> Cache:
@@ -36,8 +36,8 @@ class Cache:
 @pytest.mark.parametrize(("fetch", "asked"), [(False, 0), (True, 1)])
 async def test_a_plan_asks_no_origin_of_a_model(fetch: bool, asked: int) -> None:
     cache = Cache()
-    async with _files_of(cache, SPEC, fetch) as (folder, unknown):  # type: ignore[arg-type]
-        assert folder is None
-        assert unknown is not None
-        assert ("a plan asks nobody" in unknown) is not fetch
+    async with _files_of(cache, SPEC, fetch) as files:  # type: ignore[arg-type]
+        assert (files.folder, files.missing) == (None, False)
+        assert files.unknown is not None
+        assert ("a plan asks nobody" in files.unknown) is not fetch
     assert cache.asked == asked

@@ -43,7 +43,7 @@ def spec(**more):
 
 
 def test_the_worked_example(model):
-    found = estimate(spec(), str(model(LLAMA_8B, [LLAMA_8B_WEIGHTS])))
+    found = estimate(spec(), model(LLAMA_8B, [LLAMA_8B_WEIGHTS]))
     assert found.weights_bytes == LLAMA_8B_WEIGHTS
     assert found.kv_bytes == (16 * 2048 + 128) * 131072
     assert found.overhead_bytes == 2 * GIB + LLAMA_8B_WEIGHTS // 20
@@ -54,9 +54,9 @@ def test_the_worked_example(model):
 
 def test_a_long_context_needs_one_full_sequence(model):
     folder = model({**LLAMA_8B, "max_position_embeddings": 131072})
-    assert estimate(spec(), str(folder)).kv_bytes == (131072 + 128) * 131072
+    assert estimate(spec(), folder).kv_bytes == (131072 + 128) * 131072
     shorter = spec(engine_args={"max-model-len": "4k"}, target_concurrency=1)
-    assert estimate(shorter, str(folder)).kv_bytes == (4096 + 128) * 131072  # 4000, in blocks
+    assert estimate(shorter, folder).kv_bytes == (4096 + 128) * 131072  # 4000, in blocks
 
 
 @pytest.mark.parametrize("value", [-1, "auto", None])
@@ -138,7 +138,7 @@ def test_pickled_weights_count_by_size(tmp_path):
 
 
 def test_cpu_engines_cost_their_processes(model):
-    folder = str(model(LLAMA_8B, [10_000]))
+    folder = model(LLAMA_8B, [10_000])
     assert estimate(spec(), folder, "cpu").overhead_bytes == 2 * GIB + 1000
     two = spec(tensor_parallel_size=2)
     assert estimate(two, folder, "cpu").overhead_bytes == 3 * GIB + 1000
@@ -148,10 +148,11 @@ def test_cpu_engines_cost_their_processes(model):
 def test_what_is_missing_is_named_with_the_way_out(model, tmp_path):
     def refusal(folder, **more):
         with pytest.raises(ValueError, match="declare device_memory_bytes") as caught:
-            estimate(spec(**more), str(folder))
+            estimate(spec(**more), folder)
         return str(caught.value)
 
-    assert "is not a folder" in refusal("org/name")
+    assert "is not a folder" in refusal(tmp_path / "none")
+    assert "it has no folder" in refusal(None)
     assert "no files to size it by" in refusal(tmp_path, engine="stub")
     assert "no config.json" in refusal(tmp_path)
     folder = model({k: v for k, v in LLAMA_8B.items() if k != "num_hidden_layers"})
@@ -195,10 +196,10 @@ def test_only_headers_are_read(model, monkeypatch):
 def warned(folder, **more):
     one = spec(**more)
     try:
-        found = estimate(one, str(folder))
+        found = estimate(one, folder)
     except ValueError:
         found = None
-    return footprint.warnings(one, str(folder), found)
+    return footprint.warnings(one, folder, found)
 
 
 def test_a_declared_size_below_the_estimate_is_warned_of(model):
