@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import logging
 import secrets
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 
 from msgspec import Struct
 
-from agent.process import free_port
 from runtime.engine import Launch, LaunchContext, get_engine
 from runtime.engine_policy import ENGINE_ENV, node_problems
 from runtime.wire import DeviceKind, DeviceReport, StartReplica
@@ -49,12 +48,12 @@ def make_plan(
     command: StartReplica,
     devices: Sequence[DeviceReport],
     place: Place,
-    taken_ports: Collection[int],
+    port: int,
     model_path: str,
     load_format: str | None = None,
     adapter_index: str = "",
 ) -> Plan:
-    """The process of one replica, with fresh keys and a free port. Blocks. Raises BadStart.
+    """The process of one replica, with fresh keys, to listen on `port`. Blocks. Raises BadStart.
 
     `load_format`: of the weights; None: the engine's own, or the spec's. `adapter_index`: as in
     LaunchContext.
@@ -67,7 +66,7 @@ def make_plan(
         context = LaunchContext(
             replica_id=command.replica_id,
             host=place.host,
-            port=free_port(place.host, taken_ports),
+            port=port,
             route_key=secrets.token_urlsafe(24),
             control_key=secrets.token_urlsafe(24),
             device_kind=place.device_kind,

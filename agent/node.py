@@ -38,6 +38,7 @@ from agent.limits import Limits
 from agent.load_format import Known
 from agent.metrics import Metrics
 from agent.origin import Origins
+from agent.ports import NoFreePort, Ports
 from agent.preemption import Preemption
 from agent.probe import Prober, Target, is_healthy
 from agent.process import Owner
@@ -115,6 +116,8 @@ class Node:
                 ", ".join(lost),
             )
         self.devices = DeviceWatch(devices, self._supervisor.live_pids)
+        own = (config.router.port, config.scheduler.port, config.agent.port)
+        self._ports = Ports(config.agent.engine_port_range(), never=own)
         self._known: dict[str, Record] = {}
         self._starts: dict[str, asyncio.Task[None]] = {}
         self._reaps: dict[str, asyncio.Task[None]] = {}
@@ -196,6 +199,7 @@ class Node:
             case messages.ForgetRecord(replica_id):
                 self.cache.release(replica_id)
                 self._origins.forget(replica_id)
+                self._ports.give_back(replica_id)
                 if record := self._known.pop(replica_id, None):
                     self._end_adapters(record.saved.command.spec.name)
                 with _logged(f"the record of {replica_id}"):
@@ -262,7 +266,7 @@ class Node:
                 command,
                 self.devices.last(),
                 self.place,
-                self._ports(),
+                self._ports.take(replica_id, self.place.host),
                 origin.model_path,
                 origin.load_format,
                 self.adapters.index(command.spec),
@@ -277,6 +281,9 @@ class Node:
                 )
         except BadStart as error:
             self._exited(replica_id, error.kind, str(error))
+            return
+        except NoFreePort as error:
+            self._exited(replica_id, "port_in_use", str(error))
             return
         except OSError as error:
             self._exited(replica_id, "crash", f"its engine could not be started: {error}")
@@ -325,9 +332,6 @@ class Node:
         except CannotFork as error:
             log.warning("%s is started plainly: %s", replica_id, error)
             return None, error.why
-
-    def _ports(self) -> set[int]:
-        return {record.port for record in list(self._known.values())}
 
     # ------------------------------------------------------------------ probes
 
@@ -414,6 +418,7 @@ class Node:
         self._end_probe(replica_id)
         await self.devices.wait_free(replica_id)
         self._supervisor.forget(replica_id)
+        self._ports.give_back(replica_id)
         del self._reaps[replica_id]
         self._save(replica_id, leader=None)
         self.apply(messages.Gone(now=time.monotonic(), replica_id=replica_id))
@@ -492,6 +497,9 @@ class Node:
             log.warning("%s: no record of it, so its processes are killed", replica_id)
             await self._supervisor.kill_tree(replica_id)
         self._known.update(records)
+        for replica_id, record in records.items():
+            if record.leader:  # dead or alive: what is left of it may listen there
+                self._ports.keep(replica_id, record.port)
         alive = {
             replica_id
             for replica_id, r in records.items()

@@ -12,8 +12,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import socket
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from msgspec import Struct
@@ -69,17 +68,6 @@ def base_environment(
         for name, value in environ.items()
         if name.upper() in _PASSED or name.startswith(_PASSED_PREFIXES)
     }
-
-
-def free_port(host: str, taken: Collection[int]) -> int:
-    """A TCP port nobody listens on at `host`, none of `taken`. Raises OSError if `host` is bad."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    while True:
-        with socket.socket(family, socket.SOCK_STREAM) as probe:
-            probe.bind((host, 0))
-            port = int(probe.getsockname()[1])
-        if port not in taken:
-            return port
 
 
 def start_ticks(pid: int) -> int | None:

@@ -7,6 +7,7 @@ same setting; the environment wins.
 from __future__ import annotations
 
 import os
+import re
 import socket
 import tomllib
 import typing
@@ -24,6 +25,8 @@ from runtime.schema import SchemaError, check, close_names
 from runtime.wire import NODE_PATTERN, SpecProblem
 
 MIN_SECRET_CHARS = 16
+MIN_ENGINE_PORT = 1024  # below, a port takes root
+MAX_PORT = 65535
 DEFAULT_FILE = "/etc/stoker/stoker.toml"
 
 Port = Annotated[int, Meta(ge=0, le=65535, description="a TCP port; 0 picks a free one")]
@@ -166,6 +169,10 @@ class AgentConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
         str,
         Meta(description="auto | nvml | cpu | cpu:SIZE | simulated:COUNTxSIZE (simulated:2x24GiB)"),
     ] = "auto"
+    engine_ports: Annotated[
+        str,
+        Meta(description="engines listen on these ports only, e.g. '20000-20999'; '': on any"),
+    ] = ""
     engine_python: str = ""  # the interpreter vLLM is installed in; default: this one
     model_dir: str = ""  # where downloaded models are kept; default <state_dir>/models
     start_timeout_s: Seconds = 900.0  # a start that takes longer has failed
@@ -214,6 +221,23 @@ class AgentConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     preemption_grace_s: Annotated[
         float, Meta(gt=0, description="seconds left where a notice names none, e.g. 30")
     ] = 30.0
+
+    def engine_port_range(self) -> range | None:
+        """`engine_ports`; None: any. Raises SchemaError."""
+        if not self.engine_ports:
+            return None
+        found = re.fullmatch(r"\s*(\d{1,5})\s*-\s*(\d{1,5})\s*", self.engine_ports, re.ASCII)
+        first, last = map(int, found.groups()) if found else (0, 0)
+        if not MIN_ENGINE_PORT <= first <= last <= MAX_PORT:
+            problem = SpecProblem(
+                field="agent.engine_ports",
+                value=self.engine_ports,
+                message="is no range of ports",
+                fix=f"write the first and the last, from {MIN_ENGINE_PORT} to {MAX_PORT}, e.g."
+                " '20000-20999'",
+            )
+            raise SchemaError([problem], "config")
+        return range(first, last + 1)
 
 
 class Config(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -275,6 +299,7 @@ def load(
         raise SchemaError(problems, "config")
     if problems := list(_no_networks(config.router.trusted_proxies)):
         raise SchemaError(problems, "config")
+    config.agent.engine_port_range()  # raises where it is none
     return config
 
 

@@ -16,6 +16,7 @@ import pytest
 
 from agent import process
 from agent.launcher import CannotFork, Launcher
+from agent.ports import free_port
 from agent.process import Owner
 from agent.supervisor import Supervisor
 from runtime.engine import LaunchContext, get_engine
@@ -46,7 +47,7 @@ def make_launch(folder, tensor_parallel_size=1, eager=True):
     model = str(write_model(folder / "models", "tiny"))
     booked = estimate(spec, model, "cpu").total_bytes
     ctx = LaunchContext(
-        replica_id="r", host="127.0.0.1", port=process.free_port("127.0.0.1", ()),
+        replica_id="r", host="127.0.0.1", port=free_port("127.0.0.1", ()),
         route_key="route", control_key="control", device_kind="cpu", device_ids=("cpu:here",),
         device_indexes=(0,), device_bytes=booked, model_path=model, revision=None,
         device_total_bytes=psutil.virtual_memory().total, python=sys.executable,

@@ -19,6 +19,7 @@ SETTINGS: dict[str, object] = {
     "stoker_cluster_token": 'a-test\'s "own" token, 0123',
     "stoker_pip_args": "--no-index --find-links /wheelhouse",
     "stoker_engine": "none",
+    "stoker_engine_ports": "20000-20099",
     "stoker_agent": {"devices": "simulated:1x8GiB", "labels": {"rack": "r7"}},
     "stoker_os_packages": ["python3-venv", "ca-certificates", "g++", "python3-dev"],
 }

@@ -164,6 +164,17 @@ def test_a_model_is_called_through_each_router(installed: Site, key: str, model:
         assert call(installed.hosts[name].address, key, model) == ""
 
 
+def test_engines_listen_where_the_firewall_lets_routers_in(
+    installed: Site, key: str, model: str
+) -> None:
+    assert call(installed.hosts["one"].address, key, model) == ""
+    for name in engines(installed, model):
+        host = installed.hosts[name]
+        pid = host.checked(f"pgrep -f '[r]untime.engine.stub .*--names {model} '").strip()
+        listening = host.checked(f"ss -Hltnp | grep 'pid={pid},'").split()[3]
+        assert 20000 <= int(listening.rpartition(":")[2]) <= 20099
+
+
 def versions(site: Site) -> set[str]:
     said = [host.checked("stoker version --json") for host in site.hosts.values()]
     return {json.loads(text)["stoker"] for text in said}

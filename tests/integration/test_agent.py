@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+from urllib.parse import urlsplit
 
 import aiohttp
 import psutil
@@ -41,6 +42,7 @@ from runtime import outside, wire
 from runtime.embedded import EmbeddedRegistry
 from runtime.registry import RegistryError
 from runtime.wire import Inspection
+from tests.port_ranges import free_range
 
 
 @pytest.fixture
@@ -423,6 +425,51 @@ async def test_sigusr1_leaves_the_engines_to_the_next_agent(launch, scheduler, c
     scheduler.heartbeats.clear()
     await launch()
     assert (await scheduler.phase("ready")).pid == first.pid
+
+
+async def test_engines_listen_in_their_range_and_never_where_an_adopted_one_does(
+    launch, scheduler, client
+):
+    allowed = free_range(2)
+    setting = {
+        "engine_ports": f"{allowed[0]}-{allowed[-1]}",
+        "devices": "simulated:3x24GiB",
+        "max_restarts": 30,  # so that the third one is tried until there is room
+    }
+
+    def begin(number, **engine_args):
+        device = f"simulated:{NODE}:{number}"
+        return start(f"m-{number}", devices=(device,), model=spec(**engine_args))
+
+    def port_of(number):
+        return urlsplit(scheduler.report(f"m-{number}").base_url).port
+
+    node = await launch(**setting)
+    await client.ok(node.url, begin(0, start_s=60.0))
+    await scheduler.phase("starting", "m-0")
+    await until(lambda: scheduler.report("m-0").base_url, "its process")
+    first = port_of(0)
+    assert first in allowed
+    await node.kill()
+    scheduler.heartbeats.clear()
+
+    node = await launch(**setting)
+    await client.ok(node.url, begin(1, start_s=0.0))
+    await scheduler.phase("ready", "m-1")
+    assert {first, port_of(1)} == set(allowed)
+
+    await client.ok(node.url, begin(2, start_s=0.0))
+    told = await scheduler.phase("backoff", "m-2")
+    assert told.exit_kind == "port_in_use"
+    assert f"no port of agent.engine_ports = '{setting['engine_ports']}' is free" in told.reason
+    await client.ok(node.url, stop("m-0"))
+    await scheduler.phase("ready", "m-2")
+    assert port_of(2) == first
+
+
+async def test_a_malformed_range_ends_the_agent_with_the_settings_name(tmp_path, registry):
+    with pytest.raises(ValueError, match=r"agent\.engine_ports: is no range of ports \(got '9'\)"):
+        await run_agent(make_config(tmp_path, engine_ports="9"), registry)
 
 
 def open_files(agent_process) -> int:

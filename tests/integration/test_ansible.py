@@ -36,6 +36,7 @@ SETTINGS = {
     "stoker_pip_args": "--no-index --find-links /wheelhouse",
     "stoker_engine": "none",
     "stoker_manage_services": False,
+    "stoker_engine_ports": "20000-20099",
     "stoker_agent": {"devices": "simulated:1x8GiB", "labels": {"rack": "r7"}},
 }
 RECAP = re.compile(r"^one\s+: (.*)$", re.MULTILINE)
@@ -150,6 +151,7 @@ def test_the_settings_are_what_was_asked_for(applied: Root) -> None:
         "node_id": "one",
         "host": "127.0.0.1",
         "port": 8082,
+        "engine_ports": "20000-20099",
         "devices": "simulated:1x8GiB",
         "labels": {"rack": "r7"},
     }

@@ -28,6 +28,7 @@ from agent_kit import (
 import agent.launcher
 from agent import process
 from agent.launcher import ENOUGH_BYTES, SHORT_BYTES, CannotFork, Launcher
+from agent.ports import free_port
 from agent.process import Owner
 from agent.supervisor import Supervisor
 from runtime.embedded import EmbeddedRegistry
@@ -171,7 +172,7 @@ async def test_the_signal_that_killed_it_is_told_and_no_zombie_is_left(world):
 
 
 async def test_the_stub_engine_serves_when_forked(world):
-    port = process.free_port("127.0.0.1", ())
+    port = free_port("127.0.0.1", ())
     ctx = LaunchContext(
         replica_id="r", host="127.0.0.1", port=port, route_key="route", control_key="control",
         device_kind="simulated", device_ids=("s",), device_indexes=(0,), device_bytes=1,

@@ -6,7 +6,6 @@ import asyncio
 import json
 import os
 import signal
-import socket
 import sys
 import textwrap
 import time
@@ -321,10 +320,3 @@ async def test_a_log_over_its_limit_is_cut_while_it_is_written(world):
     await until(lambda: exits, "the exit")
     assert log.read_text() == "new\n"
     assert (folder / "logs" / "r.log.1").stat().st_size == LOG_LIMIT_BYTES
-
-
-async def test_a_port_is_free_and_not_one_of_those_taken():
-    port = process.free_port("127.0.0.1", ())
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", port))
-    assert process.free_port("127.0.0.1", range(port, port + 5)) not in range(port, port + 5)
