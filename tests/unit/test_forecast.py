@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from scheduler.forecast import CAP, DAY_S, EDGES, SLOT_S, Arrivals, Sketch, restore
@@ -249,7 +249,6 @@ def walk(moves: Observed) -> tuple[Arrivals, float, float]:
     return model, now, wall
 
 
-@settings(deadline=None)
 @given(steps, horizons, horizons, st.floats(-100, 3e5) | st.just(1e11))
 def test_chances_are_chances_and_grow_with_the_horizon(
     moves: Any, one: float, other: float, later_s: float

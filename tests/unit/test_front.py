@@ -157,7 +157,6 @@ async def test_json_however_it_is_written_is_plain(kind: bytes) -> None:
     assert len(bench.proxy.calls) == 1
 
 
-@settings(deadline=None)
 @given(texts=TEXTS, cuts=CUTS)
 def test_every_request_is_served_here_or_handed_over_whole(
     texts: list[str], cuts: list[tuple[int, bool]]
@@ -219,7 +218,7 @@ ODD = [
 
 
 @pytest.mark.parametrize("raw", ODD)
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(cuts=CUTS)
 def test_what_is_not_plain_goes_to_aiohttp_byte_for_byte(
     raw: bytes, cuts: list[tuple[int, bool]]
@@ -238,7 +237,7 @@ def test_what_is_not_plain_goes_to_aiohttp_byte_for_byte(
     asyncio.run(check())
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(head=st.sampled_from([b"", b"POST ", b"POST %b HTTP/1.1\r\n" % CHAT, plain()[:-3], plain()]),
        noise=st.binary(max_size=300), cuts=CUTS)  # fmt: skip
 def test_noise_is_kept_or_handed_over_and_never_raises(

@@ -7,7 +7,7 @@ import random
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from scheduler.forecast import Arrivals
@@ -91,7 +91,6 @@ def test_the_lead_covers_the_climb() -> None:
     assert quick.prewarm_at - slow.prewarm_at == pytest.approx(LEAD * 390)
 
 
-@settings(deadline=None)
 @given(
     st.lists(st.tuples(st.floats(0, 2e5), st.integers(1, 99)), max_size=40),
     st.floats(0, 1e5), st.floats(0, 1000), st.floats(0, 100),
