@@ -1,8 +1,8 @@
 """The memory that one worker holds for its callers: one budget for all of it. Pure.
 
-It counts the bytes of bodies that are being read or wait for their answer, what came in behind
-them, and the bodies and answers of jobs and batches. Answers that are kept (`response_cache.py`)
-have a bound of their own, `router.cache_bytes`.
+It counts the bytes of bodies that are being read or wait for their answer, of copies of them that
+ask an engine for usage, of what came in behind them, and of the bodies and answers of jobs and
+batches. Answers that are kept (`response_cache.py`) have their own bound, `router.cache_bytes`.
 
 Rules this file keeps:
 - beyond the budget nothing more is taken in: 503 with Retry-After, and what is there stays;

@@ -455,13 +455,31 @@ class _Exchange:
     async def _post(self, endpoint: Endpoint) -> Reply:
         """Send to the replica; its answer's head."""
         call, trace = self._call, self.outcome.trace
-        headers, body = sent_headers(call, endpoint.key), call.body
+        headers, upstream = sent_headers(call, endpoint.key), self._proxy.upstream
         if trace is not None:
             headers = trace.sent(headers, endpoint)
+        asked = None
         if call.head.stream and call.caller.accounts:  # somebody pays for its tokens
-            asked = asking(call.path, body, call.head)
-            self._strips, body = asked is not None, asked or body
-        return await self._proxy.upstream.post(endpoint.base_url, call.path, headers, body)
+            asked = self._asking()
+            self._strips = asked is not None
+        if asked is None:
+            return await upstream.post(endpoint.base_url, call.path, headers, call.body)
+        try:
+            return await upstream.post(endpoint.base_url, call.path, headers, asked)
+        finally:
+            self._proxy.memory.give(len(asked))
+
+    def _asking(self) -> bytes | None:
+        """The body with the wish for usage, taken from the budget: it is held beside the caller's
+        own until the answer begins. None: it needs none, or there is no room for it; then the
+        events of its answer are counted."""
+        asked = asking(self._call.path, self._call.body, self._call.head)
+        if asked is not None:
+            try:
+                self._proxy.memory.take(len(asked))
+            except MemoryFull:
+                return None
+        return asked
 
     async def _relay(self, forward: Forward, reply: Reply) -> None:
         """Hand the answer to the client. Raises UpstreamError while it has been told nothing."""

@@ -149,6 +149,33 @@ async def test_who_is_not_counted_is_passed_on_as_it_came(stack: Stack) -> None:
     assert "stream_options" not in stack.engines[0].received[0].json()
 
 
+@pytest.mark.parametrize("odd", [False, True])
+async def test_the_body_that_asks_for_it_comes_out_of_the_budget(tmp_path: Path, odd: bool) -> None:
+    """Of two bodies of 150 kB and a copy of each only three have room: the fourth is not made."""
+    async with kit.stack(tmp_path, anonymous="on", held_bytes=500_000) as stack:
+        if odd:
+            stack.make_calls_odd()
+        engine = await stack.engine(kit.never)
+        await stack.serve("m", engine)
+        await stack.scheduler.publish_keys(key("acme", "acme"))
+        await eventually((tmp_path / "keys.json").exists, "the keys are kept")
+
+        async def sent(count: int) -> asyncio.Task[tuple[int, bytes]]:
+            messages = [{"role": "user", "content": "x" * 150_000}]
+            call = asyncio.create_task(ask(stack, "acme", CHAT, messages=messages))
+            await eventually(lambda: len(engine.received) == count, "not sent")
+            return call
+
+        calls = [await sent(1), await sent(2)]
+        calls[0].cancel()
+        await eventually(lambda: engine.hung_up == 1, "it was not called off")
+        calls.append(await sent(3))
+        asked = ["stream_options" in received.json() for received in engine.received]
+        assert asked == [True, False, True]
+        for call in calls:
+            call.cancel()
+
+
 async def test_a_picture_does_not_use_up_the_limit(stack: Stack) -> None:
     """600 kB in base64 is no text of 150,000 tokens."""
     url = "data:image/png;base64," + "A" * 600_000
