@@ -3,7 +3,7 @@
 Rules this file keeps:
 - a request is prefilled after those before it, then decodes with the others; the speed it gets is
   that of the batch it joins (docs/simulator.md says what this leaves out);
-- a request begun ends once: done, or broken when the engine dies;
+- a request begun ends once: done, broken when the engine dies, or silent when its host vanishes;
 - the door is the guard's (runtime/engine/guard.py): shut before a sleep, open after the canary.
 """
 
@@ -18,7 +18,8 @@ from runtime.sim.timings import Timings
 from runtime.sim.witness import Job
 from runtime.wire import StartReplica
 
-Answer = Literal["taken", "refused", "closed"]  # refused: nothing listens there
+# refused: nothing listens there; silent: its host vanished, so that nothing is heard at all
+Answer = Literal["taken", "refused", "closed", "silent"]
 
 
 class Engine:
@@ -99,13 +100,20 @@ class Engine:
         for job in queue:
             job.broken(None)
 
+    def fall_silent(self) -> None:
+        """Its host vanishes."""
+        jobs = [*(job for job, _ in self._active.values()), *self._queue]
+        self._active, self._queue = {}, deque()
+        for job in jobs:
+            job.silent()
+
     def _begin(self, job: Job) -> None:
         now, spec = self._loop.now, self.command.spec
         self._made += 1
         step_s = self._timings.step_s(spec, len(self._active) + 1)
         prefill_s = self._timings.prefill_s(spec, job.prompt_tokens)
         self._prefilled_at = max(now, self._prefilled_at) + prefill_s
-        first_at = self._prefilled_at + step_s
+        first_at = job.first_due = self._prefilled_at + step_s
         self._active[self._made] = (job, first_at)
         ends_at = first_at + step_s * max(0, job.output_tokens - 1)
         self._loop.at(ends_at, self._end, self._made)

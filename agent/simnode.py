@@ -69,6 +69,7 @@ class SimNode:
         self.spec = spec
         self.timings = timings
         self.up = True
+        self._silent = False  # it vanished, and whoever calls hears nothing
         self.boot_id = 1
         self.preempted_at: float | None = None
         self.engines: dict[str, Engine] = {}
@@ -168,6 +169,8 @@ class SimNode:
 
     def submit(self, replica_id: str, job: Job) -> Answer:
         """A router sends a request to one of its engines."""
+        if self._silent:
+            return "silent"
         engine = self.engines.get(replica_id)
         return engine.submit(job) if engine is not None and self.up else "refused"
 
@@ -188,12 +191,19 @@ class SimNode:
         self.files.reboot()
         self._tick_at = math.inf
 
+    def vanish(self) -> None:
+        """It loses its power or its link without a word to those who are connected."""
+        self._silent = True
+        for engine in self.engines.values():
+            engine.fall_silent()
+        self.lose()
+
     def restart_agent(self) -> None:
         """A new agent process on a node that is up (engines survive) or was lost (they are dead).
 
         It finds the records of the old one, as agent/node.py does.
         """
-        self.up = True
+        self.up, self._silent = True, False
         self.boot_id += 1
         self._seq = 0
         self.preempted_at = None

@@ -121,7 +121,7 @@ _DAY_S = 86400.0
     "fault_texts",
     multiple=True,
     metavar="KIND[:NODE]@SECONDS",
-    help="lose, return, restart-agent, slow-disk (all of a node), fail-over.",
+    help="lose, vanish, return, restart-agent, slow-disk (all of a node), fail-over.",
 )
 @click.option("--objective", type=float, default=5.0, show_default=True, help="TTFT, in seconds.")
 @click.option("--check/--no-check", default=True, help="Hold the invariants after each event.")
@@ -226,6 +226,7 @@ def _fault(text: str, nodes: list[NodePlan]) -> Fault:
         raise ValueError(f"--fault {text!r}: there is no node {node!r}; choose {', '.join(known)}")
     acts: dict[str, Callable[[str], faults.Act]] = {
         "lose": faults.lose_node,
+        "vanish": faults.vanish_node,
         "return": faults.return_node,
         "restart-agent": faults.restart_agent,
         "slow-disk": lambda name: faults.slow_disk(name, 0.3e9),

@@ -28,7 +28,7 @@ from scheduler.sim.links import NodeLink
 from scheduler.sim.network import Network
 from scheduler.sim.policy import Policy, PolicyFactory, production
 from scheduler.sim.report import OBJECTIVE_S, Report, make_report
-from scheduler.sim.routers import Router
+from scheduler.sim.routers import Answer, Router
 from scheduler.sim.traces import Arrival
 from scheduler.sim.truth import Truth, Violation
 from scheduler.state import ClusterState, check_invariants
@@ -109,11 +109,13 @@ class SimulatedNode(Protocol):
 
     def see_term(self, term: int) -> bool: ...
 
-    def submit(self, replica_id: str, job: Job) -> Literal["taken", "refused", "closed"]: ...
+    def submit(self, replica_id: str, job: Job) -> Answer: ...
 
     def drop(self, replica_id: str, job: Job) -> None: ...
 
     def lose(self) -> None: ...
+
+    def vanish(self) -> None: ...
 
     def restart_agent(self) -> None: ...
 
@@ -282,6 +284,12 @@ class Simulation:
         node = self.nodes[node_id]
         if node.up:
             node.lose()
+
+    def vanish_node(self, node_id: str) -> None:
+        """It is off, and its connections do not break."""
+        node = self.nodes[node_id]
+        if node.up:
+            node.vanish()
 
     def return_node(self, node_id: str) -> None:
         """Its agent starts: after a loss without engines, else it adopts those that run."""

@@ -11,16 +11,20 @@ from runtime.wire import ReplicaPhase, StartReplica
 
 
 class Job(Protocol):
-    """One request at an engine. Exactly one of `done` and `broken` is called, once."""
+    """One request at an engine. Exactly one of `done`, `broken` and `silent` is called, once."""
 
     prompt_tokens: int
     output_tokens: int
+    first_due: float | None  # when its first token comes, as soon as the engine knows
 
     def done(self, first_at: float) -> object:
         """The whole answer is out; its first token came at `first_at`."""
 
     def broken(self, first_at: float | None) -> object:
         """The engine died over it; None: before the first token."""
+
+    def silent(self) -> object:
+        """The engine's host vanished: nothing more comes, and nobody says so."""
 
 
 class Witness(Protocol):

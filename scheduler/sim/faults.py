@@ -15,8 +15,13 @@ Act = Callable[["Simulation"], object]
 
 
 def lose_node(node_id: str) -> Act:
-    """The node goes down; its engines die."""
+    """The node goes down; its engines die, and their connections break."""
     return lambda sim: sim.lose_node(node_id)
+
+
+def vanish_node(node_id: str) -> Act:
+    """It goes down without a word: routers learn it from the scheduler, or from TCP's own limit."""
+    return lambda sim: sim.vanish_node(node_id)
 
 
 def return_node(node_id: str) -> Act:

@@ -6,6 +6,8 @@ Rules this file keeps:
 - a request ends once; how, `Outcomes` is told;
 - a replica that refuses the connection was not delivered to; one that dies before the first token
   was; one that dies later breaks the answer off;
+- one whose host vanishes says nothing: its requests end so when the table calls the host lost, or
+  when TCP does. A request that has no token yet ends so too where only the table says it;
 - an engine whose door is shut answers 503, which the proxy hands to the caller.
 """
 
@@ -23,11 +25,16 @@ from scheduler.sim.control import Control
 from scheduler.sim.links import RouterLink
 from scheduler.sim.network import Network
 
+Answer = Literal["taken", "refused", "closed", "silent"]
+
+GONE_S = 10.0  # runtime/sockets.py
+SILENT_S = 2.0  # runtime/router/upstream.py
+
 
 class Target(Protocol):
     """What a router needs of a node."""
 
-    def submit(self, replica_id: str, job: Job) -> Literal["taken", "refused", "closed"]: ...
+    def submit(self, replica_id: str, job: Job) -> Answer: ...
 
     def drop(self, replica_id: str, job: Job) -> None: ...
 
@@ -36,8 +43,8 @@ class Request:
     """One request. `first_at`: when its first token came."""
 
     __slots__ = (
-        "arrived_at", "ended", "first_at", "held", "model", "name", "output_tokens",
-        "prompt_tokens", "replica_id", "router",
+        "arrived_at", "base_url", "ended", "first_at", "first_due", "held", "model", "name",
+        "output_tokens", "prompt_tokens", "replica_id", "router", "silent_since",
     )  # fmt: skip
 
     def __init__(
@@ -50,6 +57,9 @@ class Request:
         self.prompt_tokens = prompt
         self.output_tokens = output
         self.replica_id: str | None = None
+        self.base_url = ""
+        self.first_due: float | None = None
+        self.silent_since: float | None = None
         self.first_at: float | None = None
         self.held = False
         self.ended: str | None = None
@@ -66,6 +76,20 @@ class Request:
         else:
             self.first_at = first_at
             self.router.leave(self, "broken_off")
+
+    def silent(self) -> None:
+        """As runtime.sim.witness.Job."""
+        self.router.silent(self)
+
+    def begun_by(self, now: float) -> float | None:
+        """When its first token came; None: it has not."""
+        heard = now if self.silent_since is None else self.silent_since
+        return self.first_due if self.first_due is not None and self.first_due <= heard else None
+
+    def still_comes(self, now: float) -> bool:
+        """Whether tokens came lately: then its host is there, whatever the scheduler says."""
+        silent_s = 0.0 if self.silent_since is None else now - self.silent_since
+        return self.begun_by(now) is not None and silent_s < SILENT_S
 
 
 class Router:
@@ -91,6 +115,7 @@ class Router:
         self._ended = ended
         self._transit_s = transit_s
         self._made = 0
+        self._lost: frozenset[str] = frozenset()  # hosts, by the table
         self._timer_at: float | None = None
         self.link = RouterLink(loop, network, control, name, self._report, self._take)
 
@@ -112,9 +137,18 @@ class Router:
     def failed(self, request: Request, reason: str, delivered: bool) -> None:
         """Its replica failed before the first token."""
         if request.ended is None:
-            request.replica_id = None
+            request.replica_id = request.silent_since = None
             decision = self.admission.failed(request.name, self._loop.now, reason, delivered)
             self._decide(request, decision)
+
+    def silent(self, request: Request) -> None:
+        """Nothing more comes of it; TCP notices it after a while."""
+        request.silent_since = self._loop.now
+        self._loop.after(GONE_S, self._gone, request, request.silent_since)
+
+    def _gone(self, request: Request, since: float) -> None:
+        if request.ended is None and request.silent_since == since:
+            request.broken(request.begun_by(self._loop.now))
 
     def leave(self, request: Request, outcome: str) -> None:
         """It is over."""
@@ -133,7 +167,8 @@ class Router:
     def _decide(self, request: Request, decision: Decision) -> None:
         match decision:
             case Forward(_, endpoint):
-                request.replica_id = endpoint.replica_id
+                request.replica_id, request.base_url = endpoint.replica_id, endpoint.base_url
+                request.first_due = request.silent_since = None
                 node = self._nodes[endpoint.base_url.split("/")[2]]
                 if self._transit_s:
                     self._loop.after(self._transit_s, self._submit, request, node)
@@ -155,6 +190,8 @@ class Router:
             self.failed(request, "the replica refused the connection", delivered=False)
         elif answer == "closed":
             self.failed(request, "its door is closed", delivered=False)
+        elif answer == "silent":
+            self.silent(request)
 
     def _hang_up(self, request: Request) -> None:
         if request.ended is None:
@@ -190,8 +227,19 @@ class Router:
             self._arm()
 
     def _take(self, table: RouteTable) -> None:
+        news, self._lost = frozenset(table.lost) - self._lost, frozenset(table.lost)
+        sent = [r for r in self.open.values() if r.replica_id is not None and r.base_url in news]
         self._hand_out(self.admission.routes(table, self._loop.now))
+        for request in sent:
+            self._host_lost(request)
         self._arm()
+
+    def _host_lost(self, request: Request) -> None:
+        """The table calls its host lost."""
+        now, replica_id = self._loop.now, request.replica_id
+        if request.ended is None and replica_id is not None and not request.still_comes(now):
+            self._nodes[request.base_url.split("/")[2]].drop(replica_id, request)
+            request.broken(request.begun_by(now))
 
     def _report(self, seq: int) -> DemandReport:
         table = self.admission.table

@@ -148,8 +148,9 @@ def _trouble(random: Random, at_s: float, nodes: list[NodePlan], names: list[str
     match random.randrange(15):
         case 0:
             back = f.return_node(node.node_id)
+            words, goes = random.choice((("is lost", f.lose_node), ("vanishes", f.vanish_node)))
             return [
-                Fault(at_s, f"{node.node_id} is lost", f.lose_node(node.node_id)),
+                Fault(at_s, f"{node.node_id} {words}", goes(node.node_id)),
                 Fault(later, f"{node.node_id} is back", back),
             ]
         case 1:

@@ -8,6 +8,7 @@ from cli.simulation import make_node
 from runtime.footprints import Footprint, Key, Times
 from runtime.sim import profile as p
 from scheduler.core import Core
+from scheduler.moves import Settings
 from scheduler.sim import faults as f
 from scheduler.sim.network import Weather
 from scheduler.simulator import Fault
@@ -147,6 +148,37 @@ def test_requests_of_a_lost_node_break_off_and_waiting_ones_go_elsewhere() -> No
     report = run([sized("m", 8)], calls, nodes=nodes, faults=holder, duration_s=200.0)
     assert report.outcomes == {"answered": 2, "broken_off": 1}
     assert sum(report.climbs.values()) == 2
+
+
+def test_a_node_that_vanishes_is_left_when_the_table_calls_it_lost() -> None:
+    """As by the real router: before the first token elsewhere, behind it broken off; the limit of
+    TCP, 10 s, ends nothing that was told before."""
+    nodes = [NodePlan("n0", devices=1), NodePlan("n1", devices=1)]
+    model = sized("m", 8, min_replicas=2, max_replicas=2)
+    begun = [Arrival(59.0 + i / 10, "m", 10, 5000) for i in range(8)]
+    late = [Arrival(60.1 + i / 10, "m", 10, 1) for i in range(8)]
+    vanish = [Fault(60.0, "vanish", lambda sim: sim.vanish_node("n0"))]
+    report = run(
+        [model], [*begun, *late], nodes=nodes, faults=vanish, duration_s=300.0,
+        settings=Settings(node_timeout_s=3.0),
+    )  # fmt: skip
+    assert report.outcomes["answered"] + report.outcomes["broken_off"] == 16
+    assert 0 < report.outcomes["broken_off"] < 8
+    assert 1.0 < max(report.ttft) < 8.0
+
+
+def test_a_vanished_node_is_noticed_without_a_scheduler_too() -> None:
+    """Nobody publishes a table: TCP ends what was sent there."""
+    nodes = [NodePlan("n0", devices=1), NodePlan("n1", devices=1)]
+    model = sized("m", 8, min_replicas=2, max_replicas=2)
+    late = [Arrival(60.1 + i / 10, "m", 10, 1) for i in range(8)]
+    vanish = [Fault(60.0, "vanish", lambda sim: sim.vanish_node("n0"))]
+    report = run(
+        [model], late, nodes=nodes, faults=vanish, duration_s=300.0,
+        settings=Settings(node_timeout_s=60.0),
+    )  # fmt: skip
+    assert report.outcomes == {"answered": 8}
+    assert 10.0 < max(report.ttft) < 12.0
 
 
 def test_a_preempted_node_is_left_before_it_goes_and_breaks_nothing_off() -> None:
