@@ -51,7 +51,7 @@ from agent.supervisor import Supervisor
 from agent.watch import DeviceWatch
 from runtime import engine_policy, places
 from runtime.config import Config
-from runtime.engine import Launch, get_engine
+from runtime.engine import Launch, get_engine, toolchain
 from runtime.wire import REPLICA_ID, Heartbeat, ReplicaPhase, ReplicaReport
 
 log = logging.getLogger("stoker.agent")
@@ -572,6 +572,10 @@ class Node:
             if version:
                 self.engines[name] = version
                 self._prepare(name)
+        if "vllm" in self.engines and self.place.device_kind != "simulated":
+            path = os.environ.get("PATH")
+            if lacks := await asyncio.to_thread(toolchain.missing, self.place.python, path):
+                log.warning("%s", lacks)
         self._changed()
         await asyncio.gather(self._origins.find_formats(), self._limits.find())
 

@@ -31,7 +31,7 @@ from runtime.wire import ModelSpec, ReplicaPhase
 
 TERM_GRACE_S = 10.0  # between TERM and KILL
 STEADY_S = 60.0  # this long after it became ready: earlier crashes no longer count
-FATAL_KINDS = FINAL_KINDS | {"start_timeout"}  # a retry at once cannot help
+FATAL_KINDS = FINAL_KINDS | {"start_timeout", "bad_host"}  # a retry at once cannot help
 REMEMBERED_ENDED = 4096  # ids of ended replicas, so that a delayed Start does not revive one
 
 _backoff = wait_exponential(multiplier=0.5, max=30)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,6 +51,7 @@ def up(
     from cli.models import read_specs
     from cli.stack import run_until_signal, running
     from cli.upfiles import make_config
+    from runtime.engine import toolchain
 
     specs = [spec for file in model_files for spec in read_specs(file)]
     options = {"agent.devices": devices, "router.port": port, "registry.consul_url": consul}
@@ -64,6 +66,10 @@ def up(
             _say_ready(stack.urls, folder, as_json)
             if not config.agent.engine_python and find_spec("vllm") is None:
                 notice(_NO_VLLM)
+            elif not config.agent.devices.startswith("simulated"):
+                python = config.agent.engine_python or sys.executable
+                if lacks := await asyncio.to_thread(toolchain.missing, python):
+                    notice(lacks)
             if not config.router.lets_anonymous_in():
                 notice("callers need an API key: `stoker key create TENANT` makes one")
             await stack.broken()

@@ -24,6 +24,7 @@ EXIT_KINDS = (
     "bad_argument",  # an engine argument was refused
     "too_small",  # what it was given is less than one request needs
     "port_in_use",
+    "bad_host",  # the host lacks what the engine needs; another one may have it
     "killed",  # by a signal, or one of its processes was
     "crash",  # it failed in a way none of the above names
     "exited",  # it ended by itself with status 0

@@ -25,9 +25,16 @@ _WRAPPERS = (
     "Executor failed",
 )
 _MAX_WORDS = 400
+COMPILER_FIX = "install what it takes (on Debian: apt-get install g++ python3-dev)"
 # The same start fails again, until somebody changes the spec, the weights or the engine. Any other
 # end may pass: a neighbour's memory, a port that was taken, a signal, a hub that was down.
 FINAL_KINDS = frozenset({"bad_argument", "bad_model", "too_small"})
+
+# What vLLM says where it cannot compile, mostly lines above an exception that tells less.
+_NO_COMPILER = re.compile(
+    r"No working C\+\+ compiler found|Failed to find C compiler"
+    r"|fatal error: Python\.h: No such file|No such file or directory: '[^']*(?:g\+\+|gcc|clang)'"
+)
 
 # First match wins. Each line's pattern was seen in a real failure or stands in vLLM's sources.
 _KINDS: tuple[tuple[str, str], ...] = (
@@ -60,6 +67,9 @@ def explain(returncode: int | None, log_tail: str) -> tuple[str, str]:
     lines = _lines(log_tail)
     if returncode == 0 and not any(wrapper in line for line in lines for wrapper in _WRAPPERS):
         return "exited", "it ended by itself with status 0"
+    if lacking := next(filter(None, map(_NO_COMPILER.search, lines)), None):
+        words = f"this host can't compile what vLLM wants to: {lacking[0]}; {COMPILER_FIX}"
+        return "bad_host", _shorten(words)
     cause_at, cause = _cause(lines)
     died_at, died = _died(lines)
     if died and (not cause or died_at < cause_at):

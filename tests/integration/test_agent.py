@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import importlib.util
 import json
 import os
 import signal
@@ -465,6 +466,18 @@ async def test_engines_listen_in_their_range_and_never_where_an_adopted_one_does
     await client.ok(node.url, stop("m-0"))
     await scheduler.phase("ready", "m-2")
     assert port_of(2) == first
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("vllm"), reason="vllm is not installed")
+async def test_a_host_where_vllm_cannot_compile_says_so_before_the_first_start(
+    launch, scheduler, tmp_path
+):
+    await launch(devices="cpu:6GiB", env={"PATH": "/without/a/compiler"}, launcher=False)
+    log = tmp_path / "agent.log"
+    await until(
+        lambda: "can't here: there is no g++ on the PATH /without/a" in log.read_text(), "it"
+    )
+    assert "apt-get install g++ python3-dev" in log.read_text()
 
 
 async def test_a_malformed_range_ends_the_agent_with_the_settings_name(tmp_path, registry):

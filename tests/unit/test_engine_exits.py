@@ -9,8 +9,9 @@ import signal
 
 import pytest
 
+from agent.transitions import FATAL_KINDS
 from runtime.engine import EXIT_KINDS
-from runtime.engine.exits import explain
+from runtime.engine.exits import FINAL_KINDS, explain
 
 BADPATH = """\
 Traceback (most recent call last):
@@ -236,6 +237,53 @@ def test_real_failures_are_named_by_their_cause(log, returncode, kind, words):
     assert words in found_words
     assert "See root cause above" not in found_words
     assert len(found_words) <= 400
+
+
+# PyTorch 2.13 on a host without g++, and on one without Python's headers.
+NO_COMPILER = """\
+    raise exc.InvalidCxxCompiler
+torch._inductor.exc.InductorError: InvalidCxxCompiler: No working C++ compiler found in torch._inductor.config.cpp.cxx: (None, 'g++')
+
+Set TORCHDYNAMO_VERBOSE=1 for the internal stack trace (please do this especially if you're reporting a bug to PyTorch). For even more developer context, set TORCH_LOGS="+dynamo"
+
+"""
+NO_HEADERS = """\
+    raise exc.CppCompileError(cmd, output) from e
+torch._inductor.exc.InductorError: CppCompileError: C++ compile error
+
+Command:
+g++ /i2/he/che3jz.main.cpp -D TORCH_INDUCTOR_CPP_WRAPPER -D STANDALONE_TORCH_HEADER
+
+Output:
+/i2/he/che3jz.main.cpp:66:10: fatal error: Python.h: No such file or directory
+   66 | #include <Python.h>
+      |          ^~~~~~~~~~
+compilation terminated.
+"""
+
+
+@pytest.mark.parametrize(
+    ("log", "words"),
+    [
+        (NO_COMPILER, "No working C++ compiler found"),
+        (NO_HEADERS, "fatal error: Python.h: No such file"),
+        # From Triton's sources: no GPU was at hand.
+        (
+            "RuntimeError: Failed to find C compiler. Please specify via CC",
+            "Failed to find C compiler",
+        ),
+    ],
+)
+def test_a_host_that_cannot_compile_is_named_with_the_fix_and_not_tried_again_at_once(log, words):
+    wrapped = log + (
+        "RuntimeError: Engine core initialization failed. See root cause above. Failed core proc(s): {}"
+    )
+    kind, said = explain(1, wrapped)
+    assert kind == "bad_host"
+    assert f"this host can't compile what vLLM wants to: {words}" in said
+    assert said.endswith("install what it takes (on Debian: apt-get install g++ python3-dev)")
+    assert kind in FATAL_KINDS, "three more starts would cost half a minute"
+    assert kind not in FINAL_KINDS, "another host may have what it takes"
 
 
 @pytest.mark.parametrize("log", [NOKV, SMALLKV, TRUNCATED])
