@@ -20,10 +20,10 @@ from typing import Any
 import aiohttp
 from aiohttp import web
 
-from agent.cache import open_cache
-from agent.devices import open_devices
+from agent.cache.model_cache import open_cache
+from agent.core.messages import ShutdownRequested, TermSeen, Tick
+from agent.devices.inventory import open_devices
 from agent.link import SchedulerLink
-from agent.messages import ShutdownRequested, TermSeen, Tick
 from agent.node import Node, advertised_host
 from agent.records import Records
 from agent.server import make_app

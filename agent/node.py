@@ -24,31 +24,32 @@ import aiohttp
 import msgspec
 import psutil
 
-from agent import messages, process
-from agent.adapters import Adapters
-from agent.cache import ModelCache
-from agent.canary import Canary
-from agent.core import AgentCore
-from agent.devices import DeviceSource
-from agent.engine_load import EngineLoad
-from agent.host_watch import HostWatch
-from agent.launch import BadStart, Place, make_plan
-from agent.launcher import CannotFork, Held, Launcher
-from agent.limits import Limits
-from agent.load_format import Known
+from agent.cache.model_cache import ModelCache
+from agent.core import messages
+from agent.core.replica import SERVED_PHASES, SLEEP_PHASES, Replica
+from agent.core.state_machine import AgentCore
+from agent.devices.device_watch import DeviceWatch
+from agent.devices.host_watch import HostWatch
+from agent.devices.inventory import DeviceSource
+from agent.devices.preemption import Preemption
+from agent.engines import process
+from agent.engines.launch_plan import BadStart, Place, make_plan
+from agent.engines.launcher import CannotFork, Held, Launcher
+from agent.engines.ports import NoFreePort, Ports
+from agent.engines.probe import Prober, Target, is_healthy
+from agent.engines.process import Owner
+from agent.engines.reported_load import EngineLoad
+from agent.engines.sleep import Controls, is_sleeping
+from agent.engines.sleep_tasks import Rungs, levels, residue_bytes
+from agent.engines.supervisor import Supervisor
+from agent.engines.wake_canary import Canary
 from agent.metrics import Metrics
-from agent.origin import Origins
-from agent.ports import NoFreePort, Ports
-from agent.preemption import Preemption
-from agent.probe import Prober, Target, is_healthy
-from agent.process import Owner
 from agent.records import Record, Records
-from agent.replica import SERVED_PHASES, SLEEP_PHASES, Replica
-from agent.rungs import Rungs, levels, residue_bytes
-from agent.sleep import Controls, is_sleeping
-from agent.staging import Stager
-from agent.supervisor import Supervisor
-from agent.watch import DeviceWatch
+from agent.rung_limits import Limits
+from agent.weights.adapters import Adapters
+from agent.weights.load_format_policy import Known
+from agent.weights.staging import Stager
+from agent.weights.start_source import Origins
 from runtime import engine_policy, places
 from runtime.config import Config
 from runtime.engine import Launch, get_engine, toolchain

@@ -17,10 +17,10 @@ from typing import TypeVar
 import msgspec
 from msgspec import Struct
 
-from agent.canary import Canary
-from agent.load_format import Known
-from agent.messages import Saved
-from agent.process import Leader
+from agent.core.messages import Saved
+from agent.engines.process import Leader
+from agent.engines.wake_canary import Canary
+from agent.weights.load_format_policy import Known
 from runtime import places
 from runtime.wire import StartRung
 

@@ -22,13 +22,13 @@ from msgspec import Struct
 from msgspec.structs import replace
 from prometheus_client import CONTENT_TYPE_LATEST
 
-from agent import skeleton
-from agent.cache import ModelCache
-from agent.cache_errors import PASSING, CacheError, SourceError
-from agent.cache_http import cache_routes
-from agent.launch import Place
-from agent.messages import CommandReceived
+from agent.cache.errors import PASSING, CacheError, SourceError
+from agent.cache.http import cache_routes
+from agent.cache.model_cache import ModelCache
+from agent.core.messages import CommandReceived
+from agent.engines.launch_plan import Place
 from agent.node import Node
+from agent.weights import skeleton
 from runtime import footprint, lora, outside, wire
 from runtime.adapters import with_lora_args
 from runtime.engine import get_engine

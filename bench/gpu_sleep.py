@@ -3,10 +3,10 @@
     python bench/gpu_sleep.py [--quick] [--json] [--model FOLDER]
 
 Each round starts a plain vLLM (the baseline: process start to first token), puts it to sleep and
-wakes it as the agent does (`agent/sleep.py`: freed bytes seen on NVML, the canary passed), at
-level 1 and at level 2, and ends it. A wake's seconds are to the first token too. Its GB/s are the
-weights' bytes by the time of the wake call alone; the bus is measured by copying pinned memory to
-the device with torch. Without a GPU, or without the CUDA build of vLLM, there are no rows, and a
+wakes it as the agent does (`agent/engines/sleep.py`: freed bytes seen on NVML, the canary passed),
+at level 1 and at level 2, and ends it. A wake's seconds are to the first token too. Its GB/s are
+the weights' bytes by the time of the wake call alone; the bus is measured by copying pinned memory
+to the device with torch. Without a GPU, or without the CUDA build of vLLM, there are no rows, and a
 note says why. --model: a folder with a real model; else a random Llama of 3.2 GB is written.
 """
 
@@ -32,10 +32,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import aiohttp
 import psutil
 
-from agent import sleep
-from agent.nvml import NvmlSource, NvmlUnavailable
-from agent.process import base_environment, free_port
-from agent.sleep import Controls, Memory
+from agent.devices.nvml import NvmlSource, NvmlUnavailable
+from agent.engines import sleep
+from agent.engines.process import base_environment, free_port
+from agent.engines.sleep import Controls, Memory
 from bench.lib.real_engine import call, first_token, write_llama
 from bench.lib.report import Row, print_report
 from runtime.engine import LaunchContext, get_engine
@@ -87,7 +87,7 @@ class Engine:
         self.url = f"http://127.0.0.1:{port}"
 
     async def measure(self) -> Memory:
-        """See `agent.sleep.Measure`."""
+        """See `agent.engines.sleep.Measure`."""
         parent = psutil.Process(self._process.pid)
         pids = [parent.pid, *(child.pid for child in parent.children(recursive=True))]
         reports = await asyncio.to_thread(self._source.read, {"r": pids})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from agent.simnode import NodeSpec, SimNode
+from agent.sim.node import NodeSpec, SimNode
 from runtime.sim.loop import Loop
 from runtime.sim.timings import Timings
 from runtime.sim.witness import Witness

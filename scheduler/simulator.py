@@ -4,7 +4,7 @@ Rules this file keeps:
 - one seed reproduces a run exactly: nothing reads a clock, all randomness is one `Random(seed)`,
   and nothing depends on the order of a set;
 - the agents come in through `NodeFactory`, since the scheduler may not import the agent
-  (cli/simulation.py plugs in agent/simnode.py);
+  (cli/simulation.py plugs in agent/sim/node.py);
 - with `check`, the invariants hold after every event, or the run ends with a Violation.
 """
 
@@ -92,7 +92,7 @@ class Scenario:
 
 
 class SimulatedNode(Protocol):
-    """A node as agent/simnode.py makes it."""
+    """A node as agent/sim/node.py makes it."""
 
     up: bool
     node_id: str

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 import psutil
 
-from agent.process import base_environment, free_port, start_ticks
+from agent.engines.process import base_environment, free_port, start_ticks
 from runtime.engine import LaunchContext, get_engine
 from runtime.footprint import estimate
 from runtime.wire import ModelSpec

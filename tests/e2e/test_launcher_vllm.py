@@ -14,11 +14,11 @@ import aiohttp
 import psutil
 import pytest
 
-from agent import process
-from agent.launcher import CannotFork, Launcher
-from agent.ports import free_port
-from agent.process import Owner
-from agent.supervisor import Supervisor
+from agent.engines import process
+from agent.engines.launcher import CannotFork, Launcher
+from agent.engines.ports import free_port
+from agent.engines.process import Owner
+from agent.engines.supervisor import Supervisor
 from runtime.engine import LaunchContext, get_engine
 from runtime.footprint import estimate
 from runtime.tiny_models import write_model

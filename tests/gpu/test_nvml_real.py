@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from agent.nvml import NvmlSource, NvmlUnavailable
+from agent.devices.nvml import NvmlSource, NvmlUnavailable
 
 pytestmark = pytest.mark.gpu
 

@@ -22,10 +22,10 @@ import aiohttp
 import psutil
 import pytest
 
-from agent import canary, sleep
-from agent.devices import process_bytes
-from agent.nvml import NvmlSource, NvmlUnavailable
-from agent.sleep import Controls, Memory
+from agent.devices.inventory import process_bytes
+from agent.devices.nvml import NvmlSource, NvmlUnavailable
+from agent.engines import sleep, wake_canary
+from agent.engines.sleep import Controls, Memory
 from runtime.engine import LaunchContext, get_engine
 from runtime.tiny_models import write_model
 from runtime.wire import ModelSpec
@@ -152,7 +152,7 @@ async def test_memory_goes_comes_back_and_the_answer_is_the_same(
         f" host {host_before / GIB:.2f} -> {host_asleep / GIB:.2f} GiB"
     )
     now = await sleep.take_canary(controls, "m")
-    assert canary.difference(known, now) is None
+    assert wake_canary.difference(known, now) is None
 
 
 async def test_a_plain_wake_after_level_2_does_not_pass_the_canary(controls: Controls) -> None:

@@ -15,8 +15,8 @@ import aiohttp
 import msgspec
 from aiohttp import web
 
-from agent import process
-from agent.process import Cgroups, Owner
+from agent.engines import process
+from agent.engines.process import Cgroups, Owner
 from runtime import outside, wire
 from runtime.config import AgentConfig, Config, SchedulerConfig
 from runtime.registry import Registry

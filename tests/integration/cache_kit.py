@@ -13,10 +13,10 @@ from pathlib import Path
 import aiohttp
 from aiohttp import web
 
-from agent.cache import ModelCache
-from agent.cache_cluster import Cluster
-from agent.cache_http import cache_routes
-from agent.cache_store import Store
+from agent.cache.cluster import Cluster
+from agent.cache.http import cache_routes
+from agent.cache.model_cache import ModelCache
+from agent.cache.store import Store
 from runtime.embedded import EmbeddedRegistry
 from runtime.models import CacheConfig
 from runtime.registry import Service

@@ -13,7 +13,7 @@ from pathlib import Path
 import msgspec
 import uvloop
 
-import agent.launch
+import agent.engines.launch_plan
 from agent.driver import run_agent
 from runtime.config import Config
 from runtime.embedded import EmbeddedRegistry
@@ -49,6 +49,6 @@ async def main() -> None:
 
 if __name__ == "__main__":
     if os.environ.get("STOKER_TEST_FAMILY"):
-        agent.launch.get_engine = FamilyEngine
+        agent.engines.launch_plan.get_engine = FamilyEngine
     set_up_logging("agent")
     uvloop.run(main())

@@ -36,9 +36,9 @@ from agent_kit import (
 )
 
 import agent.driver
-from agent.devices import open_devices
+from agent.devices.inventory import open_devices
 from agent.driver import run_agent
-from agent.process import Owner
+from agent.engines.process import Owner
 from runtime import outside, wire
 from runtime.embedded import EmbeddedRegistry
 from runtime.registry import RegistryError

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from agent.nvml import NvmlSource, NvmlUnavailable
+from agent.devices.nvml import NvmlSource, NvmlUnavailable
 from bench.lib.report import Row, print_report
 
 ROOT = Path(__file__).parents[2]

@@ -19,16 +19,16 @@ from cache_kit import (
     write_model,
 )
 
-from agent import cache_fetch, cache_store
-from agent.cache_errors import CacheError, SourceError
-from agent.cache_sources import FolderSource
+from agent.cache import fetch
+from agent.cache.errors import CacheError, SourceError
+from agent.cache.sources import FolderSource
 
 MB = 10**6
 
 
 @pytest.fixture
 async def nodes(tmp_path, monkeypatch):
-    monkeypatch.setattr(cache_fetch, "RANGE_BYTES", 2**20)
+    monkeypatch.setattr(fetch, "RANGE_BYTES", 2**20)
     async with Nodes(tmp_path) as nodes:
         yield nodes
 
@@ -143,7 +143,7 @@ async def test_two_writers_of_one_record_take_turns(nodes, shared, monkeypatch) 
     store = node.cache.store
     (model_id,) = store.models
     first_in, second_done = threading.Event(), threading.Event()
-    sync = cache_store._sync
+    sync = store._sync
 
     def slow_sync(path: Path) -> None:
         if not first_in.is_set():
@@ -151,7 +151,7 @@ async def test_two_writers_of_one_record_take_turns(nodes, shared, monkeypatch) 
             second_done.wait(0.5)  # long enough for the other, if nothing held it up
         sync(path)
 
-    monkeypatch.setattr(cache_store, "_sync", slow_sync)
+    monkeypatch.setattr(store, "_sync", slow_sync)
     first = asyncio.create_task(asyncio.to_thread(store._write, model_id))
     await asyncio.to_thread(first_in.wait, 10)
     await asyncio.to_thread(store._write, model_id)

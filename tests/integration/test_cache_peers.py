@@ -17,8 +17,8 @@ from cache_kit import (
 from hub_kit import LFS_BYTES, FakeHub
 from huggingface_hub import constants
 
-from agent import cache_fetch
-from agent.cache_errors import CacheError
+from agent.cache import fetch
+from agent.cache.errors import CacheError
 from runtime.models import model_id
 from runtime.registry import RegistryError
 
@@ -37,7 +37,7 @@ WANTED = {name: FILES[name] for name in list(FILES)[:3]}
 
 @pytest.fixture
 async def nodes(tmp_path, monkeypatch):
-    monkeypatch.setattr(cache_fetch, "RANGE_BYTES", RANGE)
+    monkeypatch.setattr(fetch, "RANGE_BYTES", RANGE)
     async with Nodes(tmp_path) as nodes:
         yield nodes
 

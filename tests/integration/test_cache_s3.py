@@ -7,8 +7,8 @@ import os
 import pytest
 from cache_kit import Nodes, read_model
 
-from agent.cache_errors import CacheError
-from agent.cache_s3 import S3Source
+from agent.cache.errors import CacheError
+from agent.cache.s3 import S3Source
 
 boto3 = pytest.importorskip("boto3", reason="boto3 is not installed")
 server = pytest.importorskip("moto.server", reason="moto[server] is not installed")

@@ -10,10 +10,10 @@ import time
 import msgspec
 import pytest
 
-from agent.compile_cache import FOLDER, Compiled, CompileStore, Unsafe, unpack
-from agent.compile_share import CompileShare
-from agent.launch import Place
+from agent.engines.launch_plan import Place
 from agent.metrics import Metrics
+from agent.weights.compile_cache import FOLDER, Compiled, CompileStore, Unsafe, unpack
+from agent.weights.compile_share import CompileShare
 from runtime.config import Config
 from runtime.models import CacheConfig
 from runtime.wire import DeviceReport, ModelSpec

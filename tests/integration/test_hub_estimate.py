@@ -14,9 +14,9 @@ import yaml
 from hub_kit import FakeHub, hub_in_a_thread
 from huggingface_hub import constants
 
-from agent import skeleton
-from agent.cache_errors import SourceError
-from agent.cache_hub import HubSource
+from agent.cache.errors import SourceError
+from agent.cache.hub import HubSource
+from agent.weights import skeleton
 from runtime import footprint
 from runtime.wire import ModelSpec
 from tests.cluster import ROOT, running
@@ -75,7 +75,7 @@ async def hub(monkeypatch):
     template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, hub.url)
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
     monkeypatch.setattr(constants, "ENDPOINT", hub.url)
-    monkeypatch.setattr("agent.cache_hub._TRIES", 1)
+    monkeypatch.setattr("agent.cache.hub._TRIES", 1)
     yield hub
     await hub.close()
 

@@ -25,12 +25,12 @@ from agent_kit import (
     start,
 )
 
-import agent.launcher
-from agent import process
-from agent.launcher import ENOUGH_BYTES, SHORT_BYTES, CannotFork, Launcher
-from agent.ports import free_port
-from agent.process import Owner
-from agent.supervisor import Supervisor
+import agent.engines.launcher
+from agent.engines import process
+from agent.engines.launcher import ENOUGH_BYTES, SHORT_BYTES, CannotFork, Launcher
+from agent.engines.ports import free_port
+from agent.engines.process import Owner
+from agent.engines.supervisor import Supervisor
 from runtime.embedded import EmbeddedRegistry
 from runtime.engine import Launch, LaunchContext, Preload, get_engine
 from runtime.wire import ModelSpec
@@ -308,7 +308,7 @@ asyncio.run(main())
 
 
 async def test_packages_that_change_make_a_new_parent(world, monkeypatch):
-    monkeypatch.setattr(agent.launcher, "_SETTLED_S", 0.05)
+    monkeypatch.setattr(agent.engines.launcher, "_SETTLED_S", 0.05)
     base = {"PYTHONUSERBASE": str(world.folder / "user")}
     packages = world.folder / "user/lib" / f"python3.{sys.version_info.minor}" / "site-packages"
     packages.mkdir(parents=True)

@@ -11,8 +11,8 @@ import pytest
 from agent_kit import until
 from aiohttp import web
 
-from agent import preemption
-from agent.preemption import Preemption, read_notice
+from agent.devices import preemption
+from agent.devices.preemption import Preemption, read_notice
 from runtime.config import AgentConfig
 
 NOW = datetime(2026, 11, 25, 2, 0, tzinfo=UTC)

@@ -14,8 +14,8 @@ import sys
 import msgspec
 import pytest
 
-from agent import snapshot
-from agent.snapshot import Identity, SnapshotError
+from agent.engines import process_snapshot
+from agent.engines.process_snapshot import Identity, SnapshotError
 from runtime.wire import ModelSpec
 
 COMMIT = "0123456789" * 4
@@ -53,37 +53,39 @@ def host(tmp_path):
 
 def test_a_host_that_has_it_all_lacks_nothing(host):
     environ, python = host
-    lacks = snapshot.host_lacks(python, "nvml", environ)
+    lacks = process_snapshot.host_lacks(python, "nvml", environ)
     if os.geteuid() != 0:
         assert lacks == ("root, or the capability CAP_SYS_ADMIN, for the agent",)
     else:
         assert lacks == ()
-        assert snapshot.refusal(SPEC, lacks) is None
+        assert process_snapshot.refusal(SPEC, lacks) is None
 
 
 def test_everything_that_is_missing_is_named_at_once(tmp_path):
-    lacks = snapshot.host_lacks(str(tmp_path / "python"), "cpu", {"PATH": str(tmp_path)})
+    lacks = process_snapshot.host_lacks(str(tmp_path / "python"), "cpu", {"PATH": str(tmp_path)})
     spec = msgspec.structs.replace(SPEC, tensor_parallel_size=2, source="/models/m")
-    words = snapshot.refusal(spec, lacks) or ""
+    words = process_snapshot.refusal(spec, lacks) or ""
     for part in (
         "NVIDIA GPU", "criu (install", "cuda-checkpoint", "nvidia-smi", "CRIU_CUDA_PLUGIN_DIR",
         "`vllm snapshot`", "tensor_parallel_size: 1", "full commit",
     ):  # fmt: skip
         assert part in words
-    assert snapshot.refusal(msgspec.structs.replace(spec, snapshot="off"), lacks) is None
+    assert process_snapshot.refusal(msgspec.structs.replace(spec, snapshot="off"), lacks) is None
 
 
 def test_a_kernel_that_criu_refuses_is_said_in_its_words(host, tmp_path):
     environ, python = host
     script(tmp_path / "bin", "criu", "echo 'Error: ptrace is not allowed' >&2; exit 1")
-    (words,) = [w for w in snapshot.host_lacks(python, "nvml", environ) if "criu check" in w]
+    (words,) = [
+        w for w in process_snapshot.host_lacks(python, "nvml", environ) if "criu check" in w
+    ]
     assert "ptrace is not allowed" in words
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("vllm"), reason="vllm is not installed")
 def test_the_installed_vllm_refuses_the_guard(host):
     environ, _ = host
-    lacks = snapshot.host_lacks(sys.executable, "nvml", environ)
+    lacks = process_snapshot.host_lacks(sys.executable, "nvml", environ)
     assert any("Stoker's guard" in words for words in lacks)
 
 
@@ -101,9 +103,9 @@ def vllm(tmp_path):
 
 def test_create_inspect_and_restore_say_what_vllm_expects(tmp_path, vllm):
     folder = tmp_path / "image"
-    made = snapshot.create(vllm, "org/name", COMMIT, ["--max-model-len", "8"], folder)
+    made = process_snapshot.create(vllm, "org/name", COMMIT, ["--max-model-len", "8"], folder)
     assert made == Identity("0.32.0", "580.1", "GPU-a", 12)
-    snapshot.restore(vllm, folder, "127.0.0.1", 8123)
+    process_snapshot.restore(vllm, folder, "127.0.0.1", 8123)
     assert (tmp_path / "calls").read_text().splitlines() == [
         f"snapshot create org/name --revision {COMMIT} --max-model-len 8 --snapshot-dir {folder}",
         f"snapshot inspect {folder}",
@@ -114,9 +116,9 @@ def test_create_inspect_and_restore_say_what_vllm_expects(tmp_path, vllm):
 def test_a_call_that_fails_says_vllms_last_words(tmp_path):
     bad = script(tmp_path, "vllm", "echo 'snapshot mismatch: driver_version' >&2; exit 1")
     with pytest.raises(SnapshotError, match="snapshot restore: snapshot mismatch: driver_version"):
-        snapshot.restore(bad, tmp_path / "image", "127.0.0.1", 1)
+        process_snapshot.restore(bad, tmp_path / "image", "127.0.0.1", 1)
     odd = script(tmp_path, "odd", "echo '{}'")
     with pytest.raises(SnapshotError, match="manifest can't be read"):
-        snapshot.inspect(odd, tmp_path / "image")
+        process_snapshot.inspect(odd, tmp_path / "image")
     with pytest.raises(SnapshotError, match="can't be run"):
-        snapshot.inspect(str(tmp_path / "none"), tmp_path / "image")
+        process_snapshot.inspect(str(tmp_path / "none"), tmp_path / "image")

@@ -25,8 +25,8 @@ from agent_kit import (
     until,
 )
 
-from agent import page_cache
-from agent.staging import look_at
+from agent.weights import page_cache
+from agent.weights.staging import look_at
 from runtime.embedded import EmbeddedRegistry
 from runtime.models import CacheConfig
 from runtime.wire import StageModels, Staging

@@ -14,9 +14,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from agent import process
-from agent.process import Leader, Owner
-from agent.supervisor import LOG_LIMIT_BYTES, Supervisor
+from agent.engines import process
+from agent.engines.process import Leader, Owner
+from agent.engines.supervisor import LOG_LIMIT_BYTES, Supervisor
 
 DEADLINE_S = 20.0
 

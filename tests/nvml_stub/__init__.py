@@ -29,7 +29,7 @@ def build(folder: Path, *flags: str) -> Path:
 
 
 class Reader:
-    """`agent.devices` in a process of its own, with `library` on its loader path."""
+    """`agent.devices.inventory` in a process of its own, with `library` on its loader path."""
 
     def __init__(self, library: Path, state: Path, setting: str = "nvml") -> None:
         environ = {

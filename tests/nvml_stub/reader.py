@@ -6,7 +6,7 @@ import sys
 
 import msgspec
 
-from agent.devices import open_devices
+from agent.devices.inventory import open_devices
 
 try:
     source = open_devices(sys.argv[1], "node-1")

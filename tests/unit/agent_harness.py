@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
-from agent.core import AgentCore
-from agent.messages import (
+from agent.core.messages import (
     Adopted,
     CommandReceived,
     Gone,
@@ -17,6 +16,7 @@ from agent.messages import (
     Tick,
     WakeEnded,
 )
+from agent.core.state_machine import AgentCore
 from runtime.wire import (
     ModelSpec,
     SleepReplica,

@@ -6,7 +6,7 @@ import typing
 
 import pytest
 
-from agent.messages import (
+from agent.core.messages import (
     ForgetRecord,
     Refused,
     SaveEpoch,
@@ -16,8 +16,8 @@ from agent.messages import (
     Spawn,
     TermSeen,
 )
-from agent.replica import EDGES
-from agent.transitions import backoff_s
+from agent.core.replica import EDGES
+from agent.core.transitions import backoff_s
 from runtime.wire import (
     ReplicaPhase,
 )

@@ -5,8 +5,8 @@ from __future__ import annotations
 import msgspec
 import pytest
 
-from agent import core
-from agent.messages import (
+from agent.core import state_machine
+from agent.core.messages import (
     ForgetRecord,
     PhasesSeen,
     Refused,
@@ -94,7 +94,7 @@ def test_a_sleep_of_an_engine_that_tells_nothing_serves_on(h):
     h.command(sleep(grace_s=10.0))
     h.tick(10.0)
     assert h.phase() == "draining"
-    h.tick(core.STATUS_S)
+    h.tick(state_machine.STATUS_S)
     assert h.phase() == "ready"
     assert "in flight" in h.report().reason
 
@@ -231,7 +231,7 @@ def test_waiting_for_a_device_is_no_part_of_a_sleeps_time(h):
     h.tick(90.0)
     assert h.phase("a") == "sleeping"
     h.healthy("b")
-    assert not of(h.tick(core.SLEEP_S), Signal)
+    assert not of(h.tick(state_machine.SLEEP_S), Signal)
     assert Signal("a", "KILL") in h.tick(1.0)
 
 
@@ -250,7 +250,9 @@ def test_a_rung_that_fails_costs_a_restart_and_is_not_used_again(h, what, how):
     elif how == "died":
         effects = h.exited(words="no memory")
     else:
-        assert not of(h.tick(core.SLEEP_S if what == "sleep" else core.WAKE_S), Signal)
+        assert not of(
+            h.tick(state_machine.SLEEP_S if what == "sleep" else state_machine.WAKE_S), Signal
+        )
         effects = h.tick(0.5)
     assert Signal("a", "KILL") in effects
     assert SaveDisabled() in effects
@@ -329,7 +331,7 @@ def test_a_sleeper_that_dies_or_hangs_is_left_to_the_scheduler(h):
     assert not of(h.gone(), Spawn)
     h.asleep("b", devices=("d1",))
     h.healthy("b", healthy=False)
-    assert Signal("b", "KILL") in h.tick(core.HUNG_S)
+    assert Signal("b", "KILL") in h.tick(state_machine.HUNG_S)
     assert h.report("b").exit_kind == "hung"
 
 
@@ -428,4 +430,4 @@ def test_a_sleeper_that_does_not_answer_after_an_adoption_is_hung(h):
     h.asleep()
     heir, _ = adopt(saved_of(h), alive=True, healthy=False)
     assert heir.phase() == "asleep"
-    assert Signal("a", "KILL") in heir.tick(core.HUNG_S)
+    assert Signal("a", "KILL") in heir.tick(state_machine.HUNG_S)

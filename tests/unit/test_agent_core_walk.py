@@ -6,9 +6,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from agent import messages
-from agent.core import AgentCore
-from agent.messages import (
+from agent.core import messages
+from agent.core.messages import (
     CommandReceived,
     ForgetRecord,
     Gone,
@@ -24,6 +23,7 @@ from agent.messages import (
     WakeEnded,
     WakeEngine,
 )
+from agent.core.state_machine import AgentCore
 from tests.unit.agent_harness import of, sleep, start, stop, wake
 
 

@@ -7,9 +7,9 @@ import msgspec
 import pytest
 from aiohttp import web
 
-from agent import canary, sleep
-from agent.canary import Canary
-from agent.sleep import Controls, EngineError, Memory, RungFailed, Untouched
+from agent.engines import sleep, wake_canary
+from agent.engines.sleep import Controls, EngineError, Memory, RungFailed, Untouched
+from agent.engines.wake_canary import Canary
 
 KEY = "control-secret"
 GIB = 2**30
@@ -207,7 +207,7 @@ async def test_the_first_call_that_a_model_answers_is_its_canary(engine):
 
 
 async def test_a_model_may_have_no_canary_but_a_sick_engine_is_told(engine):
-    for path, _ in canary.ASKS:
+    for path, _ in wake_canary.ASKS:
         engine.answers[path] = (404, {})
     known = await sleep.take_canary(engine.controls, "m")
     assert known.path == ""
@@ -249,22 +249,22 @@ NAN = float("nan")
     ],
 )
 def test_a_difference_that_rounding_explains_is_none(before, after, same):
-    words = canary.difference(before, after)
+    words = wake_canary.difference(before, after)
     assert (words is None) == same, words
 
 
 def test_a_canary_outlives_the_agent():
     known = token("a", a=-1.0)
     assert msgspec.json.decode(msgspec.json.encode(known), type=Canary) == known
-    assert canary.difference(known, known) is None
+    assert wake_canary.difference(known, known) is None
 
 
 def test_vllms_top_logprobs_are_read():
     likely = {"tokens": ["token_id:7"], "top_logprobs": [{"token_id:7": -0.5, "token_id:8": -1}]}
-    found = canary.read("/v1/completions", {}, {"choices": [{"text": "", "logprobs": likely}]})
+    found = wake_canary.read("/v1/completions", {}, {"choices": [{"text": "", "logprobs": likely}]})
     assert (found.token, found.logprobs) == ("token_id:7", {"token_id:7": -0.5, "token_id:8": -1.0})
     embedding = {"data": [{"embedding": [0.5, 1]}]}
-    assert canary.read("/v1/embeddings", {}, embedding).vector == (0.5, 1.0)
+    assert wake_canary.read("/v1/embeddings", {}, embedding).vector == (0.5, 1.0)
     for wrong in ({}, {"choices": []}, {"choices": [None]}, None):
         with pytest.raises(ValueError, match="no answer to compare"):
-            canary.read("/v1/completions", {}, wrong)
+            wake_canary.read("/v1/completions", {}, wrong)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from agent.phases import StartLog
+from agent.engines.start_phases import StartLog
 
 API = "(APIServer pid=1) INFO 11-23 16:47:12 [api_utils.py:347]  version 0.32.0\n"
 LOAD = "(Worker pid=3) INFO [cpu_model_runner.py:68] Starting to load model /models/tiny...\n"

@@ -9,12 +9,12 @@ import sys
 import msgspec
 import pytest
 
-from agent.canary import Canary
-from agent.devices import open_devices
-from agent.messages import Saved
+from agent.core.messages import Saved
+from agent.devices.device_watch import DeviceWatch
+from agent.devices.inventory import open_devices
+from agent.engines.sleep_tasks import levels, residue_bytes
+from agent.engines.wake_canary import Canary
 from agent.records import KEPT_DISABLED, Record, Records
-from agent.rungs import levels, residue_bytes
-from agent.watch import DeviceWatch
 from runtime.engine import LaunchContext, get_engine
 from runtime.wire import ModelSpec, StartReplica
 

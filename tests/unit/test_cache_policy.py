@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent.cache_policy import (
+from agent.cache.policy import (
     Complete,
     FromOrigin,
     FromPeers,

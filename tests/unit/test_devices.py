@@ -10,8 +10,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from agent import devices
-from agent.devices import CpuSource, SimulatedSource, open_devices
+from agent.devices import inventory
+from agent.devices.inventory import CpuSource, SimulatedSource, open_devices
 
 MIB = 2**20
 GIB = 2**30
@@ -95,9 +95,9 @@ def test_a_process_that_is_gone_has_no_bytes() -> None:
 def test_without_pss_the_resident_size_is_taken(
     holder: subprocess.Popen[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    read = devices._text
+    read = inventory._text
     monkeypatch.setattr(
-        devices, "_text", lambda path: "" if path.name == "smaps_rollup" else read(path)
+        inventory, "_text", lambda path: "" if path.name == "smaps_rollup" else read(path)
     )
     source = CpuSource("n1", GIB)
     source.read({"a": [holder.pid]})
@@ -107,16 +107,16 @@ def test_without_pss_the_resident_size_is_taken(
 def test_without_a_size_the_device_is_a_share_of_what_this_host_may_use() -> None:
     source = open_devices("cpu", "n1")
     (report,) = source.read({})
-    limit_bytes, used_bytes = devices.host_memory()
+    limit_bytes, used_bytes = inventory.host_memory()
     assert 0 < used_bytes < limit_bytes <= psutil.virtual_memory().total
-    assert report.memory_total_bytes == int(limit_bytes * devices.HOST_SHARE)
+    assert report.memory_total_bytes == int(limit_bytes * inventory.HOST_SHARE)
 
 
 def test_what_others_use_beyond_the_rest_is_foreign(
     holder: subprocess.Popen[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     used = {"bytes": 1 * GIB}
-    monkeypatch.setattr(devices, "host_memory", lambda: (10 * GIB, used["bytes"]))
+    monkeypatch.setattr(inventory, "host_memory", lambda: (10 * GIB, used["bytes"]))
     source = CpuSource("n1", None)  # 8 GiB are the device's, 2 GiB the rest
     assert source.read({})[0].foreign_bytes == 0
     used["bytes"] = 5 * GIB
@@ -139,10 +139,10 @@ def test_utilization_is_of_the_time_between_two_reads() -> None:
 
 
 def _cgroups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lines: str) -> Path:
-    read = devices._text
-    monkeypatch.setattr(devices, "_CGROUP", tmp_path)
+    read = inventory._text
+    monkeypatch.setattr(inventory, "_CGROUP", tmp_path)
     monkeypatch.setattr(
-        devices, "_text", lambda p: lines if p == Path("/proc/self/cgroup") else read(p)
+        inventory, "_text", lambda p: lines if p == Path("/proc/self/cgroup") else read(p)
     )
     return tmp_path
 
@@ -157,7 +157,7 @@ def test_the_tightest_cgroup_limit_of_the_branch_counts(
     (outer / "memory.max").write_text(f"{512 * MIB}\n")
     (outer / "memory.current").write_text(f"{300 * MIB}\n")
     (outer / "memory.stat").write_text(f"anon 1\ninactive_file {100 * MIB}\n")
-    assert devices.host_memory() == (512 * MIB, 200 * MIB)
+    assert inventory.host_memory() == (512 * MIB, 200 * MIB)
 
 
 def test_a_version_1_cgroup_limit_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -167,4 +167,4 @@ def test_a_version_1_cgroup_limit_counts(tmp_path: Path, monkeypatch: pytest.Mon
     (box / "memory.limit_in_bytes").write_text(f"{256 * MIB}\n")
     (box / "memory.usage_in_bytes").write_text(f"{100 * MIB}\n")
     (box / "memory.stat").write_text(f"total_inactive_file {30 * MIB}\n")
-    assert devices.host_memory() == (256 * MIB, 70 * MIB)
+    assert inventory.host_memory() == (256 * MIB, 70 * MIB)

@@ -9,7 +9,7 @@ import signal
 
 import pytest
 
-from agent.transitions import FATAL_KINDS
+from agent.core.transitions import FATAL_KINDS
 from runtime.engine import EXIT_KINDS
 from runtime.engine.exits import FINAL_KINDS, explain
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from agent.engine_load import EngineLoad, read_load
+from agent.engines.reported_load import EngineLoad, read_load
 from runtime.engine.guard import Activity
 from runtime.engine.stub_adapters import StubAdapters
 from runtime.engine.stub_api import Api

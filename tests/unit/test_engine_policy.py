@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from agent.process import base_environment
+from agent.engines.process import base_environment
 from runtime.engine_policy import ENGINE_ENV, dropped, node_problems, passed
 from runtime.schema import SchemaError
 from runtime.spec import parse_spec

@@ -6,7 +6,7 @@ import socket
 
 import pytest
 
-from agent.ports import NoFreePort, Ports, free_port
+from agent.engines.ports import NoFreePort, Ports, free_port
 from runtime.config import AgentConfig, load
 from runtime.schema import SchemaError
 from tests.port_ranges import HOST, free_range, listening

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from agent.host_ram import (
+from agent.devices.host_memory_policy import (
     GIB,
     budget_bytes,
     check_budget,

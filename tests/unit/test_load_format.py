@@ -7,7 +7,9 @@ import sys
 import msgspec
 import pytest
 
-from agent.load_format import (
+from agent.metrics import Metrics
+from agent.records import Records
+from agent.weights.load_format_policy import (
     MODULES,
     WORTH_S,
     Choice,
@@ -18,9 +20,7 @@ from agent.load_format import (
     measured,
     usable,
 )
-from agent.load_formats import LoadFormats, importable
-from agent.metrics import Metrics
-from agent.records import Records
+from agent.weights.load_formats import LoadFormats, importable
 from runtime.wire import ModelSpec
 
 ALL = ("auto", "fastsafetensors", "runai_streamer")

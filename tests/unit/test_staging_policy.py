@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from agent.staging_policy import Seen, WeightFile, pause_s, start_rung, to_drop, to_read
+from agent.weights.staging_policy import Seen, WeightFile, pause_s, start_rung, to_drop, to_read
 
 
 def file(path, size=10, inode=0, resident=0):

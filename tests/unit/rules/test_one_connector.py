@@ -14,7 +14,7 @@ from tests.unit.rules.product import sources, text
 PLACE = "runtime/sockets.py"
 # Of what needs no network, or has a limit of its own for each read.
 ALLOWED = {
-    "agent/cache_sources.py": ["HTTPConnection"],  # gives up on a peer after 20 s without a byte
+    "agent/cache/sources.py": ["HTTPConnection"],  # gives up on a peer after 20 s without a byte
 }
 
 

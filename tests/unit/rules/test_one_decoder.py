@@ -24,11 +24,11 @@ _OF_REQUESTS = {"json", "post", "multipart"}  # aiohttp's own decoders: `await r
 
 # How often each may, and why: the bytes are our own, or a person's own file.
 EXCEPTIONS = {
-    "agent/adapters.py": 1,  # written by an earlier agent
-    "agent/cache_store.py": 1,  # written by an earlier agent
-    "agent/launcher.py": 1,  # from our own fork server
+    "agent/weights/adapters.py": 1,  # written by an earlier agent
+    "agent/cache/store.py": 1,  # written by an earlier agent
+    "agent/engines/launcher.py": 1,  # from our own fork server
     "agent/records.py": 1,  # written by an earlier agent
-    "agent/snapshot.py": 1,  # what the installed vLLM prints
+    "agent/engines/process_snapshot.py": 1,  # what the installed vLLM prints
     "cli/part_process.py": 1,  # from a part that we started
     "cli/showcase.py": 1,  # from the router that we started
     "cli/where.py": 1,  # written by `stoker up`

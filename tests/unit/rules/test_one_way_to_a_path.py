@@ -23,18 +23,21 @@ CONSTANT = re.compile(r"_?[A-Z][A-Z0-9_]*")
 UNPACKERS = ("extractall", "unpack_archive", "copytree")
 # file -> (the expressions that may stay, why)
 ALLOWED: dict[str, tuple[set[str], str]] = {
-    "agent/cache_store.py": ({"folder / name"}, "literals in a loop"),
-    "agent/cache_where.py": (
+    "agent/cache/store.py": ({"folder / name"}, "literals in a loop"),
+    "agent/cache/resolve.py": (
         {"model_dir.joinpath(source)", "Path(config.shared_dir).joinpath(source)"},
         "words of a message: where it was looked for",
     ),
-    "agent/compile_cache.py": (
+    "agent/weights/compile_cache.py": (
         {"self._cache_dir.resolve() / path.relative_to(self._cache_dir)",
          "tar.extractall(target, members, filter='data')"},
         "compared with where the path really leads; members are checked one by one, and no links",
     ),
-    "agent/devices.py": ({"root / path.lstrip('/')"}, "the kernel's word: /proc/self/cgroup"),
-    "agent/process.py": (
+    "agent/devices/inventory.py": (
+        {"root / path.lstrip('/')"},
+        "the kernel's word: /proc/self/cgroup",
+    ),
+    "agent/engines/process.py": (
         {"Path(roots[0]) / own[0].lstrip('/')",
          "_own_cgroup() / f'stoker-{hashlib.sha256(whose).hexdigest()[:12]}'"},
         "the kernel's word, and a digest",

@@ -18,16 +18,19 @@ HOME = "runtime/places.py"
 ADDRESS = re.compile(r"(^|[._])(url|urls|base_url|address|peer|endpoint|router|admin|leader)$")
 # file -> (the expressions that may stay, why)
 ALLOWED: dict[str, tuple[set[str], str]] = {
-    "agent/cache_hub.py": (
+    "agent/cache/hub.py": (
         {"urljoin(url, found.location)"},
         "where the hub redirects to; only the hub's own host is sent the token",
     ),
-    "agent/probe.py": (
+    "agent/engines/probe.py": (
         {"target.base_url + target.health_path", "target.base_url + path"},
         "literals of ours: /health and the control routes",
     ),
-    "agent/sleep.py": ({"self._base_url + path"}, "literals of ours: an engine's control routes"),
-    "agent/simnode.py": (
+    "agent/engines/sleep.py": (
+        {"self._base_url + path"},
+        "literals of ours: an engine's control routes",
+    ),
+    "agent/sim/node.py": (
         {"f'http://{self.node_id}'", "f'http://{self.node_id}/{report.replica_id}'"},
         "the simulator: names that nobody connects to",
     ),

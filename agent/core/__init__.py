@@ -1,0 +1,1 @@
+"""What the agent decides, as a state machine: no I/O and no clock."""

@@ -1,0 +1,1 @@
+"""A node of the simulator: the real core, and engines that cost virtual time only."""

@@ -1,0 +1,1 @@
+"""How weights get into an engine: what is read, from where, and what is kept ready."""

@@ -1,0 +1,256 @@
+"""Holds models' weights in the page cache, as the scheduler wishes, and tells what this node has.
+
+Rules this file keeps:
+- the whole wish comes every time: what is in it no longer is let go, unless an engine of ours has
+  it mapped or is loading it;
+- a model that is not on the disk is pulled first; a pull that failed is tried again after a minute;
+- disks are only touched in threads, and reads wait for everybody else's;
+- nothing is remembered across a restart of the agent: the scheduler wishes again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from agent.cache.errors import CacheError
+from agent.cache.model_cache import ModelCache
+from agent.metrics import Metrics
+from agent.weights import page_cache
+from agent.weights.staging_policy import Seen, WeightFile, pause_s, to_drop, to_read
+from runtime import footprint
+from runtime.wire import CachedModel, Staging
+
+log = logging.getLogger("stoker.agent")
+
+MEASURE_S = 5.0  # at most so often
+_SHARE = 0.05  # of the time may go into measuring
+_RETRY_S = 60.0
+_REMEMBERED = 1024  # sources that starts, wishes and inspections named
+
+
+class Stager:
+    """The page cache of one node. All methods are for the event loop's thread."""
+
+    def __init__(
+        self,
+        cache: ModelCache,
+        metrics: Metrics,
+        pids: Callable[[], set[int]],
+        loading: Callable[[], set[str]],
+    ) -> None:
+        """`pids`: of our engines; `loading`: the sources that starts read right now."""
+        self._cache = cache
+        self._metrics = metrics
+        self._pids = pids
+        self._loading = loading
+        self._wish: dict[str, int] = {}
+        self._named: dict[str, None] = {}
+        self._held: dict[str, tuple[WeightFile, ...]] = {}
+        self._seen: dict[str, Seen] = {}
+        self._pulls: dict[str, asyncio.Task[None]] = {}
+        self._failed_at: dict[str, float] = {}
+        self._dropped_rounds = 0
+        self._whole: set[str] = set()  # wished, and seen to be all there
+        self._poked = asyncio.Event()
+        self._changed = threading.Event()  # the wish: a thread that reads stops
+        self._reader = ThreadPoolExecutor(1, "staging", initializer=page_cache.calm_thread)
+
+    # ------------------------------------------------------------------ told, and asked
+
+    def wish(self, models: Iterable[Staging]) -> None:
+        """Hold these, and no others."""
+        wish = {m.source: m.bytes for m in models}
+        for source in wish:
+            self.see(source)
+        if wish == self._wish:
+            return
+        log.info("to be held in the page cache: %s", ", ".join(wish) or "nothing")
+        self._wish = wish
+        self._dropped_rounds = 0
+        self._whole &= wish.keys()
+        self._changed.set()
+        self._poked.set()
+
+    def see(self, source: str) -> None:
+        """A spec names its model so: it is told of from now on, once it is on this node's disk."""
+        self._named.pop(source, None)
+        self._named[source] = None
+        while len(self._named) > _REMEMBERED:
+            self._named.pop(next(iter(self._named)))
+
+    def staged(self) -> tuple[str, ...]:
+        """What is to be held."""
+        return tuple(self._wish)
+
+    def cached(self) -> tuple[CachedModel, ...]:
+        """Every model on this node's disk, as last measured."""
+        return tuple(
+            CachedModel(
+                source=source, disk_bytes=seen.disk_bytes, resident_bytes=seen.resident_bytes
+            )
+            for source, seen in sorted(self._seen.items())
+        )
+
+    def seen(self, source: str) -> Seen:
+        """That model as last measured; all zero for one that is not on the disk."""
+        return self._seen.get(source, Seen())
+
+    async def look(self, source: str) -> Seen | None:
+        """It as it is now; None where it must be fetched first."""
+        self.see(source)
+        folder = await self._folder(source)
+        if folder is None:
+            return None
+        seen = self._seen[source] = await asyncio.to_thread(look_at, folder)
+        return seen
+
+    async def _folder(self, source: str) -> Path | None:
+        if folder := self._cache.find(source):
+            return folder
+        with contextlib.suppress(CacheError, ValueError, OSError):
+            return await self._cache.in_place(source)
+        return None
+
+    # ------------------------------------------------------------------ its life
+
+    async def run(self) -> None:
+        """For ever: hold what is wished for, and measure."""
+        await asyncio.gather(self._hold(), self._measure())
+
+    async def _hold(self) -> None:
+        while True:
+            self._poked.clear()
+            self._changed.clear()
+            dropped = False
+            for source, limit_bytes in list(self._wish.items()):
+                if not self._changed.is_set():
+                    dropped |= await self._hold_one(source, limit_bytes)
+            await self._let_go()
+            self._dropped_rounds = self._dropped_rounds + 1 if dropped else 0
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(pause_s(self._dropped_rounds)):
+                    await self._poked.wait()
+
+    async def _hold_one(self, source: str, limit_bytes: int) -> bool:
+        """Whether the kernel had dropped some of what was all there before."""
+        seen = await self.look(source)
+        if seen is None:
+            self._pull(source)
+            return False
+        self._held[source] = seen.files
+        wanted = to_read(seen.files, limit_bytes)
+        there = {f.path: f.resident_bytes for f in seen.files}
+        missing = sum(max(0, size - there[path]) for path, size in wanted)
+        if missing == 0:
+            self._whole.add(source)
+            return False
+        work = asyncio.get_running_loop().run_in_executor(
+            self._reader, _load, wanted, self._changed
+        )
+        began = time.monotonic()
+        try:
+            await asyncio.shield(work)
+        except OSError as error:
+            log.warning("%s can't be read into the page cache: %s", source, error)
+            return False
+        had_it_all = source in self._whole
+        if not self._changed.is_set():
+            self._whole.add(source)
+            self._metrics.staged_read_bytes.inc(missing)
+            took_s = time.monotonic() - began
+            log.info("%s: %d bytes read into the page cache in %.2f s", source, missing, took_s)
+            await self.look(source)
+        return had_it_all
+
+    def _pull(self, source: str) -> None:
+        now = time.monotonic()
+        if source in self._pulls or now - self._failed_at.get(source, -_RETRY_S) < _RETRY_S:
+            return
+        self._pulls[source] = asyncio.create_task(self._pulled(source))
+
+    async def _pulled(self, source: str) -> None:
+        try:
+            await self._cache.ensure(source)
+        except (CacheError, ValueError, OSError) as error:
+            self._failed_at[source] = time.monotonic()
+            log.warning("%s can't be staged: %s", source, error)
+        else:
+            self._poked.set()
+        finally:
+            del self._pulls[source]
+
+    async def _let_go(self) -> None:
+        if self._held.keys() <= self._wish.keys():
+            return
+        used = await asyncio.to_thread(page_cache.mapped_inodes, self._pids())
+        gone = to_drop(self._held, self._wish, used, self._loading())
+        for source, paths in gone.items():
+            await asyncio.to_thread(_drop, paths)
+            del self._held[source]
+            log.info("%s is no longer held in the page cache", source)
+            await self.look(source)
+
+    async def _measure(self) -> None:
+        while True:
+            began = time.monotonic()
+            found: dict[str, Seen] = {}
+            for source in dict.fromkeys([*self._cache.names(), *self._named]):
+                if (folder := await self._folder(source)) is not None:
+                    found[source] = await asyncio.to_thread(look_at, folder)
+            self._seen = found
+            self._metrics.staged(
+                sum(self._wish.values()), sum(self.seen(s).resident_bytes for s in self._wish)
+            )
+            took_s = time.monotonic() - began
+            await asyncio.sleep(max(MEASURE_S, took_s / _SHARE))
+
+    async def close(self) -> None:
+        """Read and pull no more; what is in the page cache stays there."""
+        self._wish = {}
+        self._changed.set()
+        for pull in self._pulls.values():
+            pull.cancel()
+        await asyncio.gather(*self._pulls.values(), return_exceptions=True)
+        self._reader.shutdown(wait=False, cancel_futures=True)
+
+
+def look_at(folder: Path) -> Seen:
+    """A model's files, and how much of its weights is in the page cache. Blocks."""
+    files = []
+    for path in _weight_files(folder):
+        with contextlib.suppress(OSError):
+            about = path.stat()
+            resident = page_cache.resident_bytes(path)
+            files.append(WeightFile(str(path), about.st_size, about.st_ino, resident))
+    return Seen(disk_bytes=_disk_bytes(folder), files=tuple(files))
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    with contextlib.suppress(OSError):  # it is being removed
+        return footprint.weight_files(folder)
+    return []
+
+
+def _disk_bytes(folder: Path) -> int:
+    total = 0
+    with contextlib.suppress(OSError):  # likewise
+        for path in folder.rglob("*"):
+            total += path.stat().st_size if path.is_file() else 0
+    return total
+
+
+def _load(reads: list[tuple[str, int]], cancelled: threading.Event) -> None:
+    for path, size in reads:
+        page_cache.load(Path(path), size, cancelled)
+
+
+def _drop(paths: list[str]) -> None:
+    for path in paths:
+        page_cache.drop(Path(path))

@@ -1,0 +1,109 @@
+"""Where a start begins: its model's files, the format they are read in, and compiled code.
+
+Rules this file keeps: what makes a start quicker never makes it fail; only a model that can't be
+had does.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import Callable
+
+from msgspec import Struct
+
+from agent.cache.errors import PASSING, CacheError
+from agent.cache.model_cache import ModelCache
+from agent.engines.launch_plan import BadStart, Place
+from agent.metrics import Metrics
+from agent.weights.compile_share import CompileShare
+from agent.weights.load_format_policy import Known
+from agent.weights.load_formats import LoadFormats, importable
+from agent.weights.staging import Stager
+from agent.weights.staging_policy import Seen, start_rung
+from runtime.config import Config
+from runtime.wire import DeviceReport, ModelSpec, StartRung
+
+
+class Origin(Struct, frozen=True, kw_only=True):
+    """What a start loads, where that was when it began, and the seconds of each phase before."""
+
+    model_path: str
+    rung: StartRung = "cached"
+    load_format: str | None = None
+    phases: dict[str, float] = {}
+
+
+class Origins:
+    """The origins of one node's starts. All methods are for the event loop's thread."""
+
+    def __init__(
+        self,
+        config: Config,
+        place: Place,
+        cache: ModelCache,
+        stager: Stager,
+        known: dict[str, Known],
+        save: Callable[[dict[str, Known]], None],
+        metrics: Metrics,
+    ) -> None:
+        """`known`: of load formats, as `save` was given it last. Raises ValueError for settings
+        that can't be."""
+        self._python = place.python
+        self._cache = cache
+        self._stager = stager
+        self._formats = LoadFormats(place.device_kind, known, save, metrics)
+        self._compiled = CompileShare(config, place, metrics)
+
+    async def find(
+        self,
+        replica_id: str,
+        spec: ModelSpec,
+        device: DeviceReport | None,
+        engine_version: str | None,
+    ) -> Origin:
+        """What its engine is told to load: a folder on this node, fetched first if need be.
+
+        Raises BadStart.
+        """
+        began = time.monotonic()
+        seen = await self._stager.look(spec.source)
+        looked = time.monotonic()
+        if spec.engine == "stub":  # it loads nothing, but its folder may be a real one
+            rung = start_rung(True, seen) if seen else "cached"
+            return Origin(model_path=spec.source, rung=rung)
+        try:
+            folder = await self._cache.ensure(spec.source, replica_id)
+        except ValueError as error:
+            raise BadStart("bad_model", str(error)) from None
+        except CacheError as error:
+            kind = "crash" if error.kind in PASSING else "bad_model"
+            raise BadStart(kind, str(error)) from None
+        phases = {"stage": looked - began, "fetch": time.monotonic() - looked}
+        rung = start_rung(seen is not None, seen or Seen())
+        files = await asyncio.to_thread(os.listdir, folder)
+        chosen = self._formats.choose(replica_id, spec, files, rung)
+        if device:
+            await self._compiled.before(replica_id, spec, str(folder), engine_version, device)
+        return Origin(model_path=str(folder), rung=rung, load_format=chosen, phases=phases)
+
+    async def ready(
+        self, replica_id: str, weights_s: float | None, log_text: Callable[[], str]
+    ) -> None:
+        """It serves: learn how long its weights took, and share what it compiled."""
+        self._formats.measured(replica_id, weights_s)
+        await self._compiled.after(replica_id, log_text)
+
+    def failed(self, replica_id: str, words: str) -> bool:
+        """It died while it started; whether another start may go better for a choice of ours."""
+        return self._formats.failed(replica_id, words)
+
+    def forget(self, replica_id: str) -> None:
+        """It is over."""
+        self._formats.forget(replica_id)
+        self._compiled.forget(replica_id)
+
+    async def find_formats(self) -> None:
+        """Learn which load formats the engines' interpreter has."""
+        self._formats.modules = await asyncio.to_thread(importable, self._python)
