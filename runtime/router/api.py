@@ -37,7 +37,7 @@ from runtime.router.keys import given_token, sees
 from runtime.router.openapi import document, page
 from runtime.router.paths import ROOT_PATHS, STREAMS, V1_PATHS, engine_target
 from runtime.router.proxy import Proxy
-from runtime.router.siblings import OWN, Siblings
+from runtime.router.siblings import MADE, OWN, Siblings, is_sibling
 from runtime.router.stored_handlers import StoredHandlers
 from runtime.wire import ModelRoute, RouteTable
 
@@ -45,11 +45,11 @@ log = logging.getLogger("stoker.router")
 
 _TAKEN = web.RequestKey("taken", int)  # bytes of the budget for its body
 _SERVED = web.RequestKey("served", bool)  # by the proxy, which tells of it
-_UNLOGGED = {"/healthz", "/readyz", "/metrics", "/health", "/ping"}
+_UNLOGGED = {"/healthz", "/readyz", "/metrics", "/health", "/ping", MADE}
 _GOOD_REQUEST_ID = re.compile(r"[!-~]{1,128}")
 
 _HEALTH = ("/health", "/ping")  # as vLLM has them, for probes and load generators
-_OPEN = {"/healthz", "/readyz", "/metrics", "/openapi.json", "/docs", "/version", *_HEALTH}
+_OPEN = {"/healthz", "/readyz", "/metrics", "/openapi.json", "/docs", "/version", MADE, *_HEALTH}
 _OWN_PATHS = f"/models/{{model:.+?}}{{path:{'|'.join(map(re.escape, V1_PATHS))}}}"
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -310,8 +310,7 @@ class Api:
 
     def _check_metrics_token(self, request: web.Request) -> None:
         """Where callers need keys, so do scrapers; a sibling, on its Unix socket, does not."""
-        peer = request.transport.get_extra_info("peername") if request.transport else None
-        if not isinstance(peer, tuple):
+        if is_sibling(request):
             return
         if self._proxy.keys.anonymous:
             self._proxy.keys.check_local(request.raw_headers)

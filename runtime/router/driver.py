@@ -82,6 +82,7 @@ async def run_router(
     worker, siblings = worker_index(), None
     if worker is not None:
         siblings = Siblings(Path(config.state_dir), worker, settings.workers)
+        proxy.others_made = siblings.made
     scrapers = (config.metrics_token, config.cluster_token)
     jobs = Jobs(config, proxy)
     api = Api(

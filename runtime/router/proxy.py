@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING
 
 from runtime.engine.guard import CLOSED
@@ -94,6 +95,7 @@ class Proxy:
         self.cache = cache
         self.shares = GpuShare()
         self.stored = Stored()
+        self.others_made: Callable[[str], Awaitable[Made | None]] | None = None  # of other workers
         self.upstream = upstream
         self.metrics = metrics
         self.heartbeat_s = heartbeat_s
@@ -117,7 +119,7 @@ class Proxy:
                 self._let_in(call, route, wish.tokens)
                 charged = True
             if call.path.startswith(RESPONSES):
-                self.stored.check(call.head, call.caller.tenant, self.keys.any)
+                await self._check_stored(call)
             if exchange.has_no_short_cut or not await exchange.by_a_short_cut():
                 decision = self.gate.arrive(call.model, wish)
                 await exchange.run(decision)
@@ -142,6 +144,14 @@ class Proxy:
             self._tell(outcome)
             if charged:
                 self._settle(caller, wish.tokens, exchange)
+
+    async def _check_stored(self, call: Call) -> None:
+        """Whether it may go on with the response that it names. Raises ApiError (400, 404)."""
+        if self.others_made is not None and self.keys.any:
+            for response_id in self.stored.named(call.head):
+                if (made := await self.others_made(response_id)) is not None:
+                    self.stored.keep(response_id, made)
+        self.stored.check(call.head, call.caller.tenant, self.keys.any)
 
     async def carry(self, call: Call, client: Client) -> _Exchange:
         """Serve a call of the router's own: nobody is charged, nothing is counted."""

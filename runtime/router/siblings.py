@@ -22,8 +22,9 @@ from prometheus_client import CollectorRegistry, Metric, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
 
-from runtime import places
+from runtime import outside, places
 from runtime.router.client import REQUEST_ID, cut_off
+from runtime.router.stored import Made, is_id
 
 log = logging.getLogger("stoker.router")
 
@@ -38,6 +39,7 @@ _NOT_PASSED_ON = {
     "access-control-allow-origin", "access-control-expose-headers",
 }  # fmt: skip
 OWN = {"worker": "own"}  # the query that asks for one worker's own figures
+MADE = "/internal/made"  # ?id=: who made a response; only workers are told
 
 
 _PATH_BYTES = 107  # what fits into a Unix socket's address, on Linux
@@ -79,31 +81,48 @@ class Siblings:
 
         One that came from a worker is asked no further: it came by a Unix socket.
         """
-        peer = request.transport.get_extra_info("peername") if request.transport else None
-        for path in self._others if isinstance(peer, tuple) else ():
+        for path in () if is_sibling(request) else self._others:
             if (answer := await _passed_on(path, request)) is not None:
                 return answer
         return None
 
     async def metrics(self, own: bytes) -> bytes:
         """Our own exposition and everybody else's, summed."""
-        texts = await asyncio.gather(*map(_fetch, self._others))
+        url = places.url("http://worker", "metrics", **OWN)
+        texts = await asyncio.gather(*(_fetch(path, url) for path in self._others))
         return summed([own.decode(), *filter(None, texts)])
 
+    async def made(self, response_id: str) -> Made | None:
+        """Who made a response that another worker has seen."""
+        if not is_id(response_id):
+            return None
+        url = places.url("http://worker", *MADE.strip("/").split("/"), id=response_id)
+        asked = (_fetch(path, url) for path in self._others)
+        found = next(filter(None, await asyncio.gather(*asked)), None)
+        return None if found is None else outside.decode(found.encode(), Made)
 
-async def _fetch(path: Path) -> str | None:
+
+async def _fetch(path: Path, url: str) -> str | None:
+    """What the worker at `path` answers with 200."""
     timeout = aiohttp.ClientTimeout(total=TIMEOUT_S)
     try:
         async with (
             aiohttp.ClientSession(
                 connector=aiohttp.UnixConnector(str(path)), timeout=timeout
             ) as session,
-            session.get("http://worker/metrics", params=OWN) as response,
+            session.get(url) as response,
         ):
-            return await response.text()
+            text = await response.text()
+            return text if response.status == 200 else None
     except (aiohttp.ClientError, TimeoutError, OSError) as error:
-        log.warning("metrics without those of the worker at %s: %s", path, error)
+        log.warning("%s without the worker at %s: %s", url, path, error)
         return None
+
+
+def is_sibling(request: web.Request) -> bool:
+    """Whether another worker asks: by the Unix socket."""
+    peer = request.transport.get_extra_info("peername") if request.transport else None
+    return not isinstance(peer, tuple)
 
 
 async def _passed_on(path: Path, request: web.Request) -> web.StreamResponse | None:

@@ -78,6 +78,15 @@ class Stored:
         self._of[tenant].move_to_end(response_id)
         return made
 
+    def named(self, head: Head) -> list[str]:
+        """The responses that a call names and nobody here knows: another worker may."""
+        names = (head.previous_response_id, head.request_id)
+        return [name for name in names if name is not None and name not in self._made]
+
+    def seen(self, response_id: str) -> Made | None:
+        """Who made it, whosever it is: for another worker."""
+        return self._made.get(response_id)
+
     def check(self, head: Head, tenant: str, keyed: bool) -> None:
         """An engine goes on with any response that it keeps, whoever had it made. Raises ApiError:
         404 where nobody knows that `tenant` had it made, 400 where a new one's id is another's.

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 
+import msgspec
 from aiohttp import web
 
 from runtime.router.body import Head
@@ -19,7 +20,7 @@ from runtime.router.errors import ApiError, no_response
 from runtime.router.headers import is_closed, returned_headers, sent_headers
 from runtime.router.paths import RESPONSES, engine_target
 from runtime.router.proxy import Proxy
-from runtime.router.siblings import Siblings
+from runtime.router.siblings import MADE, Siblings, is_sibling
 from runtime.router.stored import Made, is_id
 from runtime.router.upstream import UpstreamError
 from runtime.wire import Endpoint
@@ -37,7 +38,8 @@ class StoredHandlers:
 
     def routes(self) -> list[web.RouteDef]:
         """What to add to the server."""
-        return [
+        own = [web.get(MADE, self._made, allow_head=False)] if self._siblings is not None else []
+        return own + [
             route
             for base in ("", _OWN)
             for route in (
@@ -45,6 +47,15 @@ class StoredHandlers:
                 web.post(base + _ID + "/cancel", self._cancel),
             )
         ]
+
+    async def _made(self, request: web.Request) -> web.Response:
+        """For another worker of this port; 204: it is not known here."""
+        if not is_sibling(request):
+            raise web.HTTPNotFound
+        made = self._proxy.stored.seen(request.query.get("id", ""))
+        if made is None:
+            return web.Response(status=204)
+        return web.Response(body=msgspec.json.encode(made), content_type="application/json")
 
     async def _get(self, request: web.Request) -> web.StreamResponse:
         return await self._ask(request, "GET", "")

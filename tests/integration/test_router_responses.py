@@ -16,9 +16,9 @@ import router_kit as kit
 import uvloop
 from router_kit import Stack, eventually
 from test_router_limits import workers
-from test_router_tenants import ask, key
+from test_router_tenants import ask, key, token
 
-from runtime.access import Limits, Scope
+from runtime.access import KeyTable, Limits, Scope
 from runtime.engine import guard
 from runtime.router import table_file
 from runtime.wire import Endpoint, ModelRoute, RouteTable
@@ -196,3 +196,37 @@ async def test_any_worker_of_a_port_finds_it(
         assert [body for _, body in got] == [response] * 12
         assert (await call("GET", url + RESPONSES + "/resp_none"))[0] == 404
         assert (await call("POST", where + "/cancel"))[0] == 400
+
+
+async def test_any_worker_of_a_port_goes_on_with_it_for_its_tenant_alone(
+    tmp_path: Path, endpoints: tuple[Endpoint, ...]
+) -> None:
+    route = ModelRoute(name="m", endpoints=endpoints[:1])
+    table_file.save(tmp_path / "routes.json", RouteTable(version=3, models=(route,)))
+    keys = (key("acme", "acme"), key("globex", "globex"))
+    table_file.save(tmp_path / "keys.json", KeyTable(version=1, keys=keys))
+
+    async def call(name: str, url: str, **more: str) -> tuple[int, Any]:
+        headers = {"Authorization": f"Bearer {token(name)}"}
+        async with (
+            aiohttp.ClientSession(headers=headers) as session,  # any worker may get it
+            session.post(url + RESPONSES, json=ASKED | more) as response,
+        ):
+            return response.status, await response.json()
+
+    async with workers(tmp_path, 3) as (_, url):
+        _, response = await call("acme", url)
+        made = response["id"]
+        again = [await call("acme", url, previous_response_id=made) for _ in range(12)]
+        assert [status for status, _ in again] == [200] * 12
+        others = [await call("globex", url, previous_response_id=made) for _ in range(6)]
+        assert {(status, body["error"]["code"]) for status, body in others} == {
+            (404, "response_not_found")
+        }
+        taken = [await call("globex", url, request_id=made) for _ in range(6)]
+        assert {status for status, _ in taken} == {400}
+        async with (  # only workers are told, by their socket
+            aiohttp.ClientSession() as session,
+            session.get(f"{url}/internal/made?id={made}") as response,
+        ):
+            assert response.status == 404
