@@ -17,6 +17,7 @@ from typing import Any
 from tests.cluster import Cluster, wait_until
 from tests.outside.talk import Asked, Told
 
+ANSWERS, REFUSALS, FAILURES = "Answers", "Refusals", "Failures, and a caller who hangs up"
 WORDS = "one two three"
 MAX_TOKENS = 6  # more than the words, after which the model ends by itself
 GIB = 2**30
@@ -25,12 +26,13 @@ _numbers = itertools.count()
 
 @dataclass(frozen=True)
 class Situation:
-    """One column of the table.
+    """One column of one of the tables.
 
-    `model` sets the model up and yields its name; `right` raises AssertionError where what the
-    client was told is not right.
+    `table` is that one's title; `model` sets the model up and yields its name; `right` raises
+    AssertionError where what the client was told is not right.
     """
 
+    table: str
     title: str
     model: Callable[[Cluster], contextlib.AbstractContextManager[str]]
     right: Callable[[Told], None]
@@ -151,33 +153,35 @@ def _broken_off(told: Told) -> None:
 
 
 SITUATIONS = {
-    "warm": Situation("warm", lambda c: _standing("warm"), _answered),
-    "warm_stream": Situation("warm, streamed", lambda c: _standing("warm"), _streamed, True),
-    "cold": Situation("cold", _cold, _answered),
-    "cold_stream": Situation("cold, streamed", _cold, _streamed, True),
+    "warm": Situation(ANSWERS, "warm", lambda c: _standing("warm"), _answered),
+    "warm_stream": Situation(
+        ANSWERS, "warm, streamed", lambda c: _standing("warm"), _streamed, True
+    ),
+    "cold": Situation(ANSWERS, "cold", _cold, _answered),
+    "cold_stream": Situation(ANSWERS, "cold, streamed", _cold, _streamed, True),
     "wrong_key": Situation(
-        "wrong key", lambda c: _standing("warm"), _failed("API key", status=401),
+        REFUSALS, "wrong key", lambda c: _standing("warm"), _failed("API key", status=401),
         fields={"key": "sk-stoker-0123456789abcdef-wrong"},
     ),
     "unknown": Situation(
-        "unknown model", lambda c: _standing("wram"), _failed("wram", status=404),
+        REFUSALS, "unknown model", lambda c: _standing("wram"), _failed("wram", status=404),
     ),
     "refused": Situation(
-        "refused: never fits", _too_large, _failed("900", "GiB", status=503),
+        REFUSALS, "refused: never fits", _too_large, _failed("900", "GiB", status=503),
     ),
     "refused_stream": Situation(
-        "refused, streamed", _too_large, _failed("900", "GiB"), True
+        REFUSALS, "refused, streamed", _too_large, _failed("900", "GiB"), True
     ),
     "start_fails": Situation(
-        "start fails", _broken, _failed("weights", "start", within_s=60.0)
+        FAILURES, "start fails", _broken, _failed("weights", "start", within_s=60.0)
     ),
     "start_fails_stream": Situation(
-        "start fails, streamed", _broken, _failed("weights", "start", within_s=60.0), True
+        FAILURES, "start fails, streamed", _broken, _failed("weights", "start", within_s=60.0), True
     ),
     "dies": Situation(
-        "engine dies in the middle", _dying, _broken_off, True, {"max_tokens": 40}
+        FAILURES, "engine dies in the middle", _dying, _broken_off, True, {"max_tokens": 40}
     ),
     "hang_up": Situation(
-        "hangs up", _left_alone, _failed("", within_s=60.0), fields={"timeout_s": 2.0}
+        FAILURES, "hangs up", _left_alone, _failed("", within_s=60.0), fields={"timeout_s": 2.0}
     ),
 }  # fmt: skip

@@ -10,8 +10,9 @@ _HEAD = """# Clients that were tried
 Written by `make outside` (tests/outside/test_clients.py); do not edit. Each client makes the same
 calls with its own defaults, its retries too, against a real `stoker up` with the stub engine. A
 cell shows how long the answer took, or the name of the error that the client's library raised;
-**bold** is not what is right, – was not tried. What is right: tests/outside/situations.py.
-
+**bold** is not what is right, – was not tried. A script's first call counts with its imports; a
+RuntimeError or Error is the script's own, where the library hands its user an error event. What is
+right: tests/outside/situations.py.
 """
 
 
@@ -26,17 +27,27 @@ class Cell(NamedTuple):
 
 
 def written(
-    versions: Mapping[str, str], columns: Sequence[str], cells: Mapping[tuple[str, str], Cell]
+    versions: Mapping[str, str],
+    tables: Mapping[str, Sequence[str]],
+    cells: Mapping[tuple[str, str], Cell],
+    reasons: Mapping[str, str],
 ) -> str:
-    """The page: a row a client with its version, a column a situation."""
-    lines = ["| client | " + " | ".join(columns) + " |", "| --- " * (len(columns) + 1) + "|"]
-    for title, version in versions.items():
-        shown = [_shown(cells.get((title, column))) for column in columns]
-        lines.append(f"| {title} {version} | " + " | ".join(shown) + " |")
-    tried = [cell for cell in cells.values() if cell.shown != NOT_TRIED]
-    right = sum(cell.right for cell in tried)
-    lines += ["", f"{right} of {len(tried)} as they should be."]
-    return _HEAD + "\n".join(lines) + "\n"
+    """The page: `tables` has each one's columns, a situation each, by its title; a row is a client
+    with its version; `reasons` say by client why something was not tried."""
+    tried = {where: cell for where, cell in cells.items() if cell.shown != NOT_TRIED}
+    rows = [client for client in versions if any(client == row for row, _ in tried)]
+    lines = [_HEAD]
+    for title, columns in tables.items():
+        lines += [f"## {title}", ""]
+        lines += ["| client | " + " | ".join(columns) + " |", "| --- " * (len(columns) + 1) + "|"]
+        for client in rows:
+            shown = [_shown(cells.get((client, column))) for column in columns]
+            lines.append(f"| {client} {versions[client]} | " + " | ".join(shown) + " |")
+        lines.append("")
+    right = sum(cell.right for cell in tried.values())
+    lines += [f"{right} of {len(tried)} as they should be.", ""]
+    lines += [f"- {client} {versions[client]}: {why}." for client, why in reasons.items()]
+    return "\n".join(lines) + "\n"
 
 
 def _shown(cell: Cell | None) -> str:

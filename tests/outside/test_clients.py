@@ -38,8 +38,8 @@ class Client(NamedTuple):
 
 # Why a client is not put through a situation.
 UNFIT = {
-    "pydantic-ai-anthropic": "it ends in a TypeError of its own with this Anthropic SDK, unsent",
-    "instructor": "it asks for the whole object again by itself, until it is one",
+    "pydantic-ai-anthropic": "with this Anthropic SDK it ends in a TypeError of its own, unsent",
+    "instructor": "where the engine dies it asks for the whole object again, until it is one",
 }
 CLIENTS_TRIED = {
     "openai": Client("openai, Python: chat", "openai_python.py", "openai", "chat"),
@@ -103,8 +103,11 @@ def cells() -> Iterator[dict[tuple[str, str], Cell]]:
     yield found
     if os.environ.get("STOKER_WRITE_CLIENTS_TABLE"):
         versions = {c.title: _version(c) for c in CLIENTS_TRIED.values()}
-        columns = [situation.title for situation in SITUATIONS.values()]
-        page = written(versions, columns, found)
+        tables: dict[str, list[str]] = {}
+        for situation in SITUATIONS.values():
+            tables.setdefault(situation.table, []).append(situation.title)
+        reasons = {CLIENTS_TRIED[name].title: why for name, why in UNFIT.items()}
+        page = written(versions, tables, found, reasons)
         (ROOT / "docs" / "clients.md").write_text(page)
 
 

@@ -22,10 +22,15 @@ async function one(call, asked) {
   try {
     for await (const piece of call(asked)) pieces.push(piece ?? "");
   } catch (raised) {
-    error = { kind: raised?.name ?? typeof raised, status: status(raised), message: String(raised?.message ?? raised).slice(0, 2000) };
+    error = { kind: kind(raised), status: status(raised), message: String(raised?.message ?? raised).slice(0, 2000) };
   }
   const took_s = Math.round(performance.now() - began) / 1000;
   return { text: pieces.join(""), pieces: pieces.length, error, took_s };
+}
+
+function kind(raised) {
+  const name = raised?.name ?? typeof raised; // OpenAI's classes all go by the name Error
+  return name === "Error" ? (raised.constructor?.name ?? name) : name;
 }
 
 function status(raised) {
