@@ -20,6 +20,11 @@ from scheduler import access_api, cache_api, route_views, views
 
 T = TypeVar("T")
 
+# For an answer: longer than what the scheduler waits for itself, which is a look at a spec on three
+# nodes, each of which may have to import vLLM. A host that vanishes is noticed by its connection.
+_ANSWER_S = 600.0
+_MORE_S = 60.0  # than the scheduler, where it waits for more
+
 
 class Reply(Struct, Generic[T], frozen=True):
     """An answer: its exact JSON, and what it means."""
@@ -40,10 +45,7 @@ class AdminError(click.ClickException):
 async def open_admin(address: str, token: str) -> AsyncIterator[Admin]:
     """A client of the admin API at `address`, closed at the end."""
     headers = {"Authorization": f"Bearer {token}"} if token else {}
-    timeout = aiohttp.ClientTimeout(total=120, sock_connect=5)
-    async with aiohttp.ClientSession(
-        headers=headers, timeout=timeout, connector=tcp_connector()
-    ) as session:
+    async with aiohttp.ClientSession(headers=headers, connector=tcp_connector()) as session:
         yield Admin(session, address)
 
 
@@ -128,7 +130,10 @@ class Admin:
 
     async def cache_verify(self, model: str, node: str | None) -> Reply[cache_api.Verdicts]:
         query = {"model": model} | ({"node": node} if node else {})
-        return await self._call("POST", "/admin/cache/verify", cache_api.Verdicts, query=query)
+        return await self._call(
+            "POST", "/admin/cache/verify", cache_api.Verdicts, query=query,
+            limit_s=cache_api.VERIFY_S + _MORE_S,
+        )  # fmt: skip
 
     async def prewarm(self, name: str, body: views.PrewarmBody) -> Reply[views.ModelView]:
         path = url("", "admin", "models", name, "prewarm")
@@ -249,8 +254,9 @@ class Admin:
         *,
         body: Struct | None = None,
         query: dict[str, str] | None = None,
+        limit_s: float | None = None,
     ) -> Reply[T]:
-        answer = await self._request(method, path, body, query)
+        answer = await self._request(method, path, body, query, limit_s or _ANSWER_S)
         try:
             return Reply(answer, outside.decode(answer, kind))
         except ValueError as error:
@@ -264,16 +270,19 @@ class Admin:
         path: str,
         body: Struct | None = None,
         query: dict[str, str] | None = None,
+        limit_s: float = _ANSWER_S,
     ) -> bytes:
         """The answer's body.
 
         A scheduler that does not lead names the one that does. It is asked this once only: what
         is named may be a leader of the past.
         """
-        status, answer = await self._send(self._url, method, path, body, query)
+        status, answer = await self._send(self._url, method, path, body, query, limit_s)
         leader = _leader(answer) if status == 503 else None
         if leader:
-            status, answer = await self._send(leader.rstrip("/"), method, path, body, query)
+            status, answer = await self._send(
+                leader.rstrip("/"), method, path, body, query, limit_s
+            )
         if status >= 400:
             raise _refused(status, answer)
         return answer
@@ -285,19 +294,31 @@ class Admin:
         path: str,
         body: Struct | None,
         query: dict[str, str] | None,
+        limit_s: float,
     ) -> tuple[int, bytes]:
         data = None if body is None else msgspec.json.encode(body)
         headers = {} if body is None else {"Content-Type": "application/json"}
+        timeout = aiohttp.ClientTimeout(total=limit_s, sock_connect=5)
         try:
             async with self._session.request(
-                method, f"{address}{path}", data=data, headers=headers, params=query
+                method,
+                f"{address}{path}",
+                data=data,
+                headers=headers,
+                params=query,
+                timeout=timeout,
             ) as response:
                 return response.status, await response.read()
         except (aiohttp.ClientError, TimeoutError, ValueError) as error:
-            raise _unreachable(address, error) from None
+            raise _unreachable(address, error, limit_s) from None
 
 
-def _unreachable(address: str, error: Exception) -> AdminError:
+def _unreachable(address: str, error: Exception, limit_s: float = _ANSWER_S) -> AdminError:
+    if isinstance(error, TimeoutError) and not isinstance(error, aiohttp.ClientError):
+        return AdminError(
+            f"the scheduler at {address} took the call, but gave no answer in {limit_s:g} s: "
+            "what was asked for may still be done; look before you ask again"
+        )
     reason = str(error) or type(error).__name__
     return AdminError(f"can't reach the scheduler at {address}: {reason}. Is it running?")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -232,6 +233,24 @@ async def test_a_leader_of_the_past_is_not_clung_to(fake: FakeServer) -> None:
         with pytest.raises(AdminError, match=r"can't reach the scheduler at http://127\.0\.0\.1:9"):
             await admin.replicas()
         assert (await admin.replicas()).value == now
+
+
+async def test_a_scheduler_that_takes_its_time_is_not_called_unreachable(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("cli.client._ANSWER_S", 0.2)
+    held: list[asyncio.StreamWriter] = []
+
+    async def say_nothing(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        held.append(writer)
+
+    async with await asyncio.start_server(say_nothing, "127.0.0.1", 0) as server:
+        port = server.sockets[0].getsockname()[1]
+        async with open_admin(f"http://127.0.0.1:{port}", TOKEN) as admin:
+            with pytest.raises(AdminError, match=r"took the call, but gave no answer in 0\.2 s"):
+                await admin.replicas()
+        for writer in held:
+            writer.close()
 
 
 def test_nobody_leads(fake: FakeServer) -> None:
