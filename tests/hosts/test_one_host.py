@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import base64
+import os
 import uuid
 from pathlib import Path
 
 import pytest
 from machines import Machine, Machines
-from playbook import SETTINGS, Site, wheels
+from playbook import SETTINGS, Site, make_wheel, wheels
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -36,9 +38,16 @@ def one(site: Site) -> Machine:
     return site.hosts["one"]
 
 
+ACLS = {
+    "consul_management_token": str(uuid.uuid4()),
+    "consul_encrypt_key": base64.b64encode(os.urandom(32)).decode(),
+}
+
+
 @pytest.mark.slow
-def test_check_mode_works_on_a_fresh_host(site: Site) -> None:
-    assert site.play("--check").succeeded().total("changed") > 5
+@pytest.mark.parametrize("settings", [{}, ACLS], ids=["open", "acls"])
+def test_check_mode_works_on_a_fresh_host(site: Site, settings: dict[str, object]) -> None:
+    assert site.play("--check", **settings).succeeded().total("changed") > 5
 
 
 def test_every_service_runs_and_a_second_run_changes_nothing(site: Site, one: Machine) -> None:
@@ -80,6 +89,35 @@ def test_a_play_fails_where_consul_knows_no_such_token(site: Site, one: Machine)
     assert refused.status != 0
     assert "does not see a leader that hears all 1" in refused.output, refused.output[-4000:]
     site.play().succeeded()
+
+
+@pytest.mark.slow
+def test_old_releases_go_those_in_use_stay(site: Site, one: Machine, tmp_path: Path) -> None:
+    """After three upgrades in a row; a process that an engine could be runs from the first one."""
+    link = "readlink -f /opt/stoker/venv"
+    seen = [one.checked(link).strip()]
+    one.checked(f"systemd-run --unit=holds {seen[0]}/bin/python -c 'import time; time.sleep(3600)'")
+    for number in (1, 2, 3):
+        upgrade(site, tmp_path, f"0.1.{number}")
+        seen.append(one.checked(link).strip())
+    assert len(set(seen)) == 4
+    assert releases(one) == {seen[0], seen[2], seen[3]}
+    assert not (units := inactive(one)), units
+    one.checked("systemctl stop holds")
+    site.play(stoker_keep_releases=1).succeeded()  # back to the first
+    assert one.checked(link).strip() == seen[0]
+    assert releases(one) == {seen[0], seen[3]}
+    upgrade(site, tmp_path, "0.1.4")  # the one before is the oldest now, and stays
+    assert releases(one) == {seen[0], one.checked(link).strip()}
+
+
+def upgrade(site: Site, folder: Path, version: str) -> None:
+    wheel = make_wheel(folder / version, version=version)
+    site.play(stoker_wheel=str(wheel), stoker_keep_releases=1).succeeded()
+
+
+def releases(host: Machine) -> set[str]:
+    return set(host.checked("ls -d /opt/stoker/releases/*").split())
 
 
 def test_the_removal_leaves_nothing_running(site: Site, one: Machine) -> None:
