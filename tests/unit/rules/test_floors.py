@@ -1,0 +1,149 @@
+"""Who stands above whom: a file imports from its own room and from floors below it, never up, and
+no files import each other in a circle. Imports for types alone and within functions count too.
+
+A room is a folder of a part, or a file that stands in the part itself.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Mapping
+
+import pytest
+
+from tests.unit.rules.product import sources, text
+
+# part -> its floors, the highest first; rooms of one floor don't know each other.
+HOUSES: Mapping[str, str] = {
+    "agent": """
+        driver
+        server
+        node
+        records  rung_limits
+        weights
+        engines
+        cache  devices  sim
+        core
+        link  metrics
+    """,
+}
+
+
+def floors(part: str) -> dict[str, int]:
+    """Each room's floor, counted from the top."""
+    lines = [line.split() for line in HOUSES[part].strip().splitlines()]
+    return {room: number for number, rooms in enumerate(lines) for room in rooms}
+
+
+def imported(path: str, source: str, files: frozenset[str]) -> set[str]:
+    """The files among `files` that a file imports."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names = [name.name for name in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{path}: imports are absolute"
+            module = node.module or ""
+            names = [module, *(f"{module}.{name.name}" for name in node.names)]
+        else:
+            continue
+        paths = (name.replace(".", "/") for name in names)
+        found |= {file for p in paths for file in (f"{p}.py", f"{p}/__init__.py") if file in files}
+    return found
+
+
+def room(path: str) -> str:
+    """Of `agent/core/replica.py`: core; of `agent/node.py`: node."""
+    return path.split("/")[1].removesuffix(".py")
+
+
+def arrows(files: Mapping[str, str]) -> dict[str, set[str]]:
+    """Which files of one part each of them imports; `files` are path -> source."""
+    known = frozenset(files)
+    return {path: imported(path, source, known) - {path} for path, source in files.items()}
+
+
+def arrows_up(part: str, files: Mapping[str, str]) -> list[str]:
+    """Every import that breaks the order of the floors, in words."""
+    order = floors(part)
+    return [
+        f"{path} imports {other}: {room(other)} is not below {room(path)}"
+        for path, others in arrows(files).items()
+        for other in sorted(others)
+        if room(path) != room(other) and order[room(path)] >= order[room(other)]
+    ]
+
+
+def in_circles(files: Mapping[str, str]) -> set[str]:
+    """The files that import themselves, by way of others."""
+    direct = arrows(files)
+    reached = {path: set(others) for path, others in direct.items()}
+    for _ in files:
+        wider = {p: others.union(*(direct[o] for o in others)) for p, others in reached.items()}
+        if wider == reached:
+            break
+        reached = wider
+    return {path for path, others in reached.items() if path in others}
+
+
+def files_of(part: str) -> dict[str, str]:
+    """path -> source, but for the part's own `__init__`."""
+    return {path: text(path) for path in sources(part, but=f"{part}/__init__.py")}
+
+
+@pytest.mark.parametrize("part", HOUSES)
+def test_no_import_goes_up(part: str) -> None:
+    assert arrows_up(part, files_of(part)) == []
+
+
+@pytest.mark.parametrize("part", HOUSES)
+def test_no_circle(part: str) -> None:
+    assert in_circles(files_of(part)) == set()
+
+
+@pytest.mark.parametrize("part", HOUSES)
+def test_the_table_has_every_room_and_no_other(part: str) -> None:
+    assert {room(path) for path in files_of(part)} == set(floors(part))
+
+
+@pytest.mark.parametrize("part", HOUSES)
+def test_a_folder_says_what_lives_in_it_and_is_not_crowded(part: str) -> None:
+    folders: dict[str, list[str]] = {}
+    for path in files_of(part):
+        folder, _, name = path.rpartition("/")
+        folders.setdefault(folder, []).append(name)
+    del folders[part]
+    for folder, names in folders.items():
+        assert "__init__.py" in names, f"{folder} has no __init__.py"
+        opening = ast.get_docstring(ast.parse(files_of(part)[f"{folder}/__init__.py"]))
+        assert opening, f"{folder}/__init__.py says nothing"
+        assert 3 <= len(names) - 1 <= 13, f"{folder} has {len(names) - 1} files"
+
+
+PLANTED = {
+    "agent/driver.py": "from agent.node import Node",
+    "agent/node.py": "from agent.core.replica import Replica\nimport agent.metrics",
+    "agent/metrics.py": "",
+    "agent/core/messages.py": "",
+    "agent/core/replica.py": "from agent.core import messages",
+}
+
+
+@pytest.mark.parametrize(
+    ("path", "line"),
+    [
+        ("agent/core/replica.py", "import agent.node"),
+        ("agent/metrics.py", "def f():\n    from agent.core import replica"),
+        ("agent/core/messages.py", "if TYPE_CHECKING:\n    from agent.driver import run"),
+        ("agent/node.py", "from agent import driver"),
+    ],
+)
+def test_a_planted_arrow_up_is_found(path: str, line: str) -> None:
+    assert arrows_up("agent", PLANTED) == []
+    assert arrows_up("agent", PLANTED | {path: line})
+
+
+def test_a_planted_circle_is_found() -> None:
+    assert in_circles(PLANTED) == set()
+    closed = PLANTED | {"agent/core/messages.py": "from agent.core import replica"}
+    assert in_circles(closed) == {"agent/core/messages.py", "agent/core/replica.py"}
