@@ -5,8 +5,9 @@
 SOURCE is an unpacked source archive of the vLLM that is installed here, fetched by whoever runs
 this (`pip download --no-deps --no-binary :all: vllm==…`); nothing of it is copied into the
 repository. Both servers serve one tiny random model, on this host's CPU or GPU, under every name
-that the tests ask for. A case that fails at both tells nothing of the router. Exit status 0: each
-difference is one of expected.yaml, and each of those was seen.
+that the tests ask for. Many cases fail at both, as they want what only their own server has: they
+are compared by the exception and the status that they fail with. Exit status 0: each difference is
+one of expected.yaml, and each of those was seen.
 
 Rule this file keeps: a case differs only if it does so twice; a model of random weights gives
 answers that some tests like at one time and not at another.
@@ -32,6 +33,7 @@ from typing import NamedTuple
 import requests
 import yaml
 
+from runtime.engine.vllm_args import to_flags
 from runtime.tiny_models import write_model
 from tests.cluster import running
 
@@ -69,7 +71,11 @@ FILES = (
     "serve/sagemaker/test_sagemaker_middleware_integration.py",
     "serve/tokenize/test_tokenization.py",
 )
-ARGS = {"enforce_eager": True, "max_model_len": 2048, "max_num_seqs": 32, "dtype": "bfloat16"}
+ARGS = {
+    "enforce_eager": True, "max_model_len": 2048, "max_num_seqs": 32, "dtype": "bfloat16",
+    "enable_auto_tool_choice": True, "tool_call_parser": "hermes",
+    "enable_prompt_tokens_details": True, "enable_tokenizer_info_endpoint": True,
+}  # fmt: skip
 START_S = 300.0
 # As Stoker starts it on a host without a GPU, so that two engines can share the cores.
 CPU = {
@@ -83,7 +89,10 @@ _MODEL = re.compile(
     r'^[A-Z_]*MODEL[A-Z_]* *= *"([^"]+)"|"--served-model-name",\s*"([^"]+)"|"(zephyr-lora)"',
     re.MULTILINE,
 )
-Outcomes = dict[str, str]  # case -> passed, failed, error or skipped
+# Of what a failed case says: the exception, and the status that an answer had.
+_EXCEPTION = re.compile(r"[A-Za-z_.]+")
+_STATUS = re.compile(r"(?:Error code: |status[_ ]?(?:code)?\D{0,3}|assert )([1-5]\d\d)\b")
+Outcomes = dict[str, str]  # case -> passed, skipped, or how it failed
 
 
 class Difference(NamedTuple):
@@ -184,10 +193,18 @@ def _parsed(report: Path) -> Outcomes:
     outcomes = {}
     for case in ET.parse(report).getroot().iter("testcase"):
         name = f"{case.get('classname', '').replace('.', '/')}.py::{case.get('name')}"
-        kinds = {child.tag for child in case}
-        known = ("error", "failure", "skipped")
-        outcomes[name] = next((kind for kind in known if kind in kinds), "passed")
+        outcomes[name] = next(filter(None, map(_outcome, case)), "passed")
     return outcomes
+
+
+def _outcome(child: ET.Element) -> str | None:
+    """What an element of a case says of it, e.g. "failure (NotFoundError 404)"."""
+    if child.tag not in ("error", "failure"):
+        return "skipped" if child.tag == "skipped" else None
+    message = child.get("message", "")
+    exception, status = _EXCEPTION.match(message), _STATUS.search(message)
+    words = [exception[0].rpartition(".")[2] if exception else "", status[1] if status else ""]
+    return f"{child.tag} ({' '.join(filter(None, words))})"
 
 
 # -------------------------------------------------------------------------------- the servers
@@ -214,8 +231,7 @@ def _plain(model: Path, names: Sequence[str]) -> Iterator[str]:
     argv = [  # not `vllm serve`, which the CPU build's package does not have
         sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model),
         "--served-model-name", *names, "--host", "127.0.0.1", "--port", str(port),
-        "--dtype", "bfloat16", "--enforce-eager", "--max-model-len", "2048",
-        "--max-num-seqs", "32",
+        *to_flags(ARGS),
     ]  # fmt: skip
     log = model.parent / "plain.log"
     environ = {**os.environ, **CPU, "PYTHONPATH": ""}
