@@ -138,7 +138,7 @@ def _compare(work: Path, source: Path, files: Sequence[str]) -> int:
         if differ:
             with _plain(model, names) as url:
                 second = _outcomes(work, differ, url, environ)
-            unsteady |= {c for c in differ if second.get(c) != plain[c]}
+            unsteady |= {c for c in differ if second.get(c, plain[c]) != plain[c]}
     found = [Difference(c, plain[c], router.get(c, "missing")) for c in differ]
     return _report(plain, router, [d for d in found if d.case not in unsteady], unsteady)
 
@@ -175,7 +175,8 @@ def _outcomes(work: Path, tests: Sequence[str], url: str, environ: Mapping[str, 
     argv = [
         sys.executable, "-m", "pytest", "-p", "stoker_vllm_plugin", "-p", "no:cacheprovider", "-q",
         "-x" if not names else "--continue-on-collection-errors", "--timeout=120", "--tb=no",
-        "-o", "addopts=", f"--junit-xml={report}", *names,
+        "-o", "addopts=", "-o", "junit_family=xunit1",
+        f"--junit-xml={report}", *names,
     ]  # fmt: skip
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("STOKER_", "PYTEST_"))}
     paths = f"{work}{os.pathsep}{HERE / 'plugin'}"
@@ -192,7 +193,9 @@ def _outcomes(work: Path, tests: Sequence[str], url: str, environ: Mapping[str, 
 def _parsed(report: Path) -> Outcomes:
     outcomes = {}
     for case in ET.parse(report).getroot().iter("testcase"):
-        name = f"{case.get('classname', '').replace('.', '/')}.py::{case.get('name')}"
+        file, place = case.get("file", ""), case.get("classname", "")
+        within = place.removeprefix(file.removesuffix(".py").replace("/", ".")).split(".")
+        name = "::".join((file, *filter(None, within), case.get("name", "")))
         outcomes[name] = next(filter(None, map(_outcome, case)), "passed")
     return outcomes
 
