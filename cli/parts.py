@@ -59,7 +59,7 @@ def scheduler(where: Where, config: str | None, as_json: bool, until_eof: bool) 
     """
 
     async def run(settings: Config, registry: Registry, ready: Callable[[str], None]) -> None:
-        from scheduler.driver import run_scheduler
+        from scheduler.main import run_scheduler
 
         await run_scheduler(settings, registry, stop=_stop_on_signals(), on_ready=ready)
 

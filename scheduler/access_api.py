@@ -14,7 +14,8 @@ from msgspec import Struct
 
 from runtime.access import KeySpec, Limits, Priority, Role, Scope, StoredKey, StoredToken, Tenant
 from scheduler.access import Access
-from scheduler.http import SUBJECT, ApiError, bad, read_body, reply, unknown
+from scheduler.errors import bad, unknown
+from scheduler.http import SUBJECT, ApiError, read_body, reply
 
 DAY_S = 86400.0
 NO_TENANT = "anonymous"

@@ -41,17 +41,17 @@ from scheduler import views as v
 from scheduler.access_api import AccessApi
 from scheduler.cache_api import CacheClient, CachePullBody
 from scheduler.driver import Driver
+from scheduler.errors import Refused, bad, unknown
 from scheduler.http import (
     SUBJECT,
     WHO,
     ApiError,
-    bad,
     decode_body,
     number,
     read_body,
     read_json,
+    refusal,
     reply,
-    unknown,
     whole_number,
 )
 from scheduler.inspect import inspect_spec
@@ -96,6 +96,9 @@ async def _errors(request: web.Request, handler: Any) -> web.StreamResponse:
     try:
         response: web.StreamResponse = await handler(request)
         return response
+    except Refused as refused:
+        error = refusal(refused)
+        return reply(error.body, error.status)
     except ApiError as error:
         return reply(error.body, error.status)
     except RegistryError as error:

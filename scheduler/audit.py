@@ -13,35 +13,46 @@ import logging
 import time
 from collections import deque
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import msgspec
+from msgspec import Struct
 
 from runtime.outside import decode
 from runtime.registry import RegistryError
 from runtime.wire import encode
-from scheduler.route_views import AuditEntry
-
-if TYPE_CHECKING:
-    from scheduler.driver import Driver
+from scheduler.store import Store
 
 log = logging.getLogger("scheduler")
 
 KEPT = 500
 
 
+class AuditEntry(Struct, frozen=True, kw_only=True):
+    """One change. It is stored as it is shown."""
+
+    number: int
+    at: str  # ISO 8601, UTC
+    who: str  # a token's name, "cluster" for the cluster's own; "canary", "switch": the scheduler
+    action: str  # put | remove | switch | switched | switch_failed | step | promote | rollback
+    subject: str  # e.g. "route llama"
+    reason: str
+    old: dict[str, Any] | None = None  # None: there was none
+    new: dict[str, Any] | None = None  # None: it is gone
+
+
 class AuditTrail:
     """The last KEPT entries, oldest first. Its callers take turns (`RuleBook.lock`)."""
 
-    def __init__(self, driver: Driver) -> None:
-        self._driver = driver
+    def __init__(self, store: Store) -> None:
+        self._store = store
         self.entries: deque[AuditEntry] = deque()
         self._unsaved: deque[AuditEntry] = deque()
         self._next = 1
 
     async def load(self) -> None:
         """What is stored. Raises RegistryError."""
-        stored, _ = await self._driver.registry.list(self._driver.key("audit") + "/")
+        stored, _ = await self._store.registry.list(self._store.key("audit") + "/")
         found = []
         for entry in stored:
             with contextlib.suppress(ValueError):  # another version of Stoker wrote it
@@ -67,7 +78,7 @@ class AuditTrail:
 
     async def save(self) -> None:
         """Store what is not stored yet, and let go of what is too old."""
-        registry = self._driver.registry
+        registry = self._store.registry
         try:
             while self._unsaved:
                 await registry.put(self._key(self._unsaved[0]), encode(self._unsaved[0]))
@@ -79,4 +90,4 @@ class AuditTrail:
             log.warning("the audit trail is not saved yet: %s", error)
 
     def _key(self, entry: AuditEntry) -> str:
-        return self._driver.key("audit", f"{entry.number:012d}")
+        return self._store.key("audit", f"{entry.number:012d}")

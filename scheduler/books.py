@@ -10,11 +10,8 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from scheduler.node import Node
-    from scheduler.replica import Replica
+from scheduler.replica import Replica
 
 
 class Index:
@@ -30,13 +27,12 @@ class Index:
         self._by_room: list[tuple[int, str]] = []  # (most room on one device, node id), sorted
         self._room: dict[str, int] = {}
 
-    def place_node(self, node: Node) -> None:
-        """Sort a node in again, by what its roomiest device could take now."""
-        self.remove_node(node.node_id)
-        if node.schedulable and node.devices:
-            room = max(node.plannable(device_id) for device_id in node.devices)
-            self._room[node.node_id] = room
-            insort(self._by_room, (room, node.node_id))
+    def place_node(self, node_id: str, room: int | None) -> None:
+        """Sort a node in again, by what its roomiest device could take now; None: it takes none."""
+        self.remove_node(node_id)
+        if room is not None:
+            self._room[node_id] = room
+            insort(self._by_room, (room, node_id))
 
     def remove_node(self, node_id: str) -> None:
         """No placement looks at it."""

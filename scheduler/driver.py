@@ -16,15 +16,13 @@ from typing import Any
 import aiohttp
 import msgspec
 import tenacity
-from aiohttp import web
 
 from runtime import places
 from runtime.config import Config
 from runtime.footprints import Footprint, Key
 from runtime.outside import decode
 from runtime.prewarm import Ask, floor_at
-from runtime.registration import keep_registered, withdraw
-from runtime.registry import Entry, Lock, Registry, RegistryError, Service
+from runtime.registry import Entry, Lock, Registry, RegistryError
 from runtime.sockets import tcp_connector
 from runtime.wire import AgentCommand, CommandReply, RouteTable, StageModels
 from scheduler import messages as m
@@ -35,6 +33,7 @@ from scheduler.ladder import climb_s
 from scheduler.ledger import mismatch
 from scheduler.moves import Settings
 from scheduler.rulebook import RuleBook
+from scheduler.store import Store
 
 log = logging.getLogger("scheduler")
 
@@ -76,7 +75,7 @@ class Driver:
     def __init__(self, config: Config, registry: Registry) -> None:
         self.config = config
         self.registry = registry
-        self.prefix = config.registry.prefix
+        self.store = Store(registry, config.registry.prefix)
         settings = config.scheduler
         self.core = Core(
             Settings(
@@ -87,8 +86,8 @@ class Driver:
                 stand_by=settings.stand_by,
             )
         )
-        self.access = Access(registry, self.prefix, self.now)
-        self.rules = RuleBook(self)
+        self.access = Access(registry, self.store.prefix, self.now)
+        self.rules = RuleBook(self.store, self)
         self.leads = False
         self.why_not_leading = ""  # what the last try to lead failed of
         self._outranked = False
@@ -234,7 +233,7 @@ class Driver:
     # ------------------------------------------------------------------------------- stored state
 
     def key(self, *parts: str) -> str:
-        return places.key(self.prefix, *parts)
+        return self.store.key(*parts)
 
     async def store_model(self, stored: m.StoredModel) -> None:
         """Keep a model, then tell the core. Raises RegistryError."""
@@ -458,40 +457,3 @@ class Driver:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         if self._http is not None:
             await self._http.close()
-
-
-async def run_scheduler(
-    config: Config,
-    registry: Registry,
-    *,
-    stop: asyncio.Event | None = None,
-    on_ready: Callable[[str], None] | None = None,
-) -> None:
-    """Serve until `stop` is set. `on_ready(url)` is called when the API listens."""
-    from scheduler.api import make_app
-
-    stop = stop or asyncio.Event()
-    driver = Driver(config, registry)
-    runner = web.AppRunner(make_app(driver), access_log=None, handler_cancellation=True)
-    await runner.setup()
-    try:
-        site = web.TCPSite(runner, config.scheduler.host, config.scheduler.port)
-        await site.start()
-        host, port = runner.addresses[0][:2]
-        driver.url = config.scheduler.advertise_url or places.base_url(host, port)
-        service = Service(
-            service_id=f"stoker-scheduler-{config.node_id()}-{port}", name="stoker-scheduler",
-            address=host, port=port,
-        )  # fmt: skip
-        driver.spawn(driver.lead_or_stand_by())
-        driver.spawn(keep_registered(registry, service))
-        driver.spawn(driver.keep_footprints())
-        driver.spawn(driver.access.keep_usage(lambda: driver.leads))
-        driver.spawn(driver.rules.follow())
-        if on_ready is not None:
-            on_ready(driver.url)
-        await stop.wait()
-        await withdraw(registry, service)
-    finally:
-        await driver.close()
-        await runner.cleanup()

@@ -12,13 +12,17 @@ from aiohttp import web
 
 from runtime import outside
 from runtime.outside import OutsideError
-from runtime.schema import SchemaError, check, close_names
+from runtime.schema import SchemaError, check
 from runtime.wire import SpecProblem, encode
 from scheduler import views as v
+from scheduler.errors import Conflict, Invalid, NotFound, Refused
 
 S = TypeVar("S", bound=msgspec.Struct)
 WHO = web.RequestKey("who", str)  # the name of the token that was sent
 SUBJECT = web.RequestKey("subject", str)  # the address of what was made, for the audit trail
+
+
+_STATUS: dict[type[Refused], int] = {NotFound: 404, Conflict: 409, Invalid: 422}
 
 
 class ApiError(Exception):
@@ -44,15 +48,9 @@ def reply(body: msgspec.Struct, status: int = 200) -> web.Response:
     return web.Response(body=encode(body), status=status, content_type="application/json")
 
 
-def unknown(kind: str, name: str, known: list[str]) -> ApiError:
-    close = tuple(close_names(name, known))
-    hint = f"; did you mean {close[0]!r}?" if close else ""
-    return ApiError(404, f"there is no {kind} {name!r}{hint}", close=close)
-
-
-def bad(field: str, value: Any, message: str, fix: str) -> ApiError:
-    problem = SpecProblem(field=field, value=value, message=message, fix=fix)
-    return ApiError(422, str(problem), problems=(problem,))
+def refusal(error: Refused) -> ApiError:
+    """The answer that says it."""
+    return ApiError(_STATUS[type(error)], str(error), problems=error.problems, close=error.close)
 
 
 def decode_body(data: bytes, kind: type[S]) -> S:

@@ -131,6 +131,12 @@ class Node:
     def physical(self, device_id: str) -> int:
         return self.books.physical(device_id)
 
+    def most_room(self) -> int | None:
+        """What its roomiest device could take now; None: it takes no new replica."""
+        if not self.schedulable or not self.devices:
+            return None
+        return max(self.plannable(device_id) for device_id in self.devices)
+
     def plannable(self, device_id: str) -> int:
         """Bytes a new plan may take, counting those that leave as gone already."""
         return self.rooms().plannable.get(device_id, 0)

@@ -12,9 +12,19 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from runtime.wire import ModelSpec, ReplicaReport
-from scheduler.books import Books
+
+
+class Booked(Protocol):
+    """The books that a replica stands in."""
+
+    def touch(self) -> None:
+        """Something that is booked there changed."""
+
+    def moved(self, replica: Replica) -> None:
+        """It entered another stage."""
 
 
 class Stage(enum.StrEnum):
@@ -100,7 +110,7 @@ class Replica:
     stage_after: bool = False  # once it is gone, its model's weights may stay in the page cache
     queued: int = 0  # heartbeats in a row that told of requests waiting in its engine
     lost_from: Stage | None = None  # unknown: where it was when its node was last heard of
-    books: Books | None = field(default=None, repr=False)
+    books: Booked | None = field(default=None, repr=False)
 
     def move(self, stage: Stage, now: float) -> None:
         """Enter `stage`; entering the one it is in keeps `since`."""

@@ -14,7 +14,8 @@ from runtime.schema import SchemaError
 from runtime.wire import RouteTarget
 from scheduler import route_views as v
 from scheduler.driver import Driver
-from scheduler.http import WHO, ApiError, bad, read_body, read_json, reply, whole_number
+from scheduler.errors import bad
+from scheduler.http import WHO, ApiError, read_body, read_json, reply, whole_number
 from scheduler.rulebook import StoredRoute
 from scheduler.table import warmth
 

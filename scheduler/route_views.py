@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated
 
 from msgspec import Meta, Struct
 
 from runtime.wire import RouteRule, Warmth
+from scheduler.audit import AuditEntry
 
 
 class TargetView(Struct, frozen=True, kw_only=True):
@@ -71,19 +72,6 @@ class ReasonBody(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Why, for the audit trail."""
 
     reason: str = "asked by an operator"
-
-
-class AuditEntry(Struct, frozen=True, kw_only=True):
-    """One change. It is stored as it is shown."""
-
-    number: int
-    at: str  # ISO 8601, UTC
-    who: str  # a token's name, "cluster" for the cluster's own; "canary", "switch": the scheduler
-    action: str  # put | remove | switch | switched | switch_failed | step | promote | rollback
-    subject: str  # e.g. "route llama"
-    reason: str
-    old: dict[str, Any] | None = None  # None: there was none
-    new: dict[str, Any] | None = None  # None: it is gone
 
 
 class Audit(Struct, frozen=True, kw_only=True):

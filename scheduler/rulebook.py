@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from msgspec import Struct
 from msgspec.structs import replace
@@ -21,15 +21,14 @@ from msgspec.structs import replace
 from runtime.outside import decode
 from runtime.registry import RegistryError
 from runtime.rules import model_problems, place_problems, uses, with_share, without_canary
-from runtime.wire import DemandReport, ModelSpec, RouteRule, encode
+from runtime.wire import DemandReport, ModelSpec, RouteRule, RouteTable, encode
 from scheduler import messages as m
 from scheduler.audit import AuditTrail
 from scheduler.canary import Counts, Observed, judge
-from scheduler.http import ApiError, bad, unknown
-
-if TYPE_CHECKING:
-    from scheduler.driver import Driver
-    from scheduler.state import Model
+from scheduler.core import Core
+from scheduler.errors import Conflict, Invalid, bad, unknown
+from scheduler.state import Model
+from scheduler.store import Store
 
 log = logging.getLogger("scheduler")
 
@@ -54,15 +53,30 @@ class StoredRoute(Struct, frozen=True, kw_only=True):
     switch: Switch | None = None
 
 
+class Cluster(Protocol):
+    """What a rule book has to do with beside the registry: the scheduler that it belongs to."""
+
+    core: Core
+    leads: bool
+    table: RouteTable | None
+
+    def now(self) -> float:
+        """The clock of all events."""
+
+    def apply(self, event: m.Event) -> None:
+        """Hand an event to the core."""
+
+
 class RuleBook:
     """All routes of the cluster; only a leader's is in use.
 
-    Every change raises ApiError where it can't be made, RegistryError where it was not.
+    Every change raises Refused where it can't be made, RegistryError where it was not.
     """
 
-    def __init__(self, driver: Driver) -> None:
-        self._driver = driver
-        self.audit = AuditTrail(driver)
+    def __init__(self, store: Store, cluster: Cluster) -> None:
+        self._store = store
+        self._cluster = cluster
+        self.audit = AuditTrail(store)
         self.observed = Observed()
         self.routes: dict[str, StoredRoute] = {}
         self.verdicts: dict[str, str] = {}  # route -> what its canary waits for
@@ -72,7 +86,7 @@ class RuleBook:
 
     async def load(self) -> tuple[RouteRule, ...]:
         """What is stored, for a new leader."""
-        entries, _ = await self._driver.registry.list(self._driver.key("routes") + "/")
+        entries, _ = await self._store.registry.list(self._store.key("routes") + "/")
         self.routes = {}
         for entry in entries:
             try:
@@ -82,7 +96,7 @@ class RuleBook:
                 continue
             self.routes[stored.rule.name] = stored
         self.observed, self.verdicts, self._asked_at = Observed(), {}, {}
-        self.changed_at = dict.fromkeys(self.routes, self._driver.now())
+        self.changed_at = dict.fromkeys(self.routes, self._cluster.now())
         await self.audit.load()
         return self.rules()
 
@@ -94,7 +108,7 @@ class RuleBook:
         self.observed.heard(report)
 
     def find(self, name: str) -> StoredRoute:
-        """Raises ApiError (404)."""
+        """Raises NotFound."""
         stored = self.routes.get(name)
         if stored is None:
             raise unknown("route", name, list(self.routes))
@@ -103,17 +117,17 @@ class RuleBook:
     # ------------------------------------------------------------------------- beside models
 
     def refuse_model(self, spec: ModelSpec) -> None:
-        """Raises ApiError (409) where a route has one of its names."""
+        """Raises Conflict where a route has one of its names."""
         if problems := model_problems(spec, self.rules()):
-            raise ApiError(409, "\n".join(map(str, problems)), problems=tuple(problems))
+            raise Conflict("\n".join(map(str, problems)), problems=tuple(problems))
 
     def refuse_removal(self, model: str) -> None:
-        """Raises ApiError (409) where a route names the model."""
+        """Raises Conflict where a route names the model."""
         routes = [rule.name for rule in self.rules() if model in uses(rule)]
         if routes:
             named = ", ".join(map(repr, routes))
             message = f"model {model!r} is used by route {named}: change or remove that first"
-            raise ApiError(409, message)
+            raise Conflict(message)
 
     # ------------------------------------------------------------------------- operators
 
@@ -122,8 +136,9 @@ class RuleBook:
         async with self.lock:
             models = {name: model.spec for name, model in self._models().items()}
             if problems := place_problems(rule, models, self.rules()):
-                status = 409 if any(p.field == "name" for p in problems) else 422
-                raise ApiError(status, "\n".join(map(str, problems)), problems=tuple(problems))
+                taken = any(p.field == "name" for p in problems)
+                kind = Conflict if taken else Invalid
+                raise kind("\n".join(map(str, problems)), problems=tuple(problems))
             old = self.routes.get(rule.name)
             reason = "added" if old is None else "changed"
             if old is not None and old.switch is not None:
@@ -134,7 +149,7 @@ class RuleBook:
     async def remove(self, name: str, who: str) -> None:
         async with self.lock:
             old = self.find(name)
-            await self._driver.registry.delete(self._driver.key("routes", name))
+            await self._store.registry.delete(self._store.key("routes", name))
             del self.routes[name]
             self._in_force()
             self._begin_anew(name)
@@ -145,7 +160,7 @@ class RuleBook:
         async with self.lock:
             stored = self.find(name)
             if stored.rule.canary is None:
-                raise ApiError(409, f"route {name!r} has no canary to promote")
+                raise Conflict(f"route {name!r} has no canary to promote")
             await self._end_canary(stored, "promote", who, reason)
 
     async def rollback(self, name: str, who: str, reason: str) -> None:
@@ -162,7 +177,7 @@ class RuleBook:
                     f"route {name!r} has neither a canary nor a pending switch; a switch that is"
                     " done is undone by switching back"
                 )
-                raise ApiError(409, message)
+                raise Conflict(message)
 
     async def switch(self, name: str, to: str, deadline_s: float, who: str) -> None:
         """Begin to warm `to`; it gets everything once as much of it is ready as serves now."""
@@ -176,25 +191,25 @@ class RuleBook:
             self._ask_for(name, pending)
 
     def _replicas_for(self, stored: StoredRoute, to: str) -> int:
-        """How many of `to` have to be ready. Raises ApiError."""
+        """How many of `to` have to be ready. Raises Refused."""
         name, targets = stored.rule.name, {t.model: t for t in stored.rule.targets}
         if to not in targets:
             fix = f"add it with weight 0, or choose one of: {', '.join(targets)}"
             raise bad("to", to, f"is no target of route {name!r}", fix)
         if stored.rule.canary is not None:
-            raise ApiError(409, f"route {name!r} has a canary: promote it or roll it back first")
+            raise Conflict(f"route {name!r} has a canary: promote it or roll it back first")
         if stored.switch is not None:
             message = f"route {name!r} is being switched to {stored.switch.to} already"
-            raise ApiError(409, f"{message}: roll that back first")
+            raise Conflict(f"{message}: roll that back first")
         blue = [t.model for t in targets.values() if t.weight and t.model != to]
         if not blue:
-            raise ApiError(409, f"route {name!r} sends everything to {to!r} already")
+            raise Conflict(f"route {name!r} sends everything to {to!r} already")
         models = self._models()
         needed = max(1, sum(len(models[b].ready()) for b in blue if b in models))
         most = models[to].spec.max_replicas if to in models else 0
         if needed > most:
             message = f"{needed} replicas serve now, and {to!r} may have {most}"
-            raise ApiError(409, f"{message}: raise its max_replicas first")
+            raise Conflict(f"{message}: raise its max_replicas first")
         return needed
 
     # ------------------------------------------------------------------------- as time goes by
@@ -203,7 +218,7 @@ class RuleBook:
         """For ever: bring canaries and switches on."""
         while True:
             await asyncio.sleep(TICK_S)
-            if not self._driver.leads or self._driver.core.state.recovering:
+            if not self._cluster.leads or self._cluster.core.state.recovering:
                 continue
             try:
                 async with self.lock:
@@ -228,7 +243,7 @@ class RuleBook:
         for target in rule.targets:
             if target.model != canary.model:
                 old = old.plus(self.observed.of(rule.name, target.model))
-        in_step_s = self._driver.now() - self.changed_at[rule.name]
+        in_step_s = self._cluster.now() - self.changed_at[rule.name]
         verdict = judge(canary, stored.step, in_step_s, new, old)
         self.verdicts[rule.name] = verdict.reason
         if verdict.action == "next":
@@ -261,16 +276,16 @@ class RuleBook:
             if green is not None and (why := green.unfit or green.problem or green.waiting_for):
                 reason += f": {why}"
             await self._keep(replace(stored, switch=None), "switch_failed", "switch", reason)
-        elif self._driver.now() - self._asked_at.get(name, 0.0) >= ASK_AGAIN_S:
+        elif self._cluster.now() - self._asked_at.get(name, 0.0) >= ASK_AGAIN_S:
             self._ask_for(name, switch)
 
     def _ask_for(self, route: str, switch: Switch) -> None:
         """Have the target loaded, unless it has just failed and rests."""
-        now, model = self._driver.now(), self._models().get(switch.to)
+        now, model = self._cluster.now(), self._models().get(switch.to)
         if model is not None and model.blocked_until <= now:
             self._asked_at[route] = now
             asked = m.LoadAsked(now=now, model=switch.to, replicas=switch.replicas)
-            self._driver.apply(asked)
+            self._cluster.apply(asked)
 
     # ------------------------------------------------------------------------- inside
 
@@ -278,22 +293,22 @@ class RuleBook:
         """Store it, put it in force, and note it."""
         name = stored.rule.name
         old = self.routes.get(name)
-        await self._driver.registry.put(self._driver.key("routes", name), encode(stored))
+        await self._store.registry.put(self._store.key("routes", name), encode(stored))
         self.routes[name] = stored
         self._in_force()
         self._begin_anew(name)
-        self.changed_at[name] = self._driver.now()
+        self.changed_at[name] = self._cluster.now()
         old_rule = old.rule if old else None
         await self.audit.note(who, action, f"route {name}", reason, old_rule, stored.rule)
 
     def _begin_anew(self, name: str) -> None:
-        table = self._driver.table
+        table = self._cluster.table
         self.observed.restart(name, table.version if table else 0)
         for known in (self.verdicts, self.changed_at, self._asked_at):
             known.pop(name, None)
 
     def _in_force(self) -> None:
-        self._driver.apply(m.RulesSet(now=self._driver.now(), rules=self.rules()))
+        self._cluster.apply(m.RulesSet(now=self._cluster.now(), rules=self.rules()))
 
     def _models(self) -> dict[str, Model]:
-        return self._driver.core.state.models
+        return self._cluster.core.state.models

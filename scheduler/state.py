@@ -240,7 +240,7 @@ class ClusterState:
         while index.touched:
             node_id = index.touched.pop()
             index.changed.add(node_id)
-            index.place_node(self.nodes[node_id])
+            index.place_node(node_id, self.nodes[node_id].most_room())
 
 
 def check_invariants(state: ClusterState) -> None:

@@ -36,7 +36,7 @@ from runtime.wire import (
     encode,
 )
 from scheduler.access import Access
-from scheduler.driver import run_scheduler
+from scheduler.main import run_scheduler
 from scheduler.routes import ADMIN
 
 TOKEN = "secret-token"

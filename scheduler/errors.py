@@ -1,0 +1,47 @@
+"""Why the scheduler does not do what an operator asks for; admin/http.py makes answers of it.
+
+Rule this file keeps: an error names the thing, its value and what to do.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from runtime.schema import close_names
+from runtime.wire import SpecProblem
+
+
+class Refused(Exception):
+    """`problems`: each field that is wrong; `close`: names that may have been meant."""
+
+    def __init__(
+        self, message: str, problems: tuple[SpecProblem, ...] = (), close: tuple[str, ...] = ()
+    ) -> None:
+        super().__init__(message)
+        self.problems = problems
+        self.close = close
+
+
+class NotFound(Refused):
+    """There is nothing of that name."""
+
+
+class Conflict(Refused):
+    """It would be right at another time: something that is there now is in its way."""
+
+
+class Invalid(Refused):
+    """What was sent can't be right."""
+
+
+def unknown(kind: str, name: str, known: list[str]) -> NotFound:
+    """There is no `kind` of that name; those like it are named."""
+    close = tuple(close_names(name, known))
+    hint = f"; did you mean {close[0]!r}?" if close else ""
+    return NotFound(f"there is no {kind} {name!r}{hint}", close=close)
+
+
+def bad(field: str, value: Any, message: str, fix: str) -> Invalid:
+    """One field is wrong."""
+    problem = SpecProblem(field=field, value=value, message=message, fix=fix)
+    return Invalid(str(problem), problems=(problem,))
