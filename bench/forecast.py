@@ -1,4 +1,4 @@
-"""How well `scheduler/forecast.py` tells whether a call comes: against the prior it replaces.
+"""How well `scheduler/signals/forecast.py` foretells a call: against the prior it replaces.
 
     python bench/forecast.py [--servegen FILE] [--azure FILE] [--quick] [--json]
 
@@ -28,7 +28,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from bench.lib.report import Row, print_report
-from scheduler.forecast import DAY_S, Arrivals
+from scheduler.signals.forecast import DAY_S, Arrivals
 
 HORIZONS_S = (60.0, 600.0, 3600.0)
 MIN_IDLE_S = 30.0

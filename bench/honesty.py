@@ -37,9 +37,9 @@ from runtime.sim import profile
 from runtime.sim.profile import ModelFacts
 from runtime.tiny_models import write_model
 from runtime.wire import ModelSpec
-from scheduler.messages import StoredModel
+from scheduler.sim.simulator import NodePlan, Scenario
 from scheduler.sim.traces import Arrival
-from scheduler.simulator import NodePlan, Scenario
+from scheduler.state.messages import StoredModel
 
 GIB = 2**30
 NAMES = ("m-a", "m-b", "m-c")

@@ -35,16 +35,16 @@ from bench.policies.clairvoyant import Clairvoyant
 from bench.policies.simple import Dedicated, Knative, Locality, Lru
 from cli.simulation import make_node
 from runtime.wire import Autoscale, ScaleRules
-from scheduler import eviction
-from scheduler.core import Core
-from scheduler.ladder import Descent
-from scheduler.moves import Settings
+from scheduler.core.decisions import Core
+from scheduler.core.replica_moves import Settings
+from scheduler.policy import eviction
+from scheduler.policy.ladder import Descent
 from scheduler.sim.catalog import facts
 from scheduler.sim.policy import PolicyFactory
 from scheduler.sim.report import OBJECTIVE_S, Report, percentile
-from scheduler.sim.truth import OCCUPIES
-from scheduler.simulator import NodePlan, Scenario, Simulation
-from scheduler.state import ClusterState
+from scheduler.sim.rule_checker import OCCUPIES
+from scheduler.sim.simulator import NodePlan, Scenario, Simulation
+from scheduler.state.cluster import ClusterState
 
 HOLD_S = 300.0
 LEAD_S = 5.0

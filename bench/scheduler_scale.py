@@ -38,12 +38,12 @@ from runtime.wire import (
     StartReplica,
     WakeReplica,
 )
-from scheduler import messages as m
-from scheduler import planning
-from scheduler.core import Core
-from scheduler.moves import Settings
-from scheduler.placement import place
-from scheduler.state import ClusterState, Model
+from scheduler.core import planner
+from scheduler.core.decisions import Core
+from scheduler.core.replica_moves import Settings
+from scheduler.policy.placement import place
+from scheduler.state import messages as m
+from scheduler.state.cluster import ClusterState, Model
 
 GIB = 2**30
 DEVICES = 8
@@ -259,14 +259,14 @@ class Cluster:
             self.handle_s -= ended - middle  # the baseline is not the core's work
             return answer
 
-        planning.place = timed  # type: ignore[assignment]
+        planner.place = timed  # type: ignore[assignment]
         self.handle_s, self.events = 0.0, 0
         gc.collect()
         try:
             for _ in range(seconds):
                 self.second()
         finally:
-            planning.place = place
+            planner.place = place
 
 
 def naive_first_fit(state: ClusterState, model: Model) -> tuple[str, tuple[str, ...]] | None:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from runtime.models import PullView
-    from scheduler import cache_api
+    from scheduler.admin import cache_api
 
 node_option = click.option("--node", help="Only this node's; otherwise every node's.")
 
@@ -84,7 +84,7 @@ def pull(
     as_json: bool,
 ) -> None:  # fmt: skip
     """Fetch MODEL (hf:org/name[@revision] or s3://…) before it is needed."""
-    from scheduler.cache_api import CachePullBody
+    from scheduler.admin.cache_api import CachePullBody
 
     body = CachePullBody(model=model, nodes=nodes, count=count, refresh=refresh)
     show(where.ask(lambda admin: admin.cache_pull(body)), as_json, _pull_text)

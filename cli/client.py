@@ -1,4 +1,4 @@
-"""The admin API as typed calls: answers are the structs of `scheduler.views`."""
+"""The admin API as typed calls: answers are the structs of `scheduler.admin.views`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from runtime.access import KeySpec, Tenant
 from runtime.places import url
 from runtime.sockets import tcp_connector
 from runtime.wire import ModelSpec, RouteRule
-from scheduler import access_api, cache_api, route_views, views
+from scheduler.admin import access_api, cache_api, route_views, views
 
 T = TypeVar("T")
 

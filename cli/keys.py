@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from cli.client import Admin
     from runtime.access import Limits, Scope, Tenant
-    from scheduler import access_api
+    from scheduler.admin import access_api
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -328,7 +328,7 @@ def token() -> None:
 @click.pass_obj
 def token_create(where: Where, name: str, role: Any, expires: float | None, as_json: bool) -> None:
     """Make a token for NAME (a person or a program) and print it, this once."""
-    from scheduler.access_api import TokenBody
+    from scheduler.admin.access_api import TokenBody
 
     expires_at = time.time() + expires if expires else None
     body = TokenBody(name=name, role=role, expires_at=expires_at)

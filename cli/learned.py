@@ -13,7 +13,7 @@ from cli.where import Where
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from scheduler import views
+    from scheduler.admin import views
 
 SHOWN_PHASES = 4  # the longest ones; --json has them all
 

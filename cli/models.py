@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from cli.client import Admin, Reply
     from runtime.wire import Floor, ModelSpec
-    from scheduler import views
+    from scheduler.admin import views
 
 _POLL_S = 0.3
 
@@ -314,7 +314,7 @@ def prewarm(
 
     The schedule of its spec goes on beside it.
     """
-    from scheduler.views import PrewarmBody
+    from scheduler.admin.views import PrewarmBody
 
     body = PrewarmBody(rung=rung, by=by, for_s=for_s)
     show(where.ask(lambda admin: admin.prewarm(name, body)), as_json, _prewarm_text)

@@ -10,7 +10,7 @@ from cli.text import json_option, show
 from cli.where import Where
 
 if TYPE_CHECKING:
-    from scheduler import views
+    from scheduler.admin import views
 
 
 def _set(where: Where, node: str, action: str, as_json: bool) -> None:

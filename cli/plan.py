@@ -13,7 +13,7 @@ from cli.where import Where
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from scheduler import views
+    from scheduler.admin import views
 
 
 @click.command()
@@ -33,7 +33,7 @@ def plan(
     """
     from runtime.schema import SchemaError
     from runtime.spec import load_specs
-    from scheduler.views import PlanBody
+    from scheduler.admin.views import PlanBody
 
     added = None
     if file is not None:

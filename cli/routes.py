@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from cli.client import Admin, Reply
     from runtime.wire import RouteRule
-    from scheduler import route_views as views
+    from scheduler.admin import route_views as views
 
 _POLL_S = 0.3
 _reason = click.option(
@@ -244,7 +244,7 @@ def switch(
     Nothing changes until as many of its replicas are ready as serve the route now; if they are not
     within --deadline seconds, nothing changes at all.
     """
-    from scheduler.route_views import SwitchBody
+    from scheduler.admin.route_views import SwitchBody
 
     async def run(admin: Admin) -> Reply[views.RouteView]:
         body = SwitchBody(to=to, deadline_s=deadline_s)
@@ -293,7 +293,7 @@ def rollback(where: Where, name: str, reason: str, as_json: bool) -> None:
 
 
 def _end(where: Where, name: str, action: str, reason: str, as_json: bool) -> None:
-    from scheduler.route_views import ReasonBody
+    from scheduler.admin.route_views import ReasonBody
 
     body = ReasonBody(reason=reason)
     show(where.ask(lambda admin: admin.change_route(name, action, body)), as_json, _sentence)

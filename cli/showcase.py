@@ -21,7 +21,7 @@ from cli.text import size, waiting
 from runtime.places import url
 from runtime.sockets import tcp_connector
 from runtime.wire import DeviceReport, ModelSpec
-from scheduler.views import DecisionView, ReplicaView
+from scheduler.admin.views import DecisionView, ReplicaView
 
 _ENGINE_S = 60.0  # how long a node may take to find its engines
 _SETTLE_S = 60.0  # how long what was done may take to be seen

@@ -17,12 +17,12 @@ from cli.text import console, size
 from runtime import outside
 from runtime.footprints import Footprint
 from runtime.sim.profile import GPUS
-from scheduler.moves import Settings
+from scheduler.core.replica_moves import Settings
 from scheduler.sim import catalog, faults, trace_files, traces
 from scheduler.sim.report import Report
+from scheduler.sim.rule_checker import Violation
 from scheduler.sim.scenarios import random_scenario, run_random
-from scheduler.sim.truth import Violation
-from scheduler.simulator import Fault, NodePlan, Scenario
+from scheduler.sim.simulator import Fault, NodePlan, Scenario
 
 _DAY_S = 86400.0
 
@@ -158,7 +158,7 @@ def simulate(**o: Any) -> None:
 def write_html(report: Report, path: Path) -> None:
     """The report with plots. Raises ClickException where matplotlib is missing."""
     try:
-        from scheduler.sim.html import page
+        from cli.simulation_page import page
     except ImportError as error:
         raise click.ClickException(
             f"the HTML report needs matplotlib ({error}); install it: pip install"

@@ -10,8 +10,8 @@ import traceback
 import click
 
 from cli.simulation import make_node
+from scheduler.sim.rule_checker import Violation
 from scheduler.sim.scenarios import run_random
-from scheduler.sim.truth import Violation
 
 
 def attempt(seed: int) -> tuple[int, int, str | None]:

@@ -10,8 +10,8 @@ from runtime.sim.timings import Timings
 from runtime.sim.witness import Witness
 from scheduler.sim.policy import PolicyFactory
 from scheduler.sim.report import Report
-from scheduler.simulator import NodePlan, Scenario, SimulatedNode
-from scheduler.simulator import simulate as run
+from scheduler.sim.simulator import NodePlan, Scenario, SimulatedNode
+from scheduler.sim.simulator import simulate as run
 
 
 def make_node(

@@ -159,7 +159,10 @@ class ScaleRules(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 
 class Autoscale(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """When a model gets more replicas and when it gives some back (scheduler/scaling.py)."""
+    """When a model gets more replicas and when it gives some back.
+
+    scheduler/signals/replica_target.py has the rules.
+    """
 
     metrics: Annotated[
         tuple[ScaleTarget, ...],
@@ -629,7 +632,10 @@ class Mirror(Struct, frozen=True, kw_only=True):
 
 
 class Canary(Struct, frozen=True, kw_only=True):
-    """One target's share grows step by step, or goes back to nothing (scheduler/canary.py)."""
+    """One target's share grows step by step, or goes back to nothing.
+
+    scheduler/policy/route_canary.py has the rules.
+    """
 
     model: Annotated[Name, Meta(description="the target that is tried")]
     steps: Annotated[

@@ -25,14 +25,14 @@ from runtime.prewarm import Ask, floor_at
 from runtime.registry import Entry, Lock, Registry, RegistryError
 from runtime.sockets import tcp_connector
 from runtime.wire import AgentCommand, CommandReply, RouteTable, StageModels
-from scheduler import messages as m
 from scheduler.access import Access
-from scheduler.core import Core
-from scheduler.forecast import Sketch
-from scheduler.ladder import climb_s
-from scheduler.ledger import mismatch
-from scheduler.moves import Settings
-from scheduler.rulebook import RuleBook
+from scheduler.core.decisions import Core
+from scheduler.core.replica_moves import Settings
+from scheduler.policy.ladder import climb_s
+from scheduler.policy.learning import mismatch
+from scheduler.route_book import RuleBook
+from scheduler.signals.forecast import Sketch
+from scheduler.state import messages as m
 from scheduler.store import Store
 
 log = logging.getLogger("scheduler")

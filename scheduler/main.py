@@ -11,7 +11,7 @@ from runtime import places
 from runtime.config import Config
 from runtime.registration import keep_registered, withdraw
 from runtime.registry import Registry, Service
-from scheduler.api import make_app
+from scheduler.admin.api import make_app
 from scheduler.driver import Driver
 
 

@@ -3,7 +3,7 @@
 A baseline is the production core with the functions that choose taken out: how it drains, unroutes,
 sends, retries and books is the same, so that a difference in a figure is one of policy. What goes:
 
-- `scheduler.placement.place` and with it eviction by cost, preferences and defragmentation;
+- `scheduler.policy.placement.place` and with it eviction by cost, preferences and defragmentation;
 - idle timers that step down the ladder, staged weights (the page cache still works by itself, as an
   operating system's does), forecasts;
 - where a baseline has no sleep rung its specs say `sleep: off` (bench/policy.py), so that no agent
@@ -14,12 +14,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from scheduler.core import Core
-from scheduler.eviction import evictable
-from scheduler.fitness import allowed_devices, could_run, together, why_never
-from scheduler.ladder import Descent, climb_s
-from scheduler.placement import Answer, Fit, Never, NotNow
-from scheduler.state import Model, Node, Replica, Stage
+from scheduler.core.decisions import Core
+from scheduler.policy.eviction import evictable
+from scheduler.policy.feasibility import allowed_devices, could_run, together, why_never
+from scheduler.policy.ladder import Descent, climb_s
+from scheduler.policy.placement import Answer, Fit, Never, NotNow
+from scheduler.state.cluster import Model, Node, Replica, Stage
 
 Order = Callable[[Replica], float]  # the smallest goes first
 

@@ -19,11 +19,11 @@ from bisect import bisect_left
 from collections.abc import Iterable
 
 from bench.policies.base import Baseline
-from scheduler.ladder import EVICT_S, Descent, climb_s, expected_residue
-from scheduler.moves import Settings
-from scheduler.placement import Fit
+from scheduler.core.replica_moves import Settings
+from scheduler.policy.ladder import EVICT_S, Descent, climb_s, expected_residue
+from scheduler.policy.placement import Fit
 from scheduler.sim.traces import Arrival
-from scheduler.state import Model, Node, Replica, Stage
+from scheduler.state.cluster import Model, Node, Replica, Stage
 
 SLACK_S = 2.0  # how much sooner than needed: climbs vary, ticks come each half second
 AHEAD_S = 15.0  # when it begins to look for room, beside 1.5 starts

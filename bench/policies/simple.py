@@ -6,12 +6,12 @@ import math
 from dataclasses import dataclass, field
 
 from bench.policies.base import Baseline
-from scheduler.autoscale import floor
-from scheduler.ladder import climb_s
-from scheduler.placement import Fit
-from scheduler.planning import _cause
-from scheduler.state import Model, Replica, Stage
-from scheduler.windows import Mean
+from scheduler.core.planner import _cause
+from scheduler.policy.autoscale import floor
+from scheduler.policy.ladder import climb_s
+from scheduler.policy.placement import Fit
+from scheduler.signals.windows import Mean
+from scheduler.state.cluster import Model, Replica, Stage
 
 EVICT_S = 1.0  # what a stop adds to a start: TERM and reaping
 

@@ -31,10 +31,10 @@ from pathlib import Path
 from random import Random
 
 from runtime.sim.profile import GIB
-from scheduler.messages import StoredModel
 from scheduler.sim import trace_files, traces
 from scheduler.sim.catalog import sized
 from scheduler.sim.traces import Rate, Workload
+from scheduler.state.messages import StoredModel
 
 # Billions of parameters, share of models, devices a replica spans: an assumption, most are 7-8B.
 MIX = ((1.5, 0.15, 1), (3.0, 0.15, 1), (8.0, 0.46, 1), (14.0, 0.15, 1), (32.0, 0.07, 1),

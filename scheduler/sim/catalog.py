@@ -11,7 +11,7 @@ from random import Random
 
 from runtime.sim.profile import GIB, ModelFacts
 from runtime.wire import MemoryEstimate, ModelSpec
-from scheduler.messages import StoredModel
+from scheduler.state.messages import StoredModel
 
 # Billions of parameters and the share of models: a mix of small ones, an assumption.
 MIX = ((0.5, 0.1), (1.5, 0.2), (3.0, 0.2), (8.0, 0.35), (14.0, 0.1), (32.0, 0.05))

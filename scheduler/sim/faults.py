@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from scheduler.sim.network import FAIR, Weather
 
 if TYPE_CHECKING:
-    from scheduler.simulator import Simulation
+    from scheduler.sim.simulator import Simulation
 
 Act = Callable[["Simulation"], object]
 

@@ -16,7 +16,7 @@ from typing import Protocol
 
 from runtime.sim.loop import Loop
 from runtime.wire import DemandReport, Heartbeat, HeartbeatReply, RouteTable
-from scheduler.sim.control import Control, Leader
+from scheduler.sim.control_plane import Control, Leader
 from scheduler.sim.network import Network
 
 HEARTBEAT_S = 1.0  # runtime/config.py

@@ -1,8 +1,8 @@
 """What can lead a simulated cluster: the production core, or a baseline. Pure.
 
 The contract of a policy (bench/ writes its baselines against it):
-- `handle(event) -> commands` gets every event of scheduler/messages.py, in order, each carrying
-  `now`, and returns commands of scheduler/messages.py. Elected comes first and brings the models.
+- `handle(event) -> commands` gets every event of scheduler/state/messages.py, in order, each with
+  its `now`, and returns commands of that file. Elected comes first and brings the models.
 - `Send` a StartReplica with a replica id never used before (its own, or with the term in it), the
   term as `epoch`, devices of one node and `device_bytes` on each; Stop, Sleep and Wake by that id.
   The node's agent obeys as in production: it drains, refuses what is stale, restarts what died.
@@ -19,9 +19,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from scheduler import messages as m
-from scheduler.core import Core
-from scheduler.moves import Settings
+from scheduler.core.decisions import Core
+from scheduler.core.replica_moves import Settings
+from scheduler.state import messages as m
 
 
 class Policy(Protocol):

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from scheduler import messages as m
-from scheduler.sim.truth import Segment, Truth
+from scheduler.sim.rule_checker import Segment, Truth
+from scheduler.state import messages as m
 
 OBJECTIVE_S = 5.0
 

@@ -21,7 +21,7 @@ from runtime.router.refusals import Refused
 from runtime.sim.loop import Loop
 from runtime.sim.witness import Job
 from runtime.wire import DemandReport, RouteTable
-from scheduler.sim.control import Control
+from scheduler.sim.control_plane import Control
 from scheduler.sim.links import RouterLink
 from scheduler.sim.network import Network
 

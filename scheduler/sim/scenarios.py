@@ -12,15 +12,15 @@ from __future__ import annotations
 from random import Random
 
 from runtime.sim.profile import GB, GIB, Host
-from scheduler.messages import StoredModel
-from scheduler.moves import Settings
+from scheduler.core.replica_moves import Settings
 from scheduler.sim import faults as f
 from scheduler.sim.catalog import facts, sized
 from scheduler.sim.network import FAIR, Weather
 from scheduler.sim.policy import PolicyFactory
 from scheduler.sim.report import Report
+from scheduler.sim.simulator import Fault, NodeFactory, NodePlan, Scenario, Simulation
 from scheduler.sim.traces import Arrival
-from scheduler.simulator import Fault, NodeFactory, NodePlan, Scenario, Simulation
+from scheduler.state.messages import StoredModel
 
 TROUBLE_S = 120.0
 CALM_S = 40.0  # nothing happens: what trouble left behind may settle

@@ -36,8 +36,8 @@ from runtime.wire import (
     encode,
 )
 from scheduler.access import Access
+from scheduler.admin.route_table import ADMIN
 from scheduler.main import run_scheduler
-from scheduler.routes import ADMIN
 
 TOKEN = "secret-token"
 SCRAPER = "a-scrapers-token"

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 from cli.simulation import make_node
 from runtime.sim.profile import GB, GIB, Host
-from scheduler.messages import StoredModel
 from scheduler.sim.catalog import facts, sized
 from scheduler.sim.report import Report
+from scheduler.sim.simulator import NodePlan, Scenario, Simulation
 from scheduler.sim.traces import Arrival
-from scheduler.simulator import NodePlan, Scenario, Simulation
+from scheduler.state.messages import StoredModel
 
 __all__ = ["GB", "GIB", "Arrival", "Host", "NodePlan", "Simulation", "run", "scenario", "sized"]
 

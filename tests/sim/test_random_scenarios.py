@@ -5,8 +5,8 @@ from __future__ import annotations
 import time
 
 from cli.simulation import make_node
+from scheduler.sim.rule_checker import Violation
 from scheduler.sim.scenarios import run_random
-from scheduler.sim.truth import Violation
 
 BUDGET_S = 45.0
 LEAST = 20

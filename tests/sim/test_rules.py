@@ -9,12 +9,12 @@ from msgspec.structs import replace
 
 from cli.simulation import make_node
 from runtime.wire import SleepReplica, StartReplica, StopReplica
-from scheduler import messages as m
-from scheduler.core import Core
+from scheduler.core.decisions import Core
 from scheduler.sim import faults as f
 from scheduler.sim.policy import Policy
-from scheduler.sim.truth import Violation
-from scheduler.simulator import Fault, Simulation
+from scheduler.sim.rule_checker import Violation
+from scheduler.sim.simulator import Fault, Simulation
+from scheduler.state import messages as m
 from tests.sim.sim_kit import GIB, Arrival, NodePlan, scenario, sized
 
 

@@ -7,11 +7,11 @@ import pytest
 from cli.simulation import make_node
 from runtime.footprints import Footprint, Key, Times
 from runtime.sim import profile as p
-from scheduler.core import Core
-from scheduler.moves import Settings
+from scheduler.core.decisions import Core
+from scheduler.core.replica_moves import Settings
 from scheduler.sim import faults as f
 from scheduler.sim.network import Weather
-from scheduler.simulator import Fault
+from scheduler.sim.simulator import Fault
 from tests.sim.sim_kit import (
     GB,
     GIB,

@@ -14,7 +14,7 @@ from aiohttp import web
 from click.testing import CliRunner, Result
 
 from runtime.wire import DeviceReport, ModelSpec
-from scheduler import views
+from scheduler.admin import views
 
 TOKEN = "the-right-token-0"
 GIB = 2**30

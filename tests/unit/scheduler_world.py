@@ -22,11 +22,11 @@ from runtime.wire import (
     StartReplica,
     WakeReplica,
 )
-from scheduler import messages as m
-from scheduler.core import Core
-from scheduler.forecast import Sketch
-from scheduler.moves import Settings
-from scheduler.state import check_invariants
+from scheduler.core.decisions import Core
+from scheduler.core.replica_moves import Settings
+from scheduler.signals.forecast import Sketch
+from scheduler.state import messages as m
+from scheduler.state.cluster import check_invariants
 
 GIB = 2**30
 

@@ -18,8 +18,8 @@ from runtime.router.refusals import Refused
 from runtime.schema import SchemaError
 from runtime.spec import name_clashes, parse_specs
 from runtime.wire import Endpoint, ModelRoute, ModelSpec, RouteTable
-from scheduler.messages import StoredModel
-from scheduler.table import adapters_on
+from scheduler.policy.model_routes import adapters_on
+from scheduler.state.messages import StoredModel
 from tests.lora_kit import write_adapter
 from tests.unit.scheduler_world import FakeNode, World, spec
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from runtime.wire import Canary, DemandReport, TargetCounts
-from scheduler.canary import Counts, Observed, judge
+from scheduler.policy.route_canary import Counts, Observed, judge
 
 PLAN = Canary(
     model="new", steps=(5, 25, 50), interval_s=60, min_requests=20, max_error_rate=0.1,

@@ -11,7 +11,7 @@ import pytest
 from aiohttp import web
 
 from runtime.wire import MemoryEstimate, ModelSpec, SpecProblem
-from scheduler import views
+from scheduler.admin import views
 from tests.unit.cli_kit import SPEC, FakeServer, error, model, replica, serving, stoker
 
 

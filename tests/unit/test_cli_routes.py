@@ -11,7 +11,7 @@ import msgspec
 import pytest
 
 from runtime.wire import Canary, Mirror, RouteRule, RouteTarget
-from scheduler import route_views as views
+from scheduler.admin import route_views as views
 from tests.unit.cli_kit import FakeServer, error, serving, stoker
 
 RULE = RouteRule(

@@ -15,7 +15,7 @@ from cli.main import COMMANDS, GROUPS
 from cli.main import stoker as group
 from cli.tables import fitting, table
 from cli.text import plain
-from scheduler import views
+from scheduler.admin import views
 from tests.unit.cli_kit import FakeServer, device, node, replica, serving, stoker
 
 COLUMNS = ("MODEL", "?REPLICA", "!STATE", "?>IDLE", "~NOTE")

@@ -15,7 +15,7 @@ from cli.client import AdminError, open_admin
 from cli.main import COMMANDS
 from cli.main import stoker as group
 from cli.text import age, size
-from scheduler import views
+from scheduler.admin import views
 from tests.unit.cli_kit import (
     GIB,
     TOKEN,

@@ -13,7 +13,7 @@ import pytest
 from cli.where import UP_FILE, UpFile
 from runtime.config import Config, RegistryConfig
 from runtime.registries import open_registry
-from scheduler import views
+from scheduler.admin import views
 from tests.unit.cli_kit import TOKEN, FakeServer, replica, serving, stoker
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from scheduler.clocks import DRIFT, RemoteClock
+from scheduler.state.clocks import DRIFT, RemoteClock
 
 
 def test_a_message_that_comes_late_is_known_to_be_late() -> None:

@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from scheduler.forecast import CAP, DAY_S, EDGES, SLOT_S, Arrivals, Sketch, restore
-from scheduler.ladder import HORIZON_S, call_chance
+from scheduler.policy.ladder import HORIZON_S, call_chance
+from scheduler.signals.forecast import CAP, DAY_S, EDGES, SLOT_S, Arrivals, Sketch, restore
 
 HOUR = 3600.0
 Observed = list[tuple[float, float, int]]

@@ -11,7 +11,7 @@ from aiohttp import StreamReader, web
 
 from agent import server
 from runtime.leftovers import drop_packed
-from scheduler import api
+from scheduler.admin import api
 
 SIZE_BYTES = 128 * 2**20
 BOMB = gzip.compress(bytes(SIZE_BYTES))

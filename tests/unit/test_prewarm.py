@@ -10,8 +10,8 @@ from runtime.prewarm import Ask, floor_at
 from runtime.schema import SchemaError
 from runtime.spec import parse_specs
 from runtime.wire import Prewarm, PrewarmWindow
-from scheduler import messages as m
-from scheduler.state import Stage
+from scheduler.state import messages as m
+from scheduler.state.cluster import Stage
 from tests.unit.scheduler_world import GIB, FakeNode, World, spec
 
 

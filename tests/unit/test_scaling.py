@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from runtime.wire import Autoscale, ModelSpec, ScalePolicy, ScaleRules, ScaleTarget
-from scheduler.scaling import Desired, Sample, ScaleHistory, desired_replicas
+from scheduler.signals.replica_target import Desired, Sample, ScaleHistory, desired_replicas
 
 FREE = ScaleRules()  # no policy, no window: every wish is followed
 OPEN = {"up": FREE, "down": FREE, "panic_window_s": 0.0}

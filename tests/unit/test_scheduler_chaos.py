@@ -8,8 +8,8 @@ import pytest
 from msgspec.structs import replace
 
 from runtime.wire import CachedModel, Placement
-from scheduler import messages as m
-from scheduler.state import Stage
+from scheduler.state import messages as m
+from scheduler.state.cluster import Stage
 from tests.unit.scheduler_world import GIB, FakeNode, World, spec
 
 SCENARIOS = 300

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from runtime.wire import DemandReport, ModelDemand, StartReplica, StopReplica
-from scheduler import messages as m
-from scheduler import snapshot
-from scheduler.state import Replica, Stage
+from scheduler.admin import view_builders
+from scheduler.state import messages as m
+from scheduler.state.cluster import Replica, Stage
 from tests.unit.scheduler_world import GIB, FakeNode, World, spec
 
 
@@ -677,7 +677,7 @@ def test_why_an_engine_died_is_told_at_its_first_death() -> None:
     assert "illegal memory access" in (world.route("a").waiting_for or "")
     replica.reason = None
     world.run(5)
-    shown = snapshot.replica(world.core, world.core.state.replicas["a-1-1"], world.now)
+    shown = view_builders.replica(world.core, world.core.state.replicas["a-1-1"], world.now)
     assert shown.died == replica.died
     assert [d.action for d in world.decided].count("die") == 1
 

@@ -6,10 +6,10 @@ import pytest
 
 from runtime.footprints import Footprint, Key, Times
 from runtime.wire import MemoryEstimate, ModelSpec
-from scheduler import messages as m
-from scheduler.eviction import cheapest_descents, rank, wait_s
-from scheduler.ladder import Descent, climb_s
-from scheduler.state import ClusterState, Model, Replica, Stage
+from scheduler.policy.eviction import cheapest_descents, rank, wait_s
+from scheduler.policy.ladder import Descent, climb_s
+from scheduler.state import messages as m
+from scheduler.state.cluster import ClusterState, Model, Replica, Stage
 
 GIB = 2**30
 

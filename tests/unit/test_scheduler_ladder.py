@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from runtime.wire import SleepReplica, StopReplica, WakeReplica
-from scheduler import messages as m
-from scheduler.ladder import call_chance
-from scheduler.state import Stage
+from scheduler.policy.ladder import call_chance
+from scheduler.state import messages as m
+from scheduler.state.cluster import Stage
 from tests.unit.scheduler_world import GIB, FakeNode, World, spec
 
 

@@ -7,9 +7,9 @@ from msgspec.structs import replace
 
 from runtime.footprints import Footprint, Key, Times
 from runtime.wire import MemoryEstimate, ModelSpec
-from scheduler import messages as m
-from scheduler.ledger import finished, mismatch
-from scheduler.state import Climb, Model
+from scheduler.policy.learning import finished, mismatch
+from scheduler.state import messages as m
+from scheduler.state.cluster import Climb, Model
 from tests.unit.scheduler_world import GIB, FakeNode, World, spec
 
 

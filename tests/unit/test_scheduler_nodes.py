@@ -6,10 +6,10 @@ import pytest
 from msgspec.structs import replace
 
 from runtime.wire import CachedModel, MemoryEstimate, Placement, StageModels
-from scheduler import messages as m
-from scheduler.plan import questions, what_if
-from scheduler.state import Stage
-from scheduler.views import PlanBody
+from scheduler.admin.views import PlanBody
+from scheduler.admin.what_if import questions, what_if
+from scheduler.state import messages as m
+from scheduler.state.cluster import Stage
 from tests.unit.scheduler_world import GIB, FakeNode, World, spec
 
 

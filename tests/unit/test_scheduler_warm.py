@@ -7,7 +7,7 @@ import itertools
 import pytest
 
 from runtime.wire import Autoscale, DemandReport, ModelDemand, ScalePolicy, ScaleRules
-from scheduler import messages as m
+from scheduler.state import messages as m
 from tests.unit.scheduler_world import GIB, FakeNode, World, spec
 
 PERIOD_S = 200.0

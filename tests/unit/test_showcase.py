@@ -10,7 +10,7 @@ import pytest
 from cli import showcase
 from cli.ask import Answer
 from cli.client import Admin
-from scheduler.views import DecisionView, ReplicaView
+from scheduler.admin.views import DecisionView, ReplicaView
 
 
 class World:

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from scheduler.forecast import Arrivals
-from scheduler.prewarms import Prewarms
-from scheduler.warming import LEAD, KeepWarm, LetGo, advise, gain_s, hold_price
+from scheduler.policy.warm_value import LEAD, KeepWarm, LetGo, advise, gain_s, hold_price
+from scheduler.signals.forecast import Arrivals
+from scheduler.state.prewarm_stats import Prewarms
 
 HOUR = 3600.0
 GIB = 2**30

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from scheduler.windows import MAX_CHANGES, MAX_MARKS, Changes, Extreme, Mean
+from scheduler.signals.windows import MAX_CHANGES, MAX_MARKS, Changes, Extreme, Mean
 
 steps = st.lists(st.tuples(st.floats(0, 50), st.integers(0, 20)), min_size=1, max_size=60)
 

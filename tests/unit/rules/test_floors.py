@@ -26,6 +26,17 @@ HOUSES: Mapping[str, str] = {
         core
         link  metrics
     """,
+    "scheduler": """
+        main
+        admin
+        driver
+        route_book  sim
+        audit  access
+        core
+        policy
+        state
+        signals  store  errors  usage
+    """,
 }
 
 

@@ -31,10 +31,10 @@ KNOWN = {
     "runtime/router/upstream.py": "no work: idle connections to engines",
     "scheduler/audit.py": "no work of tenants: entries of the trail",
     "scheduler/driver.py": "no work of tenants: commands for a node",
-    "scheduler/state.py": "no work: what was decided",
-    "scheduler/windows.py": "no work: what was decided",
-    "scheduler/plan.py": "no queue: a view",
-    "scheduler/snapshot.py": "no queue: a view",
+    "scheduler/state/cluster.py": "no work: what was decided",
+    "scheduler/signals/windows.py": "no work: what was decided",
+    "scheduler/admin/what_if.py": "no queue: a view",
+    "scheduler/admin/view_builders.py": "no queue: a view",
 }
 # Where rows that wait are read: `oldest_of_each`, and one row or one tenant's by name.
 _WAITS = re.compile(r"FROM (jobs|batches|hooks)\b|FROM \{table\}", re.IGNORECASE)

@@ -1,0 +1,1 @@
+"""The HTTP face: what operators, agents and routers ask, and what they are shown."""

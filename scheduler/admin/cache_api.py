@@ -1,0 +1,151 @@
+"""The admin API's model caches: asks the agents of one or several nodes and joins their answers.
+
+Rules this file keeps: it keeps nothing; a node that does not answer is an entry with its error,
+never a failure of the others.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+
+import aiohttp
+import msgspec
+from msgspec import Struct
+
+from runtime import outside
+from runtime.models import CacheView, PullBody, PullView, VerifyReport
+from runtime.outside import OutsideError
+from runtime.places import url
+from scheduler.admin.views import Error
+from scheduler.driver import Driver
+
+ANSWER_S = 10.0
+VERIFY_S = 3600.0  # every byte is read again
+
+
+class NodeCache(Struct, frozen=True, kw_only=True):
+    """One node's cache, or why it could not be asked."""
+
+    node_id: str
+    cache: CacheView | None = None
+    error: str | None = None
+
+
+class Caches(Struct, frozen=True, kw_only=True):
+    nodes: tuple[NodeCache, ...]
+
+
+class CachePullBody(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Pull `model`, a source such as hf:org/name, to `nodes`, or to `count` of them, or to all."""
+
+    model: str
+    nodes: tuple[str, ...] = ()
+    count: int | None = None
+    refresh: bool = False
+
+
+class NodePull(Struct, frozen=True, kw_only=True):
+    """What one node answered. Neither pull nor error: it has the model already."""
+
+    node_id: str
+    pull: PullView | None = None
+    error: str | None = None
+
+
+class Pulls(Struct, frozen=True, kw_only=True):
+    nodes: tuple[NodePull, ...]
+
+
+class NodeRemoval(Struct, frozen=True, kw_only=True):
+    node_id: str
+    freed_bytes: int = 0
+    error: str | None = None
+
+
+class Removals(Struct, frozen=True, kw_only=True):
+    nodes: tuple[NodeRemoval, ...]
+
+
+class NodeVerdict(Struct, frozen=True, kw_only=True):
+    node_id: str
+    report: VerifyReport | None = None
+    error: str | None = None
+
+
+class Verdicts(Struct, frozen=True, kw_only=True):
+    nodes: tuple[NodeVerdict, ...]
+
+
+class _Freed(Struct):
+    """An agent's answer to a removal."""
+
+    freed_bytes: int
+
+
+class CacheClient:
+    """The caches of a driver's nodes."""
+
+    def __init__(self, driver: Driver) -> None:
+        self._driver = driver
+
+    def live_nodes(self) -> list[str]:
+        nodes = self._driver.core.state.nodes.values()
+        return sorted(node.node_id for node in nodes if node.live)
+
+    async def view(self, nodes: Sequence[str]) -> Caches:
+        async def one(node_id: str) -> NodeCache:
+            body, error = await self._ask("GET", node_id)
+            cache = outside.decode(body, CacheView) if body else None
+            return NodeCache(node_id=node_id, cache=cache, error=error)
+
+        return Caches(nodes=tuple(await asyncio.gather(*map(one, nodes))))
+
+    async def pull(self, body: CachePullBody, nodes: Sequence[str]) -> Pulls:
+        data = msgspec.json.encode(PullBody(model=body.model, refresh=body.refresh))
+
+        async def one(node_id: str) -> NodePull:
+            answer, error = await self._ask("POST", node_id, "pull", data=data)
+            pull = outside.decode(answer, PullView) if answer else None
+            return NodePull(node_id=node_id, pull=pull, error=error)
+
+        return Pulls(nodes=tuple(await asyncio.gather(*map(one, nodes))))
+
+    async def remove(self, model: str, nodes: Sequence[str]) -> Removals:
+        async def one(node_id: str) -> NodeRemoval:
+            answer, error = await self._ask("DELETE", node_id, query={"model": model})
+            freed = outside.decode(answer, _Freed).freed_bytes if answer else 0
+            return NodeRemoval(node_id=node_id, freed_bytes=freed, error=error)
+
+        return Removals(nodes=tuple(await asyncio.gather(*map(one, nodes))))
+
+    async def verify(self, model: str, nodes: Sequence[str]) -> Verdicts:
+        async def one(node_id: str) -> NodeVerdict:
+            answer, error = await self._ask(
+                "POST", node_id, "verify", query={"model": model}, limit_s=VERIFY_S
+            )
+            report = outside.decode(answer, VerifyReport) if answer else None
+            return NodeVerdict(node_id=node_id, report=report, error=error)
+
+        return Verdicts(nodes=tuple(await asyncio.gather(*map(one, nodes))))
+
+    async def _ask(
+        self, method: str, node_id: str, *path: str, data: bytes | None = None,
+        query: dict[str, str] | None = None, limit_s: float = ANSWER_S,
+    ) -> tuple[bytes, str | None]:  # fmt: skip
+        """(the body of a good answer, or why there is none)."""
+        where = url(self._driver.agent_address(node_id) or "", "agent", "cache", *path)
+        timeout = aiohttp.ClientTimeout(total=limit_s, connect=3)
+        try:
+            async with self._driver.http.request(
+                method, where, data=data, params=query, timeout=timeout
+            ) as response:
+                body = await response.read()
+        except (aiohttp.ClientError, TimeoutError) as problem:
+            return b"", f"its agent did not answer: {problem or type(problem).__name__}"
+        if response.status < 300:
+            return body, None
+        try:
+            return b"", outside.decode(body, Error).error.message
+        except OutsideError:
+            return b"", f"HTTP {response.status}: {body[:200].decode(errors='replace')}"

@@ -1,0 +1,96 @@
+"""What the admin API's handlers share: errors, answers, and how bodies and queries are read.
+
+Rule this file keeps: a body or a query that is refused names every field that is wrong.
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+import msgspec
+from aiohttp import web
+
+from runtime import outside
+from runtime.outside import OutsideError
+from runtime.schema import SchemaError, check
+from runtime.wire import SpecProblem, encode
+from scheduler.admin import views as v
+from scheduler.errors import Conflict, Invalid, NotFound, Refused
+
+S = TypeVar("S", bound=msgspec.Struct)
+WHO = web.RequestKey("who", str)  # the name of the token that was sent
+SUBJECT = web.RequestKey("subject", str)  # the address of what was made, for the audit trail
+
+
+_STATUS: dict[type[Refused], int] = {NotFound: 404, Conflict: 409, Invalid: 422}
+
+
+class ApiError(Exception):
+    """Answered as `views.Error` with this HTTP status."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        problems: tuple[SpecProblem, ...] = (),
+        close: tuple[str, ...] = (),
+        leader: str | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.body = v.Error(
+            error=v.ErrorBody(message=message, problems=problems, close=close, leader=leader)
+        )
+
+
+def reply(body: msgspec.Struct, status: int = 200) -> web.Response:
+    return web.Response(body=encode(body), status=status, content_type="application/json")
+
+
+def refusal(error: Refused) -> ApiError:
+    """The answer that says it."""
+    return ApiError(_STATUS[type(error)], str(error), problems=error.problems, close=error.close)
+
+
+def decode_body(data: bytes, kind: type[S]) -> S:
+    try:
+        return outside.decode(data, kind)
+    except OutsideError as error:
+        raise ApiError(400, f"the body {error}") from None
+
+
+async def read_json(request: web.Request) -> Any:
+    try:
+        return outside.json_document(await request.read() or b"{}")
+    except OutsideError as error:
+        raise ApiError(400, f"the body {error}") from None
+
+
+async def read_body(request: web.Request, kind: type[S]) -> S:
+    raw = await read_json(request)
+    try:
+        return check(raw, kind)
+    except SchemaError as error:
+        raise ApiError(422, str(error), problems=error.problems) from None
+
+
+def whole_number(request: web.Request, name: str, default: int) -> int:
+    """As `number`, where a part of one means nothing."""
+    text = request.query.get(name, "")
+    if not text:
+        return default
+    if not text.isascii() or not text.isdecimal() or len(text) > 15:
+        raise ApiError(400, f"{name}: must be a whole number of at least 0 (got {text[:80]!r})")
+    return int(text)
+
+
+def number(request: web.Request, name: str, default: float) -> float:
+    text = request.query.get(name, "")
+    try:
+        value = float(text) if text else default
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < 2**53:
+        raise ApiError(400, f"{name}: must be a number of at least 0 (got {text[:80]!r})")
+    return value

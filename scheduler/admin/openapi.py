@@ -1,0 +1,117 @@
+"""The OpenAPI 3.1 document of the admin API, made from its route table and message structs."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+
+from runtime.spec import json_schema
+from runtime.wire import ModelSpec
+from scheduler.admin.route_table import Route
+from scheduler.admin.views import Error
+
+_REF = "#/components/schemas/{name}"
+
+
+def document(routes: Sequence[Route], version: str) -> dict[str, Any]:
+    """The document as a dict ready for JSON."""
+    structs: list[Any] = [Error]
+    for route in routes:
+        structs += [kind for kind in (route.body, route.reply) if isinstance(kind, type)]
+    structs = [s for s in dict.fromkeys(structs) if s is not str]
+    _, schemas = msgspec.json.schema_components(structs, ref_template=_REF)
+    schemas["ModelSpec"] = {
+        k: v for k, v in json_schema(_REF).items() if k not in ("$schema", "$defs")
+    }
+    paths: dict[str, dict[str, Any]] = {}
+    for route in routes:
+        paths.setdefault(route.path, {})[route.method.lower()] = _operation(route)
+    return {
+        "openapi": "3.1.0",
+        "info": {
+            "title": "Stoker admin API",
+            "version": version,
+            "description": "Models, replicas, nodes and the scheduler's decisions.",
+            "license": {"name": "Apache-2.0", "identifier": "Apache-2.0"},
+        },
+        "servers": [{"url": "/"}],
+        "security": [{"token": []}],
+        "paths": paths,
+        "components": {
+            "schemas": schemas,
+            "securitySchemes": {"token": {"type": "http", "scheme": "bearer"}},
+        },
+    }
+
+
+def _operation(route: Route) -> dict[str, Any]:
+    operation: dict[str, Any] = {
+        "operationId": route.handler.rpartition(".")[2],
+        "summary": route.summary,
+        "responses": {str(route.status): _response(route)},
+    }
+    parameters = [
+        {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
+        for name in re.findall(r"{(\w+)}", route.path)
+    ]
+    parameters += [
+        {"name": name, "in": "query", "required": False, "schema": schema}
+        for name, schema in route.query.items()
+    ]
+    if parameters:
+        operation["parameters"] = parameters
+    if route.body is not None:
+        operation["requestBody"] = {"required": True, "content": _content(route.body)}
+    for status in route.errors:
+        operation["responses"][str(status)] = {
+            "description": _ERRORS[status],
+            "content": _content(Error),
+        }
+    if route.also_status:
+        operation["responses"][str(route.also_status)] = _response(route)
+    if route.open:
+        operation["security"] = []
+    else:
+        operation["responses"]["401"] = {
+            "description": _ERRORS[401],
+            "content": _content(Error),
+        }
+        operation["responses"]["403"] = {
+            "description": _ERRORS[403],
+            "content": _content(Error),
+        }
+        operation["responses"]["503"] = {
+            "description": _ERRORS[503],
+            "content": _content(Error),
+        }
+    return operation
+
+
+_ERRORS = {
+    400: "the request is not understood",
+    401: "the token is missing or wrong",
+    403: "the token's role is not enough; the one that is needed is named",
+    404: "no such thing; close names are listed",
+    409: "it does not fit the present state",
+    422: "the body has problems, each named with its fix",
+    502: "the node's agent did not answer",
+    503: "this scheduler is not the leader; its URL is in the error where known",
+}
+
+
+def _response(route: Route) -> dict[str, Any]:
+    if route.reply is None:
+        return {"description": route.says}
+    return {"description": route.says, "content": _content(route.reply)}
+
+
+def _content(kind: Any) -> dict[str, Any]:
+    if kind is str:
+        return {"text/plain": {"schema": {"type": "string"}}}
+    if kind is dict:
+        return {"application/json": {"schema": {"type": "object"}}}
+    name = "ModelSpec" if kind is ModelSpec else kind.__name__
+    return {"application/json": {"schema": {"$ref": _REF.format(name=name)}}}

@@ -1,0 +1,1 @@
+"""Judgements: where a model goes, who gives way, what staying warm is worth. Pure."""

@@ -1,0 +1,1 @@
+"""What is learnt of callers as time goes by: when they come, how many. Pure."""

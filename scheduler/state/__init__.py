@@ -1,0 +1,1 @@
+"""What is known of the cluster, and what is told about it: models, nodes, replicas. Pure."""

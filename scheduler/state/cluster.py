@@ -1,0 +1,286 @@
+"""What the scheduler knows of the cluster, and questions about it. Pure.
+
+Rules this file keeps:
+- neither committed nor physical bytes of a device ever exceed what it has, nor host memory booked
+  for sleepers and staged weights what the node may give (`check_invariants`);
+- nothing here decides.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from runtime.footprints import Footprint, Key
+from runtime.wire import Floor, ModelDemand, ModelSpec, RouteRule
+from scheduler.signals.forecast import Arrivals
+from scheduler.signals.replica_target import ScaleHistory
+from scheduler.state.bookings import Books, Index
+from scheduler.state.clocks import RemoteClock
+from scheduler.state.messages import ColdStart, Decided, StoredModel
+from scheduler.state.node import Drain, Hold, Node
+from scheduler.state.prewarm_stats import Prewarms
+from scheduler.state.replica import BUSY, COMING, LEAVING, Climb, Replica, Stage
+
+__all__ = [
+    "BUSY", "COMING", "LEAVING", "Climb", "ClusterState", "Demand", "Drain", "Hold", "Model",
+    "Node", "Replica", "Router", "Stage", "check_invariants",
+]  # fmt: skip
+
+MARGIN = 0.05  # on a measured footprint: allocators and drivers vary from start to start
+
+
+@dataclass(slots=True, eq=False)
+class Model:
+    """One declared model and what is learnt about it."""
+
+    stored: StoredModel
+    spec: ModelSpec
+    launch_key: str
+    pinned: bool = False
+    floor: Floor | None = None  # by schedule or on request: never colder than this
+    replicas: dict[str, Replica] = field(default_factory=dict)
+    asked_replicas: int = 0  # by an operator's `load`
+    asked_until: float = 0.0
+    active_at: float | None = None  # when a request last arrived or ended
+    failures: int = 0  # failed starts in a row
+    blocked_until: float = 0.0
+    problem: str | None = None  # why the last start failed
+    problem_final: bool = False  # and the next one will, whatever else runs
+    spares_s: float = 0.0  # after failed starts: what was used within so long is not moved down
+    footprints: dict[Key, Footprint] = field(default_factory=dict)
+    footprint: Footprint | None = None  # the one that was measured last for this launch key
+    unfit: str | None = None  # why no node could run it
+    unfit_final: bool = False  # nor could any known one, were all of them up, healthy and open
+    waiting_for: str | None = None  # why it is not placed yet
+    first_token_s: float | None = None  # of the last request that was held, as a router told
+    first_token_at: float = 0.0  # when it told
+    rest_at: float = 0.0  # before this no idle timer of it can be over
+    wanted: int = 0  # replicas, as last decided, and why
+    wanted_why: str = ""
+    scaling: ScaleHistory = field(default_factory=ScaleHistory)
+    scale_at: float = math.inf  # when to look at its scale again though nothing happened to it
+    arrivals: Arrivals | None = None  # None: never called, or its spec wants no forecast
+    odds: tuple[float, float] = (-1e9, 0.0)  # (at, chance of a call), worked out not long ago
+    forecast_at: float = 0.0  # when to ask the forecast again
+    warm_until: float = 0.0  # it was warmed ahead of a call, or pays to be kept warm
+    sketched_at: float = 0.0
+    staged_on: set[str] = field(default_factory=set)  # nodes that hold its weights
+
+    @property
+    def name(self) -> str:
+        return self.spec.name
+
+    def forgive(self) -> None:
+        """Its failed starts count no more: it serves, or deserves a fresh try."""
+        self.failures, self.blocked_until, self.spares_s = 0, 0.0, 0.0
+        self.problem, self.problem_final = None, False
+
+    def coming(self) -> list[Replica]:
+        """Those that serve or will; one that must leave its place is counted out already."""
+        return [r for r in self.replicas.values() if r.stage in COMING and r.doomed_at is None]
+
+    def ready(self) -> list[Replica]:
+        return [r for r in self.replicas.values() if r.stage is Stage.READY]
+
+    def asleep(self) -> list[Replica]:
+        return [
+            r for r in self.replicas.values() if r.stage is Stage.ASLEEP and r.doomed_at is None
+        ]
+
+    def may_stop(self, replica: Replica) -> bool:
+        """Whether its floor allows `replica` to go: another one must hold it."""
+        if self.floor is None or self.floor == "staged":
+            return True
+        held = self.coming() if self.floor == "hot" else [*self.coming(), *self.asleep()]
+        return any(r is not replica for r in held)
+
+    def weights_bytes(self, replica: Replica) -> int:
+        """Host bytes that level-1 sleep of one replica takes: its weights, at most all it has."""
+        whole = replica.bytes * len(replica.device_ids)
+        estimate = self.stored.estimate
+        return min(whole, estimate.weights_bytes) if estimate else whole
+
+    def measured_s(self, step: str) -> float | None:
+        """The median seconds of a step of the ledger, if it was ever measured."""
+        return self.footprint.median_s(step) if self.footprint else None
+
+    def booked_bytes(self) -> int:
+        """Bytes that one replica books on each of its devices.
+
+        A declared size is a budget that vLLM fills with KV cache, so a measurement may only raise
+        it; an estimated size gives way to the measured one, larger or smaller, on GPUs. A CPU
+        engine's memory is touched as it is used, so what is measured there may only raise it too.
+        Worked example, MARGIN 5 %: estimated 20 GiB, measured 10 GiB: 10.5 GiB; declared 20 GiB,
+        measured 10 GiB: 20 GiB; declared 8 GiB, measured 10 GiB: 10.5 GiB. The margin alone asks
+        for no more than the budget: estimated and measured 78 GiB on a device of 80: 78 GiB.
+        """
+        budget = self.spec.booked_bytes()
+        known = self.footprint
+        if known is None or not known.device_bytes or self.spec.engine == "stub":
+            return budget
+        learned = int(known.device_bytes * (1 + MARGIN))
+        if known.device_bytes <= budget:
+            learned = min(learned, budget)
+        estimated = self.stored.spec.device_memory_bytes is None
+        if estimated and known.key.device_kind == "nvml":
+            return learned
+        return max(budget, learned)
+
+
+@dataclass(slots=True)
+class Router:
+    """One router's last demand report."""
+
+    router_id: str
+    boot_id: int
+    seq: int
+    seen_at: float
+    routes_version: int
+    models: dict[str, ModelDemand]
+    in_flight: dict[str, int]
+    clock: RemoteClock = field(default_factory=RemoteClock)
+
+
+@dataclass(slots=True, frozen=True)
+class Demand:
+    """All routers' demand for one model."""
+
+    waiting: int = 0
+    in_flight: int = 0
+    ending: int = 0  # of those in flight, with replicas that are leaving: they need no other
+    oldest_wait_s: float = 0.0
+    background: int = 0  # of all these: in no hurry at all
+
+    @property
+    def urgent(self) -> bool:
+        """Whether any of it is in a hurry."""
+        return self.waiting + self.in_flight > self.background
+
+
+@dataclass(slots=True)
+class ClusterState:
+    """Everything the core knows."""
+
+    term: int = 0
+    started_at: float = 0.0
+    recovering: bool = True
+    awaited_nodes: set[str] = field(default_factory=set)
+    models: dict[str, Model] = field(default_factory=dict)
+    nodes: dict[str, Node] = field(default_factory=dict)
+    replicas: dict[str, Replica] = field(default_factory=dict)
+    routers: dict[str, Router] = field(default_factory=dict)
+    decisions: deque[Decided] = field(default_factory=lambda: deque(maxlen=2000))
+    cold_starts: deque[ColdStart] = field(default_factory=lambda: deque(maxlen=1000))
+    replica_count: int = 0
+    decision_count: int = 0
+    cold_start_count: int = 0
+    routes_version: int = 0
+    rules: tuple[RouteRule, ...] = ()
+    rules_changed: bool = False  # and not published yet
+    wall_offset_s: float = 0.0  # unix time less the clock of the events
+    prewarms: Prewarms = field(default_factory=Prewarms)
+    index: Index = field(default_factory=Index)
+
+    def node(self, node_id: str) -> Node:
+        """The node, met for the first time or not."""
+        known = self.nodes.get(node_id)
+        if known is None:
+            known = self.nodes[node_id] = Node(node_id, Books(node_id, self.index))
+        return known
+
+    def demand(self, model: str) -> Demand:
+        waiting = in_flight = ending = background = 0
+        oldest = 0.0
+        known = self.models.get(model)
+        leaving = [r for r in known.replicas.values() if r.leaving] if known else []
+        for router in self.routers.values():
+            part = router.models.get(model)
+            if part is not None:
+                waiting += part.waiting
+                in_flight += part.in_flight
+                background += part.background
+                oldest = max(oldest, part.oldest_wait_s)
+                ending += sum(router.in_flight.get(r.replica_id, 0) for r in leaving)
+        return Demand(waiting, in_flight, min(ending, in_flight), oldest, background)
+
+    def ttft_p95_s(self, model: str) -> float | None:
+        """The worst router's; None where none measured it of late."""
+        parts = (router.models.get(model) for router in self.routers.values())
+        seen = [p.ttft_p95_s for p in parts if p is not None and p.ttft_p95_s is not None]
+        return max(seen, default=None)
+
+    def in_flight(self, replica: Replica) -> int:
+        """Requests it has, by the routers' count or its own, whichever is more."""
+        routed = 0
+        for router in self.routers.values():
+            routed += router.in_flight.get(replica.replica_id, 0)
+        return max(routed, replica.report.in_flight if replica.report else 0)
+
+    def add(self, replica: Replica) -> None:
+        self.replicas[replica.replica_id] = replica
+        self.node(replica.node_id).books.add(replica)
+        if replica.model in self.models:
+            self.models[replica.model].replicas[replica.replica_id] = replica
+
+    def drop(self, replica: Replica) -> None:
+        self.replicas.pop(replica.replica_id, None)
+        self.nodes[replica.node_id].books.drop(replica)
+        if replica.model in self.models:
+            self.models[replica.model].replicas.pop(replica.replica_id, None)
+
+    def schedulable_nodes(self) -> Iterable[Node]:
+        return (node for node in self.nodes.values() if node.schedulable)
+
+    def refresh_index(self) -> None:
+        """Sort in again whatever was touched."""
+        index = self.index
+        while index.touched:
+            node_id = index.touched.pop()
+            index.changed.add(node_id)
+            index.place_node(node_id, self.nodes[node_id].most_room())
+
+
+def check_invariants(state: ClusterState) -> None:
+    """Raise AssertionError naming the first broken rule."""
+    for replica in state.replicas.values():
+        node = state.nodes[replica.node_id]
+        assert node.replicas.get(replica.replica_id) is replica, (
+            f"{replica.replica_id}: not on node"
+        )
+        assert (replica.replica_id in state.index.plans) == replica.plan, replica.replica_id
+        model = state.models.get(replica.model)
+        if model is not None:
+            assert model.replicas.get(replica.replica_id) is replica, replica.replica_id
+        elif not state.recovering:
+            assert replica.stage in LEAVING or replica.stage is Stage.UNKNOWN, (
+                f"{replica.replica_id}: its model is gone, yet it is {replica.stage}"
+            )
+    for node in state.nodes.values():
+        _check_node(state, node)
+
+
+def _check_node(state: ClusterState, node: Node) -> None:
+    for replica in node.replicas.values():
+        assert state.replicas.get(replica.replica_id) is replica, replica.replica_id
+    for device_id in node.devices:
+        there = list(node.on_device(device_id))
+        assert node.committed(device_id) == sum(r.committed for r in there), "books: committed"
+        assert node.physical(device_id) == sum(r.physical for r in there), "books: physical"
+    if not node.live:
+        return
+    adopted = any(r.spec is None for r in node.replicas.values())
+    if node.heartbeat and not adopted:
+        assert node.host_free() >= 0, f"{node.node_id}: host memory over-committed"
+    for device_id, device in node.devices.items():
+        if any(r.spec is None for r in node.on_device(device_id)):
+            continue  # an adopted booking was another leader's decision
+        # What others take may grow after a plan was made; our plans never exceed the device.
+        for what, used in (
+            ("committed", node.committed(device_id)),
+            ("physical", node.physical(device_id)),
+        ):
+            total = device.memory_total_bytes
+            assert used <= total, f"{node.node_id}/{device_id}: {what} {used} of {total} bytes"
