@@ -34,7 +34,8 @@ import psutil
 
 from agent.devices.nvml import NvmlSource, NvmlUnavailable
 from agent.engines import sleep
-from agent.engines.process import base_environment, free_port
+from agent.engines.ports import free_port
+from agent.engines.process import base_environment
 from agent.engines.sleep import Controls, Memory
 from bench.lib.real_engine import call, first_token, write_llama
 from bench.lib.report import Row, print_report

@@ -23,7 +23,8 @@ from typing import Any, NamedTuple
 
 import psutil
 
-from agent.engines.process import base_environment, free_port, start_ticks
+from agent.engines.ports import free_port
+from agent.engines.process import base_environment, start_ticks
 from runtime.engine import LaunchContext, get_engine
 from runtime.footprint import estimate
 from runtime.wire import ModelSpec
