@@ -51,12 +51,18 @@ class Ports:
         self._held.pop(replica_id, None)
 
     def _free_of(self, allowed: range, host: str, taken: Collection[int]) -> int:
-        """The next after the last one given: a port rests before it is another engine's."""
-        for _ in allowed:
-            port = allowed[self._given % len(allowed)]
-            self._given += 1
-            if port not in taken and _is_free(host, port):
-                return port
+        """The next after the last one given: a port rests before it is another engine's.
+
+        One that somebody holds without listening is taken only where all others are in use: it may
+        be another agent's engine that loads its model, or what is left of an ended one's
+        connections, and only the first makes two engines share a port.
+        """
+        for reuse in (False, True):
+            for _ in allowed:
+                port = allowed[self._given % len(allowed)]
+                self._given += 1
+                if port not in taken and _is_free(host, port, reuse):
+                    return port
         held = sum(port in allowed for port in self._held.values())
         raise NoFreePort(
             f"no port of agent.engine_ports = '{allowed[0]}-{allowed[-1]}' is free: engines of this"
@@ -75,10 +81,11 @@ def free_port(host: str, taken: Collection[int]) -> int:
             return port
 
 
-def _is_free(host: str, port: int) -> bool:
+def _is_free(host: str, port: int, reuse: bool) -> bool:
+    """`reuse`, as engines do: whether nobody listens there. Connections of an engine that ended
+    keep its port for a minute otherwise."""
     with _socket_for(host) as probe:
-        # As engines do: connections of one that ended do not keep its port for a minute.
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, reuse)
         try:
             probe.bind((host, port))
         except OSError as error:

@@ -89,6 +89,17 @@ def test_an_ended_engines_connections_do_not_keep_its_port():
     assert Ports(allowed).take("m-1", HOST) == allowed[0]
 
 
+def test_a_port_that_another_program_has_bound_but_not_listens_on_yet_is_not_free():
+    """vLLM binds its port before it loads the model; a second one that binds the same port (both
+    with SO_REUSEPORT) would get half of its connections."""
+    allowed = free_range(2)
+    with socket.socket() as loading:
+        loading.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        loading.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        loading.bind((HOST, allowed[0]))
+        assert Ports(allowed).take("m-1", HOST) == allowed[1]
+
+
 def test_an_address_of_another_machine_is_an_error_not_a_full_range():
     with pytest.raises(OSError, match="annot assign requested address"):
         Ports(range(21000, 21002)).take("m-1", "192.0.2.1")
