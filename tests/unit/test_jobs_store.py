@@ -385,6 +385,17 @@ async def test_what_a_tenant_holds_is_counted_through_all_that_a_row_goes_throug
     assert after["b"] == before["b"]
 
 
+@pytest.mark.parametrize("character", ["\U0001f600", "\0"])
+async def test_texts_are_counted_in_bytes_whatever_is_in_them(db: Store, character: str) -> None:
+    row = await batch_of(db, 1)
+    before = await db.read(held_rows.of, "t")
+    name = character * 512
+    await db.write(batch_rows.add_lines, row.seq, [LineRow(2, name, "m", 0, 1)])
+    assert await db.read(held_rows.of, "t") - before >= len(name.encode())
+    await db.write(batch_rows.begin_lines, row.seq)
+    assert await db.write(counted_again) == {"t": await db.read(held_rows.of, "t")}
+
+
 async def test_many_small_rows_are_counted_as_what_they_take(db: Store) -> None:
     for number in range(2000):
         await job_of(db, "t", f"job_{number:024}")

@@ -20,14 +20,17 @@ class _Counted(NamedTuple):
     columns: str = ""
 
 
+def _text(column: str) -> str:
+    """Its bytes: of a TEXT, SQLite's `length` is the characters before the first NUL."""
+    return f"ifnull(length(CAST({{row}}.{column} AS BLOB)), 0)"
+
+
 _COUNTED = {
     "files": _Counted("0"),
     "chunks": _Counted("length({row}.data)", "(SELECT tenant FROM files WHERE seq = {row}.file)"),
-    "batches": _Counted(
-        "ifnull(length({row}.metadata), 0) + ifnull(length({row}.errors), 0)", columns="errors"
-    ),
+    "batches": _Counted(f"{_text('metadata')} + {_text('errors')}", columns="errors"),
     "lines": _Counted(
-        "length({row}.custom_id) + length({row}.model) + ifnull(length({row}.result), 0)",
+        f"{_text('custom_id')} + {_text('model')} + ifnull(length({{row}}.result), 0)",
         "(SELECT tenant FROM batches WHERE seq = {row}.batch)",
         "result",
     ),
