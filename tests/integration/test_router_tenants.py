@@ -16,7 +16,7 @@ import uvloop
 from router_kit import Stack, eventually, unary
 
 from runtime.access import KEY_PREFIX, KeySpec, Limits, Scope, StoredKey, Used, digest
-from runtime.router.jobs import file_rows, invokes
+from runtime.router.jobs import file_rows, held_rows, invokes
 from runtime.router.jobs.store import Store
 from runtime.router.jobs.tenants import Owner
 
@@ -204,6 +204,37 @@ async def test_a_tenant_far_beyond_its_share_of_the_store_waits_and_no_other(
         await other.write(file_rows.delete, file)
         await other.close()
         await until_completed(stack, "acme", jobs[1])
+
+
+async def test_the_lines_of_batches_count_before_they_are_taken_in(tmp_path: Path) -> None:
+    """One file makes many batches, each with lines of its own, which a cancelled one keeps."""
+    settings = {"anonymous": "off", "store_max_bytes": 2_000_000, "store_tenant_share": 0.25}
+    async with kit.stack(tmp_path, **settings) as stack:
+        await stack.serve("alpha", await stack.engine(kit.never))
+        await with_keys(stack)
+        text = b"\n".join(json.dumps(LINE | {"custom_id": f"{n}"}).encode() for n in range(500))
+        _, file, _ = await upload(stack, "acme", text)
+        asked = {
+            "input_file_id": file["id"], "endpoint": LINE["url"], "completion_window": "24h",
+        }  # fmt: skip
+        made = [(await ask(stack, "acme", "POST", "/v1/batches", asked))[1] for _ in range(8)]
+        batches = []
+        async with asyncio.timeout(kit.DEADLINE_S):
+            for batch in made:
+                while batch["status"] == "validating":
+                    await asyncio.sleep(0.02)
+                    _, batch, _ = await ask(stack, "acme", "GET", f"/v1/batches/{batch['id']}")
+                await ask(stack, "acme", "POST", f"/v1/batches/{batch['id']}/cancel")
+                batches.append(batch)
+        assert [batch["status"] for batch in batches[:2]] == ["in_progress"] * 2
+        assert batches[-1]["status"] == "failed"
+        (error,) = batches[-1]["errors"]["data"]
+        assert error["code"] == "store_share_full"
+        assert "500000 (router.store_tenant_share)" in error["message"]
+        assert (await upload(stack, "globex", b"x" * 500))[0] == 200
+        other = Store(tmp_path / "jobs.db", 2**30)
+        assert await other.read(held_rows.of, "acme") < 600_000
+        await other.close()
 
 
 # ---------------------------------------------------------------------- a narrow scope

@@ -90,8 +90,8 @@ def test_an_ended_engines_connections_do_not_keep_its_port():
 
 
 def test_a_port_that_another_program_has_bound_but_not_listens_on_yet_is_not_free():
-    """vLLM binds its port before it loads the model; a second one that binds the same port (both
-    with SO_REUSEPORT) would get half of its connections."""
+    """vLLM binds its port before it loads the model, so that others still can: of two engines the
+    second one fails once its model is loaded, or gets half of the first one's connections."""
     allowed = free_range(2)
     with socket.socket() as loading:
         loading.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -165,6 +165,10 @@ class Store:
         """Raises StoreFull, ShareFull (the tenant's) where `size_bytes` more is too much."""
         if await self._run(None, used_bytes) + size_bytes >= self._max_bytes:
             raise StoreFull(self._max_bytes)
+        await self.check_share(tenant, size_bytes)
+
+    async def check_share(self, tenant: str, size_bytes: int = 0) -> None:
+        """Raises ShareFull where `size_bytes` more would be more than the tenant may have."""
         held = await self._run(None, lambda db: held_rows.of(db, tenant))
         if held + size_bytes >= self._tenant_bytes:
             raise ShareFull(held, self._tenant_bytes)

@@ -1,6 +1,9 @@
 """Reads a new batch's file, once, and notes where its lines lie or what is wrong with them.
 
-Rule this file keeps: a file is read piece by piece; no more than a line of it is held.
+Rules this file keeps:
+- a file is read piece by piece; no more than a line of it is held;
+- a batch whose lines find no room in its tenant's share is refused: they are taken in here, so who
+  makes many batches of one file gains nothing.
 """
 
 from __future__ import annotations
@@ -11,8 +14,8 @@ from collections.abc import AsyncIterator
 
 from runtime.router.jobs import batch_rows, file_rows
 from runtime.router.jobs.batch_rows import BatchRow, LineRow
-from runtime.router.jobs.lines import Check, Splitter
-from runtime.router.jobs.store import Store
+from runtime.router.jobs.lines import Check, Problem, Splitter
+from runtime.router.jobs.store import ShareFull, Store
 
 log = logging.getLogger("stoker.router.jobs")
 
@@ -26,8 +29,11 @@ async def validate(store: Store, row: BatchRow, max_line_bytes: int) -> None:
     """
     check = Check(row.endpoint, max_line_bytes)
     await store.write(batch_rows.begin_lines, row.seq)
-    await _read(store, row, check, max_line_bytes)
-    check.end()
+    try:
+        await _read(store, row, check, max_line_bytes)
+        check.end()
+    except ShareFull as error:
+        check.problems.append(Problem(str(error.code), error.message))
     if check.problems:
         errors = [problem.shown() for problem in check.problems]
         await store.write(batch_rows.refuse, row.seq, errors, time.time())
@@ -46,8 +52,14 @@ async def _read(store: Store, row: BatchRow, check: Check, max_line_bytes: int) 
         if check.given_up:
             return
         if len(good) == _INSERTED:
-            await store.write(batch_rows.add_lines, row.seq, good)
+            await _take_in(store, row, good)
             good = []
+    await _take_in(store, row, good)
+
+
+async def _take_in(store: Store, row: BatchRow, good: list[LineRow]) -> None:
+    """Raises ShareFull."""
+    await store.check_share(row.tenant)
     await store.write(batch_rows.add_lines, row.seq, good)
 
 
