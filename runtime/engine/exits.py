@@ -30,7 +30,9 @@ COMPILER_FIX = "install what it takes (on Debian: apt-get install g++ python3-de
 # end may pass: a neighbour's memory, a port that was taken, a signal, a hub that was down.
 FINAL_KINDS = frozenset({"bad_argument", "bad_model", "too_small"})
 
-# What vLLM says where it cannot compile, mostly lines above an exception that tells less.
+# What vLLM says where it cannot compile, mostly lines above an exception that tells less. It can go
+# on without, so an end that has nothing to do with that is one of _SURE, and may pass.
+_SURE = ("port_in_use", "oom", "too_small")
 _NO_COMPILER = re.compile(
     r"No working C\+\+ compiler found|Failed to find C compiler"
     r"|fatal error: Python\.h: No such file|No such file or directory: '[^']*(?:g\+\+|gcc|clang)'"
@@ -67,15 +69,16 @@ def explain(returncode: int | None, log_tail: str) -> tuple[str, str]:
     lines = _lines(log_tail)
     if returncode == 0 and not any(wrapper in line for line in lines for wrapper in _WRAPPERS):
         return "exited", "it ended by itself with status 0"
-    if lacking := next(filter(None, map(_NO_COMPILER.search, lines)), None):
-        words = f"this host can't compile what vLLM wants to: {lacking[0]}; {COMPILER_FIX}"
-        return "bad_host", _shorten(words)
     cause_at, cause = _cause(lines)
     died_at, died = _died(lines)
     if died and (not cause or died_at < cause_at):
         return died
+    kind = next((k for k, pattern in _KINDS if re.search(pattern, cause)), "crash")
+    lacking = next(filter(None, map(_NO_COMPILER.search, lines)), None)
+    if lacking and kind not in _SURE:
+        words = f"this host can't compile what vLLM wants to: {lacking[0]}; {COMPILER_FIX}"
+        return "bad_host", _shorten(words)
     if cause:
-        kind = next((k for k, pattern in _KINDS if re.search(pattern, cause)), "crash")
         return kind, _shorten(cause.removeprefix("usage: "))
     status = "an unknown status" if returncode is None else f"status {returncode}"
     last = next((line for line in reversed(lines) if line.strip()), "")

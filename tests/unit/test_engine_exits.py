@@ -286,6 +286,19 @@ def test_a_host_that_cannot_compile_is_named_with_the_fix_and_not_tried_again_at
     assert kind not in FINAL_KINDS, "another host may have what it takes"
 
 
+@pytest.mark.parametrize(
+    ("end", "kind"),
+    [
+        ("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB", "oom"),
+        ("OSError: [Errno 98] Address already in use", "port_in_use"),
+    ],
+)
+def test_what_ended_it_outweighs_a_compiler_that_it_did_without(end, kind):
+    """bad_host is not tried again, and these may pass."""
+    log = f"FileNotFoundError: [Errno 2] No such file or directory: '/usr/bin/gcc'\n{end}\n"
+    assert explain(1, log)[0] == kind
+
+
 @pytest.mark.parametrize("log", [NOKV, SMALLKV, TRUNCATED])
 def test_a_cause_survives_colours_and_a_cut_first_line(log):
     coloured = log.replace("(EngineCore", "\x1b[0;36m(EngineCore").replace(
