@@ -7,7 +7,14 @@ what a caller wrote into it names nobody.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
+from ipaddress import (
+    IPv4Address,
+    IPv4Network,
+    IPv6Address,
+    IPv6Network,
+    ip_address,
+    ip_network,
+)
 
 _NAME = b"x-forwarded-for"
 
@@ -16,7 +23,7 @@ class Forwarded:
     """`trusted`: addresses and networks of proxies (`router.trusted_proxies`)."""
 
     def __init__(self, trusted: Iterable[str] = ()) -> None:
-        self._trusted = tuple(ip_network(network) for network in trusted)
+        self._trusted = tuple(map(_network, trusted))
 
     def address(self, peer: str, headers: Iterable[tuple[bytes, bytes]]) -> str:
         """The caller's address; `peer` is who is connected.
@@ -39,6 +46,15 @@ class Forwarded:
     def _is_trusted(self, address: str) -> bool:
         found = _address(address)
         return found is not None and any(found in network for network in self._trusted)
+
+
+def _network(text: str) -> IPv4Network | IPv6Network:
+    """As `_address` has its addresses: an IPv4 network however it is written."""
+    found = ip_network(text)
+    mapped = _address(str(found.network_address))
+    if isinstance(found, IPv6Network) and isinstance(mapped, IPv4Address) and found.prefixlen >= 96:
+        return IPv4Network((mapped, found.prefixlen - 96))
+    return found
 
 
 def _address(text: str) -> IPv4Address | IPv6Address | None:

@@ -34,5 +34,13 @@ def test_what_trusted_proxies_wrote_counts(peer: str, lines: list[str], address:
     assert Forwarded(TRUSTED).address(peer, headers) == address
 
 
+@pytest.mark.parametrize("trusted", ["::ffff:10.0.0.9", "::ffff:10.0.0.0/104"])
+@pytest.mark.parametrize("peer", ["::ffff:10.0.0.9", "10.0.0.9"])
+def test_an_ipv4_proxy_may_be_named_as_the_log_of_a_socket_on_both_has_it(trusted, peer) -> None:
+    headers = [(b"X-Forwarded-For", b"192.0.2.7")]
+    assert Forwarded((trusted,)).address(peer, headers) == "192.0.2.7"
+    assert Forwarded((trusted,)).address("192.0.2.9", headers) == "192.0.2.9"
+
+
 def test_nobody_is_trusted_by_default() -> None:
     assert Forwarded().address("127.0.0.1", [(b"X-Forwarded-For", b"192.0.2.7")]) == "127.0.0.1"
