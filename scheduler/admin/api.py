@@ -9,6 +9,7 @@ from __future__ import annotations
 import hmac
 import logging
 import time
+from collections.abc import Collection
 from datetime import datetime
 from importlib.metadata import version as installed_version
 from operator import attrgetter
@@ -297,7 +298,7 @@ class Api:
 
     async def unload_model(self, request: web.Request) -> web.Response:
         model = self._model(request)
-        self._refuse_unload(model, len(model.replicas))
+        self._refuse_unload(model, model.replicas)
         self.driver.apply(m.UnloadAsked(now=self.driver.now(), model=model.spec.name))
         return self._model_reply(model, 202)
 
@@ -314,9 +315,9 @@ class Api:
         await self.driver.ask_prewarm(model.spec.name, ask)
         return self._model_reply(model, 202)
 
-    def _refuse_unload(self, model: Model, stopped: int) -> None:
+    def _refuse_unload(self, model: Model, stopped: Collection[str]) -> None:
         """It would be started again at once: say what to change instead."""
-        left = len(model.coming()) - stopped
+        left = sum(r.replica_id not in stopped for r in model.coming())
         if model.pinned and left < 1:
             raise ApiError(409, f"model {model.spec.name!r} is pinned: unpin it first")
         if left < model.spec.min_replicas:
@@ -353,7 +354,7 @@ class Api:
         replica = self._replica(request)
         model = self.core.state.models.get(replica.model)
         if model is not None:
-            self._refuse_unload(model, 1)
+            self._refuse_unload(model, {replica.replica_id})
         event = m.UnloadAsked(
             now=self.driver.now(), model=replica.model, replica_id=replica.replica_id
         )

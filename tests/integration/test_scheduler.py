@@ -239,6 +239,7 @@ async def test_from_a_spec_to_a_route_and_back(tmp_path, agent, registry, sessio
         await client.demand(2)
         assert (await client("POST", "/admin/models/a/unload"))[0] == 202
         await until(lambda: not agent.replicas, "the agent was told to stop")
+        assert (await client("POST", "/admin/models/a/unload"))[0] == 202  # what leaves is no bar
         await client.beat(agent)
         assert (await client("GET", "/admin/replicas"))[1]["replicas"] == []
         _, decisions = await client("GET", "/admin/decisions?model=a")
