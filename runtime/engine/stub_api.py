@@ -339,7 +339,7 @@ def checked(
 ) -> Callable[[web.Request], Any]:
     """`handler` with the body decoded as `kind`; a body that is none, of another Content-Type, or
     that names what may not be fetched, is a 400. `shape`: the protocol's, of that refusal."""
-    read: Callable[[bytes], T] = outside.reader(kind)
+    read: Callable[[bytes], T] = outside.reader(kind, "what this path takes")
     any_json: Callable[[bytes], Any] = outside.reader(Any)
 
     async def decoded(request: web.Request) -> web.StreamResponse:

@@ -218,7 +218,7 @@ async def test_refuses_bad_bodies_as_openai_does():
         ]:
             status, answer = await engine.post(path, body)
             assert (status, answer["error"]["code"]) == (400, 400), (path, body)
-            assert answer["error"]["message"].startswith("invalid request body")
+            assert answer["error"]["message"].startswith("invalid request body: it is not what")
         for kind in ("text/plain", "", "application/json ; charset=utf-8"):
             headers = {"Authorization": f"Bearer {CONTROL}", "Content-Type": kind}
             chat = json.dumps(CHAT).encode()
