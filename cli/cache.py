@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from cli.tables import table
-from cli.text import age, json_option, show, size
+from cli.text import Group, age, json_option, show, size
 from cli.where import Where
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 node_option = click.option("--node", help="Only this node's; otherwise every node's.")
 
 
-@click.group()
+@click.group(cls=Group)
 def cache() -> None:
     """List, fetch, remove and check the models on the nodes' disks."""
 

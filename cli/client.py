@@ -339,7 +339,8 @@ def _refused(status: int, answer: bytes) -> AdminError:
     error = _error(answer)
     if status == 401:
         return AdminError(
-            "the scheduler refused the token; give the right one by --token-file", status
+            "the token is missing or wrong: name a file that holds the scheduler's by --token-file",
+            status,
         )
     if error is None:
         text: Any = answer[:300].decode(errors="replace").strip()

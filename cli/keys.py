@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from cli.tables import table
-from cli.text import age, json_option, show
+from cli.text import Group, age, json_option, show
 from cli.where import Where
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ def _changed(limits: Limits, scope: Scope, options: dict[str, Any]) -> dict[str,
 # ------------------------------------------------------------------------------------- keys
 
 
-@click.group()
+@click.group(cls=Group)
 def key() -> None:
     """Make, list, change, rotate and revoke API keys."""
 
@@ -216,7 +216,7 @@ def _remove(
 # ------------------------------------------------------------------------------------- tenants
 
 
-@click.group()
+@click.group(cls=Group)
 def tenant() -> None:
     """List tenants, set their limits, and print a webhook key."""
 
@@ -314,7 +314,7 @@ def tenant_webhook_key(where: Where, name: str, as_json: bool) -> None:
 # ------------------------------------------------------------------------------------- tokens
 
 
-@click.group()
+@click.group(cls=Group)
 def token() -> None:
     """Make, list and revoke tokens for the admin API."""
 

@@ -25,13 +25,15 @@ SHOWN_PHASES = 4  # the longest ones; --json has them all
 @click.pass_obj
 def coldstarts(where: Where, limit: int, model: str | None, as_json: bool) -> None:
     """List cold starts and wakes: why, what moved down for them, where the time went."""
-    show(where.ask(lambda admin: admin.cold_starts(limit, model)), as_json, cold_start_table)
+    answer = where.ask(lambda admin: admin.cold_starts(limit, model))
+    show(answer, as_json, lambda started: cold_start_table(started, model))
 
 
-def cold_start_table(answer: views.ColdStarts) -> Table | str:
+def cold_start_table(answer: views.ColdStarts, model: str | None = None) -> Table | str:
     """The newest last, so that it stands above the prompt."""
     if not answer.cold_starts:
-        return "no cold starts since this scheduler leads"
+        which = f" of {model!r}" if model else ""
+        return f"no cold starts{which} since this scheduler leads"
     columns = (
         "#",
         ">AGO",

@@ -57,7 +57,7 @@ GROUPS: dict[str, dict[str, tuple[str, str]]] = {
             "cli.logs:logs",
             "Show the engine's output of a replica, or of a model's replicas.",
         ),
-        "audit": ("cli.routes:audit", "List who changed which route, when and why."),
+        "audit": ("cli.routes:audit", "List who changed what, when and why."),
     },
     "Hosts and disks": {
         "cordon": ("cli.nodes:cordon", "Place nothing new on NODE."),
@@ -118,10 +118,25 @@ class LazyGroup(click.Group):
                 formatter.write_dl([(name, text) for name, (_, text) in commands.items()])
 
 
+def _url(_: click.Context, __: click.Parameter, value: str | None) -> str | None:
+    """An address as it was given. Raises click.BadParameter."""
+    if value and not value.lower().startswith(("http://", "https://")):
+        raise click.BadParameter(f"{value!r} is not a URL; write http://HOST:PORT")
+    return value
+
+
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--config", metavar="FILE", help="TOML settings; default /etc/stoker/stoker.toml.")
-@click.option("--admin", metavar="URL", envvar="STOKER_ADMIN", help="The scheduler's admin API.")
-@click.option("--router", metavar="URL", envvar="STOKER_ROUTER", help="A router's address.")
+@click.option(
+    "--admin",
+    metavar="URL",
+    envvar="STOKER_ADMIN",
+    callback=_url,
+    help="The scheduler's admin API.",
+)
+@click.option(
+    "--router", metavar="URL", envvar="STOKER_ROUTER", callback=_url, help="A router's address."
+)
 @click.option(
     "--token",
     envvar="STOKER_CLUSTER_TOKEN",

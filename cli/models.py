@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from cli.tables import table
-from cli.text import age, json_option, print_json, show, size, waiting
+from cli.text import Group, age, json_option, print_json, show, size, waiting
 from cli.where import Where
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 _POLL_S = 0.3
 
 
-@click.group()
+@click.group(cls=Group)
 def model() -> None:
     """Add, show and remove models."""
 

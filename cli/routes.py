@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import json
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from cli.tables import table
-from cli.text import age, json_option, show
+from cli.text import Group, age, json_option, show
 from cli.where import Where
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ _reason = click.option(
 )
 
 
-@click.group()
+@click.group(cls=Group)
 def route() -> None:
     """Send a name's requests to versions of a model: by weight, canary, switch."""
 
@@ -305,7 +306,7 @@ def _end(where: Where, name: str, action: str, reason: str, as_json: bool) -> No
 @json_option
 @click.pass_obj
 def audit(where: Where, limit: int, name: str | None, as_json: bool) -> None:
-    """List who changed which route, when and why."""
+    """List who changed what, when and why."""
     show(where.ask(lambda admin: admin.audit(limit, name)), as_json, _audit_table)
 
 
@@ -315,7 +316,7 @@ def _audit_table(answer: views.Audit) -> Table | str:
     rows = (
         (
             str(e.number),
-            e.at,
+            _to_the_second(e.at),
             e.who,
             e.action,
             e.subject,
@@ -326,6 +327,15 @@ def _audit_table(answer: views.Audit) -> Table | str:
         for e in sorted(answer.audit, key=lambda e: e.number)
     )
     return table((">#", "AT", "WHO", "ACTION", "~WHAT", "?~FROM", "?~TO", "?~REASON"), rows)
+
+
+def _to_the_second(at: str) -> str:
+    """A time of the audit trail, short enough for a column; --json has all of it."""
+    try:
+        moment = datetime.fromisoformat(at).astimezone(UTC)
+    except ValueError:
+        return at
+    return moment.strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def _weights(rule: dict[str, Any] | None) -> str:

@@ -24,6 +24,7 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print the AP
 
 PIPE_WIDTH = 2000  # where no terminal says how wide it is: cut nothing
 # C0 but tab and line feed, DEL, C1, and what turns the direction of text.
+_WHOLE = 1000  # characters: of a command's line in a group's help
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 
 
@@ -111,6 +112,15 @@ def show(reply: Reply[T], as_json: bool, render: Callable[[T], Table | str]) -> 
             click.echo(plain(rendered))
         else:
             console().print(rendered)
+
+
+class Group(click.Group):
+    """A group of commands whose help cuts no sentence off."""
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        rows = [(name, c.get_short_help_str(_WHOLE)) for name, c in sorted(self.commands.items())]
+        with formatter.section("Commands"):
+            formatter.write_dl(rows)
 
 
 @contextmanager

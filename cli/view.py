@@ -166,12 +166,13 @@ def _queue_table(answer: views.Queue) -> Table | str:
 @click.pass_obj
 def decisions(where: Where, limit: int, model: str | None, as_json: bool) -> None:
     """List what the scheduler decided, and why."""
-    show(where.ask(lambda admin: admin.decisions(limit, model)), as_json, _decision_table)
+    answer = where.ask(lambda admin: admin.decisions(limit, model))
+    show(answer, as_json, lambda decided: _decision_table(decided, model))
 
 
-def _decision_table(answer: views.Decisions) -> Table | str:
+def _decision_table(answer: views.Decisions, model: str | None) -> Table | str:
     if not answer.decisions:
-        return "nothing decided yet"
+        return f"nothing decided about {model!r} yet" if model else "nothing decided yet"
     rows = (
         (
             str(d.number),

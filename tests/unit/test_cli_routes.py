@@ -153,7 +153,7 @@ def test_promote_rollback_and_rm(fake: FakeServer) -> None:
 def test_audit_shows_who_when_what_and_why(fake: FakeServer) -> None:
     fake.replies["GET /admin/audit"] = views.Audit(audit=(entry(),))
     shown = stoker(fake, "audit", "--route", "r").output
-    for words in ("2026-11-25T05:00:00", "canary", "rollback", "a 90, b 10", "3 errors in 5"):
+    for words in ("2026-11-25T05:00:00Z ", "canary", "rollback", "a 90, b 10", "3 errors in 5"):
         assert words in shown
     assert fake.asked[0][0] == "GET /admin/audit?limit=20&route=r"
     assert json.loads(stoker(fake, "audit", "--json").output)["audit"][0]["number"] == 7

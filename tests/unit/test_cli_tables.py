@@ -150,3 +150,11 @@ def test_help_is_grouped_and_names_each_command_once() -> None:
     shown = CliRunner().invoke(group, ["--help"]).output
     assert all(f"{title}:" in shown for title in GROUPS)
     assert sum(len(commands) for commands in GROUPS.values()) == len(COMMANDS)
+
+
+@pytest.mark.parametrize("group", ["model", "route", "cache", "key", "tenant", "token"])
+def test_the_help_of_a_group_cuts_no_sentence_off(group: str) -> None:
+    shown = stoker(None, group, "--help").output
+    assert "Commands:" in shown
+    assert not any(line.endswith("...") for line in shown.splitlines()[1:])
+    assert max(map(len, shown.splitlines())) <= 80

@@ -197,7 +197,7 @@ def test_an_unknown_node_is_an_error_on_stderr(fake: FakeServer) -> None:
 def test_a_wrong_token(fake: FakeServer) -> None:
     done = stoker(None, "--admin", fake.url, "--token", "wrong", "ps")
     assert done.exit_code == 1
-    assert "refused the token" in done.stderr
+    assert "the token is missing or wrong" in done.stderr
 
 
 def test_nobody_listens() -> None:
@@ -277,3 +277,17 @@ def test_no_traceback_for_what_nobody_thought_of() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 1
     assert done.stderr == "Error: KeyError: 'gone' (STOKER_DEBUG=1 shows where)\n"
+
+
+@pytest.mark.parametrize(
+    ("command", "path", "answer", "words"),
+    [
+        ("decisions", "decisions", views.Decisions(decisions=()), "nothing decided about 'q' yet"),
+        ("coldstarts", "coldstarts", views.ColdStarts(cold_starts=()), "no cold starts of 'q' "),
+    ],
+)
+def test_nothing_of_one_model_does_not_read_as_nothing_at_all(
+    fake: FakeServer, command: str, path: str, answer: object, words: str
+) -> None:
+    fake.replies[f"GET /admin/{path}"] = answer
+    assert words in stoker(fake, command, "--model", "q").output

@@ -137,3 +137,11 @@ def test_a_file_without_a_token_is_a_usage_error(tmp_path: Path, content: bytes)
         done = stoker(None, "--admin", "http://127.0.0.1:9", "--token-file", str(named), "ps")
         assert done.exit_code == 2
         assert str(named) in done.stderr
+
+
+@pytest.mark.parametrize("option", ["--admin", "--router"])
+def test_an_address_without_a_scheme_is_refused_with_the_fix(option: str) -> None:
+    done = stoker(None, option, "127.0.0.1:8081", "ps")
+    assert done.exit_code == 2
+    assert "'127.0.0.1:8081' is not a URL; write http://HOST:PORT" in done.stderr
+    assert option in done.stderr
