@@ -138,7 +138,10 @@ def _refused(status: int, answer: bytes, path: str) -> RouterError:
             f"the model's engine has no {path}: it does not generate text. A model that embeds is"
             " asked at /v1/embeddings, one that ranks at /v1/rerank or /v1/score"
         )
-    return RouterError(message or f"status {status}: {answer[:300].decode(errors='replace')}")
+    said = message or f"status {status}: {answer[:300].decode(errors='replace')}"
+    if status == 401:
+        said += "; put a key into STOKER_API_KEY (`stoker key create TENANT` makes one)"
+    return RouterError(said)
 
 
 def _unreachable(url: str, error: Exception) -> RouterError:

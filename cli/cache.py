@@ -76,7 +76,7 @@ def _progress(pull: PullView) -> str:
 @click.argument("model")
 @click.option("--node", "nodes", multiple=True, help="To this node; may be given several times.")
 @click.option("--count", type=click.IntRange(min=1), help="To so many nodes. Default: all.")
-@click.option("--refresh", is_flag=True, help="Ask anew what the revision means.")
+@click.option("--refresh", is_flag=True, help="Ask the hub again what the revision means.")
 @json_option
 @click.pass_obj
 def pull(
@@ -87,7 +87,9 @@ def pull(
     from scheduler.admin.cache_api import CachePullBody
 
     body = CachePullBody(model=model, nodes=nodes, count=count, refresh=refresh)
-    show(where.ask(lambda admin: admin.cache_pull(body)), as_json, _pull_text)
+    answer = where.ask(lambda admin: admin.cache_pull(body))
+    show(answer, as_json, _pull_text)
+    _fail_if(not answer.value.nodes or any(n.error for n in answer.value.nodes))
 
 
 def _pull_text(answer: cache_api.Pulls) -> str:
@@ -107,7 +109,9 @@ def _pull_state(node: cache_api.NodePull) -> str:
 @click.pass_obj
 def rm(where: Where, model: str, node: str | None, as_json: bool) -> None:
     """Remove MODEL from caches; one in use is kept."""
-    show(where.ask(lambda admin: admin.cache_remove(model, node)), as_json, _removal_text)
+    answer = where.ask(lambda admin: admin.cache_remove(model, node))
+    show(answer, as_json, _removal_text)
+    _fail_if(any(n.error for n in answer.value.nodes))
 
 
 def _removal_text(answer: cache_api.Removals) -> str:
@@ -123,7 +127,9 @@ def _removal_text(answer: cache_api.Removals) -> str:
 @click.pass_obj
 def verify(where: Where, model: str, node: str | None, as_json: bool) -> None:
     """Read every file of MODEL again and compare it with its hash."""
-    show(where.ask(lambda admin: admin.cache_verify(model, node)), as_json, _verdict_text)
+    answer = where.ask(lambda admin: admin.cache_verify(model, node))
+    show(answer, as_json, _verdict_text)
+    _fail_if(any(n.report is None or n.report.bad_files for n in answer.value.nodes))
 
 
 def _verdict_text(answer: cache_api.Verdicts) -> str:
@@ -136,3 +142,9 @@ def _verdict(node: cache_api.NodeVerdict) -> str:
     bad = node.report.bad_files
     checked = f"{size(node.report.checked_bytes)} checked"
     return f"{checked}, BAD: {', '.join(bad)} {node.report.note}" if bad else f"{checked}, all good"
+
+
+def _fail_if(failed: bool) -> None:
+    """Status 1 where a node did not do it; the answer says which, and why."""
+    if failed:
+        raise click.exceptions.Exit(1)

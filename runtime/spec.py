@@ -41,6 +41,7 @@ _ARG_NAME = re.compile(r"(--)?[A-Za-z][A-Za-z0-9_-]*(\.[A-Za-z0-9_-]+)*")
 _NUMBER = re.compile(r"-\d+(\.\d+)?")
 _SOURCES = "write a local folder, hf:org/name[@revision] or s3://bucket/path"
 MAX_MEMORY_BYTES = 2**60  # more than any host has
+MIN_MEMORY_BYTES = 2**20  # what is smaller lacks its unit
 
 
 def parse_spec(raw: object, where: str = "") -> ModelSpec:
@@ -241,6 +242,12 @@ def _semantic_problems(spec: ModelSpec) -> Iterable[SpecProblem]:
         yield SpecProblem(
             field="device_memory_bytes", value=spec.device_memory_bytes, message="is too large",
             fix="declare what one replica takes, e.g. 12GiB",
+        )  # fmt: skip
+    if spec.device_memory_bytes is not None and spec.device_memory_bytes < MIN_MEMORY_BYTES:
+        yield SpecProblem(
+            field="device_memory_bytes", value=spec.device_memory_bytes,
+            message="is in bytes, and less than any engine takes",
+            fix=f"write a unit, e.g. {spec.device_memory_bytes}GiB",
         )  # fmt: skip
     yield from schedule_problems(spec.prewarm)
     yield from _scale_problems(spec)

@@ -106,7 +106,8 @@ class Keys:
             message = "this router has not heard of any keys yet"
             raise ApiError(503, "no_keys", message, retry_after_s=1.0)
         if ours is None:
-            raise _unauthorized("send an API key: Authorization: Bearer sk-stoker-…")
+            sent = "what was sent is not an API key; " if token else ""
+            raise _unauthorized(f"{sent}send an API key: Authorization: Bearer sk-stoker-…")
         found = self._callers.get(ours)
         if found is None or not opens(token, found[0], wall_s):
             raise _unauthorized("the API key is not valid")

@@ -113,7 +113,7 @@ def test_names_and_models_in_use_are_guarded(cluster: Cluster) -> None:
     rule = {"name": "guarded", "targets": [{"model": "used"}]}
     cluster.admin("PUT", "/admin/routes/guarded", rule)
     assert "route 'guarded'" in cluster.stoker("model", "rm", "used", status=1)
-    clash = {"name": "guarded", "source": "/stub", "engine": "stub", "device_memory_bytes": 1}
+    clash = {"name": "guarded", "source": "/stub", "engine": "stub", "device_memory_bytes": 2**30}
     with pytest.raises(AssertionError, match=r"409 .*already a name of route 'guarded'"):
         cluster.admin("POST", "/admin/models", clash)
     with pytest.raises(AssertionError, match=r"409 .*already a name of model 'used'"):

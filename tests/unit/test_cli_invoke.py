@@ -115,6 +115,13 @@ def test_a_refusal_is_an_error_in_words(fake: FakeServer, args: list[str]) -> No
     assert done.stderr == "Error: there is no model 'm'; did you mean 'n'?\n"
 
 
+def test_who_needs_a_key_hears_where_to_put_it(fake: FakeServer) -> None:
+    fake.replies[CHAT] = (401, {"error": {"message": "send an API key"}})
+    done = stoker(fake, "invoke", "m", "hi")
+    assert done.exit_code == 1
+    assert "send an API key; put a key into STOKER_API_KEY" in done.stderr
+
+
 def test_an_error_after_the_wait_began(fake: FakeServer) -> None:
     refusal = "data: " + json.dumps({"error": {"message": "m did not start in 300 s"}})
     fake.replies[CHAT] = sse(": waiting for m: a replica, 0s", refusal, DONE)

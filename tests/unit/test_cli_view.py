@@ -194,6 +194,28 @@ def test_an_unknown_node_is_an_error_on_stderr(fake: FakeServer) -> None:
     assert done.stderr == "Error: there is no node 'gpu-7'\n  did you mean gpu-1?\n"
 
 
+@pytest.mark.parametrize(
+    ("call", "args", "answer"),
+    [
+        ("POST /admin/cache/pull", ["pull", "foo"], {"nodes": [{"node_id": "n", "error": "no"}]}),
+        ("POST /admin/cache/pull", ["pull", "hf:a/b"], {"nodes": []}),
+        ("DELETE /admin/cache", ["rm", "foo"], {"nodes": [{"node_id": "n", "error": "no"}]}),
+        (
+            "POST /admin/cache/verify",
+            ["verify", "foo"],
+            {"nodes": [{"node_id": "n", "error": "no"}]},
+        ),
+    ],
+)
+def test_what_a_cache_did_not_do_is_no_success(
+    fake: FakeServer, call: str, args: list[str], answer: object
+) -> None:
+    fake.replies[call] = msgspec.json.encode(answer)
+    done = stoker(fake, "cache", *args)
+    assert done.exit_code == 1
+    assert done.stdout.strip() in ("n: no", "no node is up")
+
+
 def test_a_wrong_token(fake: FakeServer) -> None:
     done = stoker(None, "--admin", fake.url, "--token", "wrong", "ps")
     assert done.exit_code == 1

@@ -235,3 +235,12 @@ def test_a_report_of_another_day_changes_nothing() -> None:
     ring.day("2026-11-26", 100.0, 0.0)
     ring.hear(PeerUsage(day="2026-11-25", accounts={"key:aaaaaaaaaa": Used(tokens=5)}), 0.0)
     ring.begin(ring.identify(TOKEN, 0.0), 1, 0.0)
+
+
+def test_what_is_not_an_api_key_is_told_from_none() -> None:
+    keys = Keys(anonymous=False)
+    keys.load(KeyTable(version=1, keys=()), 0.0)
+    for token, said in (("", "send an API key"), ("foo", "what was sent is not an API key; send")):
+        with pytest.raises(ApiError) as caught:
+            keys.identify(token, 0.0)
+        assert caught.value.message.startswith(said)

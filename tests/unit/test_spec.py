@@ -84,6 +84,7 @@ def test_every_problem_is_named_with_value_and_fix() -> None:
         ("name: a\nsource: /m\nengine_args: {1: 2}", "engine_args", "keys must be text (got 1)"),
         ("name: a\nsource: /m\npriority: 9999999999999999999999", "priority", "<= 100"),
         (f"name: a\nsource: /m\ndevice_memory_bytes: {2**70}", "device_memory_bytes", "too large"),
+        ("name: a\nsource: /m\ndevice_memory_bytes: 16", "device_memory_bytes", "e.g. 16GiB"),
     ],
 )
 def test_refusals(text: str, field: str, says: str) -> None:
