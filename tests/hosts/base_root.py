@@ -23,6 +23,7 @@ _PACKAGES = (
     "systemd,systemd-sysv,libpam-systemd,dbus,openssh-server,iproute2,ca-certificates,"
     "python3,python3-apt,python3-venv,python3-dev,g++"
 )
+_PYTORCH = "https://download.pytorch.org/whl/cpu"
 _TOOLS = ("debootstrap", "systemd-nspawn", "nsenter", "ip", "ssh", "ssh-keygen")
 
 
@@ -60,23 +61,17 @@ def base_root() -> Path:
     return folder
 
 
-def wheelhouse() -> Path:
-    """The packages of requirements/base.txt, so that no host needs a package index."""
-    lock = REPO / "requirements" / "base.txt"
-    with _once(f"wheels-{_digest(lock.read_bytes())}") as (folder, new):
+def wheelhouse(engine: str = "base") -> Path:
+    """The packages of requirements/base.txt or cpu.txt, so that no host needs a package index."""
+    lists = [REPO / "requirements" / f"{engine}.txt"]
+    if engine == "cpu":
+        lists.append(REPO / "requirements/torch-cpu.txt")
+    with _once(f"wheels-{_digest(*(each.read_bytes() for each in lists))}") as (folder, new):
         if new:
-            _run(
-                sys.executable,
-                "-m",
-                "pip",
-                "-q",
-                "download",
-                "--no-deps",
-                "-d",
-                str(folder),
-                "-r",
-                str(lock),
-            )
+            pip = [sys.executable, "-m", "pip", "-q", "download", "--no-deps", "-d", str(folder)]
+            for each in lists:
+                own = ["--extra-index-url", _PYTORCH] if each.name.startswith("torch") else []
+                _run(*pip, *own, "-r", str(each))
     return folder
 
 

@@ -121,6 +121,6 @@ def make_wheel(folder: Path, version: str = "") -> Path:
     return next((folder / "dist").glob("*.whl"))
 
 
-def wheels() -> str:
+def wheels(engine: str = "base") -> str:
     """The option of nspawn that shows a host the packages."""
-    return f"--bind-ro={wheelhouse()}:/wheelhouse"
+    return f"--bind-ro={wheelhouse(engine)}:/wheelhouse"
