@@ -17,6 +17,7 @@ from pathlib import Path
 from base_root import CannotMake, base_root
 
 _BOOT_S = 90.0
+_CLEAR_S = 10.0
 
 
 class Machine:
@@ -121,9 +122,15 @@ def machines(folder: Path) -> Iterator[Machines]:
 
 
 def _free_number() -> int:
-    """Which 198.18.N.0/24 (addresses meant for tests of networks) nobody here uses."""
-    taken = set(os.listdir("/sys/class/net"))
-    return next(number for number in range(10, 250) if f"stkbr{number}" not in taken)
+    """Which 198.18.N.0/24 (addresses meant for tests of networks) nobody here uses.
+
+    A name that a run left behind somewhere is not used again: where one hierarchy has a cgroup that
+    nspawn is about to make, it does not make it in the other, and does not start.
+    """
+    folders = (Path("/sys/class/net"), Path("/run/netns"), *_hierarchies())
+    names = [name for folder in folders if folder.is_dir() for name in os.listdir(folder)]
+    taken = {name.partition("-")[0].removeprefix("stkbr").removeprefix("stk") for name in names}
+    return next(number for number in range(10, 250) if str(number) not in taken)
 
 
 def _ip(*arguments: str) -> None:
@@ -194,25 +201,36 @@ def _booted(
 def _cgroups(name: str) -> Iterator[list[Path]]:
     """A cgroup of its own in each hierarchy that systemd keeps units in: two hosts whose systemds
     shared one would kill each other's services."""
+    groups = [hierarchy / name for hierarchy in _hierarchies()]
+    if not groups:
+        raise CannotMake("no cgroup hierarchy for systemd (cgroup2, or name=systemd) is mounted")
+    for group in groups:
+        group.mkdir()
+    try:
+        yield groups
+    finally:
+        deadline = time.monotonic() + _CLEAR_S
+        while not all(_removed(group) for group in groups) and time.monotonic() < deadline:
+            time.sleep(0.1)  # its last processes are ending
+
+
+def _hierarchies() -> list[Path]:
+    """Where cgroups are that systemd keeps units in."""
     mounts = [line.split() for line in Path("/proc/mounts").read_text().splitlines()]
-    found = [
-        Path(where) / name
+    return [
+        Path(where)
         for _, where, kind, options, *_ in mounts
         if kind == "cgroup2" or (kind == "cgroup" and "name=systemd" in options)
     ]
-    if not found:
-        raise CannotMake("no cgroup hierarchy for systemd (cgroup2, or name=systemd) is mounted")
-    for group in found:
-        group.mkdir(exist_ok=True)
-    try:
-        yield found
-    finally:
-        for group in found:
-            for below in sorted((p for p in group.rglob("*") if p.is_dir()), reverse=True):
-                with contextlib.suppress(OSError):
-                    below.rmdir()
-            with contextlib.suppress(OSError):
-                group.rmdir()
+
+
+def _removed(group: Path) -> bool:
+    """Whether a cgroup is gone, and all below it."""
+    below = sorted((path for path in group.rglob("*") if path.is_dir()), reverse=True)
+    for path in (*below, group):
+        with contextlib.suppress(OSError):
+            path.rmdir()
+    return not group.exists()
 
 
 def _leader(nspawn: subprocess.Popen[bytes], log: Path) -> int:
