@@ -224,14 +224,17 @@ def inspect(
         problem = SpecProblem(field="source", message=estimate_error, value=spec.source)
         problems = [*problems, problem]
     else:
-        found, rank = lora.check(spec, files.folder, adapters or {})
-        problems = [*problems, *found]
         try:
-            whole = with_lora_args(spec, rank)
-            estimate = footprint.estimate(whole, files.folder, place.device_kind, files.unknown)
-        except ValueError as error:
-            estimate_error = str(error)
-        warnings = footprint.warnings(spec, files.folder, estimate)
+            found, rank = lora.check(spec, files.folder, adapters or {})
+            problems = [*problems, *found]
+            try:
+                whole = with_lora_args(spec, rank)
+                estimate = footprint.estimate(whole, files.folder, place.device_kind, files.unknown)
+            except ValueError as error:
+                estimate_error = str(error)
+            warnings = footprint.warnings(spec, files.folder, estimate)
+        except OSError as error:
+            estimate_error = f"the model's files on this node cannot be read: {error}"
     return Inspection(
         problems=tuple(problems),
         estimate=estimate,

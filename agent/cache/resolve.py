@@ -9,6 +9,7 @@ Rules this file keeps:
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -35,8 +36,20 @@ def look(
     """Blocks: looks at folders, which may be mounted ones; only below `model_dir` and the shared
     store, unless `anywhere`.
 
-    Raises CacheError for a folder that is not there, ValueError for a source that can't be one.
+    Raises CacheError for a folder that is not there or closed to us, ValueError for a source that
+    can't be one.
     """
+    try:
+        return _look(source, config, model_dir, anywhere)
+    except PermissionError as error:
+        raise CacheError(
+            "unauthorized",
+            f"this node's agent may not look into {error.filename!r}: let its user (uid"
+            f" {os.geteuid()}) read the model's folder and enter those above it",
+        ) from None
+
+
+def _look(source: str, config: CacheConfig, model_dir: Path, anywhere: bool) -> Path | Wanted:
     ref = parse_ref(source)
     if ref is None and not Path(source).is_absolute():
         local = places.below(model_dir, *local_parts(source))

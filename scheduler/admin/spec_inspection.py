@@ -46,8 +46,9 @@ async def inspect_spec(driver: Driver, spec: ModelSpec, *, fetch: bool) -> Findi
         if best.estimate is not None:
             break
     if best is None:
-        notes.append("no node was up to check its engine arguments")
-        best = Inspection(estimate_error="no node is up")
+        best = Inspection(estimate_error="; ".join(notes) or "no node is up")
+        if not notes:
+            notes.append("no node was up to check its engine arguments")
     if best.estimate is None and spec.device_memory_bytes is None:
         problem = SpecProblem(
             field="device_memory_bytes",

@@ -25,6 +25,7 @@ def hosts(
     """`front` has Consul, scheduler and router, `engines` an agent with vLLM; both installed."""
     models = tmp_path_factory.mktemp("models")
     write_model(models, "tiny")
+    models.chmod(0o755)  # the agent's user has to get in
     front = fleet.boot("front", wheels("cpu"))
     engines = fleet.boot("engines", wheels("cpu"), f"--bind-ro={models}:/srv/models")
     groups = {"consul": [front], "scheduler": [front], "router": [front], "agent": [engines]}
