@@ -149,6 +149,12 @@ outside() { # the clients, whose packages agree with nobody else's
     echo "$wanted" >"$VENV-outside/.stoker"
 }
 
+numa() { # vLLM's CPU build is linked against it; minimal hosts have none
+    "$VENV/bin/python" -c 'import ctypes; ctypes.CDLL("libnuma.so.1")' 2>/dev/null && return
+    scripts/install_packages.sh libnuma1 ||
+        say "vLLM's CPU build will not start without libnuma.so.1 (on Debian: apt-get install libnuma1)"
+}
+
 engine() { # vllm or cpu
     if [ -n "${ENGINE:-}" ]; then
         echo "$ENGINE"
@@ -169,7 +175,8 @@ for what in "$@"; do
     engine)
         kind=$(engine)
         case $kind in
-        cpu | vllm) ensure "$kind" ;;
+        cpu) ensure cpu && numa ;;
+        vllm) ensure vllm ;;
         *) fail "ENGINE=$kind is neither vllm nor cpu" ;;
         esac
         ;;

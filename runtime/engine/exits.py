@@ -26,6 +26,8 @@ _WRAPPERS = (
 )
 _MAX_WORDS = 400
 COMPILER_FIX = "install what it takes (on Debian: apt-get install g++ python3-dev)"
+NUMA = "libnuma.so.1"
+NUMA_FIX = "install it (on Debian: apt-get install libnuma1)"
 # The same start fails again, until somebody changes the spec, the weights or the engine. Any other
 # end may pass: a neighbour's memory, a port that was taken, a signal, a hub that was down.
 FINAL_KINDS = frozenset({"bad_argument", "bad_model", "too_small"})
@@ -33,6 +35,9 @@ FINAL_KINDS = frozenset({"bad_argument", "bad_model", "too_small"})
 # What vLLM says where it cannot compile, mostly lines above an exception that tells less. It can go
 # on without, so an end that has nothing to do with that is one of _SURE, and may pass.
 _SURE = ("port_in_use", "oom", "too_small")
+_NO_LIBRARY = re.compile(
+    rf"{re.escape(NUMA)}: cannot open shared object|_OpNamespace' '_C' object has no attribute"
+)
 _NO_COMPILER = re.compile(
     r"No working C\+\+ compiler found|Failed to find C compiler"
     r"|fatal error: Python\.h: No such file|No such file or directory: '[^']*(?:g\+\+|gcc|clang)'"
@@ -78,6 +83,9 @@ def explain(returncode: int | None, log_tail: str) -> tuple[str, str]:
     if lacking and kind not in _SURE:
         words = f"this host can't compile what vLLM wants to: {lacking[0]}; {COMPILER_FIX}"
         return "bad_host", _shorten(words)
+    if any(map(_NO_LIBRARY.search, lines)) and kind not in _SURE:
+        words = f"vLLM's compiled operations can't be loaded, most likely for want of {NUMA}"
+        return "bad_host", f"{words}; {NUMA_FIX}"
     if cause:
         return kind, _shorten(cause.removeprefix("usage: "))
     status = "an unknown status" if returncode is None else f"status {returncode}"

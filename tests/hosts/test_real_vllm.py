@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+import urllib.error
 import urllib.request
 from pathlib import Path
 
@@ -53,7 +54,14 @@ def test_a_call_through_the_router_gets_the_engines_tokens(hosts: dict[str, Mach
     front.checked("stoker model add /root/tiny.json")
     key = json.loads(front.checked("stoker key create team --json"))["token"]
     began = time.monotonic()
-    cold = completion(front.address, key)
+    try:
+        cold = completion(front.address, key)
+    except AssertionError:
+        for command in ("stoker ps", "stoker devices", "stoker decisions"):
+            print(front.run(command).stdout)
+        print(hosts["engines"].run("tail -n 60 /var/lib/stoker/logs/*").stdout[-6000:])
+        print(hosts["engines"].logs("stoker-agent", 40))
+        raise
     cold_s = time.monotonic() - began
     began = time.monotonic()
     warm = completion(front.address, key)
@@ -80,5 +88,8 @@ def completion(address: str, key: str) -> dict[str, object]:
         json.dumps(body | {"ignore_eos": True}).encode(),
         {"Authorization": f"Bearer {key}", "Content-Type": "application/json"},
     )
-    with urllib.request.urlopen(request, timeout=START_S) as answer:
-        return dict(json.load(answer))
+    try:
+        with urllib.request.urlopen(request, timeout=START_S) as answer:
+            return dict(json.load(answer))
+    except urllib.error.HTTPError as error:
+        raise AssertionError(f"{error.code}: {error.read().decode()}") from None

@@ -354,3 +354,19 @@ def test_information_is_no_cause():
 def test_gpu_memory_failures_are_oom(line):
     log = f"(EngineCore pid=7) ERROR 11-23 15:56:10 [core.py:1510] {line}\nRuntimeError: Engine core initialization failed. See root cause above."
     assert explain(1, log)[0] == "oom"
+
+
+@pytest.mark.parametrize(
+    "line",
+    [  # seen on a clean Debian with vLLM's CPU build 0.32
+        "AttributeError: '_OpNamespace' '_C' object has no attribute 'init_cpu_memory_env'",
+        "ImportError: libnuma.so.1: cannot open shared object file: No such file or directory",
+    ],
+)
+def test_a_host_without_libnuma_is_named_with_the_fix(line):
+    wrapped = (
+        f"{line}\nRuntimeError: Engine core initialization failed. See root cause above."
+        " Failed core proc(s): {}"
+    )
+    kind, said = explain(1, wrapped)
+    assert (kind, said.endswith("apt-get install libnuma1)")) == ("bad_host", True)

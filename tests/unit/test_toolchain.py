@@ -48,6 +48,16 @@ def test_only_what_is_missing_is_named(tmp_path, python) -> None:
     assert "Python.h" not in said
 
 
+def test_the_cpu_build_without_libnuma_is_told(tmp_path: Path) -> None:
+    script = tmp_path / "python"
+    script.write_text(f"#!/bin/sh\necho {sysconfig.get_paths()['include']}\necho libnuma.so.1\n")
+    script.chmod(0o755)
+    said = toolchain.missing(str(script), compiler(tmp_path / "bin"))
+    assert said is not None
+    assert "needs libnuma.so.1, and it is not here" in said
+    assert said.endswith("apt-get install libnuma1)")
+
+
 def test_an_interpreter_that_cannot_be_asked_is_no_missing_header(tmp_path) -> None:
     assert toolchain.missing(str(tmp_path / "none"), compiler(tmp_path / "bin")) is None
 
