@@ -21,7 +21,7 @@ REPO = Path(__file__).parents[2]
 
 _PACKAGES = (
     "systemd,systemd-sysv,libpam-systemd,dbus,openssh-server,iproute2,ca-certificates,"
-    "python3,python3-apt,python3-venv,python3-dev,g++"
+    "python3,python3-apt,python3-venv,python3-dev,g++,libnuma1"
 )
 _PYTORCH = "https://download.pytorch.org/whl/cpu"
 _TOOLS = ("debootstrap", "systemd-nspawn", "nsenter", "ip", "ssh", "ssh-keygen")

@@ -21,7 +21,7 @@ SETTINGS: dict[str, object] = {
     "stoker_engine": "none",
     "stoker_engine_ports": "20000-20099",
     "stoker_agent": {"devices": "simulated:1x8GiB", "labels": {"rack": "r7"}},
-    "stoker_os_packages": ["python3-venv", "ca-certificates", "g++", "python3-dev"],
+    "stoker_os_packages": ["python3-venv", "ca-certificates", "g++", "python3-dev", "libnuma1"],
 }
 
 _RECAP = re.compile(r"^(\S+)\s+: (ok=.*)$", re.MULTILINE)
