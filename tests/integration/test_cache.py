@@ -151,7 +151,7 @@ async def test_two_writers_of_one_record_take_turns(nodes, shared, monkeypatch) 
             second_done.wait(0.5)  # long enough for the other, if nothing held it up
         sync(path)
 
-    monkeypatch.setattr(store, "_sync", slow_sync)
+    monkeypatch.setattr("agent.cache.store._sync", slow_sync)
     first = asyncio.create_task(asyncio.to_thread(store._write, model_id))
     await asyncio.to_thread(first_in.wait, 10)
     await asyncio.to_thread(store._write, model_id)
