@@ -20,6 +20,7 @@ from cache_kit import (
 )
 
 from agent.cache import fetch
+from agent.cache import store as store_file
 from agent.cache.errors import CacheError, SourceError
 from agent.cache.sources import FolderSource
 
@@ -143,7 +144,7 @@ async def test_two_writers_of_one_record_take_turns(nodes, shared, monkeypatch) 
     store = node.cache.store
     (model_id,) = store.models
     first_in, second_done = threading.Event(), threading.Event()
-    sync = store._sync
+    sync = store_file._sync
 
     def slow_sync(path: Path) -> None:
         if not first_in.is_set():
@@ -151,7 +152,7 @@ async def test_two_writers_of_one_record_take_turns(nodes, shared, monkeypatch) 
             second_done.wait(0.5)  # long enough for the other, if nothing held it up
         sync(path)
 
-    monkeypatch.setattr("agent.cache.store._sync", slow_sync)
+    monkeypatch.setattr(store_file, "_sync", slow_sync)
     first = asyncio.create_task(asyncio.to_thread(store._write, model_id))
     await asyncio.to_thread(first_in.wait, 10)
     await asyncio.to_thread(store._write, model_id)
