@@ -30,7 +30,8 @@ _ASKED = b'"stream_options":{"include_usage":true},'
 _TRUE = msgspec.Raw(b"true")
 # What pydantic takes for "no", in lower case and without quotes.
 _NO = {b"null", b"false", b"0", b"0.0", b"f", b"n", b"no", b"off"}
-_DATA, _END, _USAGE = b"data: ", b"\n\n", b'"usage"'
+END, USAGE = b"\n\n", b'"usage"'
+_DATA = b"data: "
 
 _read_object: Callable[[bytes], dict[str, msgspec.Raw]] = outside.reader(dict[str, msgspec.Raw])
 
@@ -62,30 +63,35 @@ def asking(path: str, body: bytes, head: Head) -> bytes | None:
 class Strip:
     """Takes the usage out of a stream of events that nobody but us asked it for."""
 
-    __slots__ = ("_as_is", "_held", "_last", "_long")
+    __slots__ = ("_as_is", "_held", "_last", "_long", "within")
 
     def __init__(self) -> None:
+        self.within = False  # an event that is not whole: what comes next has to be fed
         self._held = b""  # the beginning of an event
         self._long = False  # within an event that passes as it comes
         self._last = b""  # byte that passed of it
         self._as_is = False  # all that comes
 
     def feed(self, data: bytes) -> bytes:
-        """What is to be passed on, now that this piece has come."""
+        """What is to be passed on, now that this piece has come. One of whole events without USAGE
+        need not be fed."""
+        passed = self._feed(data)
+        self.within = self._long or bool(self._held)
+        return passed
+
+    def _feed(self, data: bytes) -> bytes:
         if self._as_is or b"\r" in data:  # JSON escapes it within a text
             self._as_is = True
             return self.rest() + data
         if not self._long:
-            if not self._held and data.endswith(_END) and _USAGE not in data:
-                return data  # nearly every piece
             return self._events(data)
         window = self._last + data
-        end = window.find(_END)
+        end = window.find(END)
         if end < 0:
             self._last = window[-1:]
             return data
         self._long = False
-        cut = end + len(_END) - len(self._last)
+        cut = end + len(END) - len(self._last)
         return data[:cut] + self._events(data[cut:])
 
     def rest(self) -> bytes:
@@ -101,13 +107,13 @@ class Strip:
         """`data` goes on where an event began, or behind what is held of one."""
         if self._held:
             data = self._held + data
-        cut = data.rfind(_END) + len(_END)
-        if cut < len(_END):
+        cut = data.rfind(END) + len(END)
+        if cut < len(END):
             cut = 0
         whole, self._held = data[:cut], data[cut:]
-        if _USAGE in whole:
-            events = whole.split(_END)[:-1]
-            whole = b"".join(_without_usage(event + _END) for event in events)
+        if USAGE in whole:
+            events = whole.split(END)[:-1]
+            whole = b"".join(_without_usage(event + END) for event in events)
         if len(self._held) <= HELD_BYTES:
             return whole
         self._long, self._last = True, self._held[-1:]
@@ -116,7 +122,7 @@ class Strip:
 
 def _without_usage(event: bytes) -> bytes:
     """b"": there was nothing else in it. Text cannot pass for usage: its quotes are escaped."""
-    if _USAGE not in event or not event.startswith(_DATA):
+    if USAGE not in event or not event.startswith(_DATA):
         return event
     try:
         fields = _read_object(event[len(_DATA) :])
@@ -127,4 +133,4 @@ def _without_usage(event: bytes) -> bytes:
         return event
     if choices is not None and bytes(choices) == b"[]":
         return b""
-    return _DATA + msgspec.json.encode(fields) + _END
+    return _DATA + msgspec.json.encode(fields) + END

@@ -188,22 +188,18 @@ class Reply:
             if piece.startswith(BEGINNINGS) and core_died(piece):
                 self._died(piece)
                 return
-        self._hand_on()
-
-    def _died(self, word: bytes) -> None:
-        """Its engine's last `word` is not passed on, nor what comes after it."""
-        del self._chunks[self._chunks.index(word) :]
-        self._error = UpstreamError("the replica's engine died at work", delivered=True)
-        if self._chunks:
-            self._hand_on()
-        self._wake()
-
-    def _hand_on(self) -> None:
         if self._sink is not None:
             self._sink.feed(self._take())
             return
         if self._size > BUFFER_BYTES:
             self._connection.pause_reading()
+        self._wake()
+
+    def _died(self, word: bytes) -> None:
+        """Its engine's last `word` is not passed on, nor what comes after it."""
+        del self._chunks[self._chunks.index(word) :]
+        self._error = UpstreamError("the replica's engine died at work", delivered=True)
+        self.flush()
         self._wake()
 
     def end(self) -> None:

@@ -17,7 +17,7 @@ from msgspec import Meta, Struct
 
 from runtime import outside
 from runtime.outside import OutsideError
-from runtime.router.stream_usage import Strip
+from runtime.router.stream_usage import END, USAGE, Strip
 
 # Behind `usage` there are few bytes, but for logprobs of the prompt or its text where asked for.
 JSON_BYTES = 256 * 1024
@@ -29,7 +29,6 @@ _BEHIND = 1  # events behind an answer's final usage: Anthropic's message_stop
 # text of a model looks like one.
 _MARK = b"\ndata: {"
 _CARRY = len(_MARK) - 1
-_USAGE = b'"usage"'
 # How a stream of events begins: data, event, id, retry, or a comment.
 _EVENT_STARTS = frozenset(b"deir:")
 # Events before the one that has the first token, by path.
@@ -120,8 +119,10 @@ class Meter:
             window = self._carry + data
             self._events += window.count(_MARK)
             self._carry = window[-_CARRY:]
-            if self._strip is not None:
-                return self._strip.feed(data)
+            strip = self._strip
+            # Nearly every piece is whole events without usage: a call for it would be dear.
+            if strip is not None and (strip.within or USAGE in data or not data.endswith(END)):
+                return strip.feed(data)
         return data
 
     def rest(self) -> bytes:
@@ -171,7 +172,7 @@ def _last(end: bytes, *, stream: bool) -> tuple[int | None, int, int]:
     """
     at = len(end)
     for _ in range(_TRIES):
-        at = end.rfind(_USAGE, 0, at)
+        at = end.rfind(USAGE, 0, at)
         if at < 0:
             break
         stop = end.find(b"\n", at) if stream else len(end)
