@@ -18,7 +18,6 @@ from typing import TypeVar
 
 import msgspec
 
-from runtime import places
 from runtime.access import (
     ADMIN_PREFIX,
     ID_CHARS,
@@ -36,7 +35,8 @@ from runtime.access import (
     token_id,
 )
 from runtime.outside import decode
-from runtime.registry import Registry, RegistryError
+from runtime.registry import RegistryError
+from scheduler.store import Store
 from scheduler.usage import BootUsage, Usage
 
 log = logging.getLogger("scheduler")
@@ -59,9 +59,8 @@ def _new_id() -> str:
 class Access:
     """The leader's keys; `load` first. `changed` is set when routers have to hear of a change."""
 
-    def __init__(self, registry: Registry, prefix: str, clock: Callable[[], float]) -> None:
-        self._registry = registry
-        self._prefix = prefix
+    def __init__(self, store: Store, clock: Callable[[], float]) -> None:
+        self._store = store
         self._clock = clock
         self.keys: dict[str, StoredKey] = {}
         self.tenants: dict[str, Tenant] = {}
@@ -82,7 +81,7 @@ class Access:
         self._tell_routers()
 
     async def _list(self, folder: str, kind: type[_Kind]) -> list[_Kind]:
-        entries, _ = await self._registry.list(self._key(*folder.split("/")) + "/")
+        entries, _ = await self._store.registry.list(self._store.key(*folder.split("/")) + "/")
         found = []
         for entry in entries:
             try:
@@ -151,13 +150,12 @@ class Access:
         del self.tokens[public_id]
 
     async def _put(self, folder: str, name: str, value: msgspec.Struct) -> None:
-        await self._registry.put(self._key(*folder.split("/"), name), msgspec.json.encode(value))
+        await self._store.registry.put(
+            self._store.key(*folder.split("/"), name), msgspec.json.encode(value)
+        )
 
     async def _delete(self, folder: str, name: str) -> None:
-        await self._registry.delete(self._key(folder, name))
-
-    def _key(self, *segments: str) -> str:
-        return places.key(self._prefix, *segments)
+        await self._store.registry.delete(self._store.key(folder, name))
 
     async def admin(self, token: str, leads: bool) -> StoredToken | None:
         """Whose `token` is. One that stands by asks the registry, so it may raise RegistryError."""
@@ -166,7 +164,7 @@ class Access:
             return None
         stored = self.tokens.get(public_id)
         if not leads:
-            entry = await self._registry.get(self._key("tokens", public_id))
+            entry = await self._store.registry.get(self._store.key("tokens", public_id))
             stored = decode(entry.value, StoredToken) if entry else None
         if stored is None or not hmac.compare_digest(digest(token), stored.digest):
             return None
@@ -233,11 +231,11 @@ class Access:
 
     async def _forget_old(self) -> None:
         oldest = time.strftime("%Y-%m-%d", time.gmtime(time.time() - KEEP_DAYS * 86400))
-        below = self._key("usage") + "/"
-        entries, _ = await self._registry.list(below)
+        below = self._store.key("usage") + "/"
+        entries, _ = await self._store.registry.list(below)
         for entry in entries:
             if entry.key.removeprefix(below)[:10] < oldest:
-                await self._registry.delete(entry.key)
+                await self._store.registry.delete(entry.key)
 
     async def usage_on(self, day: str) -> dict[str, Used]:
         """Every account's use of a day. Raises RegistryError."""

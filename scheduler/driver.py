@@ -74,7 +74,6 @@ class Driver:
 
     def __init__(self, config: Config, registry: Registry) -> None:
         self.config = config
-        self.registry = registry
         self.store = Store(registry, config.registry.prefix)
         settings = config.scheduler
         self.core = Core(
@@ -86,7 +85,7 @@ class Driver:
                 stand_by=settings.stand_by,
             )
         )
-        self.access = Access(registry, self.store.prefix, self.now)
+        self.access = Access(self.store, self.now)
         self.rules = RuleBook(self.store, self)
         self.leads = False
         self.why_not_leading = ""  # what the last try to lead failed of
@@ -232,38 +231,35 @@ class Driver:
 
     # ------------------------------------------------------------------------------- stored state
 
-    def key(self, *parts: str) -> str:
-        return self.store.key(*parts)
-
     async def store_model(self, stored: m.StoredModel) -> None:
         """Keep a model, then tell the core. Raises RegistryError."""
-        key = self.key("models", stored.spec.name)
-        await self.registry.put(key, msgspec.json.encode(stored))
+        key = self.store.key("models", stored.spec.name)
+        await self.store.registry.put(key, msgspec.json.encode(stored))
         self.apply(m.ModelPut(now=self.now(), model=stored))
 
     async def remove_model(self, name: str) -> None:
-        await self.registry.delete(self.key("models", name))
-        await self.registry.delete(self.key("pins", name))
-        await self.registry.delete(self.key("prewarm", name))
-        await self.registry.delete(self.key("arrivals", name))
+        await self.store.registry.delete(self.store.key("models", name))
+        await self.store.registry.delete(self.store.key("pins", name))
+        await self.store.registry.delete(self.store.key("prewarm", name))
+        await self.store.registry.delete(self.store.key("arrivals", name))
         self._asks.pop(name, None)
-        footprints, _ = await self.registry.list(self.key("footprints", name) + "/")
+        footprints, _ = await self.store.registry.list(self.store.key("footprints", name) + "/")
         for entry in footprints:
-            await self.registry.delete(entry.key)
+            await self.store.registry.delete(entry.key)
         self.apply(m.ModelRemoved(now=self.now(), name=name))
 
     async def pin_model(self, name: str, pinned: bool) -> None:
         if pinned:
-            await self.registry.put(self.key("pins", name), b"true")
+            await self.store.registry.put(self.store.key("pins", name), b"true")
         else:
-            await self.registry.delete(self.key("pins", name))
+            await self.store.registry.delete(self.store.key("pins", name))
         self.apply(m.PinSet(now=self.now(), model=name, pinned=pinned))
 
     async def ask_prewarm(self, name: str, ask: Ask) -> None:
         """Keep an operator's wish beside those that are not over yet, and act on it."""
         asks = [a for a in self._asks.get(name, ()) if a.by + a.for_s > time.time()]
         asks.append(ask)
-        await self.registry.put(self.key("prewarm", name), msgspec.json.encode(asks))
+        await self.store.registry.put(self.store.key("prewarm", name), msgspec.json.encode(asks))
         self._asks[name] = tuple(asks)
         self.set_floors()
 
@@ -281,7 +277,7 @@ class Driver:
     async def cordon_node(self, node_id: str, cordoned: bool, drain_s: float | None = None) -> None:
         """`drain_s`: what it runs moves off, or stops after so long."""
         flags = NodeFlags(cordoned=cordoned)
-        await self.registry.put(self.key("nodes", node_id), msgspec.json.encode(flags))
+        await self.store.registry.put(self.store.key("nodes", node_id), msgspec.json.encode(flags))
         self.apply(
             m.CordonSet(
                 now=self.now(), node_id=node_id, cordoned=cordoned, drain=drain_s is not None,
@@ -291,15 +287,15 @@ class Driver:
 
     async def _keep_quarantine(self, told: m.Quarantined) -> None:
         """So that the next leader knows it too; a registry that is down is told again."""
-        key = self.key("quarantine", told.node_id, told.device_id)
+        key = self.store.key("quarantine", told.node_id, told.device_id)
         retry = tenacity.AsyncRetrying(
             retry=tenacity.retry_if_exception_type(RegistryError),
             wait=tenacity.wait_exponential(multiplier=0.2, max=5),
         )
         if told.reason is None:
-            await retry(self.registry.delete, key)
+            await retry(self.store.registry.delete, key)
         else:
-            await retry(self.registry.put, key, told.reason.encode())
+            await retry(self.store.registry.put, key, told.reason.encode())
 
     async def keep_footprints(self) -> None:
         """For ever: write what was learnt to the registry, at most once in SAVE_S."""
@@ -308,10 +304,10 @@ class Driver:
             self._learned.clear()
             unsaved, self._unsaved = self._unsaved, {}
             for key, footprint in unsaved.items():
-                path = self.key("footprints", *key.path().split("/"))
+                path = self.store.key("footprints", *key.path().split("/"))
                 try:
                     if self.leads:
-                        await self.registry.put(path, msgspec.json.encode(footprint))
+                        await self.store.registry.put(path, msgspec.json.encode(footprint))
                 except RegistryError as error:
                     log.warning("the footprint of %s was not saved: %s", key.model, error)
             await self._keep_sketches()
@@ -322,26 +318,28 @@ class Driver:
         for name, sketch in unsaved.items():
             try:
                 if self.leads and name in self.core.state.models:
-                    await self.registry.put(self.key("arrivals", name), msgspec.json.encode(sketch))
+                    await self.store.registry.put(
+                        self.store.key("arrivals", name), msgspec.json.encode(sketch)
+                    )
             except RegistryError as error:
                 log.warning("when %s is called was not saved: %s", name, error)
 
     async def _elected(self, term: int) -> m.Elected:
         """Everything that is stored, for a new leader."""
-        registry = self.registry
-        entries, _ = await registry.list(self.key("models") + "/")
+        registry = self.store.registry
+        entries, _ = await registry.list(self.store.key("models") + "/")
         models = []
         for entry in entries:
             try:
                 models.append(decode(entry.value, m.StoredModel))
             except ValueError as error:
                 log.error("stored model %s cannot be read and is left alone: %s", entry.key, error)
-        kept, _ = await registry.list(self.key("footprints") + "/")
-        nodes, _ = await registry.list(self.key("nodes") + "/")
-        pins, _ = await registry.list(self.key("pins") + "/")
-        wishes, _ = await registry.list(self.key("prewarm") + "/")
-        sick, _ = await registry.list(self.key("quarantine") + "/")
-        histories, _ = await registry.list(self.key("arrivals") + "/")
+        kept, _ = await registry.list(self.store.key("footprints") + "/")
+        nodes, _ = await registry.list(self.store.key("nodes") + "/")
+        pins, _ = await registry.list(self.store.key("pins") + "/")
+        wishes, _ = await registry.list(self.store.key("prewarm") + "/")
+        sick, _ = await registry.list(self.store.key("quarantine") + "/")
+        histories, _ = await registry.list(self.store.key("arrivals") + "/")
         self._asks = {e.key.rsplit("/", 1)[1]: decode(e.value, tuple[Ask, ...]) for e in wishes}
         agents, _ = await registry.services("stoker-agent")
         return m.Elected(
@@ -374,10 +372,10 @@ class Driver:
             "an agent knows term %d, this leader's is %d: leading anew with a higher one",
             epoch, self.core.state.term,
         )  # fmt: skip
-        entry = await self.registry.get(self.key("term"))
+        entry = await self.store.registry.get(self.store.key("term"))
         if entry is None or int(entry.value) < epoch:
             version = entry.version if entry else 0
-            await self.registry.put(self.key("term"), str(epoch).encode(), version)
+            await self.store.registry.put(self.store.key("term"), str(epoch).encode(), version)
 
     async def lead_or_stand_by(self) -> None:
         """For ever: take the lock, lead until it is lost, try again."""
@@ -394,14 +392,14 @@ class Driver:
                 await asyncio.sleep(1.0)
 
     async def _campaign(self) -> Lock | None:
-        entry = await self.registry.get(self.key("term"))
+        entry = await self.store.registry.get(self.store.key("term"))
         term = int(entry.value) + 1 if entry else 1
         holder = msgspec.json.encode({"url": self.url, "term": term})
-        lock = await self.registry.acquire(self.key("leader"), holder, LEADER_TTL_S)
+        lock = await self.store.registry.acquire(self.store.key("leader"), holder, LEADER_TTL_S)
         if lock is None:
             return None
         version = entry.version if entry else 0
-        if not await self.registry.put(self.key("term"), str(term).encode(), version):
+        if not await self.store.registry.put(self.store.key("term"), str(term).encode(), version):
             await lock.release()  # another led in between: its term is newer
             return None
         event = await self._elected(term)

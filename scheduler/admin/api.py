@@ -182,7 +182,7 @@ class Api:
 
     async def _not_leading(self) -> NoReturn:
         try:
-            entry = await self.driver.registry.get(self.driver.key("leader"))
+            entry = await self.driver.store.registry.get(self.driver.store.key("leader"))
         except RegistryError:
             entry = None
         leader = outside.decode(entry.value, _Leader).url if entry else None

@@ -38,6 +38,7 @@ from runtime.wire import (
 from scheduler.access import Access
 from scheduler.admin.route_table import ADMIN
 from scheduler.main import run_scheduler
+from scheduler.store import Store
 
 TOKEN = "secret-token"
 SCRAPER = "a-scrapers-token"
@@ -665,7 +666,7 @@ async def test_a_token_names_no_other_entry_of_the_registry(tmp_path, registry, 
         return await get(key)
 
     registry.get = noted
-    access = Access(registry, "stoker", lambda: 0.0)
+    access = Access(Store(registry, "stoker"), lambda: 0.0)
     for word in ("../leader0", "?recurse00", "a/b/c/d/e/", "leader%00x", "." * 10, "a" * 9 + "\n"):
         assert await access.admin(f"stoker-admin-{word}-{'x' * 43}", leads=False) is None
     assert asked == []
