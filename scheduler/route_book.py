@@ -5,7 +5,7 @@ Rules this file keeps:
 - what is under way (a canary's step, a pending switch) is stored with its rule, so that a new
   leader goes on; a canary's step is observed anew by it;
 - a switch changes no weight before its target is warm, and none at all if it is given up;
-- it decides nothing about a canary: `canary.py` does.
+- it decides nothing about a canary: policy/route_canary.py does.
 """
 
 from __future__ import annotations

@@ -7,8 +7,8 @@ Rules this file keeps (docs/architecture.md, docs/states.md):
 - while recovering it adopts: it unloads nothing, starts nothing and publishes nothing;
 - a heartbeat that says nothing new costs next to nothing.
 
-What follows from an event is decided in scheduler/core/planner.py and carried out by moves.py,
-staging.py and nodes.py; this file takes the events in.
+What follows from an event is decided in planner.py and carried out by replica_moves.py,
+page_cache_holds.py and node_care.py; this file takes the events in.
 """
 
 from __future__ import annotations
