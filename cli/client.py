@@ -20,9 +20,11 @@ from scheduler.admin import access_api, cache_api, route_views, views
 
 T = TypeVar("T")
 
-# For an answer: longer than what the scheduler waits for itself, which is a look at a spec on three
-# nodes, each of which may have to import vLLM. A host that vanishes is noticed by its connection.
-_ANSWER_S = 600.0
+# For an answer. A host that vanishes is noticed by its connection, long before.
+_READ_S = 60.0  # of what the scheduler has in memory
+# Of a change: longer than what the scheduler waits for itself, which is a look at a spec on three
+# nodes, each of which may have to import vLLM.
+_CHANGE_S = 600.0
 _MORE_S = 60.0  # than the scheduler, where it waits for more
 
 
@@ -256,7 +258,7 @@ class Admin:
         query: dict[str, str] | None = None,
         limit_s: float | None = None,
     ) -> Reply[T]:
-        answer = await self._request(method, path, body, query, limit_s or _ANSWER_S)
+        answer = await self._request(method, path, body, query, limit_s)
         try:
             return Reply(answer, outside.decode(answer, kind))
         except ValueError as error:
@@ -270,7 +272,7 @@ class Admin:
         path: str,
         body: Struct | None = None,
         query: dict[str, str] | None = None,
-        limit_s: float = _ANSWER_S,
+        limit_s: float | None = None,
     ) -> bytes:
         """The answer's body.
 
@@ -294,8 +296,9 @@ class Admin:
         path: str,
         body: Struct | None,
         query: dict[str, str] | None,
-        limit_s: float,
+        limit_s: float | None,
     ) -> tuple[int, bytes]:
+        limit_s = limit_s or (_READ_S if method == "GET" else _CHANGE_S)
         data = None if body is None else msgspec.json.encode(body)
         headers = {} if body is None else {"Content-Type": "application/json"}
         timeout = aiohttp.ClientTimeout(total=limit_s, sock_connect=5)
@@ -309,16 +312,16 @@ class Admin:
                 timeout=timeout,
             ) as response:
                 return response.status, await response.read()
-        except (aiohttp.ClientError, TimeoutError, ValueError) as error:
-            raise _unreachable(address, error, limit_s) from None
+        except (aiohttp.ClientError, ValueError) as error:  # of a connection, timeouts too
+            raise _unreachable(address, error) from None
+        except TimeoutError:
+            late = f"the scheduler at {address} took the call, but gave no answer in {limit_s:g} s"
+            if method != "GET":
+                late += ": what was asked for may still be done; look before you ask again"
+            raise AdminError(late) from None
 
 
-def _unreachable(address: str, error: Exception, limit_s: float = _ANSWER_S) -> AdminError:
-    if isinstance(error, TimeoutError) and not isinstance(error, aiohttp.ClientError):
-        return AdminError(
-            f"the scheduler at {address} took the call, but gave no answer in {limit_s:g} s: "
-            "what was asked for may still be done; look before you ask again"
-        )
+def _unreachable(address: str, error: Exception) -> AdminError:
     reason = str(error) or type(error).__name__
     return AdminError(f"can't reach the scheduler at {address}: {reason}. Is it running?")
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 
 import click
 import msgspec
 import pytest
 
-from cli.client import AdminError, open_admin
+from cli.client import Admin, AdminError, open_admin
 from cli.main import COMMANDS
 from cli.main import stoker as group
 from cli.text import age, size
@@ -257,10 +257,20 @@ async def test_a_leader_of_the_past_is_not_clung_to(fake: FakeServer) -> None:
         assert (await admin.replicas()).value == now
 
 
+@pytest.mark.parametrize(
+    ("limit", "ask", "advice"),
+    [
+        ("_READ_S", Admin.replicas, False),
+        ("_CHANGE_S", lambda admin: admin.load("m", 1), True),
+    ],
+)
 async def test_a_scheduler_that_takes_its_time_is_not_called_unreachable(
     monkeypatch: pytest.MonkeyPatch,
+    limit: str,
+    ask: Callable[[Admin], Awaitable[object]],
+    advice: bool,
 ) -> None:
-    monkeypatch.setattr("cli.client._ANSWER_S", 0.2)
+    monkeypatch.setattr(f"cli.client.{limit}", 0.2)
     held: list[asyncio.StreamWriter] = []
 
     async def say_nothing(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -269,10 +279,11 @@ async def test_a_scheduler_that_takes_its_time_is_not_called_unreachable(
     async with await asyncio.start_server(say_nothing, "127.0.0.1", 0) as server:
         port = server.sockets[0].getsockname()[1]
         async with open_admin(f"http://127.0.0.1:{port}", TOKEN) as admin:
-            with pytest.raises(AdminError, match=r"took the call, but gave no answer in 0\.2 s"):
-                await admin.replicas()
+            with pytest.raises(AdminError, match=r"took the call, but .* in 0\.2 s") as caught:
+                await ask(admin)
         for writer in held:
             writer.close()
+    assert ("look before you ask again" in caught.value.message) == advice
 
 
 def test_nobody_leads(fake: FakeServer) -> None:
