@@ -79,13 +79,8 @@ def explain(returncode: int | None, log_tail: str) -> tuple[str, str]:
     if died and (not cause or died_at < cause_at):
         return died
     kind = next((k for k, pattern in _KINDS if re.search(pattern, cause)), "crash")
-    lacking = next(filter(None, map(_NO_COMPILER.search, lines)), None)
-    if lacking and kind not in _SURE:
-        words = f"this host can't compile what vLLM wants to: {lacking[0]}; {COMPILER_FIX}"
-        return "bad_host", _shorten(words)
-    if any(map(_NO_LIBRARY.search, lines)) and kind not in _SURE:
-        words = f"vLLM's compiled operations can't be loaded, most likely for want of {NUMA}"
-        return "bad_host", f"{words}; {NUMA_FIX}"
+    if kind not in _SURE and (lacks := _host_lacks(lines)):
+        return "bad_host", lacks
     if cause:
         return kind, _shorten(cause.removeprefix("usage: "))
     status = "an unknown status" if returncode is None else f"status {returncode}"
@@ -93,6 +88,18 @@ def explain(returncode: int | None, log_tail: str) -> tuple[str, str]:
     return "crash", _shorten(
         f"it ended with {status}" + (f"; its last words: {last}" if last else "")
     )
+
+
+def _host_lacks(lines: list[str]) -> str | None:
+    """What the host has not got that vLLM asks for, with the fix."""
+    for line in lines:
+        if found := _NO_COMPILER.search(line):
+            words = f"this host can't compile what vLLM wants to: {found[0]}"
+            return _shorten(f"{words}; {COMPILER_FIX}")
+        if _NO_LIBRARY.search(line):
+            words = f"vLLM's compiled operations can't be loaded, most likely for want of {NUMA}"
+            return f"{words}; {NUMA_FIX}"
+    return None
 
 
 def _lines(log_tail: str) -> list[str]:
