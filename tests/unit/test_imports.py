@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.unit.rules.product import sources
+
 ROOT = Path(__file__).parents[2]
 OURS = {"runtime", "scheduler", "agent", "cli", "bench", "tests"}
 MAY_IMPORT = {
@@ -121,12 +123,6 @@ def violations(path: str, source: str) -> list[str]:
             if impure_call(node):
                 found.append(f"{path}: decides, so it may not call {ast.unparse(node)}")
     return found
-
-
-def sources() -> list[str]:
-    return sorted(
-        str(path.relative_to(ROOT)) for part in MAY_IMPORT for path in (ROOT / part).rglob("*.py")
-    )
 
 
 @pytest.mark.parametrize("path", sources())
