@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import click
@@ -111,7 +111,7 @@ def rm(where: Where, model: str, node: str | None, as_json: bool) -> None:
     """Remove MODEL from caches; one in use is kept."""
     answer = where.ask(lambda admin: admin.cache_remove(model, node))
     show(answer, as_json, _removal_text)
-    _fail_if(any(n.error for n in answer.value.nodes))
+    _fail_if(_undone(answer.value.nodes))
 
 
 def _removal_text(answer: cache_api.Removals) -> str:
@@ -129,7 +129,8 @@ def verify(where: Where, model: str, node: str | None, as_json: bool) -> None:
     """Read every file of MODEL again and compare it with its hash."""
     answer = where.ask(lambda admin: admin.cache_verify(model, node))
     show(answer, as_json, _verdict_text)
-    _fail_if(any(n.report is None or n.report.bad_files for n in answer.value.nodes))
+    bad = any(n.report and n.report.bad_files for n in answer.value.nodes)
+    _fail_if(bad or _undone(answer.value.nodes))
 
 
 def _verdict_text(answer: cache_api.Verdicts) -> str:
@@ -142,6 +143,11 @@ def _verdict(node: cache_api.NodeVerdict) -> str:
     bad = node.report.bad_files
     checked = f"{size(node.report.checked_bytes)} checked"
     return f"{checked}, BAD: {', '.join(bad)} {node.report.note}" if bad else f"{checked}, all good"
+
+
+def _undone(nodes: Sequence[cache_api.NodeRemoval | cache_api.NodeVerdict]) -> bool:
+    """Whether a node that has the model failed, or none has it."""
+    return all(n.missing for n in nodes) or any(n.error and not n.missing for n in nodes)
 
 
 def _fail_if(failed: bool) -> None:

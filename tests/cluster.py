@@ -77,7 +77,7 @@ class Cluster:
         return requests.post(f"{self.router}/v1/completions", json=body, timeout=timeout)
 
     def stoker(self, *words: str, status: int = 0) -> str:
-        """What a command of the CLI prints: on stdout, or (with a bad `status`) on stderr."""
+        """What a command of the CLI prints on stdout; with a bad `status` what is on stderr too."""
         argv = [sys.executable, "-m", "cli.main", *words]
         environ = {"PATH": "/usr/bin:/bin", "STOKER_STATE_DIR": str(self.state_dir)}
         done = subprocess.run(
@@ -90,7 +90,7 @@ class Cluster:
             check=False,
         )
         assert done.returncode == status, done.stderr
-        return done.stdout if status == 0 else done.stderr
+        return done.stdout if status == 0 else done.stdout + done.stderr
 
     def replicas(self, model: str | None = None) -> list[dict[str, Any]]:
         found = self.admin("GET", "/admin/replicas")["replicas"]

@@ -17,7 +17,6 @@ from runtime import outside
 from runtime.models import CacheView, PullBody, PullView, VerifyReport
 from runtime.outside import OutsideError
 from runtime.places import url
-from scheduler.admin.views import Error
 from scheduler.driver import Driver
 
 ANSWER_S = 10.0
@@ -61,6 +60,7 @@ class NodeRemoval(Struct, frozen=True, kw_only=True):
     node_id: str
     freed_bytes: int = 0
     error: str | None = None
+    missing: bool = False  # that is the error: it does not have the model
 
 
 class Removals(Struct, frozen=True, kw_only=True):
@@ -71,6 +71,7 @@ class NodeVerdict(Struct, frozen=True, kw_only=True):
     node_id: str
     report: VerifyReport | None = None
     error: str | None = None
+    missing: bool = False  # that is the error: it does not have the model
 
 
 class Verdicts(Struct, frozen=True, kw_only=True):
@@ -81,6 +82,19 @@ class _Freed(Struct):
     """An agent's answer to a removal."""
 
     freed_bytes: int
+
+
+class _Problem(Struct):
+    """Why a node did not do it; `kind` as agent/cache/errors.py has them, "" where it says none."""
+
+    message: str
+    kind: str = ""
+
+
+class _Refusal(Struct):
+    """An agent's answer with an error status."""
+
+    error: _Problem
 
 
 class CacheClient:
@@ -95,9 +109,9 @@ class CacheClient:
 
     async def view(self, nodes: Sequence[str]) -> Caches:
         async def one(node_id: str) -> NodeCache:
-            body, error = await self._ask("GET", node_id)
+            body, failed = await self._ask("GET", node_id)
             cache = outside.decode(body, CacheView) if body else None
-            return NodeCache(node_id=node_id, cache=cache, error=error)
+            return NodeCache(node_id=node_id, cache=cache, error=_words(failed))
 
         return Caches(nodes=tuple(await asyncio.gather(*map(one, nodes))))
 
@@ -105,34 +119,41 @@ class CacheClient:
         data = msgspec.json.encode(PullBody(model=body.model, refresh=body.refresh))
 
         async def one(node_id: str) -> NodePull:
-            answer, error = await self._ask("POST", node_id, "pull", data=data)
+            answer, failed = await self._ask("POST", node_id, "pull", data=data)
             pull = outside.decode(answer, PullView) if answer else None
-            return NodePull(node_id=node_id, pull=pull, error=error)
+            return NodePull(node_id=node_id, pull=pull, error=_words(failed))
 
         return Pulls(nodes=tuple(await asyncio.gather(*map(one, nodes))))
 
     async def remove(self, model: str, nodes: Sequence[str]) -> Removals:
         async def one(node_id: str) -> NodeRemoval:
-            answer, error = await self._ask("DELETE", node_id, query={"model": model})
+            answer, failed = await self._ask("DELETE", node_id, query={"model": model})
             freed = outside.decode(answer, _Freed).freed_bytes if answer else 0
-            return NodeRemoval(node_id=node_id, freed_bytes=freed, error=error)
+            return NodeRemoval(
+                node_id=node_id,
+                freed_bytes=freed,
+                error=_words(failed),
+                missing=_is_missing(failed),
+            )
 
         return Removals(nodes=tuple(await asyncio.gather(*map(one, nodes))))
 
     async def verify(self, model: str, nodes: Sequence[str]) -> Verdicts:
         async def one(node_id: str) -> NodeVerdict:
-            answer, error = await self._ask(
+            answer, failed = await self._ask(
                 "POST", node_id, "verify", query={"model": model}, limit_s=VERIFY_S
             )
             report = outside.decode(answer, VerifyReport) if answer else None
-            return NodeVerdict(node_id=node_id, report=report, error=error)
+            return NodeVerdict(
+                node_id=node_id, report=report, error=_words(failed), missing=_is_missing(failed)
+            )
 
         return Verdicts(nodes=tuple(await asyncio.gather(*map(one, nodes))))
 
     async def _ask(
         self, method: str, node_id: str, *path: str, data: bytes | None = None,
         query: dict[str, str] | None = None, limit_s: float = ANSWER_S,
-    ) -> tuple[bytes, str | None]:  # fmt: skip
+    ) -> tuple[bytes, _Problem | None]:  # fmt: skip
         """(the body of a good answer, or why there is none)."""
         where = url(self._driver.agent_address(node_id) or "", "agent", "cache", *path)
         timeout = aiohttp.ClientTimeout(total=limit_s, connect=3)
@@ -142,10 +163,20 @@ class CacheClient:
             ) as response:
                 body = await response.read()
         except (aiohttp.ClientError, TimeoutError) as problem:
-            return b"", f"its agent did not answer: {problem or type(problem).__name__}"
+            words = f"its agent did not answer: {problem or type(problem).__name__}"
+            return b"", _Problem(message=words)
         if response.status < 300:
             return body, None
         try:
-            return b"", outside.decode(body, Error).error.message
+            return b"", outside.decode(body, _Refusal).error
         except OutsideError:
-            return b"", f"HTTP {response.status}: {body[:200].decode(errors='replace')}"
+            words = f"HTTP {response.status}: {body[:200].decode(errors='replace')}"
+            return b"", _Problem(message=words)
+
+
+def _words(failed: _Problem | None) -> str | None:
+    return failed.message if failed else None
+
+
+def _is_missing(failed: _Problem | None) -> bool:
+    return failed is not None and failed.kind == "not_found"

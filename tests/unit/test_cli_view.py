@@ -194,26 +194,33 @@ def test_an_unknown_node_is_an_error_on_stderr(fake: FakeServer) -> None:
     assert done.stderr == "Error: there is no node 'gpu-7'\n  did you mean gpu-1?\n"
 
 
+def refused(*, missing: bool = False) -> dict[str, object]:
+    return {"node_id": "n", "error": "no", "missing": missing}
+
+
+BAD = {"model": "foo", "revision": "main", "checked_bytes": 1, "bad_files": ["w"]}
+FREED = {"node_id": "m", "freed_bytes": 1}
+
+
 @pytest.mark.parametrize(
-    ("call", "args", "answer"),
+    ("call", "command", "nodes", "status"),
     [
-        ("POST /admin/cache/pull", ["pull", "foo"], {"nodes": [{"node_id": "n", "error": "no"}]}),
-        ("POST /admin/cache/pull", ["pull", "hf:a/b"], {"nodes": []}),
-        ("DELETE /admin/cache", ["rm", "foo"], {"nodes": [{"node_id": "n", "error": "no"}]}),
-        (
-            "POST /admin/cache/verify",
-            ["verify", "foo"],
-            {"nodes": [{"node_id": "n", "error": "no"}]},
-        ),
+        ("POST /admin/cache/pull", "pull", [refused()], 1),
+        ("POST /admin/cache/pull", "pull", [], 1),
+        ("DELETE /admin/cache", "rm", [refused()], 1),
+        ("DELETE /admin/cache", "rm", [refused(), FREED], 1),
+        ("DELETE /admin/cache", "rm", [refused(missing=True)], 1),
+        ("DELETE /admin/cache", "rm", [refused(missing=True), FREED], 0),
+        ("POST /admin/cache/verify", "verify", [refused()], 1),
+        ("POST /admin/cache/verify", "verify", [{"node_id": "m", "report": BAD}], 1),
     ],
 )
 def test_what_a_cache_did_not_do_is_no_success(
-    fake: FakeServer, call: str, args: list[str], answer: object
+    fake: FakeServer, call: str, command: str, nodes: list[object], status: int
 ) -> None:
-    fake.replies[call] = msgspec.json.encode(answer)
-    done = stoker(fake, "cache", *args)
-    assert done.exit_code == 1
-    assert done.stdout.strip() in ("n: no", "no node is up")
+    fake.replies[call] = msgspec.json.encode({"nodes": nodes})
+    done = stoker(fake, "cache", command, "foo")
+    assert (done.exit_code, done.stderr) == (status, "")
 
 
 def test_a_wrong_token(fake: FakeServer) -> None:
