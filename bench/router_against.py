@@ -3,9 +3,9 @@
     python bench/router_against.py CHECKOUT [--rounds N] [--json]
 
 CHECKOUT is a folder with an older tree (`git worktree add FOLDER COMMIT`). Both routers are
-processes of their own in front of one engine and take turns in every round, the one that goes first
-too, so a busy machine is busy for both. Each figure is the median of its rounds; the ratio that
-counts is the median of the rounds' own ratios.
+processes of their own in front of one engine and take turns, a quarter of a second each: a shared
+machine changes its speed by a fifth from one second to the next, for both then. Each figure is the
+median of its turns; the ratio that counts is the median of the turns' own ratios.
 """
 
 from __future__ import annotations
@@ -16,28 +16,33 @@ import os
 import statistics
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import uvloop
+
+from bench.lib.http_load import KEY, load
 from bench.lib.http_origin import CHUNKS
 from bench.lib.peers import Target, python_server
 from bench.lib.report import Row, print_report
-from bench.router import NO_KEYS, PHASES, UNARY, measure
+from bench.router import PHASES, UNARY, Phase
 
 LIMIT = "<= 1.05"  # what a change may cost
 SIDES = ("before", "ours")
-ROUND_S = 2.0
+TURN_S = 0.25
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("checkout", type=Path, help="the older tree")
-    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--rounds", type=int, default=120)
+    parser.add_argument("--kinds", nargs="+", choices=("open", "keys"), default=("open", "keys"))
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args()
     rows = []
-    for kind in ("open", "keys"):
+    for kind in options.kinds:
         with contextlib.ExitStack() as stack:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="stoker-bench-")))
             rows += compare(start(stack, folder, kind, options.checkout), kind, options.rounds)
@@ -51,28 +56,39 @@ def start(
     """The engine, and in front of it the router of either tree."""
     origin = stack.enter_context(python_server("direct", "http_origin.py"))
     trees = {"before": checkout.resolve(), "ours": Path(__file__).resolve().parents[1]}
-    name = NO_KEYS if kind == "open" else kind  # `measure` sends no key to that one
     return {
         side: stack.enter_context(
             python_server(
-                name, str(tree / "bench/lib/our_router.py"), origin.port, folder / side, kind
+                side, str(tree / "bench/lib/our_router.py"), origin.port, folder / side, kind
             )
         )
         for side, tree in trees.items()
     }
 
 
+def cpu_ms(target: Target, phase: Phase, seconds: float, key: str) -> float:
+    """CPU time a request. Ends the benchmark if an answer was wrong: then no figure counts."""
+    assert target.pid is not None
+    clock = (~target.pid << 3) | 2  # that process's, as clock_getcpuclockid(3) makes it
+    before = time.clock_gettime_ns(clock)
+    result = uvloop.run(load(target.port, phase.connections, seconds, phase.kind, key))
+    spent = time.clock_gettime_ns(clock) - before
+    if result["errors"]:
+        raise SystemExit(f"{target.name}: {result['errors']} wrong answers in {phase.name}")
+    return spent / 1e6 / result["requests"]
+
+
 def compare(targets: dict[str, Target], kind: str, rounds: int) -> list[Row]:
     """CPU a request (and a chunk) of every phase, in turns."""
+    key = "unused" if kind == "open" else KEY
     for target in targets.values():
-        measure(target, UNARY, 0.3)  # warm up
+        cpu_ms(target, UNARY, 2 * TURN_S, key)  # warm up
     rows = []
     for phase in PHASES:
         taken: dict[str, list[float]] = {side: [] for side in SIDES}
         for turn in range(rounds):
             for side in SIDES if turn % 2 else reversed(SIDES):
-                figures = measure(targets[side], phase, ROUND_S * phase.share)
-                taken[side].append(figures.cpu_ms)
+                taken[side].append(cpu_ms(targets[side], phase, TURN_S, key))
         rows.append(_row(f"{kind}, {phase.name}", taken, per=_unit(phase.kind)))
     return rows
 

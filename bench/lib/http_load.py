@@ -43,8 +43,10 @@ def request(kind: str, key: str = KEY) -> bytes:
 class Client(asyncio.Protocol):
     """One connection: the next request goes out when the last answer is whole."""
 
-    def __init__(self, kind: str, until: float, times: list[float], begin_after_s: float) -> None:
-        self._request = request(kind, *sys.argv[5:6])
+    def __init__(
+        self, kind: str, key: str, until: float, times: list[float], begin_after_s: float
+    ) -> None:
+        self._request = request(kind, key)
         self._kind = kind
         self._events = _EVENTS.get(kind, 0)
         self._until = until
@@ -112,9 +114,10 @@ class Client(asyncio.Protocol):
         return not self._events or self._buffer.count(b"data: ") == self._events
 
 
-async def main() -> None:
-    port, connections, seconds = int(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])
-    kind = sys.argv[4]
+async def load(
+    port: int, connections: int, seconds: float, kind: str, key: str = KEY
+) -> dict[str, float]:
+    """Load what listens on `port`; what is printed."""
     loop = asyncio.get_running_loop()
     times: list[float] = []
     start = time.perf_counter()
@@ -122,7 +125,7 @@ async def main() -> None:
     for index in range(connections):
         begin_after_s = 0.1 * index / connections if kind == "slow" else 0.0
         _, client = await loop.create_connection(
-            lambda after=begin_after_s: Client(kind, start + seconds, times, after),
+            lambda after=begin_after_s: Client(kind, key, start + seconds, times, after),
             "127.0.0.1",
             port,
         )
@@ -130,18 +133,16 @@ async def main() -> None:
     await asyncio.gather(*(client.done for client in clients))
     took = time.perf_counter() - start
     times.sort()
-    print(
-        json.dumps(
-            {
-                "requests": sum(client.requests for client in clients),
-                "errors": sum(client.errors for client in clients),
-                "seconds": took,
-                "p50_ms": 1000 * times[len(times) // 2],
-                "p99_ms": 1000 * times[min(len(times) - 1, len(times) * 99 // 100)],
-            }
-        )
-    )
+    return {
+        "requests": sum(client.requests for client in clients),
+        "errors": sum(client.errors for client in clients),
+        "seconds": took,
+        "p50_ms": 1000 * times[len(times) // 2],
+        "p99_ms": 1000 * times[min(len(times) - 1, len(times) * 99 // 100)],
+    }
 
 
 if __name__ == "__main__":
-    uvloop.run(main())
+    _port, _connections, _seconds, _kind = sys.argv[1:5]
+    _args = int(_port), int(_connections), float(_seconds), _kind, *sys.argv[5:6]
+    print(json.dumps(uvloop.run(load(*_args))))
