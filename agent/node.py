@@ -52,7 +52,9 @@ from agent.weights.staging import Stager
 from agent.weights.start_source import Origins
 from runtime import engine_policy, places
 from runtime.config import Config
-from runtime.engine import Launch, get_engine, toolchain
+from runtime.engine import toolchain
+from runtime.engine.contract import Launch
+from runtime.engine.select import get_engine
 from runtime.wire import REPLICA_ID, Heartbeat, ReplicaPhase, ReplicaReport
 
 log = logging.getLogger("stoker.agent")

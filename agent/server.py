@@ -31,7 +31,7 @@ from agent.node import Node
 from agent.weights import skeleton
 from runtime import footprint, lora, outside, wire
 from runtime.adapters import with_lora_args
-from runtime.engine import get_engine
+from runtime.engine.select import get_engine
 from runtime.engine_policy import node_problems
 from runtime.leftovers import drop_packed
 from runtime.wire import (

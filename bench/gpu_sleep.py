@@ -39,7 +39,8 @@ from agent.engines.process import base_environment
 from agent.engines.sleep import Controls, Memory
 from bench.lib.real_engine import call, first_token, write_llama
 from bench.lib.report import Row, print_report
-from runtime.engine import LaunchContext, get_engine
+from runtime.engine.contract import LaunchContext
+from runtime.engine.select import get_engine
 from runtime.tiny_models import write_model
 from runtime.wire import DeviceReport, ModelSpec
 

@@ -27,7 +27,7 @@ from pathlib import Path
 import msgspec
 
 from runtime import places
-from runtime.engine import Launch, Preload
+from runtime.engine.contract import Launch, Preload
 from runtime.engine.forkserver import NUMBER, REFUSED, ForkRequest, ForkServerReady
 from runtime.engine.process_image import PADDING_ENV
 

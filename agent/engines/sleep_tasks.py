@@ -26,7 +26,8 @@ from agent.engines.probe import Target
 from agent.engines.start_phases import StartLog
 from agent.engines.wake_canary import Canary
 from agent.metrics import Metrics
-from runtime.engine import AsleepModel, get_engine
+from runtime.engine.contract import AsleepModel
+from runtime.engine.select import get_engine
 from runtime.wire import DeviceKind, ModelSpec, ReplicaReport, StartReplica
 
 log = logging.getLogger("stoker.agent")

@@ -25,7 +25,8 @@ import psutil
 
 from agent.engines.ports import free_port
 from agent.engines.process import base_environment, start_ticks
-from runtime.engine import LaunchContext, get_engine
+from runtime.engine.contract import LaunchContext
+from runtime.engine.select import get_engine
 from runtime.footprint import estimate
 from runtime.wire import ModelSpec
 

@@ -10,15 +10,8 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta, Struct
 
-from runtime.engine import (
-    AsleepModel,
-    Launch,
-    LaunchContext,
-    Preload,
-    adapter_index,
-    exits,
-    guard,
-)
+from runtime.engine import adapter_index, exits, guard
+from runtime.engine.contract import AsleepModel, Launch, LaunchContext, Preload
 from runtime.wire import DeviceKind, ModelSpec, SpecProblem
 
 Seconds = Annotated[float, Meta(ge=0, description="seconds, 0 or more")]

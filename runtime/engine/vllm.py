@@ -20,16 +20,8 @@ import sys
 from pathlib import Path
 
 from runtime import footprint
-from runtime.engine import (
-    AsleepModel,
-    Launch,
-    LaunchContext,
-    Preload,
-    adapter_index,
-    exits,
-    guard,
-    vllm_args,
-)
+from runtime.engine import adapter_index, exits, guard, vllm_args
+from runtime.engine.contract import AsleepModel, Launch, LaunchContext, Preload
 from runtime.sizes import sizes_apart
 from runtime.wire import DeviceKind, ModelSpec, SpecProblem
 

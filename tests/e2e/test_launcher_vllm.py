@@ -19,7 +19,8 @@ from agent.engines.launcher import CannotFork, Launcher
 from agent.engines.ports import free_port
 from agent.engines.process import Owner
 from agent.engines.supervisor import Supervisor
-from runtime.engine import LaunchContext, get_engine
+from runtime.engine.contract import LaunchContext
+from runtime.engine.select import get_engine
 from runtime.footprint import estimate
 from runtime.tiny_models import write_model
 from runtime.wire import ModelSpec

@@ -16,7 +16,8 @@ import psutil
 import pytest
 
 from runtime.access import KeySpec, StoredKey, Used, digest
-from runtime.engine import LaunchContext, get_engine
+from runtime.engine.contract import LaunchContext
+from runtime.engine.select import get_engine
 from runtime.footprint import estimate
 from runtime.tiny_models import write_model
 from runtime.wire import Endpoint, ModelRoute, ModelSpec

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from runtime.engine import get_engine
+from runtime.engine.select import get_engine
 from runtime.engine.vllm_args import human_int, load_table
 from runtime.footprint import estimate
 from runtime.tiny_models import write_model

@@ -26,7 +26,8 @@ from agent.devices.inventory import process_bytes
 from agent.devices.nvml import NvmlSource, NvmlUnavailable
 from agent.engines import sleep, wake_canary
 from agent.engines.sleep import Controls, Memory
-from runtime.engine import LaunchContext, get_engine
+from runtime.engine.contract import LaunchContext
+from runtime.engine.select import get_engine
 from runtime.tiny_models import write_model
 from runtime.wire import ModelSpec
 

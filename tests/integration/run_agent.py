@@ -17,7 +17,7 @@ import agent.engines.launch_plan
 from agent.driver import run_agent
 from runtime.config import Config
 from runtime.embedded import EmbeddedRegistry
-from runtime.engine import get_engine
+from runtime.engine.select import get_engine
 from runtime.telemetry import set_up_logging
 
 _CHILD = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"

@@ -32,7 +32,8 @@ from agent.engines.ports import free_port
 from agent.engines.process import Owner
 from agent.engines.supervisor import Supervisor
 from runtime.embedded import EmbeddedRegistry
-from runtime.engine import Launch, LaunchContext, Preload, get_engine
+from runtime.engine.contract import Launch, LaunchContext, Preload
+from runtime.engine.select import get_engine
 from runtime.wire import ModelSpec
 
 HERE = Path(__file__).parent

@@ -10,8 +10,9 @@ import pytest
 
 from runtime import lora
 from runtime.adapters import takes_adapters, with_lora_args
-from runtime.engine import LaunchContext, get_engine
 from runtime.engine.adapter_index import Index, NotYet
+from runtime.engine.contract import LaunchContext
+from runtime.engine.select import get_engine
 from runtime.footprint import GIB, estimate
 from runtime.router.admission import Admission, Forward
 from runtime.router.refusals import Refused

@@ -15,7 +15,8 @@ from agent.devices.inventory import open_devices
 from agent.engines.sleep_tasks import levels, residue_bytes
 from agent.engines.wake_canary import Canary
 from agent.records import KEPT_DISABLED, Record, Records
-from runtime.engine import LaunchContext, get_engine
+from runtime.engine.contract import LaunchContext
+from runtime.engine.select import get_engine
 from runtime.wire import ModelSpec, StartReplica
 
 GIB = 2**30

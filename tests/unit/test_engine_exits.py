@@ -10,7 +10,7 @@ import signal
 import pytest
 
 from agent.core.transitions import FATAL_KINDS
-from runtime.engine import EXIT_KINDS
+from runtime.engine.contract import EXIT_KINDS
 from runtime.engine.exits import FINAL_KINDS, explain
 
 BADPATH = """\

@@ -2,7 +2,7 @@
 
 import pytest
 
-from runtime.engine import get_engine
+from runtime.engine.select import get_engine
 
 
 @pytest.mark.parametrize("name", ["vllm", "stub"])

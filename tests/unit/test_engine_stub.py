@@ -14,7 +14,8 @@ import aiohttp
 import openai
 import pytest
 
-from runtime.engine import LaunchContext, get_engine
+from runtime.engine.contract import LaunchContext
+from runtime.engine.select import get_engine
 from runtime.schema import SchemaError
 from runtime.wire import ModelSpec
 

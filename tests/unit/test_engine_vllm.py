@@ -11,7 +11,8 @@ import msgspec
 import pytest
 
 from runtime import footprint
-from runtime.engine import LaunchContext, get_engine
+from runtime.engine.contract import LaunchContext
+from runtime.engine.select import get_engine
 from runtime.engine.vllm import GPU_MARGIN_BYTES, GPU_PARALLEL_MARGIN_BYTES, NO_MEDIA
 from runtime.engine_policy import env_problems
 from runtime.wire import ModelSpec

@@ -5,7 +5,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from runtime.engine import LaunchContext, Preload, get_engine
+from runtime.engine.contract import LaunchContext, Preload
+from runtime.engine.select import get_engine
 from runtime.tiny_models import MAX_MODEL_LEN
 from runtime.wire import ModelSpec
 
