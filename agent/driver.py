@@ -28,9 +28,9 @@ from agent.node import Node, advertised_host
 from agent.records import Records
 from agent.server import make_app
 from runtime import places
-from runtime.config import Config
-from runtime.registration import keep_registered, withdraw
-from runtime.registry import Registry, Service
+from runtime.contract.config import Config
+from runtime.registry.protocol import Registry, Service
+from runtime.registry.registration import keep_registered, withdraw
 from runtime.sockets import tcp_connector
 from runtime.wire import HeartbeatReply
 

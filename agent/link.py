@@ -17,7 +17,7 @@ import aiohttp
 from msgspec import Struct
 
 from runtime import outside, places, wire
-from runtime.registry import Registry, RegistryError
+from runtime.registry.protocol import Registry, RegistryError
 from runtime.wire import Heartbeat, HeartbeatReply
 
 log = logging.getLogger("stoker.agent")

@@ -50,8 +50,9 @@ from agent.weights.adapters import Adapters
 from agent.weights.load_format_policy import Known
 from agent.weights.staging import Stager
 from agent.weights.start_source import Origins
-from runtime import engine_policy, places
-from runtime.config import Config
+from runtime import places
+from runtime.contract import engine_policy
+from runtime.contract.config import Config
 from runtime.engine import toolchain
 from runtime.engine.contract import Launch
 from runtime.engine.select import get_engine

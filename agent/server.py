@@ -29,10 +29,11 @@ from agent.core.messages import CommandReceived
 from agent.engines.launch_plan import Place
 from agent.node import Node
 from agent.weights import skeleton
-from runtime import footprint, lora, outside, wire
-from runtime.adapters import with_lora_args
+from runtime import outside, wire
+from runtime.contract.adapters import with_lora_args
+from runtime.contract.engine_policy import node_problems
 from runtime.engine.select import get_engine
-from runtime.engine_policy import node_problems
+from runtime.engine.vllm import lora, memory_estimate
 from runtime.leftovers import drop_packed
 from runtime.wire import (
     AgentCommand,
@@ -229,10 +230,12 @@ def inspect(
             problems = [*problems, *found]
             try:
                 whole = with_lora_args(spec, rank)
-                estimate = footprint.estimate(whole, files.folder, place.device_kind, files.unknown)
+                estimate = memory_estimate.estimate(
+                    whole, files.folder, place.device_kind, files.unknown
+                )
             except ValueError as error:
                 estimate_error = str(error)
-            warnings = footprint.warnings(spec, files.folder, estimate)
+            warnings = memory_estimate.warnings(spec, files.folder, estimate)
         except OSError as error:
             estimate_error = f"the model's files on this node cannot be read: {error}"
     return Inspection(

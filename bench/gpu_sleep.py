@@ -39,9 +39,9 @@ from agent.engines.process import base_environment
 from agent.engines.sleep import Controls, Memory
 from bench.lib.real_engine import call, first_token, write_llama
 from bench.lib.report import Row, print_report
+from runtime.checkpoints.tiny_models import write_model
 from runtime.engine.contract import LaunchContext
 from runtime.engine.select import get_engine
-from runtime.tiny_models import write_model
 from runtime.wire import DeviceReport, ModelSpec
 
 ROUNDS = 5

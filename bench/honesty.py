@@ -31,11 +31,11 @@ from msgspec.structs import replace
 from bench.lib.real_engine import Stoker, boot_s, first_token, stoker_up, wait
 from bench.lib.report import Row, print_report
 from cli.simulation import simulate
-from runtime.footprint import estimate
-from runtime.footprints import Footprint, Key, Times
+from runtime.checkpoints.tiny_models import write_model
+from runtime.contract.footprint_ledger import Footprint, Key, Times
+from runtime.engine.vllm.memory_estimate import estimate
 from runtime.sim import profile
 from runtime.sim.profile import ModelFacts
-from runtime.tiny_models import write_model
 from runtime.wire import ModelSpec
 from scheduler.sim.simulator import NodePlan, Scenario
 from scheduler.sim.traces import Arrival

@@ -26,7 +26,7 @@ import uvloop
 
 from bench.lib.real_engine import stoker_up
 from bench.lib.report import Row, print_report
-from runtime.tiny_models import write_model
+from runtime.checkpoints.tiny_models import write_model
 
 BATCHING = {"max_batch_size": 32, "max_wait_ms": 5, "endpoints": ["embeddings", "completions"]}
 CONNECTIONS = (1, 8, 32)

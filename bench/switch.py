@@ -24,9 +24,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from bench.lib.real_engine import Plain, stoker_up
 from bench.lib.report import Row, print_report
-from runtime.config import SchedulerConfig
-from runtime.footprint import estimate
-from runtime.tiny_models import write_model
+from runtime.checkpoints.tiny_models import write_model
+from runtime.contract.config import SchedulerConfig
+from runtime.engine.vllm.memory_estimate import estimate
 from runtime.wire import ModelSpec
 
 SWITCHES, PLAIN_SWITCHES = 20, 6

@@ -14,7 +14,7 @@ from cli.where import Where
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from runtime.models import PullView
+    from runtime.checkpoints.model_files import PullView
     from scheduler.admin import cache_api
 
 node_option = click.option("--node", help="Only this node's; otherwise every node's.")

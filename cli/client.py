@@ -12,7 +12,7 @@ import msgspec
 from msgspec import Struct
 
 from runtime import outside
-from runtime.access import KeySpec, Tenant
+from runtime.contract.access import KeySpec, Tenant
 from runtime.places import url
 from runtime.sockets import tcp_connector
 from runtime.wire import ModelSpec, RouteRule

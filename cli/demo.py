@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from cli.showcase import Row
     from cli.stack import Stack
     from cli.where import UpFile
-    from runtime.config import Config
+    from runtime.contract.config import Config
 
 CPU_DEVICE = "cpu:6GiB"  # room for two of three tiny models; vLLM itself takes 2 GiB each
 SIMULATED_DEVICE = "simulated:1x24GiB"

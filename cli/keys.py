@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from cli.client import Admin
-    from runtime.access import Limits, Scope, Tenant
+    from runtime.contract.access import Limits, Scope, Tenant
     from scheduler.admin import access_api
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -93,7 +93,7 @@ def create(
     where: Where, /, tenant: str, note: str, expires: float | None, as_json: bool, **options: Any
 ) -> None:
     """Make a key for TENANT and print its secret, this once."""
-    from runtime.access import ANY, NO_LIMITS, KeySpec
+    from runtime.contract.access import ANY, NO_LIMITS, KeySpec
 
     spec = KeySpec(
         tenant=tenant, note=note, priority=options["priority"],
@@ -167,7 +167,7 @@ def key_set(
     **options: Any,
 ) -> None:
     """Change what KEY may; what is not named stays. A limit of 0 is none."""
-    from runtime.access import KeySpec
+    from runtime.contract.access import KeySpec
 
     async def run(admin: Admin) -> Any:
         old = (await admin.key(key_id)).value
@@ -250,7 +250,7 @@ def tenant_set(
     where: Where, /, name: str, weight: float | None, as_json: bool, **options: Any
 ) -> None:
     """Set what all keys of tenant NAME may together; what is not named stays."""
-    from runtime.access import Tenant
+    from runtime.contract.access import Tenant
 
     async def run(admin: Admin) -> Any:
         known = {t.name: t for t in (await admin.tenants()).value.tenants}
@@ -289,7 +289,7 @@ def tenant_webhook_key(where: Where, name: str, as_json: bool) -> None:
     """
     import msgspec
 
-    from runtime.access import TenantName
+    from runtime.contract.access import TenantName
     from runtime.router.jobs import signing
 
     try:

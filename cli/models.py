@@ -70,8 +70,8 @@ def check(files: tuple[str, ...], as_json: bool) -> None:
     specs = [spec for file in files for spec in read_specs(file)]
     from msgspec import json as msgspec_json
 
-    from runtime.schema import SchemaError
-    from runtime.spec import name_clashes
+    from runtime.contract.schema import SchemaError
+    from runtime.contract.spec_file import name_clashes
 
     clashes = name_clashes(specs)
     if clashes:
@@ -85,8 +85,8 @@ def check(files: tuple[str, ...], as_json: bool) -> None:
 
 def read_specs(file: str) -> list[ModelSpec]:
     """The models of a file. Raises click.ClickException that names the file and every problem."""
-    from runtime.schema import SchemaError
-    from runtime.spec import load_specs
+    from runtime.contract.schema import SchemaError
+    from runtime.contract.spec_file import load_specs
 
     try:
         return load_specs(Path(file))
@@ -214,7 +214,7 @@ def rm(where: Where, names: tuple[str, ...], as_json: bool) -> None:
 @click.option("--json", "as_json", is_flag=True, help="It is JSON anyway.")
 def schema(as_json: bool) -> None:
     """Print the JSON Schema of a spec, for editors; needs no cluster."""
-    from runtime.spec import json_schema
+    from runtime.contract.spec_file import json_schema
 
     click.echo(json.dumps(json_schema(), indent=None if as_json else 2))
 

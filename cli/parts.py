@@ -15,8 +15,8 @@ import click
 from cli.where import Where
 
 if TYPE_CHECKING:
-    from runtime.config import Config
-    from runtime.registry import Registry
+    from runtime.contract.config import Config
+    from runtime.registry.protocol import Registry
 
     Run = Callable[[Config, Registry, Callable[[str], None]], Coroutine[Any, Any, None]]
     Command = Callable[..., None]
@@ -110,11 +110,11 @@ def _run(
     import uvloop
 
     from runtime import notify, places
+    from runtime.logs import set_up_logging
     from runtime.private import keep_private
-    from runtime.registration import warn_if_open
-    from runtime.registries import open_registry
-    from runtime.registry import RegistryError
-    from runtime.telemetry import set_up_logging
+    from runtime.registry.open import open_registry
+    from runtime.registry.protocol import RegistryError
+    from runtime.registry.registration import warn_if_open
 
     settings = Where(config=config or where.config).load_config()
     if not settings.cluster_token:

@@ -31,8 +31,8 @@ def plan(
 
     Placements with their runners-up, what would go down for them, and the expected wait.
     """
-    from runtime.schema import SchemaError
-    from runtime.spec import load_specs
+    from runtime.contract.schema import SchemaError
+    from runtime.contract.spec_file import load_specs
     from scheduler.admin.views import PlanBody
 
     added = None

@@ -141,8 +141,8 @@ def set_(where: Where, /, what: str, as_json: bool, **flags: Any) -> None:
 
 
 def _parsed(what: str, raw: object) -> RouteRule:
-    from runtime.rules import parse_rule
-    from runtime.schema import SchemaError
+    from runtime.contract.route_rules import parse_rule
+    from runtime.contract.schema import SchemaError
 
     try:
         return parse_rule(raw)
@@ -152,8 +152,8 @@ def _parsed(what: str, raw: object) -> RouteRule:
 
 
 def _from_file(file: str) -> list[object]:
-    from runtime.schema import SchemaError
-    from runtime.spec import parse_text
+    from runtime.contract.schema import SchemaError
+    from runtime.contract.spec_file import parse_text
 
     path = Path(file)
     try:

@@ -115,7 +115,7 @@ async def _until_routed(router: str, names: list[str]) -> None:
 async def _write_models(folder: Path, names: list[str]) -> None:
     with waiting(f"writing {len(names)} tiny models to {folder}"):
         process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "runtime.tiny_models", str(folder), *names,
+            sys.executable, "-m", "runtime.checkpoints.tiny_models", str(folder), *names,
             stdout=PIPE, stderr=PIPE,
         )  # fmt: skip
         _, errors = await process.communicate()

@@ -15,7 +15,7 @@ from cli.simulation import simulate as run
 from cli.tables import table
 from cli.text import console, size
 from runtime import outside
-from runtime.footprints import Footprint
+from runtime.contract.footprint_ledger import Footprint
 from runtime.sim.profile import GPUS
 from scheduler.core.replica_moves import Settings
 from scheduler.sim import catalog, faults, trace_files, traces

@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 from agent.sim.node import NodeSpec, SimNode
 from runtime.sim.loop import Loop
+from runtime.sim.observer import Witness
 from runtime.sim.timings import Timings
-from runtime.sim.witness import Witness
 from scheduler.sim.policy import PolicyFactory
 from scheduler.sim.report import Report
 from scheduler.sim.simulator import NodePlan, Scenario, SimulatedNode

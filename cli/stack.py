@@ -26,7 +26,7 @@ from runtime.places import url
 from runtime.sockets import tcp_connector
 
 if TYPE_CHECKING:
-    from runtime.config import Config
+    from runtime.contract.config import Config
 
 T = TypeVar("T")
 

@@ -19,7 +19,7 @@ from cli.where import UP_FILE, UpFile, Where
 from runtime.private import keep_private
 
 if TYPE_CHECKING:
-    from runtime.config import Config
+    from runtime.contract.config import Config
 
 CONFIG_FILE = "up.toml"
 

@@ -18,7 +18,7 @@ from runtime import outside
 
 if TYPE_CHECKING:
     from cli.client import Admin
-    from runtime.config import Config
+    from runtime.contract.config import Config
 
 UP_STATE_DIR = ".stoker"
 UP_FILE = "up.json"
@@ -81,8 +81,8 @@ class Where:
 
     def load_config(self, overrides: dict[str, object] | None = None) -> Config:
         """The settings. Raises click.UsageError that names each bad key."""
-        from runtime.config import load
-        from runtime.schema import SchemaError
+        from runtime.contract.config import load
+        from runtime.contract.schema import SchemaError
 
         try:
             return load(self.config, overrides=overrides)
@@ -122,7 +122,7 @@ class Where:
         return "" if self.admin and not self._has_config() else self.load_config().cluster_token
 
     def _has_config(self) -> bool:
-        from runtime.config import DEFAULT_FILE
+        from runtime.contract.config import DEFAULT_FILE
 
         return bool(self.config or os.environ.get("STOKER_CONFIG")) or Path(DEFAULT_FILE).exists()
 
@@ -135,8 +135,8 @@ class Where:
                 " --token-file FILE"
             )
         from runtime import places
-        from runtime.registries import open_registry
-        from runtime.registry import RegistryError
+        from runtime.registry.open import open_registry
+        from runtime.registry.protocol import RegistryError
 
         config = self.load_config()
         registry = open_registry(config)

@@ -207,7 +207,7 @@ class Batching(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 
 class ModelSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One model as its owner declares it. `runtime.spec` reads and checks it."""
+    """One model as its owner declares it. `runtime.contract.spec_file` reads and checks it."""
 
     name: Annotated[Name, Meta(description="the model's name in every API")]
     source: Annotated[
@@ -604,8 +604,8 @@ class Inspection(Struct, frozen=True, kw_only=True):
 
 # ------------------------------------------------------------------------------ versions of a model
 
-# Unknown fields are refused where a rule is read (`runtime.rules`), not here: an older router must
-# be able to read a newer scheduler's table.
+# Unknown fields are refused where a rule is read (runtime/contract/route_rules.py), not here: an
+# older router must be able to read a newer scheduler's table.
 
 SEMVER_PATTERN = (
     r"^(0|[1-9]\d*)\.(0|[1-9]\d*)\.(0|[1-9]\d*)"
@@ -656,7 +656,7 @@ class Canary(Struct, frozen=True, kw_only=True):
 
 
 class RouteRule(Struct, frozen=True, kw_only=True):
-    """A name that stands for versions of a model. `runtime.rules` reads and checks it."""
+    """A name that stands for versions of a model. runtime/contract/route_rules.py checks it."""
 
     name: Annotated[Name, Meta(description="what callers ask for; no model's name or alias")]
     targets: Annotated[

@@ -18,7 +18,7 @@ from typing import TypeVar
 
 import msgspec
 
-from runtime.access import (
+from runtime.contract.access import (
     ADMIN_PREFIX,
     ID_CHARS,
     KEY_PREFIX,
@@ -35,7 +35,7 @@ from runtime.access import (
     token_id,
 )
 from runtime.outside import decode
-from runtime.registry import RegistryError
+from runtime.registry.protocol import RegistryError
 from scheduler.store import Store
 from scheduler.usage import BootUsage, Usage
 

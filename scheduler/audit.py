@@ -19,7 +19,7 @@ import msgspec
 from msgspec import Struct
 
 from runtime.outside import decode
-from runtime.registry import RegistryError
+from runtime.registry.protocol import RegistryError
 from runtime.wire import encode
 from scheduler.store import Store
 

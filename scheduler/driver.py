@@ -18,11 +18,11 @@ import msgspec
 import tenacity
 
 from runtime import places
-from runtime.config import Config
-from runtime.footprints import Footprint, Key
+from runtime.contract.config import Config
+from runtime.contract.footprint_ledger import Footprint, Key
+from runtime.contract.prewarm import Ask, floor_at
 from runtime.outside import decode
-from runtime.prewarm import Ask, floor_at
-from runtime.registry import Entry, Lock, Registry, RegistryError
+from runtime.registry.protocol import Entry, Lock, Registry, RegistryError
 from runtime.sockets import tcp_connector
 from runtime.wire import AgentCommand, CommandReply, RouteTable, StageModels
 from scheduler.access import Access

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from runtime.schema import close_names
+from runtime.contract.schema import close_names
 from runtime.wire import SpecProblem
 
 

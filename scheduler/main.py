@@ -8,9 +8,9 @@ from collections.abc import Callable
 from aiohttp import web
 
 from runtime import places
-from runtime.config import Config
-from runtime.registration import keep_registered, withdraw
-from runtime.registry import Registry, Service
+from runtime.contract.config import Config
+from runtime.registry.protocol import Registry, Service
+from runtime.registry.registration import keep_registered, withdraw
 from scheduler.admin.api import make_app
 from scheduler.driver import Driver
 

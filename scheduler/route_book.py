@@ -18,9 +18,15 @@ from typing import Protocol
 from msgspec import Struct
 from msgspec.structs import replace
 
+from runtime.contract.route_rules import (
+    model_problems,
+    place_problems,
+    uses,
+    with_share,
+    without_canary,
+)
 from runtime.outside import decode
-from runtime.registry import RegistryError
-from runtime.rules import model_problems, place_problems, uses, with_share, without_canary
+from runtime.registry.protocol import RegistryError
 from runtime.wire import DemandReport, ModelSpec, RouteRule, RouteTable, encode
 from scheduler.audit import AuditTrail
 from scheduler.core.decisions import Core

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from runtime import places
-from runtime.registry import Registry
+from runtime.registry.protocol import Registry
 
 
 class Store:

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 
 from msgspec import Struct
 
-from runtime.access import PeerUsage, RouterUsage, Used
+from runtime.contract.access import PeerUsage, RouterUsage, Used
 
 LIVE_S = 5.0
 NOTHING = Used()

@@ -16,7 +16,8 @@ def write_adapter(
 ) -> Path:  # fmt: skip
     """An adapter of the attention's q_proj and v_proj, random but for its seed, in float32.
 
-    The defaults fit the models of `runtime.tiny_models`. `config` goes into adapter_config.json.
+    The defaults fit the models of runtime/checkpoints/tiny_models.py. `config` goes into
+    adapter_config.json.
     """
     folder.mkdir(parents=True, exist_ok=True)
     chance = random.Random(seed)

@@ -17,8 +17,8 @@ import aiohttp
 
 from agent.cache.policy import PeerOffer
 from runtime import outside, places
-from runtime.models import ModelRef, Offer, model_id
-from runtime.registry import Lock, Registry, RegistryError
+from runtime.checkpoints.model_files import ModelRef, Offer, model_id
+from runtime.registry.protocol import Lock, Registry, RegistryError
 
 log = logging.getLogger("stoker.agent")
 

@@ -15,7 +15,7 @@ from agent.cache.errors import CacheError
 from agent.cache.model_cache import ModelCache
 from agent.cache.send import send_file
 from runtime import outside, wire
-from runtime.models import ModelRef, PullBody
+from runtime.checkpoints.model_files import ModelRef, PullBody
 
 _MAX_WAIT_S = 30.0
 _SENDERS = 32  # ranges that are sent at once

@@ -28,8 +28,7 @@ from agent.cache.pull import Pull, Tools
 from agent.cache.resolve import Wanted, cached_as, look
 from agent.cache.sources import Origin
 from agent.cache.store import Store, Stored
-from runtime.config import Config
-from runtime.models import (
+from runtime.checkpoints.model_files import (
     CacheConfig,
     CachedModel,
     CacheView,
@@ -38,7 +37,8 @@ from runtime.models import (
     VerifyReport,
     parse_ref,
 )
-from runtime.registry import Registry
+from runtime.contract.config import Config
+from runtime.registry.protocol import Registry
 
 log = logging.getLogger("stoker.agent")
 

@@ -1,4 +1,5 @@
 """What the model cache decides: what is evicted, who is asked for what, how long it will take.
+Pure.
 
 Rules this file keeps:
 - pure: no I/O, no clock, no random; `now` is passed in;
@@ -14,7 +15,7 @@ from typing import Literal
 
 from msgspec import Struct
 
-from runtime.models import ModelFile, Offer
+from runtime.checkpoints.model_files import ModelFile, Offer
 
 # ------------------------------------------------------------------------------ eviction
 

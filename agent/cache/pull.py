@@ -35,8 +35,15 @@ from agent.cache.policy import (
 )
 from agent.cache.sources import Listing, Origin, PeerSource, RemoteFile, Source
 from agent.cache.store import Store
-from runtime.models import Manifest, ModelFile, ModelRef, Offer, PullState, PullView
-from runtime.registry import RegistryError
+from runtime.checkpoints.model_files import (
+    Manifest,
+    ModelFile,
+    ModelRef,
+    Offer,
+    PullState,
+    PullView,
+)
+from runtime.registry.protocol import RegistryError
 
 log = logging.getLogger("stoker.agent")
 

@@ -18,7 +18,7 @@ from msgspec import Struct
 from agent.cache.errors import CacheError, SourceError
 from agent.cache.sources import FolderSource, Origin
 from runtime import places
-from runtime.models import CacheConfig, ModelRef, local_parts, parse_ref
+from runtime.checkpoints.model_files import CacheConfig, ModelRef, local_parts, parse_ref
 
 
 class Wanted(Struct, frozen=True, kw_only=True):

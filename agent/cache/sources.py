@@ -26,7 +26,7 @@ from msgspec import Struct
 from agent.cache.errors import SourceError
 from agent.cache.policy import is_wanted
 from runtime import places
-from runtime.models import check_path
+from runtime.checkpoints.model_files import check_path
 
 SUMS_FILE = "SHA256SUMS"  # as sha256sum writes it: a folder may say what its files must be
 _TIMEOUT_S = 20.0  # without a byte, a peer is gone

@@ -31,7 +31,7 @@ from msgspec import Struct
 
 from agent.cache.policy import Held
 from runtime import places
-from runtime.models import Manifest, ModelFile, ModelRef
+from runtime.checkpoints.model_files import Manifest, ModelFile, ModelRef
 
 log = logging.getLogger("stoker.agent")
 

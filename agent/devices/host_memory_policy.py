@@ -1,4 +1,4 @@
-"""How much host memory may be booked for sleeping engines and staged weights.
+"""How much host memory may be booked for sleeping engines and staged weights. Pure.
 
     budget = limit - reserve - launchers - engines, never more than agent.host_budget_bytes
 

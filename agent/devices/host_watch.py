@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection
 
 from agent.devices import host_memory_policy
 from agent.devices.inventory import host_memory, process_bytes
-from runtime.config import AgentConfig
+from runtime.contract.config import AgentConfig
 from runtime.wire import DeviceKind, DeviceReport
 
 _MEASURE_S = 10.0

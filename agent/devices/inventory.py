@@ -18,7 +18,7 @@ from typing import Protocol
 import psutil
 
 from agent.devices.nvml import NvmlSource, NvmlUnavailable
-from runtime.schema import parse_bytes
+from runtime.contract.schema import parse_bytes
 from runtime.wire import DeviceKind, DeviceReport
 
 log = logging.getLogger(__name__)

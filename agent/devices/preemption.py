@@ -23,7 +23,7 @@ import aiohttp
 from msgspec import Struct
 
 from runtime import outside
-from runtime.config import AgentConfig
+from runtime.contract.config import AgentConfig
 
 log = logging.getLogger("stoker.agent")
 

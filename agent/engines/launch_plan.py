@@ -11,9 +11,9 @@ from collections.abc import Sequence
 
 from msgspec import Struct
 
+from runtime.contract.engine_policy import ENGINE_ENV, node_problems
 from runtime.engine.contract import Launch, LaunchContext
 from runtime.engine.select import get_engine
-from runtime.engine_policy import ENGINE_ENV, node_problems
 from runtime.wire import DeviceKind, DeviceReport, StartReplica
 
 log = logging.getLogger("stoker.agent")

@@ -1,6 +1,6 @@
 """Engines forked from a pre-imported parent: starts that skip what every start would import again.
 
-One parent (`runtime.engine.forkserver`) runs for each engine environment on this host: its
+One parent (`runtime.engine.fork_server`) runs for each engine environment on this host: its
 interpreter, preload module, and the variables that importing reads. It is started ahead of need,
 and again when it died or when packages of its interpreter changed; while host memory is short there
 is none.
@@ -28,7 +28,7 @@ import msgspec
 
 from runtime import places
 from runtime.engine.contract import Launch, Preload
-from runtime.engine.forkserver import NUMBER, REFUSED, ForkRequest, ForkServerReady
+from runtime.engine.fork_server import NUMBER, REFUSED, ForkRequest, ForkServerReady
 from runtime.engine.process_image import PADDING_ENV
 
 log = logging.getLogger("stoker.agent")
@@ -321,7 +321,7 @@ class _Parent:
                 process.wait()
 
     def _start(self, sock: socket.socket) -> subprocess.Popen[bytes]:
-        argv = [self._preload.python, "-m", "runtime.engine.forkserver"]
+        argv = [self._preload.python, "-m", "runtime.engine.fork_server"]
         argv += [str(sock.fileno()), self._preload.module, "-" * _ARGV_PADDING]
         with self._log.open("wb") as output:
             return subprocess.Popen(

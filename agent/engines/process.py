@@ -18,7 +18,7 @@ from pathlib import Path
 from msgspec import Struct
 
 from runtime import places
-from runtime.engine_policy import ENGINE_ENV, passed
+from runtime.contract.engine_policy import ENGINE_ENV, passed
 from runtime.wire import REPLICA_ID
 
 REPLICA_MARK = "STOKER_REPLICA_ID"

@@ -25,7 +25,7 @@ from pathlib import Path
 import msgspec
 from msgspec import Struct
 
-from runtime.engine import vllm_args
+from runtime.engine.vllm import arguments
 from runtime.wire import DeviceKind, ModelSpec
 
 RUNG = "snapshot"  # in ReplicaReport.disabled
@@ -77,7 +77,7 @@ def host_lacks(python: str, kind: DeviceKind, environ: Mapping[str, str]) -> tup
 
 def spec_lacks(spec: ModelSpec) -> tuple[str, ...]:
     """What a model's spec lacks for a snapshot, in words."""
-    args = vllm_args.flat_args(spec.engine_args)
+    args = arguments.flat_args(spec.engine_args)
     lacks = []
     if spec.engine != "vllm":
         lacks.append(f"engine: vllm (it is {spec.engine})")

@@ -1,4 +1,4 @@
-"""How long each phase of a start took, heard from the engine's log while it starts.
+"""How long each phase of a start took, heard from the engine's log while it starts. Pure.
 
 Rules this file keeps:
 - a phase ends when the line that ends it is seen; the phases add up to the whole start;

@@ -22,7 +22,7 @@ from agent.engines import process
 from agent.engines.launcher import Held
 from agent.engines.process import Cgroups, Leader, Owner
 from runtime import places
-from runtime.engine_policy import ENGINE_ENV
+from runtime.contract.engine_policy import ENGINE_ENV
 
 log = logging.getLogger("stoker.agent")
 

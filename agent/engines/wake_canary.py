@@ -1,4 +1,4 @@
-"""One cheap request whose answer is known: a woken engine must still give it.
+"""One cheap request whose answer is known: a woken engine must still give it. Pure.
 
 Rules this file keeps:
 - it is deterministic: one greedy token (with the likeliest ones, where offered), or a vector;

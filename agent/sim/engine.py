@@ -14,8 +14,8 @@ from collections.abc import Callable
 from typing import Literal
 
 from runtime.sim.loop import Loop
+from runtime.sim.observer import Job
 from runtime.sim.timings import Timings
-from runtime.sim.witness import Job
 from runtime.wire import StartReplica
 
 # refused: nothing listens there; silent: its host vanished, so that nothing is heard at all

@@ -24,9 +24,9 @@ from agent.sim.engine import Answer, Engine
 from agent.sim.files import Files
 from runtime.sim import profile as p
 from runtime.sim.loop import Loop
+from runtime.sim.observer import Job, Witness
 from runtime.sim.pipe import Pipe, Transfer
 from runtime.sim.timings import Timings
-from runtime.sim.witness import Job, Witness
 from runtime.wire import (
     AgentCommand,
     CommandReply,
@@ -39,7 +39,7 @@ from runtime.wire import (
 TICK_S = 0.1  # agent/driver.py
 LOOK_S = 0.1  # how long a drained engine's last answer goes unseen (agent/engines/probe.py)
 HEALTH_S = 0.05  # how long a start's end goes unseen, on average (agent/engines/probe.py)
-START_TIMEOUT_S, MAX_RESTARTS = 600.0, 3  # runtime/config.py
+START_TIMEOUT_S, MAX_RESTARTS = 600.0, 3  # runtime/contract/config.py
 
 
 @dataclass

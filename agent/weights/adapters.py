@@ -28,7 +28,7 @@ from agent.cache.errors import CacheError
 from agent.cache.model_cache import ModelCache
 from agent.engines.sleep import Controls, EngineError
 from runtime import places
-from runtime.adapters import takes_adapters
+from runtime.contract.adapters import takes_adapters
 from runtime.wire import ModelSpec
 
 log = logging.getLogger("stoker.agent")

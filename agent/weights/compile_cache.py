@@ -33,7 +33,7 @@ import msgspec
 from msgspec import Struct
 
 from runtime import outside, places
-from runtime.models import Sha256, Size
+from runtime.checkpoints.model_files import Sha256, Size
 
 FOLDER = ".compiled"
 _KNOWN = "compiled"  # of the cache_dir: keys that were fetched or shared already

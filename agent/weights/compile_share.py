@@ -19,8 +19,8 @@ from msgspec import Struct
 from agent.engines.launch_plan import Place
 from agent.metrics import Metrics
 from agent.weights.compile_cache import Compiled, CompileStore, Unsafe, torch_version
-from runtime.config import Config
-from runtime.engine import vllm_args
+from runtime.contract.config import Config
+from runtime.engine.vllm import arguments
 from runtime.wire import DeviceReport, ModelSpec
 
 log = logging.getLogger("stoker.agent")
@@ -60,7 +60,7 @@ class CompileShare:
         device: DeviceReport,
     ) -> None:
         """A start is about to be made: bring what others compiled for it."""
-        eager = vllm_args.flat_args(spec.engine_args).get("enforce_eager") is True
+        eager = arguments.flat_args(spec.engine_args).get("enforce_eager") is True
         if self._store is None or spec.engine != "vllm" or eager or engine_version is None:
             return
         if self._torch is None:

@@ -1,4 +1,4 @@
-"""Which of vLLM's load formats a model's weights are read with on this host, by measurement.
+"""Which of vLLM's load formats a model's weights are read with on this host, by measurement. Pure.
 
     auto (safetensors), fastsafetensors, runai_streamer, sharded_state
 

@@ -18,7 +18,7 @@ from agent.core.replica import launch_name
 from agent.metrics import Metrics
 from agent.weights import load_format_policy
 from agent.weights.load_format_policy import DEFAULT, Choice, Known
-from runtime.engine import vllm_args
+from runtime.engine.vllm import arguments
 from runtime.wire import DeviceKind, ModelSpec, StartRung
 
 log = logging.getLogger("stoker.agent")
@@ -64,7 +64,7 @@ class LoadFormats:
         """
         if spec.engine != "vllm":
             return None
-        declared = vllm_args.flat_args(spec.engine_args).get("load_format")
+        declared = arguments.flat_args(spec.engine_args).get("load_format")
         launch = launch_name(spec)
         formats = load_format_policy.usable(
             self._kind, self.modules, files, spec.tensor_parallel_size

@@ -2,7 +2,8 @@
 
 Rules this file keeps:
 - no weights are read: a file of weights becomes a sparse file of its size, its header in place, so
-  that whatever sizes a model by its files (runtime/footprint.py) needs to know nothing of this;
+  that whatever sizes a model by its files (runtime/engine/vllm/memory_estimate.py) needs to know
+  nothing of this;
 - what a source claims is bounded before it is asked for.
 """
 
@@ -20,10 +21,11 @@ from pathlib import Path
 
 from agent.cache.errors import SourceError
 from agent.cache.sources import Listing, Origin, RemoteFile
-from runtime import checkpoint, places
+from runtime import places
+from runtime.checkpoints import weight_headers
 
 FETCH_S = 30.0  # whoever adds a model waits for its answer
-_TEXTS = ("config.json", checkpoint.INDEX_FILE)
+_TEXTS = ("config.json", weight_headers.INDEX_FILE)
 _MAX_TEXT_BYTES = 64 * 2**20
 _FIRST_BYTES = 128 * 1024  # of a file of weights: mostly its whole header
 _AT_ONCE = 8
@@ -59,7 +61,7 @@ def write(origin: Origin, folder: Path) -> None:
         else:
             with path.open("wb") as made:
                 os.truncate(made.fileno(), file.size_bytes)
-    shards = [path for path in checkpoint.shards(folder) if path in files]
+    shards = [path for path in weight_headers.shards(folder) if path in files]
     with ThreadPoolExecutor(_AT_ONCE, "skeleton") as pool:
         list(pool.map(lambda path: _write_header(origin, files[path], path), shards))
 
@@ -79,7 +81,7 @@ def _write_header(origin: Origin, file: RemoteFile, path: Path) -> None:
     if len(head) >= 8:
         (length,) = struct.unpack("<Q", head[:8])
         end = min(8 + length, file.size_bytes)
-        if length <= checkpoint.MAX_HEADER_BYTES and end > len(head):
+        if length <= weight_headers.MAX_HEADER_BYTES and end > len(head):
             head += _read(origin, file, len(head), end - len(head))
     with path.open("r+b") as made:
         made.write(head)

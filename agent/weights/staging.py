@@ -24,7 +24,7 @@ from agent.cache.model_cache import ModelCache
 from agent.metrics import Metrics
 from agent.weights import page_cache
 from agent.weights.staging_policy import Seen, WeightFile, pause_s, to_drop, to_read
-from runtime import footprint
+from runtime.engine.vllm import memory_estimate
 from runtime.wire import CachedModel, Staging
 
 log = logging.getLogger("stoker.agent")
@@ -234,7 +234,7 @@ def look_at(folder: Path) -> Seen:
 
 def _weight_files(folder: Path) -> list[Path]:
     with contextlib.suppress(OSError):  # it is being removed
-        return footprint.weight_files(folder)
+        return memory_estimate.weight_files(folder)
     return []
 
 

@@ -1,4 +1,4 @@
-"""What to read into the page cache, what to let go, and where a start begins from.
+"""What to read into the page cache, what to let go, and where a start begins from. Pure.
 
 Rules this file keeps:
 - pure: it gets figures, and answers with figures;

@@ -22,7 +22,7 @@ from agent.weights.load_format_policy import Known
 from agent.weights.load_formats import LoadFormats, importable
 from agent.weights.staging import Stager
 from agent.weights.staging_policy import Seen, start_rung
-from runtime.config import Config
+from runtime.contract.config import Config
 from runtime.wire import DeviceReport, ModelSpec, StartRung
 
 

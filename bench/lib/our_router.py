@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import uvloop
 
 from bench.lib.http_load import KEY, SCARCE_KEY
-from runtime.access import (
+from runtime.contract.access import (
     KEY_PREFIX,
     KeySpec,
     KeyTable,
@@ -24,8 +24,8 @@ from runtime.access import (
     digest,
     token_id,
 )
-from runtime.config import Config, RouterConfig
-from runtime.registry import RegistryError
+from runtime.contract.config import Config, RouterConfig
+from runtime.registry.protocol import RegistryError
 from runtime.router import table_file
 from runtime.router.driver import run_router
 from runtime.wire import Endpoint, ModelRoute, RouteTable

@@ -27,7 +27,7 @@ from agent.engines.ports import free_port
 from agent.engines.process import base_environment, start_ticks
 from runtime.engine.contract import LaunchContext
 from runtime.engine.select import get_engine
-from runtime.footprint import estimate
+from runtime.engine.vllm.memory_estimate import estimate
 from runtime.wire import ModelSpec
 
 ROOT = Path(__file__).parents[2]

@@ -34,7 +34,7 @@ EXIT_KINDS = (
 class Preload(Struct, frozen=True, kw_only=True):
     """What engines can share by being forked from a parent that imported it once."""
 
-    module: str  # imported by `runtime.engine.forkserver`
+    module: str  # imported by `runtime.engine.fork_server`
     python: str
     env: dict[str, str]  # of the parent: all that importing the engine reads
 

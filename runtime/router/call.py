@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from runtime.access import ANY, Scope
+from runtime.contract.access import ANY, Scope
 from runtime.router.body import Head
 from runtime.router.limits import Account
 from runtime.router.versions import Attempt

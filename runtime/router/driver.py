@@ -13,9 +13,9 @@ from pathlib import Path
 from aiohttp import web
 
 from runtime import places
-from runtime.config import Config, RouterConfig
-from runtime.registration import keep_registered, withdraw
-from runtime.registry import Registry, Service
+from runtime.contract.config import Config, RouterConfig
+from runtime.registry.protocol import Registry, Service
+from runtime.registry.registration import keep_registered, withdraw
 from runtime.router.api import Api
 from runtime.router.cors import Cors
 from runtime.router.forwarded import Forwarded

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from fnmatch import fnmatchcase
 
-from runtime.access import (
+from runtime.contract.access import (
     KEY_PREFIX,
     NO_LIMITS,
     PRIORITIES,

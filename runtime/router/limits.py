@@ -16,7 +16,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from runtime.access import NO_LIMITS, Limits, Used
+from runtime.contract.access import NO_LIMITS, Limits, Used
 
 DAY_S = 86400.0
 _Names = tuple[bytes, bytes, bytes]

@@ -24,8 +24,8 @@ import msgspec
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, wait_random_exponential
 
 from runtime import outside, places, wire
-from runtime.access import KeyTable, PeerUsage, RouterUsage
-from runtime.registry import Registry, RegistryError
+from runtime.contract.access import KeyTable, PeerUsage, RouterUsage
+from runtime.registry.protocol import Registry, RegistryError
 from runtime.router import table_file
 from runtime.router.gate import Gate
 from runtime.router.keys import Keys

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable
 
-from runtime.config import RouterConfig
+from runtime.contract.config import RouterConfig
 from runtime.router.access_log import AccessLog
 from runtime.router.gate import Gate
 from runtime.router.proxy import Proxy

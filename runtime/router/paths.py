@@ -1,4 +1,4 @@
-"""Which paths of an engine the router offers, and what it knows of each.
+"""Which paths of an engine the router offers, and what it knows of each. Pure.
 
 Rule this file keeps: a path reaches an engine only if it is here. What is not is refused before
 its body is read: no call to a mistyped path starts an engine.

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import NamedTuple
 
+from runtime.contract.schema import close_names
 from runtime.router.fairness import Wish
-from runtime.schema import close_names
 from runtime.wire import ModelRoute
 
 UNKNOWN = "model_not_found"  # whoever tells it adds the names that its caller may see

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from itertools import accumulate
 
-from runtime.rules import names
+from runtime.contract.route_rules import names
 from runtime.wire import Mirror, ModelRoute, RouteRule, RouteTarget, TargetCounts
 
 # What is said of a model that can't be had: another one may do. A timeout is not among these: its

@@ -21,7 +21,7 @@ from typing import BinaryIO
 
 import msgspec
 
-from runtime.config import Config
+from runtime.contract.config import Config
 from runtime.router.listener import given_fd, worker_environ
 
 log = logging.getLogger("stoker.router")

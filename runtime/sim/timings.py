@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from runtime.footprints import Footprint
+from runtime.contract.footprint_ledger import Footprint
 from runtime.sim import profile as p
 from runtime.sim.profile import Gpu, Host, ModelFacts
 from runtime.wire import ModelSpec

@@ -12,7 +12,16 @@ import msgspec
 from aiohttp import web
 from msgspec import Struct
 
-from runtime.access import KeySpec, Limits, Priority, Role, Scope, StoredKey, StoredToken, Tenant
+from runtime.contract.access import (
+    KeySpec,
+    Limits,
+    Priority,
+    Role,
+    Scope,
+    StoredKey,
+    StoredToken,
+    Tenant,
+)
 from scheduler.access import Access
 from scheduler.admin.http import SUBJECT, ApiError, read_body, reply
 from scheduler.errors import bad, unknown

@@ -21,13 +21,13 @@ from aiohttp import web
 from prometheus_client import CollectorRegistry, generate_latest
 
 from runtime import outside
-from runtime.access import ROLES, Role, RouterUsage
+from runtime.contract.access import ROLES, Role, RouterUsage
+from runtime.contract.prewarm import Ask
+from runtime.contract.schema import SchemaError, check
+from runtime.contract.spec_file import json_schema, name_clashes, parse_spec, source_problems
 from runtime.leftovers import drop_packed
 from runtime.places import url
-from runtime.prewarm import Ask
-from runtime.registry import RegistryError
-from runtime.schema import SchemaError, check
-from runtime.spec import json_schema, name_clashes, parse_spec, source_problems
+from runtime.registry.protocol import RegistryError
 from runtime.wire import (
     REPLICA_ID,
     DemandReport,

@@ -14,7 +14,7 @@ import msgspec
 from msgspec import Struct
 
 from runtime import outside
-from runtime.models import CacheView, PullBody, PullView, VerifyReport
+from runtime.checkpoints.model_files import CacheView, PullBody, PullView, VerifyReport
 from runtime.outside import OutsideError
 from runtime.places import url
 from scheduler.driver import Driver

@@ -11,8 +11,8 @@ import msgspec
 from aiohttp import web
 
 from runtime import outside
+from runtime.contract.schema import SchemaError, check
 from runtime.outside import OutsideError
-from runtime.schema import SchemaError, check
 from runtime.wire import SpecProblem, encode
 from scheduler.admin import views as v
 from scheduler.errors import Conflict, Invalid, NotFound, Refused

@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 
-from runtime.spec import json_schema
+from runtime.contract.spec_file import json_schema
 from runtime.wire import ModelSpec
 from scheduler.admin.route_table import Route
 from scheduler.admin.views import Error

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from runtime.access import KeySpec, Role, Tenant
+from runtime.contract.access import KeySpec, Role, Tenant
 from runtime.wire import ModelSpec, RouteRule
 from scheduler.admin import access_api as a
 from scheduler.admin import cache_api as c

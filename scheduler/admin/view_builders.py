@@ -1,4 +1,4 @@
-"""The admin API's answers, made from the core's state. Pure and read-only."""
+"""The admin API's answers, made from the core's state, which it only reads. Pure."""
 
 from __future__ import annotations
 

@@ -12,8 +12,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from runtime.contract.footprint_ledger import Footprint
 from runtime.engine.exits import FINAL_KINDS
-from runtime.footprints import Footprint
 from runtime.wire import ReplicaReport, SleepReplica, StartReplica, StopReplica, WakeReplica
 from scheduler.policy.ladder import Descent, step_name, yielding
 from scheduler.policy.learning import finished, footprint_key, remember
@@ -29,7 +29,7 @@ FIRST_RETRY_S, MAX_RETRY_S = 10.0, 300.0  # between attempts to start a model th
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """The core's own knobs; see runtime.config.SchedulerConfig."""
+    """The core's own knobs; see runtime.contract.config.SchedulerConfig."""
 
     node_timeout_s: float = 10.0
     recovery_grace_s: float = 10.0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from runtime.footprints import Footprint, Key
+from runtime.contract.footprint_ledger import Footprint, Key
 from scheduler.state.cluster import Climb, ClusterState, Model, Replica
 from scheduler.state.messages import ColdStart
 

@@ -1,7 +1,8 @@
 """The models of a simulated cluster: sizes for names that come without any. Pure.
 
-A size is a number of parameters in bfloat16; what it books is runtime/footprint.py's rule with a
-typical KV cache: weights + 5 % + 2 GiB a device + (2 GiB + 0.25 GiB per 10^9 parameters).
+A size is a number of parameters in bfloat16; what it books is the rule of
+runtime/engine/vllm/memory_estimate.py with a typical KV cache: weights + 5 % + 2 GiB a device +
+(2 GiB + 0.25 GiB per 10^9 parameters).
 """
 
 from __future__ import annotations

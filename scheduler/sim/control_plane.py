@@ -15,8 +15,8 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Protocol
 
-from runtime.footprints import Footprint, Key
-from runtime.prewarm import floor_at
+from runtime.contract.footprint_ledger import Footprint, Key
+from runtime.contract.prewarm import floor_at
 from runtime.sim.loop import Loop
 from runtime.wire import (
     AgentCommand,

@@ -19,7 +19,7 @@ from runtime.wire import DemandReport, Heartbeat, HeartbeatReply, RouteTable
 from scheduler.sim.control_plane import Control, Leader
 from scheduler.sim.network import Network
 
-HEARTBEAT_S = 1.0  # runtime/config.py
+HEARTBEAT_S = 1.0  # runtime/contract/config.py
 REPORT_S = 1.0  # runtime/router/link.py
 RETRY_S = 0.2  # between attempts of a router (there: random, 0.05 to 1 s)
 

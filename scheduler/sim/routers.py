@@ -19,7 +19,7 @@ from typing import Literal, Protocol
 from runtime.router.admission import Admission, Decision, Forward, Held
 from runtime.router.refusals import Refused
 from runtime.sim.loop import Loop
-from runtime.sim.witness import Job
+from runtime.sim.observer import Job
 from runtime.wire import DemandReport, RouteTable
 from scheduler.sim.control_plane import Control
 from scheduler.sim.links import RouterLink
@@ -65,12 +65,12 @@ class Request:
         self.ended: str | None = None
 
     def done(self, first_at: float) -> None:
-        """As runtime.sim.witness.Job."""
+        """As runtime.sim.observer.Job."""
         self.first_at = first_at
         self.router.leave(self, "answered")
 
     def broken(self, first_at: float | None) -> None:
-        """As runtime.sim.witness.Job."""
+        """As runtime.sim.observer.Job."""
         if first_at is None:
             self.router.failed(self, "its engine died", delivered=True)
         else:
@@ -78,7 +78,7 @@ class Request:
             self.router.leave(self, "broken_off")
 
     def silent(self) -> None:
-        """As runtime.sim.witness.Job."""
+        """As runtime.sim.observer.Job."""
         self.router.silent(self)
 
     def begun_by(self, now: float) -> float | None:

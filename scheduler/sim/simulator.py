@@ -15,11 +15,11 @@ from dataclasses import dataclass, field
 from random import Random
 from typing import Literal, Protocol
 
-from runtime.footprints import Footprint
+from runtime.contract.footprint_ledger import Footprint
 from runtime.sim.loop import Loop
+from runtime.sim.observer import Job, Witness
 from runtime.sim.profile import Host, ModelFacts, gpu
 from runtime.sim.timings import Timings, by_model
-from runtime.sim.witness import Job, Witness
 from runtime.wire import AgentCommand, CommandReply, Heartbeat
 from scheduler.core.replica_moves import Settings
 from scheduler.sim.control_plane import Control

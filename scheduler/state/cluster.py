@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from runtime.footprints import Footprint, Key
+from runtime.contract.footprint_ledger import Footprint, Key
 from runtime.wire import Floor, ModelDemand, ModelSpec, RouteRule
 from scheduler.signals.forecast import Arrivals
 from scheduler.signals.replica_target import ScaleHistory

@@ -9,8 +9,8 @@ from __future__ import annotations
 from msgspec import Struct
 from msgspec.structs import replace
 
-from runtime.adapters import with_lora_args
-from runtime.footprints import Footprint
+from runtime.contract.adapters import with_lora_args
+from runtime.contract.footprint_ledger import Footprint
 from runtime.wire import (
     AgentCommand,
     DemandReport,

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from runtime.consul import ConsulRegistry
-from runtime.embedded import EmbeddedRegistry
-from runtime.registry import Registry
+from runtime.registry.consul import ConsulRegistry
+from runtime.registry.embedded import EmbeddedRegistry
+from runtime.registry.protocol import Registry
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from consul_server import MISSING, consul_is_installed, consul_server

@@ -11,7 +11,7 @@ import asyncio
 import sys
 from pathlib import Path
 
-from runtime.embedded import EmbeddedRegistry
+from runtime.registry.embedded import EmbeddedRegistry
 
 
 async def count(registry: EmbeddedRegistry, key: str, times: int) -> None:

@@ -14,8 +14,8 @@ import yaml
 from consul_server import MISSING, bootstrap_token, consul_is_installed, consul_server
 from test_registry_services import service
 
-from runtime.consul import ConsulRegistry
-from runtime.registry import RegistryError
+from runtime.registry.consul import ConsulRegistry
+from runtime.registry.protocol import RegistryError
 
 pytestmark = [
     pytest.mark.consul,

@@ -9,7 +9,7 @@ import pytest
 from registry_kit import eventually, still_waits
 from test_registry_services import service
 
-from runtime.registry import Registry
+from runtime.registry.protocol import Registry
 
 Change = Callable[[Registry, str], Awaitable[object]]
 

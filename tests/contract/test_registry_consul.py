@@ -12,11 +12,11 @@ from consul_server import MISSING, bootstrap_token, consul_is_installed, consul_
 from registry_kit import eventually, still_waits
 from test_registry_services import service
 
-import runtime.consul
-from runtime.config import Config, RegistryConfig
-from runtime.consul import ConsulRegistry
-from runtime.registries import open_registry
-from runtime.registry import Registry, RegistryError
+import runtime.registry.consul
+from runtime.contract.config import Config, RegistryConfig
+from runtime.registry.consul import ConsulRegistry
+from runtime.registry.open import open_registry
+from runtime.registry.protocol import Registry, RegistryError
 
 needs_consul = pytest.mark.skipif(not consul_is_installed(), reason=MISSING)
 
@@ -49,7 +49,7 @@ def test_a_url_that_is_none(url: str):
 
 
 async def test_no_answer_is_an_error(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(runtime.consul, "CALL_S", 0.2)
+    monkeypatch.setattr(runtime.registry.consul, "CALL_S", 0.2)
 
     async def hang(request: web.Request) -> web.StreamResponse:
         await asyncio.sleep(60)
@@ -92,7 +92,7 @@ async def test_reads_outlast_an_election_and_writes_are_not_repeated():
 async def test_a_lock_not_surely_ours_leaves_no_session(
     monkeypatch: pytest.MonkeyPatch, answer: str
 ):
-    monkeypatch.setattr(runtime.consul, "CALL_S", 0.2)
+    monkeypatch.setattr(runtime.registry.consul, "CALL_S", 0.2)
     asked: list[str] = []
 
     async def busy(request: web.Request) -> web.StreamResponse:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from runtime.registry import Entry, Registry
+from runtime.registry.protocol import Entry, Registry
 
 
 async def put_and_get(registry: Registry, key: str, value: bytes) -> Entry:

@@ -7,9 +7,9 @@ from collections.abc import Callable
 
 from registry_kit import eventually
 
-from runtime.registry import Lock, Registry
+from runtime.registry.protocol import Lock, Registry
 
-# Consul frees a dead holder's lock after 10 to 20 s, for every ttl up to 10 s (runtime/consul.py).
+# Consul frees a dead holder's lock after 10 to 20 s, for every ttl up to 10 s (see consul.py).
 FREE_AGAIN_S = 45.0
 
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from registry_kit import eventually
 
-from runtime.embedded import EmbeddedRegistry
-from runtime.registry import Lock
+from runtime.registry.embedded import EmbeddedRegistry
+from runtime.registry.protocol import Lock
 
 WORKER = Path(__file__).with_name("registry_worker.py")
 

@@ -6,7 +6,7 @@ import asyncio
 
 from registry_kit import eventually
 
-from runtime.registry import Registry, Service
+from runtime.registry.protocol import Registry, Service
 
 
 def service(base: str, suffix: str = "1", **changes: object) -> Service:

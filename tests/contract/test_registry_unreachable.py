@@ -9,9 +9,9 @@ import pytest
 from consul_server import free_ports
 from test_registry_services import service
 
-from runtime.consul import ConsulRegistry
-from runtime.embedded import EmbeddedRegistry
-from runtime.registry import Registry, RegistryError
+from runtime.registry.consul import ConsulRegistry
+from runtime.registry.embedded import EmbeddedRegistry
+from runtime.registry.protocol import Registry, RegistryError
 
 CALLS: dict[str, Callable[[Registry], Awaitable[object]]] = {
     "register the-name-1": lambda r: r.register(service("the-name"), 10),

@@ -19,10 +19,10 @@ from agent.engines.launcher import CannotFork, Launcher
 from agent.engines.ports import free_port
 from agent.engines.process import Owner
 from agent.engines.supervisor import Supervisor
+from runtime.checkpoints.tiny_models import write_model
 from runtime.engine.contract import LaunchContext
 from runtime.engine.select import get_engine
-from runtime.footprint import estimate
-from runtime.tiny_models import write_model
+from runtime.engine.vllm.memory_estimate import estimate
 from runtime.wire import ModelSpec
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(420)]

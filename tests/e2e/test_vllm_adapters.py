@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 import pytest
 import requests
 
-from runtime.tiny_models import write_model
+from runtime.checkpoints.tiny_models import write_model
 from tests.cluster import alive, running, wait_until
 from tests.lora_kit import write_adapter
 

@@ -15,11 +15,11 @@ import aiohttp
 import psutil
 import pytest
 
-from runtime.access import KeySpec, StoredKey, Used, digest
+from runtime.checkpoints.tiny_models import write_model
+from runtime.contract.access import KeySpec, StoredKey, Used, digest
 from runtime.engine.contract import LaunchContext
 from runtime.engine.select import get_engine
-from runtime.footprint import estimate
-from runtime.tiny_models import write_model
+from runtime.engine.vllm.memory_estimate import estimate
 from runtime.wire import Endpoint, ModelRoute, ModelSpec
 from tests.integration import router_kit as kit
 

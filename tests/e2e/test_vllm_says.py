@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from runtime.checkpoints.tiny_models import write_model
 from runtime.engine.select import get_engine
-from runtime.engine.vllm_args import human_int, load_table
-from runtime.footprint import estimate
-from runtime.tiny_models import write_model
+from runtime.engine.vllm.arguments import human_int, load_table
+from runtime.engine.vllm.memory_estimate import estimate
 from runtime.wire import ModelSpec
 
 VLLM = get_engine("vllm")

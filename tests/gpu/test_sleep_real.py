@@ -26,9 +26,9 @@ from agent.devices.inventory import process_bytes
 from agent.devices.nvml import NvmlSource, NvmlUnavailable
 from agent.engines import sleep, wake_canary
 from agent.engines.sleep import Controls, Memory
+from runtime.checkpoints.tiny_models import write_model
 from runtime.engine.contract import LaunchContext
 from runtime.engine.select import get_engine
-from runtime.tiny_models import write_model
 from runtime.wire import ModelSpec
 
 pytestmark = [pytest.mark.gpu, pytest.mark.vllm, pytest.mark.timeout(900)]

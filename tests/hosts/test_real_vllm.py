@@ -12,7 +12,7 @@ import pytest
 from machines import Machine, Machines
 from playbook import SETTINGS, Site, wheels
 
-from runtime.tiny_models import write_model
+from runtime.checkpoints.tiny_models import write_model
 
 pytestmark = [pytest.mark.slow, pytest.mark.vllm, pytest.mark.timeout(1800)]
 

@@ -18,8 +18,8 @@ from aiohttp import web
 from agent.engines import process
 from agent.engines.process import Cgroups, Owner
 from runtime import outside, wire
-from runtime.config import AgentConfig, Config, SchedulerConfig
-from runtime.registry import Registry
+from runtime.contract.config import AgentConfig, Config, SchedulerConfig
+from runtime.registry.protocol import Registry
 from runtime.wire import (
     CommandReply,
     Heartbeat,

@@ -17,9 +17,9 @@ from agent.cache.cluster import Cluster
 from agent.cache.http import cache_routes
 from agent.cache.model_cache import ModelCache
 from agent.cache.store import Store
-from runtime.embedded import EmbeddedRegistry
-from runtime.models import CacheConfig
-from runtime.registry import Service
+from runtime.checkpoints.model_files import CacheConfig
+from runtime.registry.embedded import EmbeddedRegistry
+from runtime.registry.protocol import Service
 
 TOKEN = "the-cluster-token"
 DEADLINE_S = 30.0

@@ -21,9 +21,9 @@ import uvloop
 from aiohttp import web
 
 from runtime import outside, wire
-from runtime.access import KeyTable, RouterUsage, StoredKey, Tenant
-from runtime.config import Config, RouterConfig
-from runtime.registry import Entry, RegistryError, Service
+from runtime.contract.access import KeyTable, RouterUsage, StoredKey, Tenant
+from runtime.contract.config import Config, RouterConfig
+from runtime.registry.protocol import Entry, RegistryError, Service
 from runtime.router.driver import run_router
 from runtime.wire import DemandReport, Endpoint, ModelRoute, RouteRule, RouteTable
 from scheduler.usage import Usage

@@ -15,10 +15,10 @@ import uvloop
 
 import agent.engines.launch_plan
 from agent.driver import run_agent
-from runtime.config import Config
-from runtime.embedded import EmbeddedRegistry
+from runtime.contract.config import Config
 from runtime.engine.select import get_engine
-from runtime.telemetry import set_up_logging
+from runtime.logs import set_up_logging
+from runtime.registry.embedded import EmbeddedRegistry
 
 _CHILD = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"
 _PARENT = (

@@ -22,7 +22,7 @@ import uvloop
 from openai import AsyncOpenAI
 from router_kit import Stack, eventually, unary
 
-from runtime.access import KEY_PREFIX, KeySpec, Limits, Scope, StoredKey, Tenant, digest
+from runtime.contract.access import KEY_PREFIX, KeySpec, Limits, Scope, StoredKey, Tenant, digest
 from tests.cluster import ROOT, Cluster, running, wait_until
 
 CHAT = "/v1/chat/completions"

@@ -40,8 +40,8 @@ from agent.devices.inventory import open_devices
 from agent.driver import run_agent
 from agent.engines.process import Owner
 from runtime import outside, wire
-from runtime.embedded import EmbeddedRegistry
-from runtime.registry import RegistryError
+from runtime.registry.embedded import EmbeddedRegistry
+from runtime.registry.protocol import RegistryError
 from runtime.wire import Inspection
 from tests.port_ranges import free_range
 

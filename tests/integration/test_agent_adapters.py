@@ -22,8 +22,8 @@ from agent_kit import (
 )
 from hub_kit import FakeHub
 
-from runtime.embedded import EmbeddedRegistry
-from runtime.models import CacheView
+from runtime.checkpoints.model_files import CacheView
+from runtime.registry.embedded import EmbeddedRegistry
 from runtime.wire import Inspection, SleepReplica, WakeReplica
 from tests.lora_kit import write_adapter
 

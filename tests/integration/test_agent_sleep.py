@@ -26,7 +26,7 @@ from agent_kit import (
     until,
 )
 
-from runtime.embedded import EmbeddedRegistry
+from runtime.registry.embedded import EmbeddedRegistry
 from runtime.wire import SleepReplica, WakeReplica
 
 GIB = 2**30

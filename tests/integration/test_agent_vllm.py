@@ -22,8 +22,8 @@ from agent_kit import (
     until,
 )
 
-from runtime.embedded import EmbeddedRegistry
-from runtime.tiny_models import write_model
+from runtime.checkpoints.tiny_models import write_model
+from runtime.registry.embedded import EmbeddedRegistry
 from runtime.wire import ModelSpec
 
 pytestmark = [

@@ -24,9 +24,9 @@ from agent_kit import (
 )
 from hub_kit import FakeHub
 
-from runtime.config import RegistryConfig
-from runtime.embedded import EmbeddedRegistry
-from runtime.models import CacheView, VerifyReport
+from runtime.checkpoints.model_files import CacheView, VerifyReport
+from runtime.contract.config import RegistryConfig
+from runtime.registry.embedded import EmbeddedRegistry
 
 MODEL = "hf:org/m"
 FILES = {"config.json": b"not json", "model.safetensors": os.urandom(2_000_000)}

@@ -19,8 +19,8 @@ from huggingface_hub import constants
 
 from agent.cache import fetch
 from agent.cache.errors import CacheError
-from runtime.models import model_id
-from runtime.registry import RegistryError
+from runtime.checkpoints.model_files import model_id
+from runtime.registry.protocol import RegistryError
 
 MB = 10**6
 RANGE = 2**20

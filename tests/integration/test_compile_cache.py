@@ -14,8 +14,8 @@ from agent.engines.launch_plan import Place
 from agent.metrics import Metrics
 from agent.weights.compile_cache import FOLDER, Compiled, CompileStore, Unsafe, unpack
 from agent.weights.compile_share import CompileShare
-from runtime.config import Config
-from runtime.models import CacheConfig
+from runtime.checkpoints.model_files import CacheConfig
+from runtime.contract.config import Config
 from runtime.wire import DeviceReport, ModelSpec
 
 COMPILED = Compiled(

@@ -17,7 +17,7 @@ from huggingface_hub import constants
 from agent.cache.errors import SourceError
 from agent.cache.hub import HubSource
 from agent.weights import skeleton
-from runtime import footprint
+from runtime.engine.vllm import memory_estimate
 from runtime.wire import ModelSpec
 from tests.cluster import ROOT, running
 
@@ -91,9 +91,9 @@ async def test_it_is_what_the_whole_files_would_say(hub, tmp_path: Path, files, 
     for name, data in files.items():
         (tmp_path / name).write_bytes(data)
     spec = ModelSpec(name="m", source="hf:org/m", engine_args=args)
-    expected = footprint.estimate(spec, str(tmp_path), "cpu")
+    expected = memory_estimate.estimate(spec, str(tmp_path), "cpu")
     async with skeleton.fetched(origin()) as folder:
-        assert footprint.estimate(spec, str(folder), "cpu") == expected
+        assert memory_estimate.estimate(spec, str(folder), "cpu") == expected
         kept = folder
     assert not kept.exists()
 
@@ -149,7 +149,7 @@ async def test_files_that_are_none_are_a_reason_and_not_a_crash(hub, name, data)
     spec = ModelSpec(name="m", source="hf:org/m")
     with pytest.raises(ValueError, match=name.replace(".", r"\.")):
         async with skeleton.fetched(origin()) as folder:
-            footprint.estimate(spec, str(folder), "cpu")
+            memory_estimate.estimate(spec, str(folder), "cpu")
 
 
 # ------------------------------------------------------------------------- a fresh cluster

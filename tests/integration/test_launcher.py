@@ -31,9 +31,9 @@ from agent.engines.launcher import ENOUGH_BYTES, SHORT_BYTES, CannotFork, Launch
 from agent.engines.ports import free_port
 from agent.engines.process import Owner
 from agent.engines.supervisor import Supervisor
-from runtime.embedded import EmbeddedRegistry
 from runtime.engine.contract import Launch, LaunchContext, Preload
 from runtime.engine.select import get_engine
+from runtime.registry.embedded import EmbeddedRegistry
 from runtime.wire import ModelSpec
 
 HERE = Path(__file__).parent
@@ -62,7 +62,7 @@ class World:
         base = process.base_environment(os.environ)
         self.launcher = Launcher(folder / "logs", base, folder)
 
-    def launch(self, *argv: str, preload: str = "runtime.engine.stub", **env: str) -> Launch:
+    def launch(self, *argv: str, preload: str = "runtime.engine.stub.server", **env: str) -> Launch:
         shared = {"PYTHONPATH": f"{ROOT}:{HERE}:{self.folder}", **env}
         return Launch(
             argv=(sys.executable, "-m", *argv), env={**shared, "OWN": "1"}, health_path="/health",
@@ -230,7 +230,7 @@ async def test_one_that_is_dropped_never_runs(world):
         ("import threading, time\nthreading.Thread(target=time.sleep, args=(600,), daemon=True)"
          ".start()", "2 threads"),
         ("raise ImportError('no such engine')", "no such engine"),
-        ("from runtime.engine.forkserver import Refused\nraise Refused('version 9')", "version 9"),
+        ("from runtime.engine.fork_server import Refused\nraise Refused('version 9')", "version 9"),
     ],
 )  # fmt: skip
 async def test_an_engine_that_is_not_safe_to_fork_is_refused_with_words(world, code, words):
@@ -244,7 +244,7 @@ async def test_an_engine_that_is_not_safe_to_fork_is_refused_with_words(world, c
 async def test_a_thread_that_came_later_is_seen_at_the_fork(world):
     (world.folder / "later.py").write_text(
         "import os, threading, time\n"
-        "import runtime.engine.forkserver as f\n"
+        "import runtime.engine.fork_server as f\n"
         "real = f.environment_stamp\n"
         "def late():\n"
         "    threading.Thread(target=time.sleep, args=(600,), daemon=True).start()\n"

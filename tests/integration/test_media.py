@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-from runtime.engine.vllm import NO_MEDIA
+from runtime.engine.vllm.engine import NO_MEDIA
 
 CODE = """
 import asyncio, json, sys

@@ -13,7 +13,7 @@ import router_kit as kit
 import uvloop
 from router_kit import Received, Stack, eventually, unary
 
-from runtime.access import KEY_PREFIX, KeySpec, Limits, StoredKey, digest
+from runtime.contract.access import KEY_PREFIX, KeySpec, Limits, StoredKey, digest
 from runtime.wire import Batching
 
 EMBED = "/v1/embeddings"

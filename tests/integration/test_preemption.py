@@ -13,7 +13,7 @@ from aiohttp import web
 
 from agent.devices import preemption
 from agent.devices.preemption import Preemption, read_notice
-from runtime.config import AgentConfig
+from runtime.contract.config import AgentConfig
 
 NOW = datetime(2026, 11, 25, 2, 0, tzinfo=UTC)
 

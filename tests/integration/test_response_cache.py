@@ -12,7 +12,7 @@ import router_kit as kit
 import uvloop
 from router_kit import Stack, sse, unary
 
-from runtime.access import KEY_PREFIX, KeySpec, StoredKey, digest
+from runtime.contract.access import KEY_PREFIX, KeySpec, StoredKey, digest
 from runtime.wire import CacheRule
 
 CHAT = "/v1/chat/completions"

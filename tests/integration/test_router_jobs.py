@@ -20,11 +20,11 @@ from aiohttp import web
 from openai import AsyncOpenAI
 from router_kit import Stack, eventually, never, unary
 
+from runtime.contract.schema import SchemaError
 from runtime.router.api import Api
 from runtime.router.call import Caller
 from runtime.router.jobs import webhooks
 from runtime.router.jobs.webhooks import PublicResolver
-from runtime.schema import SchemaError
 
 LATER = {"Prefer": "respond-async"}
 MASTER = bytes(range(32))

@@ -180,7 +180,7 @@ async def stub_engine(name: str) -> AsyncIterator[Endpoint]:
         port = probe.getsockname()[1]
     args = ["--port", str(port), "--names", name, "--args", '{"start_s": 0.1}']
     process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "runtime.engine.stub", *args,
+        sys.executable, "-m", "runtime.engine.stub.server", *args,
         cwd=Path(__file__).parents[2],
         env={**os.environ, "STOKER_ROUTE_KEY": kit.KEY, "STOKER_CONTROL_KEY": "control"},
     )  # fmt: skip

@@ -18,7 +18,7 @@ from router_kit import Stack, eventually
 from test_router_limits import workers
 from test_router_tenants import ask, key, token
 
-from runtime.access import KeyTable, Limits, Scope
+from runtime.contract.access import KeyTable, Limits, Scope
 from runtime.engine import guard
 from runtime.router import table_file
 from runtime.wire import Endpoint, ModelRoute, RouteTable
@@ -45,7 +45,7 @@ async def endpoints() -> AsyncIterator[tuple[Endpoint, ...]]:
             guard.CONTROL_KEY_ENV: "control",
         }  # fmt: skip
         options = ["--names", "m", "--args", '{"start_s": 0, "token_s": 0.01}']
-        argv = [sys.executable, "-m", "runtime.engine.stub", "--port", str(port), *options]
+        argv = [sys.executable, "-m", "runtime.engine.stub.server", "--port", str(port), *options]
         started.append(await asyncio.create_subprocess_exec(*argv, env=env))
         found.append(Endpoint(replica_id=name, base_url=f"http://127.0.0.1:{port}", key=kit.KEY))
     try:

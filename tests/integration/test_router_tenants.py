@@ -15,7 +15,7 @@ import router_kit as kit
 import uvloop
 from router_kit import Stack, eventually, unary
 
-from runtime.access import KEY_PREFIX, KeySpec, Limits, Scope, StoredKey, Used, digest
+from runtime.contract.access import KEY_PREFIX, KeySpec, Limits, Scope, StoredKey, Used, digest
 from runtime.router.jobs import file_rows, held_rows, invokes
 from runtime.router.jobs.store import Store
 from runtime.router.jobs.tenants import Owner

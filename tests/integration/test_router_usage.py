@@ -16,7 +16,7 @@ import uvloop
 from router_kit import Received, Stack, chunk, eventually
 from test_router_tenants import key, token
 
-from runtime.access import Limits, Used
+from runtime.contract.access import Limits, Used
 from runtime.wire import CacheRule
 
 CHAT, COMPLETIONS, MESSAGES = "/v1/chat/completions", "/v1/completions", "/v1/messages"

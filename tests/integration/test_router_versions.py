@@ -12,7 +12,7 @@ import pytest
 import router_kit as kit
 from router_kit import Engine, Stack, eventually, never, sse, unary
 
-from runtime.access import KEY_PREFIX, KeySpec, Limits, Scope, StoredKey, digest
+from runtime.contract.access import KEY_PREFIX, KeySpec, Limits, Scope, StoredKey, digest
 from runtime.router import table_file
 from runtime.router.routed import MIRRORS_AT_ONCE
 from runtime.wire import CacheRule, Mirror, RouteRule, RouteTable, RouteTarget

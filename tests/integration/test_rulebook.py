@@ -19,8 +19,8 @@ from test_scheduler import (
     until,
 )
 
-from runtime.embedded import EmbeddedRegistry
-from runtime.registry import RegistryError
+from runtime.registry.embedded import EmbeddedRegistry
+from runtime.registry.protocol import RegistryError
 from runtime.wire import DemandReport, RouteTable, TargetCounts, encode
 from scheduler import audit
 

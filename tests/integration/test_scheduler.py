@@ -17,9 +17,9 @@ from openapi_spec_validator import validate
 from yarl import URL
 
 from runtime import outside
-from runtime.config import Config, RegistryConfig, SchedulerConfig
-from runtime.embedded import EmbeddedRegistry
-from runtime.registry import RegistryError
+from runtime.contract.config import Config, RegistryConfig, SchedulerConfig
+from runtime.registry.embedded import EmbeddedRegistry
+from runtime.registry.protocol import RegistryError
 from runtime.wire import (
     AgentCommand,
     CommandReply,

@@ -13,8 +13,8 @@ from collections.abc import Iterator
 import aiohttp
 import pytest
 
-from runtime.consul import ConsulRegistry
-from runtime.registry import RegistryError
+from runtime.registry.consul import ConsulRegistry
+from runtime.registry.protocol import RegistryError
 from runtime.router.upstream import Limits, Upstream, UpstreamError
 from runtime.sockets import tcp_connector
 

@@ -27,8 +27,8 @@ from agent_kit import (
 
 from agent.weights import page_cache
 from agent.weights.staging import look_at
-from runtime.embedded import EmbeddedRegistry
-from runtime.models import CacheConfig
+from runtime.checkpoints.model_files import CacheConfig
+from runtime.registry.embedded import EmbeddedRegistry
 from runtime.wire import StageModels, Staging
 
 MIB = 2**20

@@ -14,7 +14,7 @@ import requests
 from msgspec.structs import fields
 from requests.adapters import HTTPAdapter
 
-from runtime.config import RouterConfig
+from runtime.contract.config import RouterConfig
 from runtime.router.plain import KEEP_ALIVE_S
 from runtime.wire import ModelSpec
 from tests.cluster import Cluster, running, wait_until

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from runtime.tiny_models import write_model
+from runtime.checkpoints.tiny_models import write_model
 from tests.cluster import ROOT, Cluster, running
 
 OUTSIDE = Path(os.environ.get("STOKER_OUTSIDE_VENV", ROOT / ".venv-outside"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from cli.simulation import make_node
-from runtime.footprints import Footprint, Key, Times
+from runtime.contract.footprint_ledger import Footprint, Key, Times
 from runtime.sim import profile as p
 from scheduler.core.decisions import Core
 from scheduler.core.replica_moves import Settings

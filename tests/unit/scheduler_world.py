@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from random import Random
 
-from runtime.footprints import Footprint, Key
+from runtime.contract.footprint_ledger import Footprint, Key
 from runtime.wire import (
     CachedModel,
     DemandReport,

@@ -8,16 +8,16 @@ import struct
 
 import pytest
 
-from runtime import lora
-from runtime.adapters import takes_adapters, with_lora_args
+from runtime.contract.adapters import takes_adapters, with_lora_args
+from runtime.contract.schema import SchemaError
+from runtime.contract.spec_file import name_clashes, parse_specs
 from runtime.engine.adapter_index import Index, NotYet
 from runtime.engine.contract import LaunchContext
 from runtime.engine.select import get_engine
-from runtime.footprint import GIB, estimate
+from runtime.engine.vllm import lora
+from runtime.engine.vllm.memory_estimate import GIB, estimate
 from runtime.router.admission import Admission, Forward
 from runtime.router.refusals import Refused
-from runtime.schema import SchemaError
-from runtime.spec import name_clashes, parse_specs
 from runtime.wire import Endpoint, ModelRoute, ModelSpec, RouteTable
 from scheduler.policy.model_routes import adapters_on
 from scheduler.state.messages import StoredModel
@@ -307,6 +307,6 @@ def test_vllm_gets_the_index_and_our_resolver_only_with_adapters(tmp_path):
     assert launch.env["STOKER_ADAPTERS"] == "/state/adapters/m.json"
     assert launch.env["STOKER_MAX_LORA_RANK"] == "16"
     assert launch.env["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] == "1"
-    assert "runtime.engine.vllm_adapters.Guard" in launch.argv
+    assert "runtime.engine.vllm.adapters.Guard" in launch.argv
     assert {"--enable-lora", "--max-lora-rank=16", "--max-loras=4"} <= set(launch.argv)
     assert not any("m:a" in word for word in launch.argv), "so that another one restarts nothing"

@@ -14,7 +14,7 @@ from agent.cache.errors import CacheError
 from agent.cache.resolve import look
 from agent.engines.launch_plan import Place
 from agent.server import ModelFiles, _files_of, inspect
-from runtime.models import CacheConfig
+from runtime.checkpoints.model_files import CacheConfig
 from runtime.wire import ModelSpec
 
 SPEC = ModelSpec(name="m", source="hf:org/name")
@@ -80,7 +80,7 @@ def test_a_file_that_the_agent_may_not_read_leaves_the_spec_without_an_estimate(
     def closed(*_: object) -> None:
         raise PermissionError(13, "Permission denied", str(tmp_path / "config.json"))
 
-    monkeypatch.setattr("runtime.footprint.read_config", closed)
+    monkeypatch.setattr("runtime.engine.vllm.memory_estimate.read_config", closed)
     engine = SimpleNamespace(check_args=lambda *_: ((), None))  # asking vLLM takes seconds
     monkeypatch.setattr("agent.server.get_engine", lambda _: engine)
     spec = ModelSpec(name="m", source=str(tmp_path), engine="vllm")

@@ -23,7 +23,7 @@ from agent.cache.policy import (
     shortage_bytes,
     victims,
 )
-from runtime.models import ModelFile, Offer, check_path, model_id, parse_ref
+from runtime.checkpoints.model_files import ModelFile, Offer, check_path, model_id, parse_ref
 
 BLOBS = st.dictionaries(st.sampled_from("abcdefgh"), st.just(0), min_size=1, max_size=4).map(
     lambda names: {name: 10 * (ord(name) - 96) for name in names}

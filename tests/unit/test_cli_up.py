@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from cli.showcase import plan
 from cli.upfiles import check_port, claim, make_config, toml_text, write_config
 from cli.where import Where
-from runtime.config import AgentConfig, Config, RegistryConfig, RouterConfig, load
+from runtime.contract.config import AgentConfig, Config, RegistryConfig, RouterConfig, load
 from runtime.wire import NODE_PATTERN, DeviceReport
 from tests.unit.cli_kit import GIB, stoker
 

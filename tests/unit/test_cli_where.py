@@ -11,8 +11,8 @@ import msgspec
 import pytest
 
 from cli.where import UP_FILE, UpFile
-from runtime.config import Config, RegistryConfig
-from runtime.registries import open_registry
+from runtime.contract.config import Config, RegistryConfig
+from runtime.registry.open import open_registry
 from scheduler.admin import views
 from tests.unit.cli_kit import TOKEN, FakeServer, replica, serving, stoker
 

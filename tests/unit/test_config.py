@@ -6,8 +6,8 @@ import json
 
 import pytest
 
-from runtime.config import load
-from runtime.schema import SchemaError
+from runtime.contract.config import load
+from runtime.contract.schema import SchemaError
 
 
 def test_environment_wins_over_the_file_and_overrides_win_over_both(tmp_path) -> None:

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-import runtime.embedded
-from runtime.config import Config
-from runtime.embedded import EmbeddedRegistry
-from runtime.registries import open_registry
-from runtime.registry import RegistryError, Service
+import runtime.registry.embedded
+from runtime.contract.config import Config
+from runtime.registry.embedded import EmbeddedRegistry
+from runtime.registry.open import open_registry
+from runtime.registry.protocol import RegistryError, Service
 
 SERVICE = Service(service_id="one", name="stoker-agent", address="127.0.0.1", port=1)
 
@@ -29,7 +29,7 @@ class Clock:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 1000.0
-        monkeypatch.setattr(runtime.embedded.time, "time", lambda: self.now)
+        monkeypatch.setattr(runtime.registry.embedded.time, "time", lambda: self.now)
 
 
 async def test_only_its_owner_may_read_it(tmp_path: Path):
@@ -59,7 +59,7 @@ async def test_who_comes_second_does_not_make_the_file_anew(file: Path):
     registry = EmbeddedRegistry(file)
     await registry.put("a", b"1")
     await registry.close()
-    runtime.embedded._create(file)  # as one that looked before the file was there
+    runtime.registry.embedded._create(file)  # as one that looked before the file was there
     late = EmbeddedRegistry(file)
     assert await late.get("a")
     await late.close()
@@ -116,7 +116,7 @@ async def test_a_closed_one_says_so(file: Path):
 async def test_a_writer_that_hangs_stops_neither_the_loop_nor_the_reads(
     file: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(runtime.embedded, "BUSY_S", 0.5)
+    monkeypatch.setattr(runtime.registry.embedded, "BUSY_S", 0.5)
     registry, reader = EmbeddedRegistry(file), EmbeddedRegistry(file)
     await registry.put("a", b"1")
     assert await reader.get("a")

@@ -6,9 +6,9 @@ import pytest
 
 from agent.engines.reported_load import EngineLoad, read_load
 from runtime.engine.guard import Activity
-from runtime.engine.stub_adapters import StubAdapters
-from runtime.engine.stub_api import Api
-from runtime.engine.stub_engine import StubArgs
+from runtime.engine.stub.adapters import StubAdapters
+from runtime.engine.stub.api import Api
+from runtime.engine.stub.engine import StubArgs
 
 VLLM = """\
 # HELP vllm:num_requests_waiting Number of requests waiting to be processed.

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from agent.engines.process import base_environment
-from runtime.engine_policy import ENGINE_ENV, dropped, node_problems, passed
-from runtime.schema import SchemaError
-from runtime.spec import parse_spec
+from runtime.contract.engine_policy import ENGINE_ENV, dropped, node_problems, passed
+from runtime.contract.schema import SchemaError
+from runtime.contract.spec_file import parse_spec
 
 BASE = {"name": "m", "source": "/m"}
 

@@ -7,8 +7,8 @@ import socket
 import pytest
 
 from agent.engines.ports import NoFreePort, Ports, free_port
-from runtime.config import AgentConfig, load
-from runtime.schema import SchemaError
+from runtime.contract.config import AgentConfig, load
+from runtime.contract.schema import SchemaError
 from tests.port_ranges import HOST, free_range, listening
 
 

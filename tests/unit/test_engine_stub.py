@@ -14,9 +14,9 @@ import aiohttp
 import openai
 import pytest
 
+from runtime.contract.schema import SchemaError
 from runtime.engine.contract import LaunchContext
 from runtime.engine.select import get_engine
-from runtime.schema import SchemaError
 from runtime.wire import ModelSpec
 
 ROUTE, CONTROL = "route-secret", "control-secret"

@@ -10,11 +10,15 @@ import venv
 import msgspec
 import pytest
 
-from runtime import footprint
+from runtime.contract.engine_policy import env_problems
 from runtime.engine.contract import LaunchContext
 from runtime.engine.select import get_engine
-from runtime.engine.vllm import GPU_MARGIN_BYTES, GPU_PARALLEL_MARGIN_BYTES, NO_MEDIA
-from runtime.engine_policy import env_problems
+from runtime.engine.vllm.engine import (
+    GPU_MARGIN_BYTES,
+    GPU_PARALLEL_MARGIN_BYTES,
+    NO_MEDIA,
+    memory_estimate,
+)
 from runtime.wire import ModelSpec
 
 GIB = 2**30
@@ -129,7 +133,7 @@ def test_a_booking_no_gpu_can_give_is_refused(engine, ctx, device_bytes):
 
 def test_cpu_memory_is_what_processes_and_weights_leave(engine, ctx):
     launch = engine.launch(spec(), cpu(ctx, 3 * GIB))
-    taken = 1000 + footprint.overhead_bytes(1000, "cpu", 1)
+    taken = 1000 + memory_estimate.overhead_bytes(1000, "cpu", 1)
     assert int(value(launch, "--kv-cache-memory-bytes")) == 3 * GIB - taken
     assert "--gpu-memory-utilization" not in launch.argv
 
@@ -137,7 +141,7 @@ def test_cpu_memory_is_what_processes_and_weights_leave(engine, ctx):
 def test_an_estimate_is_always_enough_to_launch(engine, ctx):
     for concurrency in (1, 16):
         asked = spec(target_concurrency=concurrency)
-        found = footprint.estimate(asked, ctx.model_path, "cpu")
+        found = memory_estimate.estimate(asked, ctx.model_path, "cpu")
         launch = engine.launch(asked, cpu(ctx, found.total_bytes))
         assert int(value(launch, "--kv-cache-memory-bytes")) == found.kv_bytes
 
@@ -146,7 +150,7 @@ def test_too_small_a_cpu_booking_says_what_is_needed(engine, ctx):
     with pytest.raises(ValueError, match=r"1\.0 GiB booked, but vLLM needs 2\.0 GiB"):
         engine.launch(spec(), cpu(ctx, GIB))
     # one full sequence has to fit as well
-    least = 1000 + footprint.overhead_bytes(1000, "cpu", 1) + (2048 + 128) * TOKEN_BYTES
+    least = 1000 + memory_estimate.overhead_bytes(1000, "cpu", 1) + (2048 + 128) * TOKEN_BYTES
     engine.launch(spec(), cpu(ctx, least))
     with pytest.raises(ValueError, match="max_model_len"):
         engine.launch(spec(), cpu(ctx, least - 1))

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from runtime.engine.vllm_args import (
+from runtime.engine.vllm.arguments import (
     REFUSED,
     Option,
     TableError,

@@ -5,8 +5,9 @@ import struct
 
 import pytest
 
-from runtime import checkpoint, footprint
-from runtime.footprint import GIB, estimate, kv_shape, weights_bytes
+from runtime.checkpoints import weight_headers
+from runtime.engine.vllm import memory_estimate
+from runtime.engine.vllm.memory_estimate import GIB, estimate, kv_shape, weights_bytes
 from runtime.wire import ModelSpec
 
 LLAMA_8B = {
@@ -115,7 +116,7 @@ def test_an_index_names_only_files_of_its_own_folder(model, name):
     index = {"weight_map": {"a": name}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(ValueError, match=r"not a path inside|not a safetensors index|is missing"):
-        [checkpoint.read_header(file) for file in checkpoint.shards(folder)]
+        [weight_headers.read_header(file) for file in weight_headers.shards(folder)]
 
 
 def test_an_index_decides_which_files_count(model):
@@ -187,7 +188,7 @@ def test_a_half_downloaded_file_is_told_from_a_whole_one(model):
 
 def test_only_headers_are_read(model, monkeypatch):
     folder = model(LLAMA_8B, [64 * GIB])  # reading it would take minutes
-    assert footprint.weights_bytes(folder, LLAMA_8B) == 64 * GIB
+    assert memory_estimate.weights_bytes(folder, LLAMA_8B) == 64 * GIB
 
 
 # ------------------------------------------------------------------------- what is known to fail
@@ -199,7 +200,7 @@ def warned(folder, **more):
         found = estimate(one, folder)
     except ValueError:
         found = None
-    return footprint.warnings(one, folder, found)
+    return memory_estimate.warnings(one, folder, found)
 
 
 def test_a_declared_size_below_the_estimate_is_warned_of(model):

@@ -12,7 +12,7 @@ from agent.devices.host_memory_policy import (
     level_1_refusal,
     reserve_bytes,
 )
-from runtime import config
+from runtime.contract import config
 from runtime.wire import DeviceReport
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 import pytest
 
-from runtime.access import (
+from runtime.contract.access import (
     KEY_PREFIX,
     KeySpec,
     KeyTable,

@@ -5,9 +5,9 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from runtime.checkpoints.tiny_models import MAX_MODEL_LEN
 from runtime.engine.contract import LaunchContext, Preload
 from runtime.engine.select import get_engine
-from runtime.tiny_models import MAX_MODEL_LEN
 from runtime.wire import ModelSpec
 
 GIB = 2**30

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runtime.access import Limits, Used
+from runtime.contract.access import Limits, Used
 from runtime.router.limits import Account, GpuShare
 
 

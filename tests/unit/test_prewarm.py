@@ -6,9 +6,9 @@ from datetime import UTC, datetime
 
 import pytest
 
-from runtime.prewarm import Ask, floor_at
-from runtime.schema import SchemaError
-from runtime.spec import parse_specs
+from runtime.contract.prewarm import Ask, floor_at
+from runtime.contract.schema import SchemaError
+from runtime.contract.spec_file import parse_specs
 from runtime.wire import Prewarm, PrewarmWindow
 from scheduler.state import messages as m
 from scheduler.state.cluster import Stage

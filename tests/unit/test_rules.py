@@ -6,8 +6,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runtime.rules import model_problems, names, parse_rule, place_problems, uses, with_share
-from runtime.schema import SchemaError
+from runtime.contract.route_rules import (
+    model_problems,
+    names,
+    parse_rule,
+    place_problems,
+    uses,
+    with_share,
+)
+from runtime.contract.schema import SchemaError
 from runtime.wire import ModelSpec, RouteRule, RouteTarget
 
 A, B = {"model": "a", "weight": 3}, {"model": "b", "weight": 1}

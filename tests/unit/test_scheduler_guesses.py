@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from runtime.footprints import Footprint, Key, Times
+from runtime.contract.footprint_ledger import Footprint, Key, Times
 from runtime.wire import MemoryEstimate, ModelSpec
 from scheduler.policy.eviction import cheapest_descents, rank, wait_s
 from scheduler.policy.ladder import Descent, climb_s

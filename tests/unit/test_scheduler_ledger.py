@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from msgspec.structs import replace
 
-from runtime.footprints import Footprint, Key, Times
+from runtime.contract.footprint_ledger import Footprint, Key, Times
 from runtime.wire import MemoryEstimate, ModelSpec
 from scheduler.policy.learning import finished, mismatch
 from scheduler.state import messages as m

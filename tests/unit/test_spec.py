@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from jsonschema import Draft202012Validator
 
-from runtime.schema import SchemaError, close_names, parse_bytes
-from runtime.spec import json_schema, load_specs, parse_spec, parse_specs
+from runtime.contract.schema import SchemaError, close_names, parse_bytes
+from runtime.contract.spec_file import json_schema, load_specs, parse_spec, parse_specs
 from runtime.wire import ModelSpec
 
 

@@ -17,7 +17,7 @@ from typing import Annotated, Literal
 from aiohttp import web
 from msgspec import Meta, Struct
 
-from runtime.config import RouterConfig
+from runtime.contract.config import RouterConfig
 from runtime.router.errors import ApiError
 from runtime.router.jobs import batch_rows, shapes, upload
 from runtime.router.jobs.file_handlers import find_file

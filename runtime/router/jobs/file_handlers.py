@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from aiohttp import web
 
-from runtime.config import RouterConfig
+from runtime.contract.config import RouterConfig
 from runtime.router.errors import ApiError
 from runtime.router.jobs import file_rows, shapes, upload
 from runtime.router.jobs.file_rows import FileRow

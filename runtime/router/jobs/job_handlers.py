@@ -14,7 +14,7 @@ from collections.abc import Callable
 from aiohttp import web
 
 from runtime import places
-from runtime.config import RouterConfig
+from runtime.contract.config import RouterConfig
 from runtime.router.body import Invocation
 from runtime.router.jobs import job_rows, shapes
 from runtime.router.jobs.invokes import WINDOW_S

@@ -11,8 +11,8 @@ import msgspec
 from aiohttp import web
 
 from runtime import outside
-from runtime.access import ANY
-from runtime.config import RouterConfig
+from runtime.contract.access import ANY
+from runtime.contract.config import RouterConfig
 from runtime.outside import OutsideError
 from runtime.router.body import check_json
 from runtime.router.call import Caller

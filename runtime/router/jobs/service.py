@@ -19,7 +19,8 @@ from pathlib import Path
 
 from aiohttp import web
 
-from runtime.config import Config
+from runtime.contract.config import Config
+from runtime.contract.schema import SchemaError
 from runtime.router.jobs import batch_rows, file_rows, job_rows, signing
 from runtime.router.jobs.batch_handlers import BatchHandlers
 from runtime.router.jobs.batches import Batches
@@ -30,7 +31,6 @@ from runtime.router.jobs.metrics import JobMetrics
 from runtime.router.jobs.store import Store, StoreError
 from runtime.router.jobs.webhooks import Webhooks
 from runtime.router.proxy import Proxy
-from runtime.schema import SchemaError
 from runtime.wire import SpecProblem
 
 log = logging.getLogger("stoker.router.jobs")

@@ -33,8 +33,8 @@ from typing import NamedTuple
 import requests
 import yaml
 
-from runtime.engine.vllm_args import to_flags
-from runtime.tiny_models import write_model
+from runtime.checkpoints.tiny_models import write_model
+from runtime.engine.vllm.arguments import to_flags
 from tests.cluster import running
 
 HERE = Path(__file__).parent

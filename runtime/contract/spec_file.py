@@ -13,12 +13,12 @@ from typing import Any
 import msgspec
 
 from runtime import outside
-from runtime.adapters import flat_name
-from runtime.engine_policy import env_problems
-from runtime.models import parse_ref
+from runtime.checkpoints.model_files import parse_ref
+from runtime.contract.adapters import flat_name
+from runtime.contract.engine_policy import env_problems
+from runtime.contract.prewarm import schedule_problems
+from runtime.contract.schema import SchemaError, check
 from runtime.outside import OutsideError
-from runtime.prewarm import schedule_problems
-from runtime.schema import SchemaError, check
 from runtime.wire import ModelSpec, SpecProblem
 
 # Flags that Stoker sets itself: a second opinion in a spec would break routing or accounting.

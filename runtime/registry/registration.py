@@ -14,7 +14,7 @@ import logging
 
 from tenacity import AsyncRetrying, retry_if_exception_type, wait_exponential
 
-from runtime.registry import Registry, RegistryError, Service
+from runtime.registry.protocol import Registry, RegistryError, Service
 
 log = logging.getLogger("stoker.registration")
 

@@ -40,8 +40,9 @@ from typing import Any
 
 from msgspec import Struct
 
-from runtime import checkpoint, outside
-from runtime.engine.vllm_args import flat_args, human_int
+from runtime import outside
+from runtime.checkpoints import weight_headers
+from runtime.engine.vllm.arguments import flat_args, human_int
 from runtime.wire import DeviceKind, MemoryEstimate, ModelSpec
 
 GIB = 2**30
@@ -178,7 +179,7 @@ def adapter_slots_bytes(
     slots, rank = _slots(args)
     value_bytes = _loaded_bytes(config, str(args.get("dtype", "auto")))
     values = 0
-    for name, shape in checkpoint.shapes(folder).items():
+    for name, shape in weight_headers.shapes(folder).items():
         if len(shape) == 2 and _IN_LAYER.search(name):
             values += rank * (shape[0] + shape[1] * tensor_parallel_size)
     return math.ceil(slots * values * value_bytes)
@@ -244,7 +245,7 @@ def kv_shape(config: dict[str, Any], args: dict[str, Any]) -> KvShape:
 
 def weights_bytes(folder: Path, config: dict[str, Any], dtype: str = "auto") -> int:
     """Bytes of the weights once loaded as `dtype`. Raises ValueError where no file tells."""
-    shards = checkpoint.shards(folder)
+    shards = weight_headers.shards(folder)
     if shards:
         cast_bytes = None if is_quantized(config) else _loaded_bytes(config, dtype)
         return sum(_shard_bytes(shard, cast_bytes) for shard in shards)
@@ -257,7 +258,7 @@ def weights_bytes(folder: Path, config: dict[str, Any], dtype: str = "auto") -> 
 def weight_files(folder: Path) -> list[Path]:
     """The files that an engine reads its weights from; empty where there are none."""
     try:
-        return checkpoint.shards(folder) or sorted(folder.glob("pytorch_model*.bin"))
+        return weight_headers.shards(folder) or sorted(folder.glob("pytorch_model*.bin"))
     except ValueError:  # an index that is none: its start will say so
         return sorted(folder.glob("*.safetensors"))
 
@@ -325,7 +326,7 @@ def is_quantized(config: dict[str, Any]) -> bool:
 def _shard_bytes(file: Path, cast_bytes: float | None) -> int:
     """Bytes of a file's tensors, its plain floats counted as `cast_bytes` each where given."""
     total = 0.0
-    for tensor in checkpoint.read_header(file):
+    for tensor in weight_headers.read_header(file):
         own = _FLOAT_BYTES.get(tensor.dtype)
         total += tensor.size_bytes * (cast_bytes / own if cast_bytes and own else 1.0)
     return math.ceil(total)

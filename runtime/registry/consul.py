@@ -45,7 +45,7 @@ from consul.exceptions import (
 from tenacity import AsyncRetrying, retry_if_exception, stop_after_attempt, wait_random_exponential
 
 from runtime import outside
-from runtime.registry import Entry, RegistryError, Service
+from runtime.registry.protocol import Entry, RegistryError, Service
 from runtime.sockets import tcp_connector
 
 CALL_S = 5.0  # for one answer, on top of what a blocking read waits
@@ -87,7 +87,7 @@ class _Client(consul.aio.Consul):  # type: ignore[misc]
 
 
 class ConsulRegistry:
-    """`runtime.registry.Registry` over the Consul agent at `url`, e.g. http://127.0.0.1:8500.
+    """A Registry over the Consul agent at `url`, e.g. http://127.0.0.1:8500.
 
     Raises RegistryError for a URL that is none. Connects with the first call.
     """
@@ -279,7 +279,7 @@ class ConsulRegistry:
 
 
 class ConsulLock:
-    """`runtime.registry.Lock` over one Consul session that holds one key."""
+    """A Lock over one Consul session that holds one key."""
 
     def __init__(self, ask: _Ask, key: str, session: str, ttl_s: float, expires: float) -> None:
         self._ask = ask

@@ -1,4 +1,4 @@
-"""A stand-in for vLLM with modelled timings: `python -m runtime.engine.stub`.
+"""A stand-in for vLLM with modelled timings: `python -m runtime.engine.stub.server`.
 
 It loads no model and computes nothing: an answer is the prompt's own words over again. Every
 response says so (`x-stoker-engine: stub`). What is real is the process: its socket, its guard, its
@@ -25,11 +25,11 @@ from aiohttp import web
 
 from runtime.engine import guard
 from runtime.engine.adapter_index import Index, from_environment
-from runtime.engine.stub_adapters import StubAdapters
-from runtime.engine.stub_api import MEDIA_DOMAINS, Api, error_response
-from runtime.engine.stub_engine import StubArgs
-from runtime.engine.stub_protocols import Protocols
-from runtime.engine.stub_sleep import StubSleep
+from runtime.engine.stub.adapters import StubAdapters
+from runtime.engine.stub.api import MEDIA_DOMAINS, Api, error_response
+from runtime.engine.stub.engine import StubArgs
+from runtime.engine.stub.protocols import Protocols
+from runtime.engine.stub.sleep import StubSleep
 
 DRAIN_S = 3600.0  # the agent's grace time is what ends a drain; this only has to be longer
 

@@ -21,11 +21,12 @@ from aiohttp import web
 from msgspec import Meta, Struct
 
 from runtime import outside
-from runtime.engine import guard, stub_media
+from runtime.engine import guard
 from runtime.engine.adapter_index import RETRY_AFTER_S, NotYet
 from runtime.engine.guard import Activity
-from runtime.engine.stub_adapters import StubAdapters
-from runtime.engine.stub_engine import StubArgs
+from runtime.engine.stub import media
+from runtime.engine.stub.adapters import StubAdapters
+from runtime.engine.stub.engine import StubArgs
 from runtime.outside import OutsideError
 
 MEDIA_DOMAINS = web.AppKey("media_domains", tuple[str, ...])
@@ -349,7 +350,7 @@ def checked(
             raw = await request.read()
             body = read(raw)
             domains: tuple[str, ...] = request.app[MEDIA_DOMAINS]
-            words = stub_media.refusal(any_json(raw), domains) if b"url" in raw else None
+            words = media.refusal(any_json(raw), domains) if b"url" in raw else None
         except OutsideError as error:
             return error_response(400, f"invalid request body: it {error}")
         if words:

@@ -16,7 +16,7 @@ import msgspec
 from aiohttp import web
 from msgspec import Meta, Struct
 
-from runtime.engine.stub_api import (
+from runtime.engine.stub.api import (
     Answer,
     Api,
     Message,

@@ -19,9 +19,9 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta, Struct
 
-from runtime.engine_policy import ENGINE_ENV
-from runtime.models import CacheConfig
-from runtime.schema import SchemaError, check, close_names
+from runtime.checkpoints.model_files import CacheConfig
+from runtime.contract.engine_policy import ENGINE_ENV
+from runtime.contract.schema import SchemaError, check, close_names
 from runtime.wire import NODE_PATTERN, SpecProblem
 
 MIN_SECRET_CHARS = 16

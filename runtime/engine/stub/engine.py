@@ -50,7 +50,7 @@ class StubArgs(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 
 class StubEngine:
-    """Runs `python -m runtime.engine.stub`."""
+    """Runs `python -m runtime.engine.stub.server`."""
 
     name = "stub"
 
@@ -58,7 +58,7 @@ class StubEngine:
         """The stub's process, in this interpreter. Raises SchemaError for bad `engine_args`."""
         args = _parse(spec)
         argv = (
-            sys.executable, "-m", "runtime.engine.stub",
+            sys.executable, "-m", "runtime.engine.stub.server",
             "--host", ctx.host, "--port", str(ctx.port), "--names", *spec.names(),
             "--args", msgspec.json.encode(args).decode(),
             "--media-domains", *spec.media_domains,
@@ -99,7 +99,7 @@ class StubEngine:
         self, spec: ModelSpec, python: str, cache_dir: str
     ) -> tuple[list[SpecProblem], str | None]:
         """See `Engine`."""
-        from runtime.schema import SchemaError  # not needed by the stub's own process
+        from runtime.contract.schema import SchemaError  # not needed by the stub's own process
 
         problems: list[SpecProblem] = []
         try:
@@ -112,7 +112,7 @@ class StubEngine:
 
 
 def _parse(spec: ModelSpec) -> StubArgs:
-    from runtime.schema import check
+    from runtime.contract.schema import check
 
     return check(spec.engine_args, StubArgs, spec.name)
 

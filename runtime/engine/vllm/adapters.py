@@ -1,6 +1,6 @@
 """Adapters inside vLLM: loaded when a request first names them.
 
-vLLM loads this with `--middleware runtime.engine.vllm_adapters.Guard`, before it looks which
+vLLM loads this with `--middleware runtime.engine.vllm.adapters.Guard`, before it looks which
 resolvers there are: importing it adds ours. vLLM itself keeps `max_loras` on the device and
 `max_cpu_loras` in host memory, and drops those used longest ago.
 """

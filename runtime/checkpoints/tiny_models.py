@@ -1,6 +1,6 @@
 """Writes tiny random language models, for tests that need a real engine but no real answer.
 
-    python -m runtime.tiny_models DIR [NAME ...]
+    python -m runtime.checkpoints.tiny_models DIR [NAME ...]
 
 Each is a Llama of 2 layers and hidden size 256 in bfloat16 (about 3 MB) with a byte-level tokenizer
 and a chat template. The name seeds the weights, so the same name is the same model on every host.

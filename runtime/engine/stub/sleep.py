@@ -19,8 +19,8 @@ import msgspec
 from aiohttp import web
 
 from runtime import outside
-from runtime.engine.stub_api import Api, error_response
-from runtime.engine.stub_engine import StubArgs
+from runtime.engine.stub.api import Api, error_response
+from runtime.engine.stub.engine import StubArgs
 from runtime.outside import OutsideError
 
 _TAGS = frozenset({"weights", "kv_cache"})

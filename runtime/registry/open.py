@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from runtime.config import Config
-from runtime.consul import ConsulRegistry
-from runtime.embedded import EmbeddedRegistry
-from runtime.registry import Registry
+from runtime.contract.config import Config
+from runtime.registry.consul import ConsulRegistry
+from runtime.registry.embedded import EmbeddedRegistry
+from runtime.registry.protocol import Registry
 
 
 def open_registry(config: Config) -> Registry:

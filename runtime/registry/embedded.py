@@ -31,7 +31,7 @@ from typing import Protocol, TypeVar
 
 import msgspec
 
-from runtime.registry import Entry, RegistryError, Service
+from runtime.registry.protocol import Entry, RegistryError, Service
 
 POLL_S = 0.05  # between two looks of a blocking read
 BUSY_S = 5.0  # how long to wait for another process's write
@@ -65,7 +65,7 @@ class _Run(Protocol):
 
 
 class EmbeddedRegistry:
-    """`runtime.registry.Registry` over the SQLite file `path`, made (0600) with the first call."""
+    """A Registry over the SQLite file `path`, made (0600) with the first call."""
 
     def __init__(self, path: str | Path) -> None:
         self._path = Path(path)
@@ -189,7 +189,7 @@ class EmbeddedRegistry:
 
 
 class EmbeddedLock:
-    """`runtime.registry.Lock` over one row of `kv`."""
+    """A Lock over one row of `kv`."""
 
     def __init__(self, run: _Run, key: str, ttl_s: float) -> None:
         self._run = run

@@ -1,4 +1,4 @@
-"""A parent that has imported an engine once, and forks it: `python -m runtime.engine.forkserver`.
+"""A parent that has imported an engine once, and forks it: `python -m runtime.engine.fork_server`.
 
 The agent starts it with one end of a SEQPACKET socket and asks over it for processes
 (`ForkRequest`). It ends when the agent's end closes; what it forked lives on.
@@ -297,6 +297,6 @@ def _end(code: object) -> NoReturn:
 
 if __name__ == "__main__":
     # As the module that the preload imports too, so that there is one of each class.
-    from runtime.engine import forkserver
+    from runtime.engine import fork_server
 
-    forkserver.main(sys.argv[1:])
+    fork_server.main(sys.argv[1:])
