@@ -8,7 +8,8 @@ import logging
 
 import pytest
 
-from runtime.registry.protocol import RegistryError, Service, registration
+from runtime.registry import registration
+from runtime.registry.protocol import RegistryError, Service
 from runtime.registry.registration import keep_registered, withdraw
 
 SERVICE = Service(service_id="s", name="stoker-router", address="127.0.0.1", port=1)
