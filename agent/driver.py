@@ -32,7 +32,7 @@ from runtime.contract.config import Config
 from runtime.registry.protocol import Registry, Service
 from runtime.registry.registration import keep_registered, withdraw
 from runtime.sockets import tcp_connector
-from runtime.wire import HeartbeatReply
+from runtime.wire.agent_messages import HeartbeatReply
 
 log = logging.getLogger("stoker.agent")
 

@@ -14,11 +14,12 @@ import logging
 from collections.abc import Callable
 
 import aiohttp
+import msgspec
 from msgspec import Struct
 
-from runtime import outside, places, wire
+from runtime import outside, places
 from runtime.registry.protocol import Registry, RegistryError
-from runtime.wire import Heartbeat, HeartbeatReply
+from runtime.wire.agent_messages import Heartbeat, HeartbeatReply
 
 log = logging.getLogger("stoker.agent")
 
@@ -107,7 +108,7 @@ class SchedulerLink:
         try:
             async with self._session.post(
                 places.url(url, "internal", "heartbeat"),
-                data=wire.encode(self._build()),
+                data=msgspec.json.encode(self._build()),
                 headers=self._headers | {"Content-Type": "application/json"},
                 timeout=_POST_TIMEOUT,
             ) as reply:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from runtime.wire import DeviceReport, ReplicaPhase
+from runtime.wire.agent_messages import DeviceReport, ReplicaPhase
 
 _RUNG_BUCKETS_S = (0.1, 0.25, 0.5, 1, 2, 4, 8, 15, 30, 60, 120)
 _START_BUCKETS_S = (0.5, 1, 2, 4, 8, 15, 30, 60, 120, 240, 480, 960)

@@ -56,7 +56,8 @@ from runtime.contract.config import Config
 from runtime.engine import toolchain
 from runtime.engine.contract import Launch
 from runtime.engine.select import get_engine
-from runtime.wire import REPLICA_ID, Heartbeat, ReplicaPhase, ReplicaReport
+from runtime.wire.agent_messages import Heartbeat, ReplicaPhase, ReplicaReport
+from runtime.wire.names import REPLICA_ID
 
 log = logging.getLogger("stoker.agent")
 

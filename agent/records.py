@@ -22,7 +22,7 @@ from agent.engines.process import Leader
 from agent.engines.wake_canary import Canary
 from agent.weights.load_format_policy import Known
 from runtime import places
-from runtime.wire import StartRung
+from runtime.wire.agent_messages import StartRung
 
 log = logging.getLogger("stoker.agent")
 

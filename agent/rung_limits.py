@@ -18,7 +18,7 @@ from agent.engines.launch_plan import Place
 from agent.engines.sleep_tasks import asleep_model
 from agent.metrics import Metrics
 from agent.weights.staging import Stager
-from runtime.wire import ModelSpec
+from runtime.wire.model_spec import ModelSpec
 
 log = logging.getLogger("stoker.agent")
 

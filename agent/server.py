@@ -16,6 +16,7 @@ from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
+import msgspec
 from aiohttp import web
 from aiohttp.typedefs import Middleware
 from msgspec import Struct
@@ -29,20 +30,20 @@ from agent.core.messages import CommandReceived
 from agent.engines.launch_plan import Place
 from agent.node import Node
 from agent.weights import skeleton
-from runtime import outside, wire
+from runtime import outside
 from runtime.contract.adapters import with_lora_args
 from runtime.contract.engine_policy import node_problems
 from runtime.engine.select import get_engine
 from runtime.engine.vllm import lora, memory_estimate
 from runtime.leftovers import drop_packed
-from runtime.wire import (
+from runtime.wire.agent_messages import (
     AgentCommand,
     CommandReply,
     Inspection,
     MemoryEstimate,
-    ModelSpec,
     SpecProblem,
 )
+from runtime.wire.model_spec import ModelSpec
 
 _read_command: Callable[[bytes], AgentCommand] = outside.reader(AgentCommand, "a command")
 _TAIL_LINES = 200
@@ -314,7 +315,9 @@ def _more(path: Path, position: int) -> tuple[bytes, int]:
 
 
 def _json(message: Struct, status: int = 200) -> web.Response:
-    return web.Response(body=wire.encode(message), status=status, content_type="application/json")
+    return web.Response(
+        body=msgspec.json.encode(message), status=status, content_type="application/json"
+    )
 
 
 def _refusal(status: int, message: str) -> web.Response:

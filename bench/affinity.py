@@ -41,7 +41,7 @@ from runtime.router.affinity import Affinity
 from runtime.router.body import Head
 from runtime.router.fairness import Wish
 from runtime.router.prompt import keys_of, tokens_of
-from runtime.wire import Endpoint, ModelRoute, RouteTable
+from runtime.wire.routes import Endpoint, ModelRoute, RouteTable
 
 BLOCK_TOKENS = 512
 PREFILL = 10_000.0  # tokens a second and replica

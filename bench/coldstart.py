@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from bench.lib.real_engine import Plain, Start, Stoker, stoker_up, write_438_mb
 from bench.lib.report import Row, print_report
 from runtime.checkpoints.tiny_models import write_model
-from runtime.wire import ModelSpec
+from runtime.wire.model_spec import ModelSpec
 
 ROUNDS = 5
 MIB = 2**20

@@ -42,7 +42,8 @@ from bench.lib.report import Row, print_report
 from runtime.checkpoints.tiny_models import write_model
 from runtime.engine.contract import LaunchContext
 from runtime.engine.select import get_engine
-from runtime.wire import DeviceReport, ModelSpec
+from runtime.wire.agent_messages import DeviceReport
+from runtime.wire.model_spec import ModelSpec
 
 ROUNDS = 5
 START_S = 600.0

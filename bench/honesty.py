@@ -36,7 +36,7 @@ from runtime.contract.footprint_ledger import Footprint, Key, Times
 from runtime.engine.vllm.memory_estimate import estimate
 from runtime.sim import profile
 from runtime.sim.profile import ModelFacts
-from runtime.wire import ModelSpec
+from runtime.wire.model_spec import ModelSpec
 from scheduler.sim.simulator import NodePlan, Scenario
 from scheduler.sim.traces import Arrival
 from scheduler.state.messages import StoredModel

@@ -34,7 +34,7 @@ from bench.policies import workloads as w
 from bench.policies.clairvoyant import Clairvoyant
 from bench.policies.simple import Dedicated, Knative, Locality, Lru
 from cli.simulation import make_node
-from runtime.wire import Autoscale, ScaleRules
+from runtime.wire.model_spec import Autoscale, ScaleRules
 from scheduler.core.decisions import Core
 from scheduler.core.replica_moves import Settings
 from scheduler.policy import eviction

@@ -24,20 +24,19 @@ from random import Random
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from bench.lib.report import Row, print_report
-from runtime.wire import (
+from runtime.wire.agent_messages import (
     CachedModel,
-    DemandReport,
     DeviceReport,
     Heartbeat,
     MemoryEstimate,
-    ModelDemand,
-    ModelSpec,
     ReplicaReport,
     SleepReplica,
     StageModels,
     StartReplica,
     WakeReplica,
 )
+from runtime.wire.model_spec import ModelSpec
+from runtime.wire.routes import DemandReport, ModelDemand
 from scheduler.core import planner
 from scheduler.core.decisions import Core
 from scheduler.core.replica_moves import Settings

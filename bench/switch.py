@@ -27,7 +27,7 @@ from bench.lib.report import Row, print_report
 from runtime.checkpoints.tiny_models import write_model
 from runtime.contract.config import SchedulerConfig
 from runtime.engine.vllm.memory_estimate import estimate
-from runtime.wire import ModelSpec
+from runtime.wire.model_spec import ModelSpec
 
 SWITCHES, PLAIN_SWITCHES = 20, 6
 DWELL_S = SchedulerConfig().min_dwell_s + 1.0  # and what the scheduler needs to hear of it

@@ -15,7 +15,8 @@ from runtime import outside
 from runtime.contract.access import KeySpec, Tenant
 from runtime.places import url
 from runtime.sockets import tcp_connector
-from runtime.wire import ModelSpec, RouteRule
+from runtime.wire.model_spec import ModelSpec
+from runtime.wire.routes import RouteRule
 from scheduler.admin import access_api, cache_api, route_views, views
 
 T = TypeVar("T")

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from cli.client import Admin, Reply
-    from runtime.wire import Floor, ModelSpec
+    from runtime.wire.model_spec import ModelSpec
+    from runtime.wire.names import Floor
     from scheduler.admin import views
 
 _POLL_S = 0.3

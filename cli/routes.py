@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from cli.client import Admin, Reply
-    from runtime.wire import RouteRule
+    from runtime.wire.routes import RouteRule
     from scheduler.admin import route_views as views
 
 _POLL_S = 0.3

@@ -20,7 +20,8 @@ from cli.invoke import stream_with_status
 from cli.text import size, waiting
 from runtime.places import url
 from runtime.sockets import tcp_connector
-from runtime.wire import DeviceReport, ModelSpec
+from runtime.wire.agent_messages import DeviceReport
+from runtime.wire.model_spec import ModelSpec
 from scheduler.admin.views import DecisionView, ReplicaView
 
 _ENGINE_S = 60.0  # how long a node may take to find its engines

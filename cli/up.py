@@ -15,7 +15,7 @@ from cli.where import Where, up_state_dir
 
 if TYPE_CHECKING:
     from cli.where import UpFile
-    from runtime.wire import ModelSpec
+    from runtime.wire.model_spec import ModelSpec
 
 
 _NO_VLLM = (

@@ -20,7 +20,6 @@ from msgspec import Struct
 
 from runtime.outside import decode
 from runtime.registry.protocol import RegistryError
-from runtime.wire import encode
 from scheduler.store import Store
 
 log = logging.getLogger("scheduler")
@@ -81,7 +80,9 @@ class AuditTrail:
         registry = self._store.registry
         try:
             while self._unsaved:
-                await registry.put(self._key(self._unsaved[0]), encode(self._unsaved[0]))
+                await registry.put(
+                    self._key(self._unsaved[0]), msgspec.json.encode(self._unsaved[0])
+                )
                 self._unsaved.popleft()
             while len(self.entries) > KEPT:
                 await registry.delete(self._key(self.entries[0]))

@@ -24,7 +24,8 @@ from runtime.contract.prewarm import Ask, floor_at
 from runtime.outside import decode
 from runtime.registry.protocol import Entry, Lock, Registry, RegistryError
 from runtime.sockets import tcp_connector
-from runtime.wire import AgentCommand, CommandReply, RouteTable, StageModels
+from runtime.wire.agent_messages import AgentCommand, CommandReply, StageModels
+from runtime.wire.routes import RouteTable
 from scheduler.access import Access
 from scheduler.core.decisions import Core
 from scheduler.core.replica_moves import Settings

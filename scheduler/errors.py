@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from runtime.contract.schema import close_names
-from runtime.wire import SpecProblem
+from runtime.wire.agent_messages import SpecProblem
 
 
 class Refused(Exception):

@@ -15,6 +15,7 @@ import logging
 import time
 from typing import Protocol
 
+import msgspec
 from msgspec import Struct
 from msgspec.structs import replace
 
@@ -27,7 +28,8 @@ from runtime.contract.route_rules import (
 )
 from runtime.outside import decode
 from runtime.registry.protocol import RegistryError
-from runtime.wire import DemandReport, ModelSpec, RouteRule, RouteTable, encode
+from runtime.wire.model_spec import ModelSpec
+from runtime.wire.routes import DemandReport, RouteRule, RouteTable
 from scheduler.audit import AuditTrail
 from scheduler.core.decisions import Core
 from scheduler.errors import Conflict, Invalid, bad, unknown
@@ -299,7 +301,7 @@ class RuleBook:
         """Store it, put it in force, and note it."""
         name = stored.rule.name
         old = self.routes.get(name)
-        await self._store.registry.put(self._store.key("routes", name), encode(stored))
+        await self._store.registry.put(self._store.key("routes", name), msgspec.json.encode(stored))
         self.routes[name] = stored
         self._in_force()
         self._begin_anew(name)

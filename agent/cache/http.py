@@ -8,13 +8,14 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 
+import msgspec
 from aiohttp import web
 from msgspec import Struct
 
 from agent.cache.errors import CacheError
 from agent.cache.model_cache import ModelCache
 from agent.cache.send import send_file
-from runtime import outside, wire
+from runtime import outside
 from runtime.checkpoints.model_files import ModelRef, PullBody
 
 _MAX_WAIT_S = 30.0
@@ -103,7 +104,9 @@ def _in_words(handler: Callable[[web.Request], Awaitable[web.Response]]) -> Hand
 
 
 def _json(message: Struct, status: int = 200) -> web.Response:
-    return web.Response(body=wire.encode(message), status=status, content_type="application/json")
+    return web.Response(
+        body=msgspec.json.encode(message), status=status, content_type="application/json"
+    )
 
 
 def _refusal(status: int, kind: str, message: str) -> web.Response:

@@ -10,7 +10,7 @@ from typing import Literal
 
 from msgspec import Struct
 
-from runtime.wire import (
+from runtime.wire.agent_messages import (
     AgentCommand,
     ReplicaPhase,
     SleepReplica,

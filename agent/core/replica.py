@@ -12,14 +12,14 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from agent.core.messages import Saved
-from runtime.wire import (
-    ModelSpec,
+from runtime.wire.agent_messages import (
     ReplicaPhase,
     ReplicaReport,
     SleepReplica,
     StartReplica,
     StopReplica,
 )
+from runtime.wire.model_spec import ModelSpec
 
 # phase -> the phases that may follow it (None: forgotten)
 EDGES: dict[ReplicaPhase, frozenset[ReplicaPhase | None]] = {

@@ -46,10 +46,8 @@ from agent.core.messages import (
 )
 from agent.core.replica import MEMORY_PHASES, SERVED_PHASES, SLEEP_PHASES, Replica, rung_name
 from agent.core.transitions import Transitions
-from runtime.wire import (
-    REPLICA_ID,
+from runtime.wire.agent_messages import (
     AgentCommand,
-    ModelSpec,
     ReplicaReport,
     SleepReplica,
     StageModels,
@@ -57,6 +55,8 @@ from runtime.wire import (
     StopReplica,
     WakeReplica,
 )
+from runtime.wire.model_spec import ModelSpec
+from runtime.wire.names import REPLICA_ID
 
 HUNG_S = 30.0  # a ready or sleeping engine whose health fails this long is killed
 SLEEP_S = 60.0  # a sleep that takes longer, once it is its turn, has failed

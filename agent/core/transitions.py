@@ -27,7 +27,8 @@ from agent.core.messages import (
 )
 from agent.core.replica import EDGES, SERVED_PHASES, SLEEP_PHASES, Replica
 from runtime.engine.exits import FINAL_KINDS
-from runtime.wire import ModelSpec, ReplicaPhase
+from runtime.wire.agent_messages import ReplicaPhase
+from runtime.wire.model_spec import ModelSpec
 
 TERM_GRACE_S = 10.0  # between TERM and KILL
 STEADY_S = 60.0  # this long after it became ready: earlier crashes no longer count

@@ -16,7 +16,7 @@ from collections.abc import Awaitable, Callable
 import msgspec
 
 from agent.devices.inventory import DeviceSource, process_bytes
-from runtime.wire import DeviceReport
+from runtime.wire.agent_messages import DeviceReport
 
 log = logging.getLogger("stoker.agent")
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection
 from agent.devices import host_memory_policy
 from agent.devices.inventory import host_memory, process_bytes
 from runtime.contract.config import AgentConfig
-from runtime.wire import DeviceKind, DeviceReport
+from runtime.wire.agent_messages import DeviceKind, DeviceReport
 
 _MEASURE_S = 10.0
 

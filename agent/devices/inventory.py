@@ -19,7 +19,7 @@ import psutil
 
 from agent.devices.nvml import NvmlSource, NvmlUnavailable
 from runtime.contract.schema import parse_bytes
-from runtime.wire import DeviceKind, DeviceReport
+from runtime.wire.agent_messages import DeviceKind, DeviceReport
 
 log = logging.getLogger(__name__)
 

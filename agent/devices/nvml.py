@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 import pynvml
 
-from runtime.wire import DeviceKind, DeviceReport
+from runtime.wire.agent_messages import DeviceKind, DeviceReport
 
 T = TypeVar("T")
 

@@ -14,7 +14,7 @@ from msgspec import Struct
 from runtime.contract.engine_policy import ENGINE_ENV, node_problems
 from runtime.engine.contract import Launch, LaunchContext
 from runtime.engine.select import get_engine
-from runtime.wire import DeviceKind, DeviceReport, StartReplica
+from runtime.wire.agent_messages import DeviceKind, DeviceReport, StartReplica
 
 log = logging.getLogger("stoker.agent")
 

@@ -16,7 +16,7 @@ from msgspec import Struct
 from agent.core.messages import HealthChanged, StatusSeen
 from agent.engines.reported_load import EngineLoad, read_load
 from runtime import outside
-from runtime.wire import ReplicaPhase
+from runtime.wire.agent_messages import ReplicaPhase
 
 _STATUS_PATH = "/stoker/status"
 _START_PAUSE_S = 0.04  # half of it is what every start waits for longer than it must

@@ -19,7 +19,7 @@ from msgspec import Struct
 
 from runtime import places
 from runtime.contract.engine_policy import ENGINE_ENV, passed
-from runtime.wire import REPLICA_ID
+from runtime.wire.names import REPLICA_ID
 
 REPLICA_MARK = "STOKER_REPLICA_ID"
 NODE_MARK = "STOKER_NODE_ID"

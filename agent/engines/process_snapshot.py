@@ -26,7 +26,8 @@ import msgspec
 from msgspec import Struct
 
 from runtime.engine.vllm import arguments
-from runtime.wire import DeviceKind, ModelSpec
+from runtime.wire.agent_messages import DeviceKind
+from runtime.wire.model_spec import ModelSpec
 
 RUNG = "snapshot"  # in ReplicaReport.disabled
 _CHECK_S = 30.0

@@ -26,7 +26,7 @@ from runtime import outside, places
 from runtime.engine import guard
 from runtime.outside import OutsideError
 from runtime.sizes import sizes_apart
-from runtime.wire import StartReplica
+from runtime.wire.agent_messages import StartReplica
 
 FREE_S = 10.0  # how long freed device memory may take to be seen free
 _FREE_POLL_S = 0.1

@@ -28,7 +28,8 @@ from agent.engines.wake_canary import Canary
 from agent.metrics import Metrics
 from runtime.engine.contract import AsleepModel
 from runtime.engine.select import get_engine
-from runtime.wire import DeviceKind, ModelSpec, ReplicaReport, StartReplica
+from runtime.wire.agent_messages import DeviceKind, ReplicaReport, StartReplica
+from runtime.wire.model_spec import ModelSpec
 
 log = logging.getLogger("stoker.agent")
 

@@ -16,7 +16,7 @@ from typing import Literal
 from runtime.sim.loop import Loop
 from runtime.sim.observer import Job
 from runtime.sim.timings import Timings
-from runtime.wire import StartReplica
+from runtime.wire.agent_messages import StartReplica
 
 # refused: nothing listens there; silent: its host vanished, so that nothing is heard at all
 Answer = Literal["taken", "refused", "closed", "silent"]

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable
 from runtime.sim.loop import Loop
 from runtime.sim.pipe import Pipe, Transfer
 from runtime.sim.profile import Host
-from runtime.wire import CachedModel
+from runtime.wire.agent_messages import CachedModel
 
 
 class Files:

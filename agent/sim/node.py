@@ -27,14 +27,14 @@ from runtime.sim.loop import Loop
 from runtime.sim.observer import Job, Witness
 from runtime.sim.pipe import Pipe, Transfer
 from runtime.sim.timings import Timings
-from runtime.wire import (
+from runtime.wire.agent_messages import (
     AgentCommand,
     CommandReply,
     DeviceReport,
     Heartbeat,
-    ModelSpec,
     ReplicaReport,
 )
+from runtime.wire.model_spec import ModelSpec
 
 TICK_S = 0.1  # agent/driver.py
 LOOK_S = 0.1  # how long a drained engine's last answer goes unseen (agent/engines/probe.py)

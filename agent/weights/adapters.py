@@ -29,7 +29,7 @@ from agent.cache.model_cache import ModelCache
 from agent.engines.sleep import Controls, EngineError
 from runtime import places
 from runtime.contract.adapters import takes_adapters
-from runtime.wire import ModelSpec
+from runtime.wire.model_spec import ModelSpec
 
 log = logging.getLogger("stoker.agent")
 

@@ -21,7 +21,8 @@ from agent.metrics import Metrics
 from agent.weights.compile_cache import Compiled, CompileStore, Unsafe, torch_version
 from runtime.contract.config import Config
 from runtime.engine.vllm import arguments
-from runtime.wire import DeviceReport, ModelSpec
+from runtime.wire.agent_messages import DeviceReport
+from runtime.wire.model_spec import ModelSpec
 
 log = logging.getLogger("stoker.agent")
 

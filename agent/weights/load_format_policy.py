@@ -20,7 +20,7 @@ from statistics import median
 
 from msgspec import Struct
 
-from runtime.wire import DeviceKind
+from runtime.wire.agent_messages import DeviceKind
 
 DEFAULT = "auto"
 WORTH_S = 5.0

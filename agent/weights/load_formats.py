@@ -19,7 +19,8 @@ from agent.metrics import Metrics
 from agent.weights import load_format_policy
 from agent.weights.load_format_policy import DEFAULT, Choice, Known
 from runtime.engine.vllm import arguments
-from runtime.wire import DeviceKind, ModelSpec, StartRung
+from runtime.wire.agent_messages import DeviceKind, StartRung
+from runtime.wire.model_spec import ModelSpec
 
 log = logging.getLogger("stoker.agent")
 

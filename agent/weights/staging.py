@@ -25,7 +25,7 @@ from agent.metrics import Metrics
 from agent.weights import page_cache
 from agent.weights.staging_policy import Seen, WeightFile, pause_s, to_drop, to_read
 from runtime.engine.vllm import memory_estimate
-from runtime.wire import CachedModel, Staging
+from runtime.wire.agent_messages import CachedModel, Staging
 
 log = logging.getLogger("stoker.agent")
 

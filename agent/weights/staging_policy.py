@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterable, Mapping
 
 from msgspec import Struct
 
-from runtime.wire import StartRung
+from runtime.wire.agent_messages import StartRung
 
 STAGED_SHARE = 0.9  # so much of its weights in the page cache, and a start is from `staged`
 CHECK_S = 5.0

@@ -23,7 +23,8 @@ from agent.weights.load_formats import LoadFormats, importable
 from agent.weights.staging import Stager
 from agent.weights.staging_policy import Seen, start_rung
 from runtime.contract.config import Config
-from runtime.wire import DeviceReport, ModelSpec, StartRung
+from runtime.wire.agent_messages import DeviceReport, StartRung
+from runtime.wire.model_spec import ModelSpec
 
 
 class Origin(Struct, frozen=True, kw_only=True):

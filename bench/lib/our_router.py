@@ -28,7 +28,7 @@ from runtime.contract.config import Config, RouterConfig
 from runtime.registry.protocol import RegistryError
 from runtime.router import table_file
 from runtime.router.driver import run_router
-from runtime.wire import Endpoint, ModelRoute, RouteTable
+from runtime.wire.routes import Endpoint, ModelRoute, RouteTable
 
 
 class NoRegistry:

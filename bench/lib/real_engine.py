@@ -28,7 +28,7 @@ from agent.engines.process import base_environment, start_ticks
 from runtime.engine.contract import LaunchContext
 from runtime.engine.select import get_engine
 from runtime.engine.vllm.memory_estimate import estimate
-from runtime.wire import ModelSpec
+from runtime.wire.model_spec import ModelSpec
 
 ROOT = Path(__file__).parents[2]
 DEADLINE_S = 300.0

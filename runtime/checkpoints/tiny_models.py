@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from runtime import places
-from runtime.wire import NAME_PATTERN
+from runtime.wire.names import NAME_PATTERN
 
 MAX_MODEL_LEN = 2048
 _SPECIAL = ("<|pad|>", "<|bos|>", "<|eos|>", "<|role|>")

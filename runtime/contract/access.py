@@ -15,7 +15,7 @@ from typing import Annotated, Literal, NamedTuple
 
 from msgspec import Meta, Struct
 
-from runtime.wire import NAME_PATTERN
+from runtime.wire.names import NAME_PATTERN
 
 KEY_PREFIX = "sk-stoker-"
 ADMIN_PREFIX = "stoker-admin-"

@@ -13,7 +13,7 @@ from typing import Any
 
 from msgspec.structs import replace
 
-from runtime.wire import ModelSpec
+from runtime.wire.model_spec import ModelSpec
 
 RANKS = (16, 32, 64, 128, 256, 320, 512)  # vLLM's, from its default on
 MAX_LORAS = 4  # adapters that one batch may mix, each in a slot of device memory

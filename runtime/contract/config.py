@@ -22,7 +22,8 @@ from msgspec import Meta, Struct
 from runtime.checkpoints.model_files import CacheConfig
 from runtime.contract.engine_policy import ENGINE_ENV
 from runtime.contract.schema import SchemaError, check, close_names
-from runtime.wire import NODE_PATTERN, SpecProblem
+from runtime.wire.agent_messages import SpecProblem
+from runtime.wire.names import NODE_PATTERN
 
 MIN_SECRET_CHARS = 16
 MIN_ENGINE_PORT = 1024  # below, a port takes root

@@ -12,7 +12,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 
 from runtime.places import is_numeric
-from runtime.wire import ModelSpec, SpecProblem
+from runtime.wire.agent_messages import SpecProblem
+from runtime.wire.model_spec import ModelSpec
 
 # What an engine may get where `agent.engine_env` is left out: the knobs of what it is made of.
 ENGINE_ENV = (

@@ -15,7 +15,7 @@ import re
 from msgspec import Struct
 from msgspec.structs import replace
 
-from runtime.wire import ReplicaReport
+from runtime.wire.agent_messages import ReplicaReport
 
 KEPT = 32
 

@@ -13,7 +13,9 @@ from zoneinfo import ZoneInfo
 from cronsim import CronSim, CronSimError
 from msgspec import Struct
 
-from runtime.wire import Floor, Prewarm, PrewarmWindow, SpecProblem
+from runtime.wire.agent_messages import SpecProblem
+from runtime.wire.model_spec import Prewarm, PrewarmWindow
+from runtime.wire.names import Floor
 
 WARMEST_FIRST: tuple[Floor, ...] = ("hot", "asleep", "staged")
 

@@ -13,7 +13,9 @@ from collections.abc import Iterable, Iterator, Mapping
 import msgspec
 
 from runtime.contract.schema import SchemaError, check, close_names
-from runtime.wire import Canary, ModelSpec, RouteRule, RouteTarget, SpecProblem
+from runtime.wire.agent_messages import SpecProblem
+from runtime.wire.model_spec import ModelSpec
+from runtime.wire.routes import Canary, RouteRule, RouteTarget
 
 LEAST = 1e-6  # the least sum of weights: below it their ratios drown in rounding
 WHOLE = 100.0  # what weights add up to once they were set by a canary or a switch

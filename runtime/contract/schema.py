@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from runtime.outside import name_problem
-from runtime.wire import SpecProblem
+from runtime.wire.agent_messages import SpecProblem
 
 S = TypeVar("S", bound=msgspec.Struct)
 

@@ -19,7 +19,8 @@ from runtime.contract.engine_policy import env_problems
 from runtime.contract.prewarm import schedule_problems
 from runtime.contract.schema import SchemaError, check
 from runtime.outside import OutsideError
-from runtime.wire import ModelSpec, SpecProblem
+from runtime.wire.agent_messages import SpecProblem
+from runtime.wire.model_spec import ModelSpec
 
 # Flags that Stoker sets itself: a second opinion in a spec would break routing or accounting.
 OWNED_ENGINE_ARGS = {

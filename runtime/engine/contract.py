@@ -15,7 +15,8 @@ from typing import Protocol
 
 from msgspec import Struct
 
-from runtime.wire import DeviceKind, ModelSpec, SpecProblem
+from runtime.wire.agent_messages import DeviceKind, SpecProblem
+from runtime.wire.model_spec import ModelSpec
 
 # What `explain_exit` may call the end of an engine.
 EXIT_KINDS = (

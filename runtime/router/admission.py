@@ -30,7 +30,7 @@ from runtime.router.breaker import REST_S, Breaker, RetryBudget
 from runtime.router.fairness import BACKGROUND, FairQueue, Wish
 from runtime.router.refusals import Refused
 from runtime.router.sketch import Sketch
-from runtime.wire import Endpoint, ModelDemand, ModelRoute, RouteTable
+from runtime.wire.routes import Endpoint, ModelDemand, ModelRoute, RouteTable
 
 SUSPECT_S = REST_S  # how long a replica is left alone after its first failure
 MAX_ATTEMPTS = 3

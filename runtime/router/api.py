@@ -39,7 +39,7 @@ from runtime.router.paths import ROOT_PATHS, STREAMS, V1_PATHS, engine_target
 from runtime.router.proxy import Proxy
 from runtime.router.siblings import MADE, OWN, Siblings, is_sibling
 from runtime.router.stored_handlers import StoredHandlers
-from runtime.wire import ModelRoute, RouteTable
+from runtime.wire.routes import ModelRoute, RouteTable
 
 log = logging.getLogger("stoker.router")
 

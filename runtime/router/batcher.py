@@ -19,7 +19,7 @@ from runtime.router.call import Call, Caller
 from runtime.router.client import Collected
 from runtime.router.errors import ApiError
 from runtime.router.microbatch import Part, merged, part_of, split
-from runtime.wire import Batching
+from runtime.wire.model_spec import Batching
 
 if TYPE_CHECKING:
     from runtime.router.proxy import Proxy

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from runtime.wire import ModelRoute
+from runtime.wire.routes import ModelRoute
 
 CREATED = 1735689600  # OpenAI's clients want a time; a model here has none worth telling
 

@@ -36,7 +36,7 @@ from runtime.router.response_cache import ResponseCache
 from runtime.router.siblings import Siblings
 from runtime.router.upstream import Limits, Upstream
 from runtime.router.workers import worker_index
-from runtime.wire import RouteTable
+from runtime.wire.routes import RouteTable
 
 log = logging.getLogger("stoker.router")
 

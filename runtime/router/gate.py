@@ -13,7 +13,7 @@ from runtime.router.admission import PLAIN, Admission, Decision, Forward, Held
 from runtime.router.fairness import Wish
 from runtime.router.refusals import Refused
 from runtime.router.versions import Versions
-from runtime.wire import ModelDemand, ModelRoute, RouteTable
+from runtime.wire.routes import ModelDemand, ModelRoute, RouteTable
 
 
 class Gate:

@@ -16,7 +16,7 @@ from collections.abc import Awaitable, Callable
 from runtime.router.admission import Forward
 from runtime.router.gate import Gate
 from runtime.router.upstream import Reply, UpstreamError
-from runtime.wire import Endpoint
+from runtime.wire.routes import Endpoint
 
 HEDGED = frozenset(
     {"/v1/embeddings", "/v1/score", "/v1/rerank", "/v2/rerank", "/score", "/rerank", "/pooling"}

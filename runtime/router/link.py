@@ -23,7 +23,7 @@ import aiohttp
 import msgspec
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, wait_random_exponential
 
-from runtime import outside, places, wire
+from runtime import outside, places
 from runtime.contract.access import KeyTable, PeerUsage, RouterUsage
 from runtime.registry.protocol import Registry, RegistryError
 from runtime.router import table_file
@@ -31,6 +31,7 @@ from runtime.router.gate import Gate
 from runtime.router.keys import Keys
 from runtime.router.limits import DAY_S
 from runtime.sockets import tcp_connector
+from runtime.wire.routes import DemandReport, RouteTable
 
 log = logging.getLogger("stoker.router")
 
@@ -44,7 +45,7 @@ class LinkError(Exception):
     """The scheduler could not be asked; says why."""
 
 
-_Table = TypeVar("_Table", wire.RouteTable, KeyTable)
+_Table = TypeVar("_Table", RouteTable, KeyTable)
 
 
 class _Leader(msgspec.Struct, frozen=True):
@@ -89,7 +90,7 @@ class Link:
 
     def restore(self) -> None:
         """Put the tables of the last run in force, if there are any."""
-        routes = self._kept("routes", wire.RouteTable)
+        routes = self._kept("routes", RouteTable)
         if routes is not None:
             self._gate.routes(routes)
         keys = self._kept("keys", KeyTable)
@@ -118,7 +119,7 @@ class Link:
     # -------------------------------------------------------------------------------- tables
 
     async def _poll_routes(self, session: aiohttp.ClientSession) -> None:
-        table = await self._poll(session, "routes", wire.RouteTable)
+        table = await self._poll(session, "routes", RouteTable)
         if table is not None:
             self._gate.routes(table)
             self._report_now.set()
@@ -190,7 +191,7 @@ class Link:
             raise
 
     async def _tell_use(
-        self, session: aiohttp.ClientSession, leader: _Leader, demand: wire.DemandReport
+        self, session: aiohttp.ClientSession, leader: _Leader, demand: DemandReport
     ) -> None:
         """What was used of keys' limits here and, in the answer, elsewhere."""
         if not self._keys.any:
@@ -215,18 +216,20 @@ class Link:
     ) -> bytes:
         where = places.url(leader.url, "internal", name)
         timeout = aiohttp.ClientTimeout(total=TIMEOUT_S)
-        async with session.post(where, data=wire.encode(message), timeout=timeout) as response:
+        async with session.post(
+            where, data=msgspec.json.encode(message), timeout=timeout
+        ) as response:
             body = await response.read()
         if response.status >= 300:
             raise LinkError(f"the scheduler answered /internal/{name} with {response.status}")
         return body
 
-    def _demand(self) -> wire.DemandReport:
+    def _demand(self) -> DemandReport:
         self._seq += 1
         table = self._gate.table
         within_s = USED_WITHIN_S if self._told == self._leader else float("inf")
         models, in_flight = self._gate.demand()
-        return wire.DemandReport(
+        return DemandReport(
             router_id=self._router_id,
             boot_id=self._boot_id,
             seq=self._seq,

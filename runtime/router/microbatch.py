@@ -20,7 +20,7 @@ import msgspec
 
 from runtime import outside
 from runtime.outside import OutsideError
-from runtime.wire import Batching
+from runtime.wire.model_spec import Batching
 
 _FIELDS = {"/v1/embeddings": ("embeddings", "input"), "/v1/completions": ("completions", "prompt")}
 _ALONE = {"best_of", "prompt_embeds"}

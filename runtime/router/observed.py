@@ -10,7 +10,7 @@ from runtime.contract.config import RouterConfig
 from runtime.router.access_log import AccessLog
 from runtime.router.gate import Gate
 from runtime.router.proxy import Proxy
-from runtime.wire import RouteTable
+from runtime.wire.routes import RouteTable
 
 
 @contextlib.asynccontextmanager

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from runtime.router.call import Call
 from runtime.router.usage import NOTHING, Meter, Usage
-from runtime.wire import ModelRoute
+from runtime.wire.routes import ModelRoute
 
 if TYPE_CHECKING:  # it needs packages that need not be there
     from runtime.router.tracing import Trace

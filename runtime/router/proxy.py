@@ -61,7 +61,7 @@ from runtime.router.upstream import (
     UpstreamTimeout,
 )
 from runtime.router.usage import Meter
-from runtime.wire import Endpoint, ModelRoute
+from runtime.wire.routes import Endpoint, ModelRoute
 
 if TYPE_CHECKING:  # it needs packages that need not be there
     from runtime.router.tracing import Tracer

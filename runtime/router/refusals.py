@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from runtime.contract.schema import close_names
 from runtime.router.fairness import Wish
-from runtime.wire import ModelRoute
+from runtime.wire.routes import ModelRoute
 
 UNKNOWN = "model_not_found"  # whoever tells it adds the names that its caller may see
 RETRY_AFTER_S = 5.0  # where neither the scheduler nor an estimate says better

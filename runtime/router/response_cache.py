@@ -23,7 +23,7 @@ from typing import NamedTuple
 from runtime.router.body import Head
 from runtime.router.stream_usage import Strip
 from runtime.router.usage import Meter
-from runtime.wire import CacheRule
+from runtime.wire.routes import CacheRule
 
 ENTRY_BYTES = 1024 * 1024  # larger answers are not kept
 _OVERHEAD_BYTES = 512  # of an entry, about

@@ -23,7 +23,7 @@ from runtime.router.proxy import Proxy
 from runtime.router.siblings import MADE, Siblings, is_sibling
 from runtime.router.stored import Made, is_id
 from runtime.router.upstream import UpstreamError
-from runtime.wire import Endpoint
+from runtime.wire.routes import Endpoint
 
 _ID = RESPONSES + "/{response_id}"
 _OWN = "/models/{model:.+?}"

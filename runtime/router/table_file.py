@@ -12,7 +12,7 @@ from typing import TypeVar
 
 import msgspec
 
-from runtime import outside, wire
+from runtime import outside
 
 Table = TypeVar("Table", bound=msgspec.Struct)
 
@@ -24,7 +24,7 @@ def save(path: Path, table: msgspec.Struct) -> None:
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     with os.fdopen(descriptor, "wb") as file:
         os.fchmod(descriptor, 0o600)
-        file.write(wire.encode(table))
+        file.write(msgspec.json.encode(table))
         file.flush()
         os.fsync(descriptor)
     os.replace(temporary, path)

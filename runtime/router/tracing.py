@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 from runtime.router.access_log import NAME_CHARS
 from runtime.router.call import Call
 from runtime.router.outcome import Outcome
-from runtime.wire import Endpoint, RouteTable
+from runtime.wire.routes import Endpoint, RouteTable
 
 try:
     from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter

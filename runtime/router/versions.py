@@ -20,7 +20,7 @@ from hashlib import blake2b
 from itertools import accumulate
 
 from runtime.contract.route_rules import names
-from runtime.wire import Mirror, ModelRoute, RouteRule, RouteTarget, TargetCounts
+from runtime.wire.routes import Mirror, ModelRoute, RouteRule, RouteTarget, TargetCounts
 
 # What is said of a model that can't be had: another one may do. A timeout is not among these: its
 # caller has waited long, and the model works on it.

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from runtime.wire import ReplicaPhase, StartReplica
+from runtime.wire.agent_messages import ReplicaPhase, StartReplica
 
 
 class Job(Protocol):

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from runtime.contract.footprint_ledger import Footprint
 from runtime.sim import profile as p
 from runtime.sim.profile import Gpu, Host, ModelFacts
-from runtime.wire import ModelSpec
+from runtime.wire.model_spec import ModelSpec
 
 _RUNGS = ("cached", "staged", "remote")
 _NOT_FIXED = ("fetch", "stage", "pull", "weights", "canary")  # timed apart, or after it serves

@@ -28,14 +28,10 @@ from runtime.contract.spec_file import json_schema, name_clashes, parse_spec, so
 from runtime.leftovers import drop_packed
 from runtime.places import url
 from runtime.registry.protocol import RegistryError
-from runtime.wire import (
-    REPLICA_ID,
-    DemandReport,
-    Heartbeat,
-    HeartbeatReply,
-    ModelSpec,
-    SpecProblem,
-)
+from runtime.wire.agent_messages import Heartbeat, HeartbeatReply, SpecProblem
+from runtime.wire.model_spec import ModelSpec
+from runtime.wire.names import REPLICA_ID
+from runtime.wire.routes import DemandReport
 from scheduler.admin import view_builders
 from scheduler.admin import views as v
 from scheduler.admin.access_api import AccessApi

@@ -13,7 +13,7 @@ from aiohttp import web
 from runtime import outside
 from runtime.contract.schema import SchemaError, check
 from runtime.outside import OutsideError
-from runtime.wire import SpecProblem, encode
+from runtime.wire.agent_messages import SpecProblem
 from scheduler.admin import views as v
 from scheduler.errors import Conflict, Invalid, NotFound, Refused
 
@@ -45,7 +45,9 @@ class ApiError(Exception):
 
 
 def reply(body: msgspec.Struct, status: int = 200) -> web.Response:
-    return web.Response(body=encode(body), status=status, content_type="application/json")
+    return web.Response(
+        body=msgspec.json.encode(body), status=status, content_type="application/json"
+    )
 
 
 def refusal(error: Refused) -> ApiError:

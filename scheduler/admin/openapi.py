@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 
 from runtime.contract.spec_file import json_schema
-from runtime.wire import ModelSpec
+from runtime.wire.model_spec import ModelSpec
 from scheduler.admin.route_table import Route
 from scheduler.admin.views import Error
 

@@ -11,7 +11,7 @@ from aiohttp import web
 
 from runtime.contract.route_rules import parse_rule
 from runtime.contract.schema import SchemaError
-from runtime.wire import RouteTarget
+from runtime.wire.routes import RouteTarget
 from scheduler.admin import route_views as v
 from scheduler.admin.http import WHO, ApiError, read_body, read_json, reply, whole_number
 from scheduler.driver import Driver

@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from runtime.contract.access import KeySpec, Role, Tenant
-from runtime.wire import ModelSpec, RouteRule
+from runtime.wire.model_spec import ModelSpec
+from runtime.wire.routes import RouteRule
 from scheduler.admin import access_api as a
 from scheduler.admin import cache_api as c
 from scheduler.admin import route_views as r

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from msgspec import Meta, Struct
 
-from runtime.wire import RouteRule, Warmth
+from runtime.wire.routes import RouteRule, Warmth
 from scheduler.audit import AuditEntry
 
 

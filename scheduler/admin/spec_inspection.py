@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import aiohttp
+import msgspec
 
 from runtime.outside import decode
 from runtime.places import url
-from runtime.wire import Inspection, MemoryEstimate, ModelSpec, SpecProblem, encode
+from runtime.wire.agent_messages import Inspection, MemoryEstimate, SpecProblem
+from runtime.wire.model_spec import ModelSpec
 from scheduler.driver import Driver
 
 INSPECT_TIMEOUT_S = 120.0  # the first look imports vLLM once to read its own option table
@@ -65,7 +67,7 @@ async def inspect_spec(driver: Driver, spec: ModelSpec, *, fetch: bool) -> Findi
 async def _ask(driver: Driver, address: str | None, spec: ModelSpec, fetch: bool) -> Inspection:
     timeout = aiohttp.ClientTimeout(total=INSPECT_TIMEOUT_S, connect=3)
     where = url(address or "", "agent", "inspect", fetch=int(fetch))
-    async with driver.http.post(where, data=encode(spec), timeout=timeout) as response:
+    async with driver.http.post(where, data=msgspec.json.encode(spec), timeout=timeout) as response:
         body = await response.read()
         if response.status != 200:
             raise ValueError(f"HTTP {response.status}: {body[:200].decode(errors='replace')}")

@@ -9,7 +9,10 @@ from typing import Literal
 
 from msgspec import Struct
 
-from runtime.wire import DeviceReport, Floor, MemoryEstimate, ModelSpec, SpecProblem, Warmth
+from runtime.wire.agent_messages import DeviceReport, MemoryEstimate, SpecProblem
+from runtime.wire.model_spec import ModelSpec
+from runtime.wire.names import Floor
+from runtime.wire.routes import Warmth
 
 ReplicaState = Literal[
     "planned",  # placed; waits for its victims to leave or for its turn on the device

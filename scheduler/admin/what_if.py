@@ -11,7 +11,7 @@ from collections.abc import Iterable
 
 from msgspec.structs import replace
 
-from runtime.wire import ModelSpec
+from runtime.wire.model_spec import ModelSpec
 from scheduler.admin import views as v
 from scheduler.core.decisions import Core
 from scheduler.state import messages as m

@@ -15,7 +15,8 @@ from __future__ import annotations
 
 from typing import assert_never
 
-from runtime.wire import DeviceReport, Heartbeat, ModelDemand, ReplicaReport
+from runtime.wire.agent_messages import DeviceReport, Heartbeat, ReplicaReport
+from runtime.wire.routes import ModelDemand
 from scheduler.core.planner import VERSIONS_PER_TERM
 from scheduler.core.prewarmer import Warm
 from scheduler.policy.autoscale import idle_replicas

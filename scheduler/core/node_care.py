@@ -9,7 +9,7 @@ Rules this file keeps:
 
 from __future__ import annotations
 
-from runtime.wire import DeviceReport, Heartbeat
+from runtime.wire.agent_messages import DeviceReport, Heartbeat
 from scheduler.core.page_cache_holds import Holds
 from scheduler.policy.eviction import busy
 from scheduler.state import messages as m

@@ -8,8 +8,8 @@ Rules this file keeps:
 
 from __future__ import annotations
 
-from runtime.wire import Heartbeat, Staging
-from runtime.wire import StageModels as StageCommand
+from runtime.wire.agent_messages import Heartbeat, Staging
+from runtime.wire.agent_messages import StageModels as StageCommand
 from scheduler.core.replica_moves import RESEND_S, Moves
 from scheduler.policy.ladder import chance, climb_s, hold_value, yielding
 from scheduler.state import messages as m

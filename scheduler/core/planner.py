@@ -14,7 +14,7 @@ import heapq
 import math
 from bisect import bisect_left, insort
 
-from runtime.wire import ModelRoute, RouteTable
+from runtime.wire.routes import ModelRoute, RouteTable
 from scheduler.core.node_care import Nodes
 from scheduler.core.replica_moves import Settings
 from scheduler.policy import autoscale

@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from runtime.wire import DemandReport, ModelDemand
+from runtime.wire.routes import DemandReport, ModelDemand
 from scheduler.core.planner import Planning
 from scheduler.policy.eviction import busy
 from scheduler.policy.ladder import GUESS_START_S, Descent, climb_s, descents

@@ -14,7 +14,13 @@ from dataclasses import dataclass
 
 from runtime.contract.footprint_ledger import Footprint
 from runtime.engine.exits import FINAL_KINDS
-from runtime.wire import ReplicaReport, SleepReplica, StartReplica, StopReplica, WakeReplica
+from runtime.wire.agent_messages import (
+    ReplicaReport,
+    SleepReplica,
+    StartReplica,
+    StopReplica,
+    WakeReplica,
+)
 from scheduler.policy.ladder import Descent, step_name, yielding
 from scheduler.policy.learning import finished, footprint_key, remember
 from scheduler.state import messages as m

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 
 from runtime.sizes import sizes_apart
-from runtime.wire import ModelSpec
+from runtime.wire.model_spec import ModelSpec
 from scheduler.state.cluster import ClusterState, Model, Node
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from runtime.wire import CacheRule, Endpoint, ModelRoute, Warmth
+from runtime.wire.routes import CacheRule, Endpoint, ModelRoute, Warmth
 from scheduler.policy.ladder import START_RUNGS, step_name
 from scheduler.state.cluster import ClusterState, Model, Stage
 from scheduler.state.replica import BUSY, Replica

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple
 
-from runtime.wire import Canary, DemandReport, TargetCounts
+from runtime.wire.routes import Canary, DemandReport, TargetCounts
 
 Key = tuple[str, str]  # route, model
 

@@ -37,7 +37,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
-from runtime.wire import ModelSpec, ScalePolicy, ScaleTarget
+from runtime.wire.model_spec import ModelSpec, ScalePolicy, ScaleTarget
 from scheduler.signals.windows import Changes, Extreme, Mean
 
 TOLERANCE = 0.1  # HPA's default

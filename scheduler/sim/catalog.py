@@ -11,7 +11,8 @@ from collections.abc import Iterable
 from random import Random
 
 from runtime.sim.profile import GIB, ModelFacts
-from runtime.wire import MemoryEstimate, ModelSpec
+from runtime.wire.agent_messages import MemoryEstimate
+from runtime.wire.model_spec import ModelSpec
 from scheduler.state.messages import StoredModel
 
 # Billions of parameters and the share of models: a mix of small ones, an assumption.

@@ -18,15 +18,14 @@ from typing import Protocol
 from runtime.contract.footprint_ledger import Footprint, Key
 from runtime.contract.prewarm import floor_at
 from runtime.sim.loop import Loop
-from runtime.wire import (
+from runtime.wire.agent_messages import (
     AgentCommand,
     CommandReply,
-    DemandReport,
     Heartbeat,
     HeartbeatReply,
-    RouteTable,
     StageModels,
 )
+from runtime.wire.routes import DemandReport, RouteTable
 from scheduler.signals.forecast import Sketch
 from scheduler.sim.network import Network
 from scheduler.sim.policy import Policy, PolicyFactory

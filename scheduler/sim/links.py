@@ -15,7 +15,8 @@ from collections.abc import Callable
 from typing import Protocol
 
 from runtime.sim.loop import Loop
-from runtime.wire import DemandReport, Heartbeat, HeartbeatReply, RouteTable
+from runtime.wire.agent_messages import Heartbeat, HeartbeatReply
+from runtime.wire.routes import DemandReport, RouteTable
 from scheduler.sim.control_plane import Control, Leader
 from scheduler.sim.network import Network
 

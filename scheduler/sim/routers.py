@@ -20,7 +20,7 @@ from runtime.router.admission import Admission, Decision, Forward, Held
 from runtime.router.refusals import Refused
 from runtime.sim.loop import Loop
 from runtime.sim.observer import Job
-from runtime.wire import DemandReport, RouteTable
+from runtime.wire.routes import DemandReport, RouteTable
 from scheduler.sim.control_plane import Control
 from scheduler.sim.links import RouterLink
 from scheduler.sim.network import Network

@@ -22,7 +22,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 from runtime.sim.loop import Loop
-from runtime.wire import ReplicaPhase, StartReplica
+from runtime.wire.agent_messages import ReplicaPhase, StartReplica
 from scheduler.policy.eviction import UNWANTED
 from scheduler.policy.learning import mismatch
 from scheduler.sim.routers import Request

@@ -20,7 +20,7 @@ from runtime.sim.loop import Loop
 from runtime.sim.observer import Job, Witness
 from runtime.sim.profile import Host, ModelFacts, gpu
 from runtime.sim.timings import Timings, by_model
-from runtime.wire import AgentCommand, CommandReply, Heartbeat
+from runtime.wire.agent_messages import AgentCommand, CommandReply, Heartbeat
 from scheduler.core.replica_moves import Settings
 from scheduler.sim.control_plane import Control
 from scheduler.sim.links import NodeLink

@@ -14,7 +14,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from runtime.contract.footprint_ledger import Footprint, Key
-from runtime.wire import Floor, ModelDemand, ModelSpec, RouteRule
+from runtime.wire.model_spec import ModelSpec
+from runtime.wire.names import Floor
+from runtime.wire.routes import ModelDemand, RouteRule
 from scheduler.signals.forecast import Arrivals
 from scheduler.signals.replica_target import ScaleHistory
 from scheduler.state.bookings import Books, Index

@@ -11,16 +11,10 @@ from msgspec.structs import replace
 
 from runtime.contract.adapters import with_lora_args
 from runtime.contract.footprint_ledger import Footprint
-from runtime.wire import (
-    AgentCommand,
-    DemandReport,
-    Floor,
-    Heartbeat,
-    MemoryEstimate,
-    ModelSpec,
-    RouteRule,
-    RouteTable,
-)
+from runtime.wire.agent_messages import AgentCommand, Heartbeat, MemoryEstimate
+from runtime.wire.model_spec import ModelSpec
+from runtime.wire.names import Floor
+from runtime.wire.routes import DemandReport, RouteRule, RouteTable
 from scheduler.signals.forecast import Sketch
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from runtime.wire import CachedModel, DeviceReport, Heartbeat
+from runtime.wire.agent_messages import CachedModel, DeviceReport, Heartbeat
 from scheduler.state.bookings import Books
 from scheduler.state.replica import Replica
 

@@ -14,7 +14,8 @@ import enum
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from runtime.wire import ModelSpec, ReplicaReport
+from runtime.wire.agent_messages import ReplicaReport
+from runtime.wire.model_spec import ModelSpec
 
 
 class Booked(Protocol):

@@ -23,7 +23,7 @@ from runtime.checkpoints.tiny_models import write_model
 from runtime.engine.contract import LaunchContext
 from runtime.engine.select import get_engine
 from runtime.engine.vllm.memory_estimate import estimate
-from runtime.wire import ModelSpec
+from runtime.wire.model_spec import ModelSpec
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(420)]
 

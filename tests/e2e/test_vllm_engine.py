@@ -20,7 +20,8 @@ from runtime.contract.access import KeySpec, StoredKey, Used, digest
 from runtime.engine.contract import LaunchContext
 from runtime.engine.select import get_engine
 from runtime.engine.vllm.memory_estimate import estimate
-from runtime.wire import Endpoint, ModelRoute, ModelSpec
+from runtime.wire.model_spec import ModelSpec
+from runtime.wire.routes import Endpoint, ModelRoute
 from tests.integration import router_kit as kit
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(420)]

@@ -11,7 +11,7 @@ from runtime.checkpoints.tiny_models import write_model
 from runtime.engine.select import get_engine
 from runtime.engine.vllm.arguments import human_int, load_table
 from runtime.engine.vllm.memory_estimate import estimate
-from runtime.wire import ModelSpec
+from runtime.wire.model_spec import ModelSpec
 
 VLLM = get_engine("vllm")
 pytestmark = [

@@ -29,7 +29,7 @@ from agent.engines.sleep import Controls, Memory
 from runtime.checkpoints.tiny_models import write_model
 from runtime.engine.contract import LaunchContext
 from runtime.engine.select import get_engine
-from runtime.wire import ModelSpec
+from runtime.wire.model_spec import ModelSpec
 
 pytestmark = [pytest.mark.gpu, pytest.mark.vllm, pytest.mark.timeout(900)]
 

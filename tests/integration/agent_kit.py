@@ -17,17 +17,17 @@ from aiohttp import web
 
 from agent.engines import process
 from agent.engines.process import Cgroups, Owner
-from runtime import outside, wire
+from runtime import outside
 from runtime.contract.config import AgentConfig, Config, SchedulerConfig
 from runtime.registry.protocol import Registry
-from runtime.wire import (
+from runtime.wire.agent_messages import (
     CommandReply,
     Heartbeat,
     HeartbeatReply,
-    ModelSpec,
     StartReplica,
     StopReplica,
 )
+from runtime.wire.model_spec import ModelSpec
 
 DEADLINE_S = 60.0  # far more than a calm machine needs: a busy one shall not fail a test
 TOKEN = "the-cluster-token"
@@ -127,7 +127,7 @@ class FakeScheduler:
             return web.json_response({"error": {"message": "not the leader"}}, status=503)
         self.heartbeats.append(heartbeat)
         reply = HeartbeatReply(term=self.term, adapters=self.adapters)
-        return web.Response(body=wire.encode(reply), content_type="application/json")
+        return web.Response(body=msgspec.json.encode(reply), content_type="application/json")
 
     async def open(self) -> None:
         await self._runner.setup()
@@ -215,7 +215,7 @@ class Client:
         self.session = session
 
     async def send(self, agent_url: str, command, token=TOKEN) -> tuple[int, CommandReply | bytes]:
-        body = command if isinstance(command, bytes) else wire.encode(command)
+        body = command if isinstance(command, bytes) else msgspec.json.encode(command)
         async with self.session.post(
             f"{agent_url}/agent/commands", data=body, headers=bearer(token)
         ) as reply:

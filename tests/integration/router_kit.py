@@ -20,12 +20,12 @@ import msgspec
 import uvloop
 from aiohttp import web
 
-from runtime import outside, wire
+from runtime import outside
 from runtime.contract.access import KeyTable, RouterUsage, StoredKey, Tenant
 from runtime.contract.config import Config, RouterConfig
 from runtime.registry.protocol import Entry, RegistryError, Service
 from runtime.router.driver import run_router
-from runtime.wire import DemandReport, Endpoint, ModelRoute, RouteRule, RouteTable
+from runtime.wire.routes import DemandReport, Endpoint, ModelRoute, RouteRule, RouteTable
 from scheduler.usage import Usage
 
 TOKEN = "the-cluster-token"
@@ -149,12 +149,12 @@ class Scheduler:
                     await self._changed.wait()
         except TimeoutError:
             return web.Response(status=204)
-        return web.Response(body=wire.encode(table()))
+        return web.Response(body=msgspec.json.encode(table()))
 
     async def _usage(self, request: web.Request) -> web.Response:
         told = outside.decode(await request.read(), RouterUsage)
         now = asyncio.get_running_loop().time()
-        return web.Response(body=wire.encode(self.usage.tell(told, now)))
+        return web.Response(body=msgspec.json.encode(self.usage.tell(told, now)))
 
     async def _demand(self, request: web.Request) -> web.Response:
         assert request.headers["Authorization"] == f"Bearer {TOKEN}"

@@ -13,6 +13,7 @@ import threading
 from urllib.parse import urlsplit
 
 import aiohttp
+import msgspec
 import psutil
 import pytest
 from agent_kit import (
@@ -39,10 +40,10 @@ import agent.driver
 from agent.devices.inventory import open_devices
 from agent.driver import run_agent
 from agent.engines.process import Owner
-from runtime import outside, wire
+from runtime import outside
 from runtime.registry.embedded import EmbeddedRegistry
 from runtime.registry.protocol import RegistryError
-from runtime.wire import Inspection
+from runtime.wire.agent_messages import Inspection
 from tests.port_ranges import free_range
 
 
@@ -571,7 +572,7 @@ async def test_a_spec_is_inspected(launch, client):
 
     async def inspect(model) -> Inspection:
         async with client.session.post(
-            f"{node.url}/agent/inspect", data=wire.encode(model), headers=bearer(TOKEN)
+            f"{node.url}/agent/inspect", data=msgspec.json.encode(model), headers=bearer(TOKEN)
         ) as reply:
             assert reply.status == 200
             return outside.decode(await reply.read(), Inspection)

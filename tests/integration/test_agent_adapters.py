@@ -24,7 +24,7 @@ from hub_kit import FakeHub
 
 from runtime.checkpoints.model_files import CacheView
 from runtime.registry.embedded import EmbeddedRegistry
-from runtime.wire import Inspection, SleepReplica, WakeReplica
+from runtime.wire.agent_messages import Inspection, SleepReplica, WakeReplica
 from tests.lora_kit import write_adapter
 
 QUICK = {"start_s": 0.0, "ttft_s": 0.0, "sleep_s": 0.0, "wake_1_s": 0.0, "wake_2_s": 0.0}

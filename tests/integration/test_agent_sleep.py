@@ -27,7 +27,7 @@ from agent_kit import (
 )
 
 from runtime.registry.embedded import EmbeddedRegistry
-from runtime.wire import SleepReplica, WakeReplica
+from runtime.wire.agent_messages import SleepReplica, WakeReplica
 
 GIB = 2**30
 QUICK = {"start_s": 0.0, "ttft_s": 0.0, "sleep_s": 0.0, "wake_1_s": 0.0, "wake_2_s": 0.0}

@@ -24,7 +24,7 @@ from agent_kit import (
 
 from runtime.checkpoints.tiny_models import write_model
 from runtime.registry.embedded import EmbeddedRegistry
-from runtime.wire import ModelSpec
+from runtime.wire.model_spec import ModelSpec
 
 pytestmark = [
     pytest.mark.vllm,

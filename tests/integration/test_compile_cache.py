@@ -16,7 +16,8 @@ from agent.weights.compile_cache import FOLDER, Compiled, CompileStore, Unsafe, 
 from agent.weights.compile_share import CompileShare
 from runtime.checkpoints.model_files import CacheConfig
 from runtime.contract.config import Config
-from runtime.wire import DeviceReport, ModelSpec
+from runtime.wire.agent_messages import DeviceReport
+from runtime.wire.model_spec import ModelSpec
 
 COMPILED = Compiled(
     source="hf:org/name", model_path="/m", engine_args={"max_model_len": 8}, tensor_parallel_size=1,

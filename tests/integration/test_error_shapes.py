@@ -15,7 +15,7 @@ import router_kit as kit
 import uvloop
 from router_kit import Stack, sse, unary
 
-from runtime.wire import RouteRule, RouteTarget
+from runtime.wire.routes import RouteRule, RouteTarget
 
 CHAT, RESPONSES, MESSAGES = "/v1/chat/completions", "/v1/responses", "/v1/messages"
 COUNT = "/v1/messages/count_tokens"

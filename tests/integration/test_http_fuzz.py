@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 
 from runtime.router import admission, breaker
-from runtime.wire import Endpoint
+from runtime.wire.routes import Endpoint
 from tests.integration import http_fuzz_cases as cases
 from tests.integration import http_fuzz_judge as judge
 from tests.integration import router_kit as kit

@@ -18,7 +18,7 @@ from agent.cache.errors import SourceError
 from agent.cache.hub import HubSource
 from agent.weights import skeleton
 from runtime.engine.vllm import memory_estimate
-from runtime.wire import ModelSpec
+from runtime.wire.model_spec import ModelSpec
 from tests.cluster import ROOT, running
 
 CONFIG = {

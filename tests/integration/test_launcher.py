@@ -34,7 +34,7 @@ from agent.engines.supervisor import Supervisor
 from runtime.engine.contract import Launch, LaunchContext, Preload
 from runtime.engine.select import get_engine
 from runtime.registry.embedded import EmbeddedRegistry
-from runtime.wire import ModelSpec
+from runtime.wire.model_spec import ModelSpec
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]

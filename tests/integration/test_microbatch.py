@@ -14,7 +14,7 @@ import uvloop
 from router_kit import Received, Stack, eventually, unary
 
 from runtime.contract.access import KEY_PREFIX, KeySpec, Limits, StoredKey, digest
-from runtime.wire import Batching
+from runtime.wire.model_spec import Batching
 
 EMBED = "/v1/embeddings"
 RULE = Batching(max_batch_size=8, max_wait_ms=100)

@@ -13,7 +13,7 @@ import uvloop
 from router_kit import Stack, sse, unary
 
 from runtime.contract.access import KEY_PREFIX, KeySpec, StoredKey, digest
-from runtime.wire import CacheRule
+from runtime.wire.routes import CacheRule
 
 CHAT = "/v1/chat/completions"
 RULE = CacheRule(ttl_s=60.0, shared=False, revision="r1")

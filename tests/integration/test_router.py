@@ -21,7 +21,7 @@ from router_kit import KEY, Engine, Stack, eventually, never, sse, unary
 
 from runtime.engine import guard
 from runtime.router import table_file
-from runtime.wire import RouteTable
+from runtime.wire.routes import RouteTable
 
 CHAT = "/v1/chat/completions"
 

@@ -29,7 +29,7 @@ from runtime.router.fairness import BACKGROUND
 from runtime.router.jobs import batch_handlers, file_rows, service
 from runtime.router.jobs.file_rows import FileRow
 from runtime.router.proxy import Proxy
-from runtime.wire import RouteTable
+from runtime.wire.routes import RouteTable
 
 CHAT = "/v1/chat/completions"
 ENDED = ("completed", "failed", "cancelled", "expired")

@@ -20,7 +20,7 @@ import uvloop
 from router_kit import Engine, eventually, never, sse, unary
 
 from runtime.router import table_file
-from runtime.wire import RouteTable
+from runtime.wire.routes import RouteTable
 
 CHAT = "/v1/chat/completions"
 

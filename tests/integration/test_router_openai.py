@@ -19,7 +19,7 @@ import uvloop
 from openai import AsyncOpenAI
 from router_kit import Received, Stack
 
-from runtime.wire import Endpoint, ModelRoute
+from runtime.wire.routes import Endpoint, ModelRoute
 
 
 def piece(delta: dict) -> bytes:

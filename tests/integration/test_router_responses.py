@@ -21,7 +21,7 @@ from test_router_tenants import ask, key, token
 from runtime.contract.access import KeyTable, Limits, Scope
 from runtime.engine import guard
 from runtime.router import table_file
-from runtime.wire import Endpoint, ModelRoute, RouteTable
+from runtime.wire.routes import Endpoint, ModelRoute, RouteTable
 
 RESPONSES = "/v1/responses"
 ASKED = {"model": "m", "input": "one two", "max_output_tokens": 2}

@@ -17,7 +17,7 @@ from router_kit import Received, Stack, chunk, eventually
 from test_router_tenants import key, token
 
 from runtime.contract.access import Limits, Used
-from runtime.wire import CacheRule
+from runtime.wire.routes import CacheRule
 
 CHAT, COMPLETIONS, MESSAGES = "/v1/chat/completions", "/v1/completions", "/v1/messages"
 RESPONSES = "/v1/responses"

@@ -15,7 +15,7 @@ from router_kit import Engine, Stack, eventually, never, sse, unary
 from runtime.contract.access import KEY_PREFIX, KeySpec, Limits, Scope, StoredKey, digest
 from runtime.router import table_file
 from runtime.router.routed import MIRRORS_AT_ONCE
-from runtime.wire import CacheRule, Mirror, RouteRule, RouteTable, RouteTarget
+from runtime.wire.routes import CacheRule, Mirror, RouteRule, RouteTable, RouteTarget
 
 CHAT = "/v1/chat/completions"
 

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator
 
 import aiohttp
+import msgspec
 import pytest
 from test_scheduler import (
     A,
@@ -21,7 +22,7 @@ from test_scheduler import (
 
 from runtime.registry.embedded import EmbeddedRegistry
 from runtime.registry.protocol import RegistryError
-from runtime.wire import DemandReport, RouteTable, TargetCounts, encode
+from runtime.wire.routes import DemandReport, RouteTable, TargetCounts
 from scheduler import audit
 
 __all__ = ["agent", "registry", "session"]  # fixtures
@@ -60,7 +61,7 @@ async def told(client: Client, seq: int, router: str = "r1", **counts: tuple[int
         for m, (n, bad) in counts.items()
     )
     report = DemandReport(router_id=router, boot_id=1, seq=seq, routes_version=2**60, targets=parts)
-    assert (await client("POST", "/internal/demand", encode(report)))[0] == 204
+    assert (await client("POST", "/internal/demand", msgspec.json.encode(report)))[0] == 204
 
 
 def weights(table: RouteTable) -> list[float]:

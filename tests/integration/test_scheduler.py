@@ -20,21 +20,18 @@ from runtime import outside
 from runtime.contract.config import Config, RegistryConfig, SchedulerConfig
 from runtime.registry.embedded import EmbeddedRegistry
 from runtime.registry.protocol import RegistryError
-from runtime.wire import (
+from runtime.wire.agent_messages import (
     AgentCommand,
     CommandReply,
-    DemandReport,
     DeviceReport,
     Heartbeat,
     Inspection,
     MemoryEstimate,
-    ModelDemand,
     ReplicaReport,
-    RouteTable,
     SpecProblem,
     StartReplica,
-    encode,
 )
+from runtime.wire.routes import DemandReport, ModelDemand, RouteTable
 from scheduler.access import Access
 from scheduler.admin.route_table import ADMIN
 from scheduler.main import run_scheduler
@@ -65,11 +62,11 @@ class Agent:
         elif not isinstance(command, StartReplica):
             self.replicas.pop(command.replica_id, None)
         reply = CommandReply(ok=self.refuse is None, boot_id=1, seq=self.seq + 1, error=self.refuse)
-        return web.Response(body=encode(reply))
+        return web.Response(body=msgspec.json.encode(reply))
 
     async def inspect(self, request: web.Request) -> web.Response:
         self.asked.append(request.raw_path)
-        return web.Response(body=encode(self.inspection))
+        return web.Response(body=msgspec.json.encode(self.inspection))
 
     async def other(self, request: web.Request) -> web.Response:
         self.asked.append(request.raw_path)
@@ -122,7 +119,9 @@ class Client:
             return response.status, msgspec.json.decode(raw) if is_json else raw.decode()
 
     async def beat(self, agent: Agent) -> None:
-        status, _ = await self("POST", "/internal/heartbeat", encode(agent.heartbeat()))
+        status, _ = await self(
+            "POST", "/internal/heartbeat", msgspec.json.encode(agent.heartbeat())
+        )
         assert status == 200
 
     async def demand(self, seq: int, **waiting: int) -> None:
@@ -130,7 +129,7 @@ class Client:
             router_id="r", boot_id=1, seq=seq, routes_version=2**60,
             models=tuple(ModelDemand(model=n, waiting=c) for n, c in waiting.items()),
         )  # fmt: skip
-        status, _ = await self("POST", "/internal/demand", encode(report))
+        status, _ = await self("POST", "/internal/demand", msgspec.json.encode(report))
         assert status == 204
 
     async def table(self, since: int = 0, wait_s: float = 0) -> RouteTable | None:
@@ -504,13 +503,13 @@ async def test_added_means_that_the_routers_know_it(tmp_path, agent, registry, s
         await leading(client, agent)
         table = await client.table()
         report = DemandReport(router_id="r", boot_id=1, seq=1, routes_version=table.version)
-        await client("POST", "/internal/demand", encode(report))
+        await client("POST", "/internal/demand", msgspec.json.encode(report))
         adding = asyncio.create_task(client("POST", "/admin/models", A))
         newer = await client.table(table.version, 10)
         done, _ = await asyncio.wait([adding], timeout=0.3)
         assert not done  # the router has the table, but has not said that it routes by it
         report = DemandReport(router_id="r", boot_id=1, seq=2, routes_version=newer.version)
-        await client("POST", "/internal/demand", encode(report))
+        await client("POST", "/internal/demand", msgspec.json.encode(report))
         assert (await asyncio.wait_for(adding, 1))[0] == 201
 
 

@@ -16,7 +16,7 @@ import pytest
 
 from agent.engines import process_snapshot
 from agent.engines.process_snapshot import Identity, SnapshotError
-from runtime.wire import ModelSpec
+from runtime.wire.model_spec import ModelSpec
 
 COMMIT = "0123456789" * 4
 SPEC = ModelSpec(name="m", source=f"hf:org/name@{COMMIT}", device_memory_bytes=1, snapshot="auto")

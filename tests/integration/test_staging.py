@@ -29,7 +29,7 @@ from agent.weights import page_cache
 from agent.weights.staging import look_at
 from runtime.checkpoints.model_files import CacheConfig
 from runtime.registry.embedded import EmbeddedRegistry
-from runtime.wire import StageModels, Staging
+from runtime.wire.agent_messages import StageModels, Staging
 
 MIB = 2**20
 WEIGHTS = 40 * MIB

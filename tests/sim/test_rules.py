@@ -8,7 +8,7 @@ import pytest
 from msgspec.structs import replace
 
 from cli.simulation import make_node
-from runtime.wire import SleepReplica, StartReplica, StopReplica
+from runtime.wire.agent_messages import SleepReplica, StartReplica, StopReplica
 from scheduler.core.decisions import Core
 from scheduler.sim import faults as f
 from scheduler.sim.policy import Policy
@@ -112,7 +112,7 @@ def test_a_policy_that_forgets_its_callers_is_noticed() -> None:
 
 
 def _table(core: Core, event: m.Elected):  # type: ignore[no-untyped-def]
-    from runtime.wire import ModelRoute, RouteTable
+    from runtime.wire.routes import ModelRoute, RouteTable
 
     routes = tuple(ModelRoute(name=s.spec.name, hold_s=s.spec.hold_s) for s in event.models)
     return RouteTable(version=1, models=routes)

@@ -17,13 +17,8 @@ from agent.core.messages import (
     WakeEnded,
 )
 from agent.core.state_machine import AgentCore
-from runtime.wire import (
-    ModelSpec,
-    SleepReplica,
-    StartReplica,
-    StopReplica,
-    WakeReplica,
-)
+from runtime.wire.agent_messages import SleepReplica, StartReplica, StopReplica, WakeReplica
+from runtime.wire.model_spec import ModelSpec
 
 SPEC = ModelSpec(name="m", source="x", engine="stub", device_memory_bytes=1)
 

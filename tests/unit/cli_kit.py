@@ -13,7 +13,8 @@ import msgspec
 from aiohttp import web
 from click.testing import CliRunner, Result
 
-from runtime.wire import DeviceReport, ModelSpec
+from runtime.wire.agent_messages import DeviceReport
+from runtime.wire.model_spec import ModelSpec
 from scheduler.admin import views
 
 TOKEN = "the-right-token-0"

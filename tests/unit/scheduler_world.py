@@ -9,19 +9,18 @@ from dataclasses import dataclass, field
 from random import Random
 
 from runtime.contract.footprint_ledger import Footprint, Key
-from runtime.wire import (
+from runtime.wire.agent_messages import (
     CachedModel,
-    DemandReport,
     DeviceReport,
     Heartbeat,
-    ModelDemand,
-    ModelSpec,
     ReplicaReport,
     SleepReplica,
     StageModels,
     StartReplica,
     WakeReplica,
 )
+from runtime.wire.model_spec import ModelSpec
+from runtime.wire.routes import DemandReport, ModelDemand
 from scheduler.core.decisions import Core
 from scheduler.core.replica_moves import Settings
 from scheduler.signals.forecast import Sketch

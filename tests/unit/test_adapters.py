@@ -18,7 +18,8 @@ from runtime.engine.vllm import lora
 from runtime.engine.vllm.memory_estimate import GIB, estimate
 from runtime.router.admission import Admission, Forward
 from runtime.router.refusals import Refused
-from runtime.wire import Endpoint, ModelRoute, ModelSpec, RouteTable
+from runtime.wire.model_spec import ModelSpec
+from runtime.wire.routes import Endpoint, ModelRoute, RouteTable
 from scheduler.policy.model_routes import adapters_on
 from scheduler.state.messages import StoredModel
 from tests.lora_kit import write_adapter

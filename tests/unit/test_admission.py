@@ -10,7 +10,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from runtime.router.admission import MAX_ATTEMPTS, SUSPECT_S, Admission, Forward, Held
 from runtime.router.fairness import BACKGROUND, Wish
 from runtime.router.refusals import Refused
-from runtime.wire import Endpoint, ModelRoute, RouteTable
+from runtime.wire.routes import Endpoint, ModelRoute, RouteTable
 
 
 def endpoint(name: str) -> Endpoint:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from runtime.router.admission import SUSPECT_S, Admission, Forward, Held
 from runtime.router.fairness import Wish
-from runtime.wire import Endpoint, ModelRoute, RouteTable
+from runtime.wire.routes import Endpoint, ModelRoute, RouteTable
 
 
 def routed(*replicas: str, max_in_flight: int | None = None) -> Admission:

@@ -18,9 +18,7 @@ from agent.core.messages import (
 )
 from agent.core.replica import EDGES
 from agent.core.transitions import backoff_s
-from runtime.wire import (
-    ReplicaPhase,
-)
+from runtime.wire.agent_messages import ReplicaPhase
 from tests.unit.agent_harness import SPEC, Harness, adopt, of, saved_of, start, stop
 
 

@@ -15,7 +15,7 @@ from agent.cache.resolve import look
 from agent.engines.launch_plan import Place
 from agent.server import ModelFiles, _files_of, inspect
 from runtime.checkpoints.model_files import CacheConfig
-from runtime.wire import ModelSpec
+from runtime.wire.model_spec import ModelSpec
 
 SPEC = ModelSpec(name="m", source="hf:org/name")
 

@@ -17,7 +17,8 @@ from agent.engines.wake_canary import Canary
 from agent.records import KEPT_DISABLED, Record, Records
 from runtime.engine.contract import LaunchContext
 from runtime.engine.select import get_engine
-from runtime.wire import ModelSpec, StartReplica
+from runtime.wire.agent_messages import StartReplica
+from runtime.wire.model_spec import ModelSpec
 
 GIB = 2**30
 VLLM = ModelSpec(name="m", source="x", device_memory_bytes=GIB)

@@ -19,7 +19,7 @@ from runtime.router.breaker import (
     RetryBudget,
 )
 from runtime.router.sketch import Sketch
-from runtime.wire import Endpoint, ModelRoute, RouteTable
+from runtime.wire.routes import Endpoint, ModelRoute, RouteTable
 
 
 def test_each_failure_in_a_row_doubles_the_rest() -> None:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runtime.wire import Canary, DemandReport, TargetCounts
+from runtime.wire.routes import Canary, DemandReport, TargetCounts
 from scheduler.policy.route_canary import Counts, Observed, judge
 
 PLAN = Canary(

@@ -1,7 +1,7 @@
 """What the router's list of models holds, beside what vLLM's own has."""
 
 from runtime.router.cards import card, listing
-from runtime.wire import ModelRoute
+from runtime.wire.routes import ModelRoute
 
 ROUTE = ModelRoute(
     name="m", aliases=("org/m",), adapters=("m:sql",), root="org/base", max_model_len=4096

@@ -10,7 +10,8 @@ import msgspec
 import pytest
 from aiohttp import web
 
-from runtime.wire import MemoryEstimate, ModelSpec, SpecProblem
+from runtime.wire.agent_messages import MemoryEstimate, SpecProblem
+from runtime.wire.model_spec import ModelSpec
 from scheduler.admin import views
 from tests.unit.cli_kit import SPEC, FakeServer, error, model, replica, serving, stoker
 

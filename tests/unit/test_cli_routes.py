@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from runtime.wire import Canary, Mirror, RouteRule, RouteTarget
+from runtime.wire.routes import Canary, Mirror, RouteRule, RouteTarget
 from scheduler.admin import route_views as views
 from tests.unit.cli_kit import FakeServer, error, serving, stoker
 

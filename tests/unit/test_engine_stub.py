@@ -17,7 +17,7 @@ import pytest
 from runtime.contract.schema import SchemaError
 from runtime.engine.contract import LaunchContext
 from runtime.engine.select import get_engine
-from runtime.wire import ModelSpec
+from runtime.wire.model_spec import ModelSpec
 
 ROUTE, CONTROL = "route-secret", "control-secret"
 DEADLINE_S = 20.0

@@ -19,7 +19,7 @@ from runtime.engine.vllm.engine import (
     NO_MEDIA,
     memory_estimate,
 )
-from runtime.wire import ModelSpec
+from runtime.wire.model_spec import ModelSpec
 
 GIB = 2**30
 CONFIG = {

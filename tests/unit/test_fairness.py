@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from runtime.router.admission import Admission, Forward, Held
 from runtime.router.fairness import BACKGROUND, FairQueue, Wish
 from runtime.router.refusals import Refused
-from runtime.wire import Endpoint, ModelRoute, RouteTable
+from runtime.wire.routes import Endpoint, ModelRoute, RouteTable
 
 
 class Waiting(NamedTuple):

@@ -8,7 +8,7 @@ import pytest
 from runtime.checkpoints import weight_headers
 from runtime.engine.vllm import memory_estimate
 from runtime.engine.vllm.memory_estimate import GIB, estimate, kv_shape, weights_bytes
-from runtime.wire import ModelSpec
+from runtime.wire.model_spec import ModelSpec
 
 LLAMA_8B = {
     "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32,

@@ -13,7 +13,7 @@ from agent.devices.host_memory_policy import (
     reserve_bytes,
 )
 from runtime.contract import config
-from runtime.wire import DeviceReport
+from runtime.wire.agent_messages import DeviceReport
 
 
 def device(kind, total):

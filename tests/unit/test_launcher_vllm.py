@@ -8,7 +8,7 @@ from pathlib import Path
 from runtime.checkpoints.tiny_models import MAX_MODEL_LEN
 from runtime.engine.contract import LaunchContext, Preload
 from runtime.engine.select import get_engine
-from runtime.wire import ModelSpec
+from runtime.wire.model_spec import ModelSpec
 
 GIB = 2**30
 VLLM = get_engine("vllm")

@@ -21,7 +21,7 @@ from agent.weights.load_format_policy import (
     usable,
 )
 from agent.weights.load_formats import LoadFormats, importable
-from runtime.wire import ModelSpec
+from runtime.wire.model_spec import ModelSpec
 
 ALL = ("auto", "fastsafetensors", "runai_streamer")
 MODULE_NAMES = tuple(MODULES.values())

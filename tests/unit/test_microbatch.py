@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from runtime.router.microbatch import merged, part_of, shares, split
-from runtime.wire import Batching
+from runtime.wire.model_spec import Batching
 
 EMBED, COMPLETE = "/v1/embeddings", "/v1/completions"
 BOTH = Batching(endpoints=("embeddings", "completions"))

@@ -15,7 +15,8 @@ from runtime.router.body import Head, invocation, read_head, with_model
 from runtime.router.errors import ApiError
 from runtime.router.jobs.lines import Problem, read_line
 from runtime.router.microbatch import part_of
-from runtime.wire import Batching, Heartbeat
+from runtime.wire.agent_messages import Heartbeat
+from runtime.wire.model_spec import Batching
 
 DEEP = [1_000, 100_000, 500_000]
 

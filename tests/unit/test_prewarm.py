@@ -9,7 +9,7 @@ import pytest
 from runtime.contract.prewarm import Ask, floor_at
 from runtime.contract.schema import SchemaError
 from runtime.contract.spec_file import parse_specs
-from runtime.wire import Prewarm, PrewarmWindow
+from runtime.wire.model_spec import Prewarm, PrewarmWindow
 from scheduler.state import messages as m
 from scheduler.state.cluster import Stage
 from tests.unit.scheduler_world import GIB, FakeNode, World, spec

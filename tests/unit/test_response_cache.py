@@ -7,7 +7,7 @@ import pytest
 
 from runtime.router.body import read_head
 from runtime.router.response_cache import ENTRY_BYTES, Kept, ResponseCache, Wanted, wanted
-from runtime.wire import CacheRule
+from runtime.wire.routes import CacheRule
 
 RULE = CacheRule(ttl_s=60.0, shared=False, revision="r1")
 CHAT, EMBED = "/v1/chat/completions", "/v1/embeddings"

@@ -15,7 +15,8 @@ from runtime.contract.route_rules import (
     with_share,
 )
 from runtime.contract.schema import SchemaError
-from runtime.wire import ModelSpec, RouteRule, RouteTarget
+from runtime.wire.model_spec import ModelSpec
+from runtime.wire.routes import RouteRule, RouteTarget
 
 A, B = {"model": "a", "weight": 3}, {"model": "b", "weight": 1}
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runtime.wire import Autoscale, ModelSpec, ScalePolicy, ScaleRules, ScaleTarget
+from runtime.wire.model_spec import Autoscale, ModelSpec, ScalePolicy, ScaleRules, ScaleTarget
 from scheduler.signals.replica_target import Desired, Sample, ScaleHistory, desired_replicas
 
 FREE = ScaleRules()  # no policy, no window: every wish is followed

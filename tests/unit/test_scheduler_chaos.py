@@ -7,7 +7,8 @@ from random import Random
 import pytest
 from msgspec.structs import replace
 
-from runtime.wire import CachedModel, Placement
+from runtime.wire.agent_messages import CachedModel
+from runtime.wire.model_spec import Placement
 from scheduler.state import messages as m
 from scheduler.state.cluster import Stage
 from tests.unit.scheduler_world import GIB, FakeNode, World, spec

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from runtime.wire import DemandReport, ModelDemand, StartReplica, StopReplica
+from runtime.wire.agent_messages import StartReplica, StopReplica
+from runtime.wire.routes import DemandReport, ModelDemand
 from scheduler.admin import view_builders
 from scheduler.state import messages as m
 from scheduler.state.cluster import Replica, Stage

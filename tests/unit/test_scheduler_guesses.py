@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from runtime.contract.footprint_ledger import Footprint, Key, Times
-from runtime.wire import MemoryEstimate, ModelSpec
+from runtime.wire.agent_messages import MemoryEstimate
+from runtime.wire.model_spec import ModelSpec
 from scheduler.policy.eviction import cheapest_descents, rank, wait_s
 from scheduler.policy.ladder import Descent, climb_s
 from scheduler.state import messages as m

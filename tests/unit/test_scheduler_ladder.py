@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from runtime.wire import SleepReplica, StopReplica, WakeReplica
+from runtime.wire.agent_messages import SleepReplica, StopReplica, WakeReplica
 from scheduler.policy.ladder import call_chance
 from scheduler.state import messages as m
 from scheduler.state.cluster import Stage

@@ -6,7 +6,8 @@ import pytest
 from msgspec.structs import replace
 
 from runtime.contract.footprint_ledger import Footprint, Key, Times
-from runtime.wire import MemoryEstimate, ModelSpec
+from runtime.wire.agent_messages import MemoryEstimate
+from runtime.wire.model_spec import ModelSpec
 from scheduler.policy.learning import finished, mismatch
 from scheduler.state import messages as m
 from scheduler.state.cluster import Climb, Model

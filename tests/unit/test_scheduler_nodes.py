@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 from msgspec.structs import replace
 
-from runtime.wire import CachedModel, MemoryEstimate, Placement, StageModels
+from runtime.wire.agent_messages import CachedModel, MemoryEstimate, StageModels
+from runtime.wire.model_spec import Placement
 from scheduler.admin.views import PlanBody
 from scheduler.admin.what_if import questions, what_if
 from scheduler.state import messages as m

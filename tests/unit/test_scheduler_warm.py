@@ -6,7 +6,8 @@ import itertools
 
 import pytest
 
-from runtime.wire import Autoscale, DemandReport, ModelDemand, ScalePolicy, ScaleRules
+from runtime.wire.model_spec import Autoscale, ScalePolicy, ScaleRules
+from runtime.wire.routes import DemandReport, ModelDemand
 from scheduler.state import messages as m
 from tests.unit.scheduler_world import GIB, FakeNode, World, spec
 

@@ -7,7 +7,7 @@ from jsonschema import Draft202012Validator
 
 from runtime.contract.schema import SchemaError, close_names, parse_bytes
 from runtime.contract.spec_file import json_schema, load_specs, parse_spec, parse_specs
-from runtime.wire import ModelSpec
+from runtime.wire.model_spec import ModelSpec
 
 
 def problems(text: str, suffix: str = ".yaml") -> dict[str, str]:

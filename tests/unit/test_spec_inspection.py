@@ -8,7 +8,7 @@ from typing import Any
 import aiohttp
 import pytest
 
-from runtime.wire import ModelSpec
+from runtime.wire.model_spec import ModelSpec
 from scheduler.admin.spec_inspection import inspect_spec
 
 SPEC = ModelSpec(name="m", source="/m")

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from runtime.contract.route_rules import LEAST, with_share
 from runtime.router import refusals
 from runtime.router.versions import FALLS_BACK, Versions, Way
-from runtime.wire import Mirror, ModelRoute, RouteRule, RouteTarget, TargetCounts
+from runtime.wire.routes import Mirror, ModelRoute, RouteRule, RouteTarget, TargetCounts
 
 KEYS = [f"user-{n}" for n in range(2000)]
 

@@ -12,7 +12,8 @@ from msgspec import Meta, Struct
 
 from runtime.engine import adapter_index, exits, guard
 from runtime.engine.contract import AsleepModel, Launch, LaunchContext, Preload
-from runtime.wire import DeviceKind, ModelSpec, SpecProblem
+from runtime.wire.agent_messages import DeviceKind, SpecProblem
+from runtime.wire.model_spec import ModelSpec
 
 Seconds = Annotated[float, Meta(ge=0, description="seconds, 0 or more")]
 Bytes = Annotated[int, Meta(ge=0, description="a size, e.g. 2GiB")]

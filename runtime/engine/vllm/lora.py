@@ -16,7 +16,8 @@ from runtime import outside
 from runtime.checkpoints import weight_headers
 from runtime.contract.adapters import RANKS, flat_name, room_for
 from runtime.engine.vllm import memory_estimate
-from runtime.wire import ModelSpec, SpecProblem
+from runtime.wire.agent_messages import SpecProblem
+from runtime.wire.model_spec import ModelSpec
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # What vLLM 0.32 refuses in an adapter_config.json (`lora/peft_helper.py`).

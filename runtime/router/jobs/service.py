@@ -31,7 +31,7 @@ from runtime.router.jobs.metrics import JobMetrics
 from runtime.router.jobs.store import Store, StoreError
 from runtime.router.jobs.webhooks import Webhooks
 from runtime.router.proxy import Proxy
-from runtime.wire import SpecProblem
+from runtime.wire.agent_messages import SpecProblem
 
 log = logging.getLogger("stoker.router.jobs")
 
