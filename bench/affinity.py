@@ -6,8 +6,8 @@
 Workloads: Mooncake's `conversation` and `synthetic` traces, whose `hash_ids` name the 512-token
 blocks of each prompt, and `system prompt`: generated questions of 300 tokens, each behind the same
 4,096 tokens. A block is written out as 2,048 bytes made of its id, so the keys are what
-runtime/router/prompt.py makes of a real body; what a prompt shares with another is what its ids
-say. The traces do not tell the answers' own blocks, nor a limit of tokens, nor sessions: "by
+runtime/router/call/prompt.py makes of a real body; what a prompt shares with another is what its
+ids say. The traces do not tell the answers' own blocks, nor a limit of tokens, nor sessions: "by
 session" is ours where each caller names its conversation, which is guessed from its first blocks.
 
 In virtual time, a replica reads prompts one after the other, PREFILL tokens that its cache lacks a
@@ -36,11 +36,11 @@ from zlib import crc32
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from bench.lib.report import Row, print_report
-from runtime.router.admission import Admission, Forward
-from runtime.router.affinity import Affinity
-from runtime.router.body import Head
-from runtime.router.fairness import Wish
-from runtime.router.prompt import keys_of, tokens_of
+from runtime.router.admission.affinity import Affinity
+from runtime.router.admission.decisions import Admission, Forward
+from runtime.router.admission.fairness import Wish
+from runtime.router.call.body import Head
+from runtime.router.call.prompt import keys_of, tokens_of
 from runtime.wire.routes import Endpoint, ModelRoute, RouteTable
 
 BLOCK_TOKENS = 512

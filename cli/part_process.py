@@ -139,7 +139,7 @@ class PartProcess:
 
     async def _keep_output(self, source: asyncio.StreamReader) -> None:
         """What it still prints, an access log for one, goes to its log."""
-        from runtime.router.workers import pass_on
+        from runtime.router.control.workers import pass_on
 
         with self.log_file.open("ab") as log:
             await pass_on(source, log)

@@ -75,8 +75,8 @@ def router(where: Where, config: str | None, as_json: bool, until_eof: bool) -> 
     """
 
     async def run(settings: Config, registry: Registry, ready: Callable[[str], None]) -> None:
+        from runtime.router.control.workers import own_argv, run_workers, worker_index
         from runtime.router.driver import run_router
-        from runtime.router.workers import own_argv, run_workers, worker_index
 
         if settings.router.workers > 1 and worker_index() is None:
             argv = own_argv(config or where.config)

@@ -26,7 +26,7 @@ from runtime.contract.access import (
 )
 from runtime.contract.config import Config, RouterConfig
 from runtime.registry.protocol import RegistryError
-from runtime.router import table_file
+from runtime.router.control import saved_tables
 from runtime.router.driver import run_router
 from runtime.wire.routes import Endpoint, ModelRoute, RouteTable
 
@@ -72,9 +72,9 @@ def main() -> None:
             ),
         ),
     )  # fmt: skip
-    table_file.save(Path(state_dir) / "routes.json", table)
+    saved_tables.save(Path(state_dir) / "routes.json", table)
     if kind != "open":
-        table_file.save(Path(state_dir) / "keys.json", KeyTable(version=1, keys=_keys()))
+        saved_tables.save(Path(state_dir) / "keys.json", KeyTable(version=1, keys=_keys()))
     settings = RouterConfig(
         port=0,
         max_in_flight=limits[0],

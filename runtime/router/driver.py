@@ -16,26 +16,26 @@ from runtime import places
 from runtime.contract.config import Config, RouterConfig
 from runtime.registry.protocol import Registry, Service
 from runtime.registry.registration import keep_registered, withdraw
-from runtime.router.api import Api
-from runtime.router.cors import Cors
-from runtime.router.forwarded import Forwarded
-from runtime.router.front import Front
-from runtime.router.gate import Gate
+from runtime.router.admission.gate import Gate
+from runtime.router.callers.forwarded import Forwarded
+from runtime.router.callers.keys import Keys
+from runtime.router.callers.local import Local
+from runtime.router.callers.memory import Memory
+from runtime.router.control.listener import BACKLOG, listen
+from runtime.router.control.other_workers import Siblings
+from runtime.router.control.scheduler_link import Link
+from runtime.router.control.workers import worker_index
+from runtime.router.front.aiohttp_server import OddConnection, prepare
+from runtime.router.front.api import Api
+from runtime.router.front.connections import Front
+from runtime.router.front.cors import Cors
+from runtime.router.front.fast_path import KEEP_ALIVE_S
 from runtime.router.jobs.service import Jobs
-from runtime.router.keys import Keys
-from runtime.router.link import Link
-from runtime.router.listener import BACKLOG, listen
-from runtime.router.local import Local
-from runtime.router.memory import Memory
-from runtime.router.metrics import Metrics
-from runtime.router.observed import observed
-from runtime.router.odd import OddConnection, prepare
-from runtime.router.plain import KEEP_ALIVE_S
-from runtime.router.proxy import Proxy
-from runtime.router.response_cache import ResponseCache
-from runtime.router.siblings import Siblings
-from runtime.router.upstream import Limits, Upstream
-from runtime.router.workers import worker_index
+from runtime.router.observability import observed
+from runtime.router.observe.metrics import Metrics
+from runtime.router.proxy.response_cache import ResponseCache
+from runtime.router.proxy.serving import Proxy
+from runtime.router.proxy.upstream import Limits, Upstream
 from runtime.wire.routes import RouteTable
 
 log = logging.getLogger("stoker.router")

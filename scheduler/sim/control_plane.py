@@ -32,7 +32,7 @@ from scheduler.sim.policy import Policy, PolicyFactory
 from scheduler.state import messages as m
 
 TICK_S = 0.5  # scheduler/driver.py
-POLL_S = 25.0  # runtime/router/link.py
+POLL_S = 25.0  # runtime/router/control/scheduler_link.py
 WALL_S = 1_700_000_000.0  # the wall clock at time 0, for schedules (2023-11-14 22:13:20 UTC)
 PREWARM_LEAD_S = 60.0
 

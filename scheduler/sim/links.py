@@ -1,6 +1,6 @@
 """The ties of nodes and routers to whoever leads. Pure.
 
-They do what agent/link.py and runtime/router/link.py do with sockets.
+They do what agent/link.py and runtime/router/control/scheduler_link.py do with sockets.
 
 Rules this file keeps (the originals'):
 - one heartbeat, one demand report and one poll under way at most; those asked for meanwhile
@@ -21,7 +21,7 @@ from scheduler.sim.control_plane import Control, Leader
 from scheduler.sim.network import Network
 
 HEARTBEAT_S = 1.0  # runtime/contract/config.py
-REPORT_S = 1.0  # runtime/router/link.py
+REPORT_S = 1.0  # runtime/router/control/scheduler_link.py
 RETRY_S = 0.2  # between attempts of a router (there: random, 0.05 to 1 s)
 
 

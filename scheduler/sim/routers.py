@@ -16,8 +16,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Literal, Protocol
 
-from runtime.router.admission import Admission, Decision, Forward, Held
-from runtime.router.refusals import Refused
+from runtime.router.admission.decisions import Admission, Decision, Forward, Held
+from runtime.router.admission.refusals import Refused
 from runtime.sim.loop import Loop
 from runtime.sim.observer import Job
 from runtime.wire.routes import DemandReport, RouteTable
@@ -28,7 +28,7 @@ from scheduler.sim.network import Network
 Answer = Literal["taken", "refused", "closed", "silent"]
 
 GONE_S = 10.0  # runtime/sockets.py
-SILENT_S = 2.0  # runtime/router/upstream.py
+SILENT_S = 2.0  # runtime/router/proxy/upstream.py
 
 
 class Target(Protocol):

@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 
-from runtime.router import admission, breaker
+from runtime.router.admission import breaker, decisions
 from runtime.wire.routes import Endpoint
 from tests.integration import http_fuzz_cases as cases
 from tests.integration import http_fuzz_judge as judge
@@ -189,7 +189,7 @@ async def test_odd_requests_get_one_answer_and_reach_no_engine_unframed(
 async def test_odd_answers_arrive_whole_or_as_errors_or_break_visibly(
     tmp_path: Path, path: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module, name in ((breaker, "REST_S"), (breaker, "MAX_REST_S"), (admission, "REST_S")):
+    for module, name in ((breaker, "REST_S"), (breaker, "MAX_REST_S"), (decisions, "REST_S")):
         monkeypatch.setattr(module, name, 0.05)  # else each that is tried again takes 8 s
     monkeypatch.setattr(breaker, "PROBE_S", 0.05)
     faults: list[str] = []

@@ -14,8 +14,8 @@ import router_kit as kit
 import uvloop
 from router_kit import Engine, Stack, unary
 
+from runtime.router.call.paths import JSON_PATHS
 from runtime.router.jobs import batches as batch_work
-from runtime.router.paths import JSON_PATHS
 
 MIB = 2**20
 CHAT = "/v1/chat/completions"
@@ -208,7 +208,7 @@ async def test_a_batch_at_which_the_router_fails_ends_and_the_others_go_on(
 async def test_a_call_at_which_the_router_fails_is_given_up_on(
     stack: Stack, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from runtime.router.proxy import Proxy
+    from runtime.router.proxy.serving import Proxy
 
     real = Proxy.serve
 
@@ -277,7 +277,7 @@ async def test_a_form_reaches_the_engine_with_the_model_that_was_checked(stack: 
 
 async def test_many_odd_names_and_headers_leave_nothing_behind(stack: Stack) -> None:
     """What is kept by a caller's text is bounded in bytes."""
-    from runtime.router.headers import not_sent
+    from runtime.router.proxy.headers import not_sent
 
     names = len(not_sent)
     for number in range(20):

@@ -20,7 +20,7 @@ import uvloop
 from router_kit import KEY, Engine, Stack, eventually, never, sse, unary
 
 from runtime.engine import guard
-from runtime.router import table_file
+from runtime.router.control import saved_tables
 from runtime.wire.routes import RouteTable
 
 CHAT = "/v1/chat/completions"
@@ -817,12 +817,12 @@ async def test_the_table_is_kept_readable_by_its_owner_only(stack: Stack, tmp_pa
     file = tmp_path / "routes.json"
     await eventually(file.exists, "not written")
     assert file.stat().st_mode & 0o777 == 0o600
-    assert table_file.load(file, RouteTable) == stack.scheduler.table
+    assert saved_tables.load(file, RouteTable) == stack.scheduler.table
 
 
 async def test_a_restarted_router_serves_with_everything_else_down(tmp_path: Path) -> None:
     engine = await started(unary(b'"here"'))
-    table_file.save(
+    saved_tables.save(
         tmp_path / "routes.json", RouteTable(version=3, models=(kit.model("m", engine),))
     )
     async with router_process(tmp_path) as (process, url), aiohttp.ClientSession() as session:
@@ -906,7 +906,7 @@ async def test_a_client_that_does_not_read_does_not_fill_the_routers_memory(tmp_
             written += len(piece)
 
     engine = await started(flood)
-    table_file.save(
+    saved_tables.save(
         tmp_path / "routes.json", RouteTable(version=3, models=(kit.model("m", engine),))
     )
     async with router_process(tmp_path) as (process, url):

@@ -22,13 +22,15 @@ from openai import AsyncOpenAI
 from openai.types import Batch
 from router_kit import Engine, Received, Stack, eventually
 
-from runtime.router import table_file
-from runtime.router.api import Api
-from runtime.router.call import Caller
-from runtime.router.fairness import BACKGROUND
-from runtime.router.jobs import batch_handlers, file_rows, service
-from runtime.router.jobs.file_rows import FileRow
-from runtime.router.proxy import Proxy
+from runtime.router.admission.fairness import BACKGROUND
+from runtime.router.call.request import Caller
+from runtime.router.control import saved_tables
+from runtime.router.front.api import Api
+from runtime.router.jobs import service
+from runtime.router.jobs.handlers import batches
+from runtime.router.jobs.store import file_rows
+from runtime.router.jobs.store.file_rows import FileRow
+from runtime.router.proxy.serving import Proxy
 from runtime.wire.routes import RouteTable
 
 CHAT = "/v1/chat/completions"
@@ -401,7 +403,7 @@ async def test_a_file_that_is_deleted_before_its_first_byte_is_read_is_not_found
 async def test_a_batch_that_takes_too_long_expires(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(batch_handlers, "WINDOW_S", 1.0)
+    monkeypatch.setattr(batches, "WINDOW_S", 1.0)
     async with kit.stack(tmp_path) as stack, client_of(stack.url) as client:
         await stack.serve("m")  # cold, and nobody starts it
         batch = await ended(client, await submit(client, jsonl(line(1), line(2))))
@@ -463,7 +465,7 @@ async def test_kill_9_in_the_middle_loses_nothing_and_doubles_nothing(
         await echo(received, writer)
 
     engine = await Engine(slow).start("replica")
-    table_file.save(
+    saved_tables.save(
         tmp_path / "routes.json", RouteTable(version=3, models=(kit.model("m", engine),))
     )
     async with contextlib.AsyncExitStack() as exits:

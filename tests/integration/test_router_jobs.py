@@ -21,8 +21,8 @@ from openai import AsyncOpenAI
 from router_kit import Stack, eventually, never, unary
 
 from runtime.contract.schema import SchemaError
-from runtime.router.api import Api
-from runtime.router.call import Caller
+from runtime.router.call.request import Caller
+from runtime.router.front.api import Api
 from runtime.router.jobs import webhooks
 from runtime.router.jobs.webhooks import PublicResolver
 

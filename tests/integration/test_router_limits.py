@@ -19,7 +19,7 @@ import router_kit as kit
 import uvloop
 from router_kit import Engine, eventually, never, sse, unary
 
-from runtime.router import table_file
+from runtime.router.control import saved_tables
 from runtime.wire.routes import RouteTable
 
 CHAT = "/v1/chat/completions"
@@ -278,7 +278,7 @@ async def workers(
 
 async def test_workers_share_a_port_and_one_that_dies_is_replaced(tmp_path: Path) -> None:
     engine = await Engine(unary()).start("replica")
-    table_file.save(
+    saved_tables.save(
         tmp_path / "routes.json", RouteTable(version=3, models=(kit.model("m", engine),))
     )
 
@@ -313,7 +313,7 @@ async def test_workers_share_a_port_and_one_that_dies_is_replaced(tmp_path: Path
 
 async def test_workers_write_one_access_log_to_standard_output(tmp_path: Path) -> None:
     engine = await Engine(unary()).start("replica")
-    table_file.save(
+    saved_tables.save(
         tmp_path / "routes.json", RouteTable(version=3, models=(kit.model("m", engine),))
     )
     output: list[bytes] = []

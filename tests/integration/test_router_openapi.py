@@ -12,7 +12,7 @@ import router_kit as kit
 from openapi_spec_validator import validate
 from router_kit import unary
 
-from runtime.router.paths import PLAIN_PATHS
+from runtime.router.call.paths import PLAIN_PATHS
 
 CHECKS = (
     "not_a_server_error,status_code_conformance,content_type_conformance,"

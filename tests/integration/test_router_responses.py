@@ -20,7 +20,7 @@ from test_router_tenants import ask, key, token
 
 from runtime.contract.access import KeyTable, Limits, Scope
 from runtime.engine import guard
-from runtime.router import table_file
+from runtime.router.control import saved_tables
 from runtime.wire.routes import Endpoint, ModelRoute, RouteTable
 
 RESPONSES = "/v1/responses"
@@ -179,7 +179,7 @@ async def test_any_worker_of_a_port_finds_it(
     tmp_path: Path, endpoints: tuple[Endpoint, ...]
 ) -> None:
     route = ModelRoute(name="m", endpoints=endpoints)
-    table_file.save(tmp_path / "routes.json", RouteTable(version=3, models=(route,)))
+    saved_tables.save(tmp_path / "routes.json", RouteTable(version=3, models=(route,)))
 
     async def call(method: str, url: str, body: Any = None) -> tuple[int, Any]:
         async with (
@@ -202,9 +202,9 @@ async def test_any_worker_of_a_port_goes_on_with_it_for_its_tenant_alone(
     tmp_path: Path, endpoints: tuple[Endpoint, ...]
 ) -> None:
     route = ModelRoute(name="m", endpoints=endpoints[:1])
-    table_file.save(tmp_path / "routes.json", RouteTable(version=3, models=(route,)))
+    saved_tables.save(tmp_path / "routes.json", RouteTable(version=3, models=(route,)))
     keys = (key("acme", "acme"), key("globex", "globex"))
-    table_file.save(tmp_path / "keys.json", KeyTable(version=1, keys=keys))
+    saved_tables.save(tmp_path / "keys.json", KeyTable(version=1, keys=keys))
 
     async def call(name: str, url: str, **more: str) -> tuple[int, Any]:
         headers = {"Authorization": f"Bearer {token(name)}"}

@@ -16,9 +16,10 @@ import uvloop
 from router_kit import Stack, eventually, unary
 
 from runtime.contract.access import KEY_PREFIX, KeySpec, Limits, Scope, StoredKey, Used, digest
-from runtime.router.jobs import file_rows, held_rows, invokes
-from runtime.router.jobs.store import Store
-from runtime.router.jobs.tenants import Owner
+from runtime.router.jobs import invokes
+from runtime.router.jobs.store import file_rows, held_rows
+from runtime.router.jobs.store.database import Store
+from runtime.router.jobs.store.tenants import Owner
 
 LATER = {"Prefer": "respond-async"}
 LINE = {

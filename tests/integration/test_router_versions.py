@@ -13,8 +13,8 @@ import router_kit as kit
 from router_kit import Engine, Stack, eventually, never, sse, unary
 
 from runtime.contract.access import KEY_PREFIX, KeySpec, Limits, Scope, StoredKey, digest
-from runtime.router import table_file
-from runtime.router.routed import MIRRORS_AT_ONCE
+from runtime.router.control import saved_tables
+from runtime.router.proxy.route_serving import MIRRORS_AT_ONCE
 from runtime.wire.routes import CacheRule, Mirror, RouteRule, RouteTable, RouteTarget
 
 CHAT = "/v1/chat/completions"
@@ -359,7 +359,7 @@ async def test_routes_change_under_load_and_no_request_is_lost(stack: Stack) -> 
 async def test_a_router_that_starts_alone_goes_by_the_routes_it_had(tmp_path: Path) -> None:
     engine = await Engine(unary()).start("e")
     table = RouteTable(version=3, models=(kit.model("m1", engine),), rules=(rule("m1"),))
-    table_file.save(tmp_path / "routes.json", table)
+    saved_tables.save(tmp_path / "routes.json", table)
     made = Stack(tmp_path)
     made.registry.down = True
     try:

@@ -15,7 +15,7 @@ import pytest
 
 from runtime.registry.consul import ConsulRegistry
 from runtime.registry.protocol import RegistryError
-from runtime.router.upstream import Limits, Upstream, UpstreamError
+from runtime.router.proxy.upstream import Limits, Upstream, UpstreamError
 from runtime.sockets import tcp_connector
 
 pytestmark = [

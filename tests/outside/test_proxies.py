@@ -15,7 +15,7 @@ from msgspec.structs import fields
 from requests.adapters import HTTPAdapter
 
 from runtime.contract.config import RouterConfig
-from runtime.router.plain import KEEP_ALIVE_S
+from runtime.router.front.fast_path import KEEP_ALIVE_S
 from runtime.wire.model_spec import ModelSpec
 from tests.cluster import Cluster, running, wait_until
 from tests.outside.nginx import Fronts, documented, in_front_of

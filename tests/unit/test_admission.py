@@ -7,9 +7,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from runtime.router.admission import MAX_ATTEMPTS, SUSPECT_S, Admission, Forward, Held
-from runtime.router.fairness import BACKGROUND, Wish
-from runtime.router.refusals import Refused
+from runtime.router.admission.decisions import MAX_ATTEMPTS, SUSPECT_S, Admission, Forward, Held
+from runtime.router.admission.fairness import BACKGROUND, Wish
+from runtime.router.admission.refusals import Refused
 from runtime.wire.routes import Endpoint, ModelRoute, RouteTable
 
 

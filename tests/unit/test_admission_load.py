@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from runtime.router.admission import SUSPECT_S, Admission, Forward, Held
-from runtime.router.fairness import Wish
+from runtime.router.admission.decisions import SUSPECT_S, Admission, Forward, Held
+from runtime.router.admission.fairness import Wish
 from runtime.wire.routes import Endpoint, ModelRoute, RouteTable
 
 

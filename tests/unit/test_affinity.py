@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runtime.router import affinity
-from runtime.router.affinity import SLACK, Affinity
+from runtime.router.admission import affinity
+from runtime.router.admission.affinity import SLACK, Affinity
 
 FOUR = ("a", "b", "c", "d")
 KEYS = st.integers(-(2**32), 2**32 - 1)

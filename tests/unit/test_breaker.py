@@ -7,8 +7,7 @@ import math
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runtime.router.admission import Admission, Forward, Held
-from runtime.router.breaker import (
+from runtime.router.admission.breaker import (
     FREE_RETRIES,
     MAX_REST_S,
     PROBE_S,
@@ -18,7 +17,8 @@ from runtime.router.breaker import (
     Breaker,
     RetryBudget,
 )
-from runtime.router.sketch import Sketch
+from runtime.router.admission.decisions import Admission, Forward, Held
+from runtime.router.admission.percentiles import Sketch
 from runtime.wire.routes import Endpoint, ModelRoute, RouteTable
 
 

@@ -1,6 +1,6 @@
 """What the router's list of models holds, beside what vLLM's own has."""
 
-from runtime.router.cards import card, listing
+from runtime.router.front.cards import card, listing
 from runtime.wire.routes import ModelRoute
 
 ROUTE = ModelRoute(

@@ -7,7 +7,7 @@ import pytest
 
 from runtime.engine import guard
 from runtime.engine.guard import Guard, Keys, refuse
-from runtime.router.paths import PLAIN_PATHS, ROOT_PATHS
+from runtime.router.call.paths import PLAIN_PATHS, ROOT_PATHS
 
 KEYS = Keys(b"route-secret", b"control-secret")
 ROUTE, CONTROL = b"Bearer route-secret", b"Bearer control-secret"

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runtime.router.admission import Admission, Forward, Held
-from runtime.router.fairness import BACKGROUND, FairQueue, Wish
-from runtime.router.refusals import Refused
+from runtime.router.admission.decisions import Admission, Forward, Held
+from runtime.router.admission.fairness import BACKGROUND, FairQueue, Wish
+from runtime.router.admission.refusals import Refused
 from runtime.wire.routes import Endpoint, ModelRoute, RouteTable
 
 

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from runtime.outside import OutsideError
-from runtime.router.body import takes_form
-from runtime.router.errors import ApiError
-from runtime.router.forms import PARTS, Data, FormReader, Part, read_form
+from runtime.router.call.body import takes_form
+from runtime.router.call.errors import ApiError
+from runtime.router.call.multipart import PARTS, Data, FormReader, Part, read_form
 
 KIND = "multipart/form-data; boundary=XB"
 MODEL = b'Content-Disposition: form-data; name="model"'

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from runtime.router.forwarded import Forwarded
+from runtime.router.callers.forwarded import Forwarded
 
 TRUSTED = ("127.0.0.1", "10.0.0.0/8", "fd00::/8")
 

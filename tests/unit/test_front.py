@@ -9,12 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from runtime.router.call import Call
-from runtime.router.errors import ApiError
-from runtime.router.front import Front
-from runtime.router.keys import Keys
-from runtime.router.memory import Memory
-from runtime.router.plain import BEHIND_BYTES, PLAIN_BODY_BYTES
+from runtime.router.call.errors import ApiError
+from runtime.router.call.request import Call
+from runtime.router.callers.keys import Keys
+from runtime.router.callers.memory import Memory
+from runtime.router.front.connections import Front
+from runtime.router.front.fast_path import BEHIND_BYTES, PLAIN_BODY_BYTES
 
 CHAT = b"/v1/chat/completions"
 JSON = b"Content-Type: application/json\r\n"

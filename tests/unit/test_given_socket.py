@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from runtime import notify
-from runtime.router.listener import given_fd, listen, worker_environ
+from runtime.router.control.listener import given_fd, listen, worker_environ
 
 
 def test_a_given_socket_is_served_and_no_other_is_opened(monkeypatch: pytest.MonkeyPatch) -> None:

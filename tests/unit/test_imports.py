@@ -35,12 +35,12 @@ IMPURE_CALLS = {
 WIRE = "runtime/wire/"
 # module -> the only file that may import it
 ONE_IMPORTER = {
-    "python_multipart": "runtime/router/forms.py",
+    "python_multipart": "runtime/router/call/multipart.py",
     "pynvml": "agent/devices/nvml.py",
     "consul": "runtime/registry/consul.py",
     "huggingface_hub": "agent/cache/hub.py",
     "boto3": "agent/cache/s3.py",
-    "opentelemetry": "runtime/router/tracing.py",
+    "opentelemetry": "runtime/router/observe/tracing.py",
 }
 
 
@@ -133,7 +133,7 @@ def test_the_one_importers_do_import() -> None:
         ("runtime/wire/names.py", "from runtime.contract.schema import check"),
         ("runtime/wire/names.py", "from .. import places"),
         ("runtime/contract/spec_file.py", "import scheduler.core.decisions"),
-        ("runtime/router/api.py", "def f():\n    from agent import core"),
+        ("runtime/router/front/api.py", "def f():\n    from agent import core"),
         ("scheduler/admin/api.py", "from agent.core.state_machine import AgentCore"),
         ("agent/node.py", "from scheduler import views"),
         ("agent/node.py", "import cli.main"),
@@ -163,7 +163,7 @@ def test_a_planted_violation_is_found(path: str, source: str) -> None:
         ),
         ("scheduler/state/node.py", "from random import Random\nRandom('seed 1')"),
         ("runtime/outside.py", '"""Reads, and is not\n\nPure."""\nopen("x")'),
-        ("runtime/router/api.py", "from . import proxy\nfrom ..wire.names import Name"),
+        ("runtime/router/front/api.py", "from . import proxy\nfrom ..wire.names import Name"),
         ("agent/devices/nvml.py", "import pynvml"),
         ("runtime/registry/open.py", "from runtime.registry.consul import ConsulRegistry"),
         ("cli/main.py", "from agent.driver import run_agent\nimport scheduler.driver"),

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from runtime.router.jobs import batch_rows, file_rows, held_rows, hook_rows, job_rows
-from runtime.router.jobs.batch_rows import BatchRow, LineRow
-from runtime.router.jobs.file_rows import CHUNK_BYTES, ERROR, OK, FileRow
-from runtime.router.jobs.store import ShareFull, Store, StoreError, StoreFull, used_bytes
-from runtime.router.jobs.tenants import Owner
+from runtime.router.jobs.store import batch_rows, file_rows, held_rows, hook_rows, job_rows
+from runtime.router.jobs.store.batch_rows import BatchRow, LineRow
+from runtime.router.jobs.store.database import ShareFull, Store, StoreError, StoreFull, used_bytes
+from runtime.router.jobs.store.file_rows import CHUNK_BYTES, ERROR, OK, FileRow
+from runtime.router.jobs.store.tenants import Owner
 
 ROOT = Path(__file__).parents[2]
 NOW = 1000.0

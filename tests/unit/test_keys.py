@@ -21,9 +21,9 @@ from runtime.contract.access import (
     opens,
     token_id,
 )
-from runtime.router.call import ANONYMOUS
-from runtime.router.errors import ApiError
-from runtime.router.keys import Keys, given_token, may, rate_headers, sees
+from runtime.router.call.errors import ApiError
+from runtime.router.call.request import ANONYMOUS
+from runtime.router.callers.keys import Keys, given_token, may, rate_headers, sees
 from scheduler.usage import LIVE_S, BootUsage, Usage
 
 TOKEN = KEY_PREFIX + "aaaaaaaaaa-" + "s" * 43

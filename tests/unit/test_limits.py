@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from runtime.contract.access import Limits, Used
-from runtime.router.limits import Account, GpuShare
+from runtime.router.admission.key_limits import Account, GpuShare
 
 
 def account(**limits: float) -> Account:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from runtime.router.local import Local
+from runtime.router.callers.local import Local
 
 
 def problem(*allowed: str, host: str = "127.0.0.1:8080", **headers: str) -> str | None:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runtime.router.microbatch import merged, part_of, shares, split
+from runtime.router.proxy.batch_bodies import merged, part_of, shares, split
 from runtime.wire.model_spec import Batching
 
 EMBED, COMPLETE = "/v1/embeddings", "/v1/completions"

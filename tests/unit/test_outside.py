@@ -11,10 +11,10 @@ from msgspec import Raw, Struct
 
 from runtime import outside
 from runtime.outside import NAME_BYTES, OutsideError
-from runtime.router.body import Head, invocation, read_head, with_model
-from runtime.router.errors import ApiError
+from runtime.router.call.body import Head, invocation, read_head, with_model
+from runtime.router.call.errors import ApiError
 from runtime.router.jobs.lines import Problem, read_line
-from runtime.router.microbatch import part_of
+from runtime.router.proxy.batch_bodies import part_of
 from runtime.wire.agent_messages import Heartbeat
 from runtime.wire.model_spec import Batching
 

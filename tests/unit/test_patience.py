@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from runtime.router.patience import patience
+from runtime.router.callers.caller_timeout import patience
 
 
 @pytest.mark.parametrize(

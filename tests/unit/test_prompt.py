@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runtime.router.body import Head, read_head
-from runtime.router.prompt import keys_of, taken_tokens, tokens_of
-from runtime.router.usage import NOTHING, Usage
+from runtime.router.call.body import Head, read_head
+from runtime.router.call.prompt import keys_of, taken_tokens, tokens_of
+from runtime.router.call.token_meter import NOTHING, Usage
 
 CHAT = "/v1/chat/completions"
 

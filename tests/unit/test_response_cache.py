@@ -5,8 +5,8 @@ from __future__ import annotations
 import msgspec
 import pytest
 
-from runtime.router.body import read_head
-from runtime.router.response_cache import ENTRY_BYTES, Kept, ResponseCache, Wanted, wanted
+from runtime.router.call.body import read_head
+from runtime.router.proxy.response_cache import ENTRY_BYTES, Kept, ResponseCache, Wanted, wanted
 from runtime.wire.routes import CacheRule
 
 RULE = CacheRule(ttl_s=60.0, shared=False, revision="r1")

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from runtime.router import siblings
-from runtime.router.siblings import Siblings, socket_folder
+from runtime.router.control import other_workers
+from runtime.router.control.other_workers import Siblings, socket_folder
 
 DEEP = "d" * 146
 
 
 def test_a_short_state_dir_holds_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(siblings, "_PATH_BYTES", 4096)
+    monkeypatch.setattr(other_workers, "_PATH_BYTES", 4096)
     assert socket_folder(tmp_path) == tmp_path
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from runtime.router.body import Head
-from runtime.router.errors import ApiError
-from runtime.router.stored import Made, Stored, id_in
+from runtime.router.call.body import Head
+from runtime.router.call.errors import ApiError
+from runtime.router.call.made_responses import Made, Stored, id_in
 
 
 def made(tenant: str, replica_id: str = "r1") -> Made:

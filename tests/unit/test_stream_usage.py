@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runtime.router.body import read_head
-from runtime.router.stream_usage import HELD_BYTES, Strip, asking
-from runtime.router.usage import Meter
+from runtime.router.call.body import read_head
+from runtime.router.call.stream_usage import HELD_BYTES, Strip, asking
+from runtime.router.call.token_meter import Meter
 
 CHAT = "/v1/chat/completions"
 WORD = b'data: {"choices":[{"delta":{"content":"\\"usage\\": 1"}}]}\n\n'

@@ -7,11 +7,11 @@ import sys
 
 import pytest
 
-from runtime.router.access_log import trace_id_of
-from runtime.router.body import Head
-from runtime.router.call import Call
-from runtime.router.outcome import Outcome
-from runtime.router.tracing import Tracer, operation_of, traces_url
+from runtime.router.call.body import Head
+from runtime.router.call.outcome import Outcome
+from runtime.router.call.request import Call
+from runtime.router.observe.access_log import trace_id_of
+from runtime.router.observe.tracing import Tracer, operation_of, traces_url
 
 
 @pytest.mark.parametrize(
@@ -74,5 +74,5 @@ def test_a_router_without_tracing_imports_nothing_of_it() -> None:
 
 
 def test_without_the_package_the_error_names_the_extra() -> None:
-    code = "import sys; sys.modules['opentelemetry'] = None; import runtime.router.tracing"
+    code = "import sys; sys.modules['opentelemetry'] = None; import runtime.router.observe.tracing"
     assert "pip install 'stoker-serve[tracing]'" in run(code).stderr

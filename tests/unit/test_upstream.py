@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from runtime.router.upstream import (
+from runtime.router.proxy.upstream import (
     BUFFER_BYTES,
     Limits,
     Reply,

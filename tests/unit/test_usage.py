@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runtime.router.usage import JSON_BYTES, NOTHING, STREAM_BYTES, Meter, Usage
+from runtime.router.call.token_meter import JSON_BYTES, NOTHING, STREAM_BYTES, Meter, Usage
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 MESSAGES, RESPONSES = "/v1/messages", "/v1/responses"

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from runtime.contract.route_rules import LEAST, with_share
-from runtime.router import refusals
-from runtime.router.versions import FALLS_BACK, Versions, Way
+from runtime.router.admission import refusals
+from runtime.router.admission.route_choice import FALLS_BACK, Versions, Way
 from runtime.wire.routes import Mirror, ModelRoute, RouteRule, RouteTarget, TargetCounts
 
 KEYS = [f"user-{n}" for n in range(2000)]

@@ -1,5 +1,5 @@
 """The stub's routes of the two other protocols that vLLM speaks: Anthropic's Messages and OpenAI's
-Responses. The answers are those of `stub_api.py`; here they get their protocol's shape.
+Responses. The answers are those of `api.py`; here they get their protocol's shape.
 
 Rule this file keeps: the events of a stream come in the order and with the names of vLLM 0.32.
 """

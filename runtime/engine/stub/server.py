@@ -166,7 +166,7 @@ def _die(last_words: str) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line; serves until a signal ends it."""
-    parser = argparse.ArgumentParser(prog="stub.py", description=__doc__)
+    parser = argparse.ArgumentParser(prog="runtime.engine.stub.server", description=__doc__)
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--names", nargs="+", required=True, help="the model's name and aliases")

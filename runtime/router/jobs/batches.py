@@ -13,20 +13,21 @@ import time
 from collections import Counter
 from collections.abc import Callable
 
-from runtime.router.call import Caller
-from runtime.router.errors import ApiError
-from runtime.router.fairness import BACKGROUND
-from runtime.router.jobs import batch_rows, file_rows, lines
-from runtime.router.jobs.batch_rows import BatchRow, LineRow
-from runtime.router.jobs.file_rows import ERROR, OK
+from runtime.router.admission.fairness import BACKGROUND
+from runtime.router.call.errors import ApiError
+from runtime.router.call.request import Caller
+from runtime.router.jobs import lines
 from runtime.router.jobs.lines import Line, Problem
 from runtime.router.jobs.metrics import JobMetrics
 from runtime.router.jobs.plan import Item, Key, Plan
 from runtime.router.jobs.send import Sender, Sent, send
-from runtime.router.jobs.store import Store, StoreError
-from runtime.router.jobs.tenants import Turns
+from runtime.router.jobs.store import batch_rows, file_rows
+from runtime.router.jobs.store.batch_rows import BatchRow, LineRow
+from runtime.router.jobs.store.database import Store, StoreError
+from runtime.router.jobs.store.file_rows import ERROR, OK
+from runtime.router.jobs.store.tenants import Turns
 from runtime.router.jobs.validate import validate
-from runtime.router.proxy import Proxy
+from runtime.router.proxy.serving import Proxy
 
 log = logging.getLogger("stoker.router.jobs")
 

@@ -9,14 +9,14 @@ import logging
 import time
 from collections.abc import Callable, Iterable
 
-from runtime.router.call import Caller
-from runtime.router.jobs import job_rows
-from runtime.router.jobs.job_rows import JobRow
+from runtime.router.call.request import Caller
 from runtime.router.jobs.metrics import JobMetrics
 from runtime.router.jobs.plan import Item, Plan
 from runtime.router.jobs.send import Sender, Sent, send
-from runtime.router.jobs.store import Store
-from runtime.router.proxy import Proxy
+from runtime.router.jobs.store import job_rows
+from runtime.router.jobs.store.database import Store
+from runtime.router.jobs.store.job_rows import JobRow
+from runtime.router.proxy.serving import Proxy
 
 log = logging.getLogger("stoker.router.jobs")
 

@@ -15,9 +15,9 @@ import msgspec
 
 from runtime import outside
 from runtime.outside import OutsideError
-from runtime.router.body import read_head
-from runtime.router.errors import ApiError
-from runtime.router.jobs.shapes import json_or_text
+from runtime.router.call.body import read_head
+from runtime.router.call.errors import ApiError
+from runtime.router.jobs.store.shapes import json_or_text
 
 ENDPOINTS = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/responses")
 MAX_LINES = 50_000  # as OpenAI

@@ -12,14 +12,14 @@ import time
 from collections.abc import Awaitable, Callable, Iterable
 from typing import NamedTuple
 
-from runtime.router.body import read_head
-from runtime.router.call import Call, Caller
-from runtime.router.client import MAX_ANSWER_BYTES, Collected
-from runtime.router.errors import ApiError
+from runtime.router.call.body import read_head
+from runtime.router.call.errors import ApiError
+from runtime.router.call.request import Call, Caller
 from runtime.router.jobs.plan import Item, Key, Plan, Verdict
-from runtime.router.jobs.store import StoreError
-from runtime.router.proxy import Proxy
-from runtime.router.upstream import Headers
+from runtime.router.jobs.store.database import StoreError
+from runtime.router.proxy.responder import MAX_ANSWER_BYTES, Collected
+from runtime.router.proxy.serving import Proxy
+from runtime.router.proxy.upstream import Headers
 
 log = logging.getLogger("stoker.router.jobs")
 

@@ -21,16 +21,17 @@ from aiohttp import web
 
 from runtime.contract.config import Config
 from runtime.contract.schema import SchemaError
-from runtime.router.jobs import batch_rows, file_rows, job_rows, signing
-from runtime.router.jobs.batch_handlers import BatchHandlers
+from runtime.router.jobs import signing
 from runtime.router.jobs.batches import Batches
-from runtime.router.jobs.file_handlers import FileHandlers
+from runtime.router.jobs.handlers.batches import BatchHandlers
+from runtime.router.jobs.handlers.files import FileHandlers
+from runtime.router.jobs.handlers.jobs import JobHandlers
 from runtime.router.jobs.invokes import Invokes
-from runtime.router.jobs.job_handlers import JobHandlers
 from runtime.router.jobs.metrics import JobMetrics
-from runtime.router.jobs.store import Store, StoreError
+from runtime.router.jobs.store import batch_rows, file_rows, job_rows
+from runtime.router.jobs.store.database import Store, StoreError
 from runtime.router.jobs.webhooks import Webhooks
-from runtime.router.proxy import Proxy
+from runtime.router.proxy.serving import Proxy
 from runtime.wire.agent_messages import SpecProblem
 
 log = logging.getLogger("stoker.router.jobs")

@@ -12,10 +12,10 @@ import logging
 import time
 from collections.abc import AsyncIterator
 
-from runtime.router.jobs import batch_rows, file_rows
-from runtime.router.jobs.batch_rows import BatchRow, LineRow
 from runtime.router.jobs.lines import Check, Problem, Splitter
-from runtime.router.jobs.store import ShareFull, Store
+from runtime.router.jobs.store import batch_rows, file_rows
+from runtime.router.jobs.store.batch_rows import BatchRow, LineRow
+from runtime.router.jobs.store.database import ShareFull, Store
 
 log = logging.getLogger("stoker.router.jobs")
 

@@ -26,10 +26,11 @@ from tenacity import (
     wait_exponential_jitter,
 )
 
-from runtime.router.jobs import hook_rows, signing
-from runtime.router.jobs.hook_rows import HookRow
+from runtime.router.jobs import signing
 from runtime.router.jobs.metrics import JobMetrics
-from runtime.router.jobs.store import Store, StoreError
+from runtime.router.jobs.store import hook_rows
+from runtime.router.jobs.store.database import Store, StoreError
+from runtime.router.jobs.store.hook_rows import HookRow
 from runtime.sockets import tcp_connector
 
 log = logging.getLogger("stoker.router.jobs")

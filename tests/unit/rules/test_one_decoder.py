@@ -40,8 +40,8 @@ EXCEPTIONS = {
     "runtime/engine/stub/protocols.py": 1,  # an answer that it made itself
     "runtime/engine/vllm/arguments.py": 2,  # what the installed vLLM prints; a word is only tried
     "runtime/engine/vllm/preload.py": 1,  # from the agent that started it
-    "runtime/router/jobs/batch_rows.py": 1,  # a column that was written encoded
-    "runtime/router/workers.py": 1,  # from a worker that we started
+    "runtime/router/jobs/store/batch_rows.py": 1,  # a column that was written encoded
+    "runtime/router/control/workers.py": 1,  # from a worker that we started
     "scheduler/sim/traces.py": 1,  # the operator's trace
 }
 

@@ -8,7 +8,7 @@ import pytest
 
 from tests.unit.rules.product import sources, text
 
-PLACE = "runtime/router/error_shapes.py"
+PLACE = "runtime/router/call/error_shapes.py"
 # What error events, and the end of a stream, are made of.
 _WORDS = ("[DONE]", "event: error", '"error":', "'error':")
 # Of an object with these fields only, `error` is what a failed call is answered with.
@@ -45,7 +45,7 @@ def test_no_second_place_makes_errors(path: str) -> None:
 
 # Texts that tell of errors without being one.
 EXCEPTIONS = {
-    "runtime/router/openapi.py": 2,  # the document's schemas of an error, one a protocol
+    "runtime/router/front/openapi.py": 2,  # the document's schemas of an error, one a protocol
 }
 
 

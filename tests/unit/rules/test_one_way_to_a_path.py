@@ -45,7 +45,7 @@ ALLOWED: dict[str, tuple[set[str], str]] = {
     "cli/showcase.py": ({"folder / name"}, "names of the demo's own models"),
     "cli/stack.py": ({"logs / f'{name}.log'"}, "names of the parts"),
     "runtime/engine/vllm/engine.py": ({"folder / f'.runtime-{os.getpid()}'"}, "a number"),
-    "runtime/router/siblings.py": (
+    "runtime/router/control/other_workers.py": (
         {"folder / f'router-{index}.sock'", "folder / f'router-{n}.sock'"}, "numbers",
     ),
     "runtime/checkpoints/tiny_models.py": ({"target / file"}, "literals in a loop"),

@@ -40,12 +40,12 @@ ALLOWED: dict[str, tuple[set[str], str]] = {
          "f'{self._url}{path} answered something else than the admin API does: {error}'"},
         "every path is a literal or made by `places.url`; the second is a message",
     ),
-    "runtime/router/error_shapes.py": ({"'/v1/' + tail"}, "compared with our own paths"),
-    "runtime/router/openapi.py": (
+    "runtime/router/call/error_shapes.py": ({"'/v1/' + tail"}, "compared with our own paths"),
+    "runtime/router/front/openapi.py": (
         {"f'/models/{{model}}/v1{tail}'", "'/v1' + tail", "f'/v1{tail}'"},
         "a document of our own paths: nothing is sent there",
     ),
-    "runtime/router/api.py": (
+    "runtime/router/front/api.py": (
         {"f\"/models/{{model:.+?}}{{path:{'|'.join(map(re.escape, V1_PATHS))}}}\""},
         "a pattern that requests are matched by: nothing is sent there",
     ),

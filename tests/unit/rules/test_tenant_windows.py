@@ -21,14 +21,14 @@ QUEUES = frozenset(
 
 # file: what it makes, and why that is fair. "tenants": a window, a turn or a cap of each tenant.
 KNOWN = {
-    "runtime/router/fairness.py": "tenants: lanes by tenant; the heap is of deadlines alone",
-    "runtime/router/admission.py": "tenants: FairQueue",
+    "runtime/router/admission/fairness.py": "tenants: lanes by tenant; a heap of deadlines",
+    "runtime/router/admission/decisions.py": "tenants: FairQueue",
     "runtime/router/jobs/plan.py": "tenants: lanes by tenant, which take turns",
     "runtime/router/jobs/batches.py": "tenants: Plan; validation by Turns",
     "runtime/router/jobs/invokes.py": "tenants: Plan",
     "runtime/router/jobs/webhooks.py": "tenants: turns of each tenant before the common ones",
-    "runtime/router/access_log.py": "no work: lines for the disk",
-    "runtime/router/upstream.py": "no work: idle connections to engines",
+    "runtime/router/observe/access_log.py": "no work: lines for the disk",
+    "runtime/router/proxy/upstream.py": "no work: idle connections to engines",
     "scheduler/audit.py": "no work of tenants: entries of the trail",
     "scheduler/driver.py": "no work of tenants: commands for a node",
     "scheduler/state/cluster.py": "no work: what was decided",

@@ -1,0 +1,62 @@
+"""What became of one call: filled in as it goes, then told to who counts, logs, traces, charges."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from runtime.router.call.request import Call
+from runtime.router.call.token_meter import NOTHING, Meter, Usage
+from runtime.wire.routes import ModelRoute
+
+if TYPE_CHECKING:  # it needs packages that need not be there
+    from runtime.router.observe.tracing import Trace
+
+HUNG_UP = 499  # the caller did not wait for its answer
+BROKEN_OFF = "broken_off"  # the error of an answer that ended in its middle
+
+
+class Outcome:
+    """Times are in seconds from the call's arrival, which was at `began_at` of the loop's clock.
+
+    `model` is the route's name ("": no such model), `rung` how warm it was when the call arrived.
+    `held_s` is what it waited for a replica, `ttft_s` when the first byte of a body came (None:
+    none did), `error` says in a word why it did not go well. `usage` is there at the end.
+    """
+
+    __slots__ = (
+        "began_at", "cached", "call", "error", "held_s", "meter", "model", "replica_id", "rung",
+        "status", "total_s", "trace", "ttft_s", "usage",
+    )  # fmt: skip
+
+    def __init__(self, call: Call, route: ModelRoute | None, now: float) -> None:
+        self.call = call
+        self.began_at = now
+        self.model = route.name if route else ""
+        self.rung = route.warmth if route else ""
+        self.status = HUNG_UP
+        self.replica_id = ""
+        self.cached = False  # answered from the cache
+        self.held_s = 0.0
+        self.ttft_s: float | None = None
+        self.total_s = 0.0
+        self.error = ""
+        self.meter: Meter | None = None  # of the answer of the replica tried last
+        self.usage: Usage = NOTHING
+        self.trace: Trace | None = None
+
+    def end(self, now: float) -> None:
+        """No more will come."""
+        self.total_s = now - self.began_at
+        if self.status == HUNG_UP:
+            self.error = "hung_up"
+        if self.meter is not None:
+            self.usage = self.meter.usage(self.call.path)
+
+    @property
+    def size_bytes(self) -> int:
+        """Of the body that the engine sent."""
+        return self.meter.size if self.meter is not None else 0
+
+
+Observer = Callable[[Outcome], None]

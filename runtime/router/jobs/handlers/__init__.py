@@ -1,0 +1,3 @@
+"""The HTTP face of jobs, batches and files.
+
+It may import every other folder of jobs."""

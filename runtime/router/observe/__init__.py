@@ -1,0 +1,3 @@
+"""What is counted, logged and traced of a call.
+
+It imports callers, call and admission."""
