@@ -28,7 +28,7 @@ async def observed(proxy: Proxy, settings: RouterConfig) -> AsyncIterator[None]:
         if settings.otlp_endpoint:
             from runtime.router.observe.tracing import Tracer
 
-            tracer = proxy.tracer = Tracer(settings.otlp_endpoint, settings.trace_sample)
+            tracer = proxy.means.tracer = Tracer(settings.otlp_endpoint, settings.trace_sample)
             stack.push_async_callback(asyncio.to_thread, tracer.close)
             _tell_routes(proxy.gate, tracer.routes)
         yield

@@ -176,7 +176,7 @@ async def test_a_failure_of_our_own(stack: Stack, monkeypatch: pytest.MonkeyPatc
     async def broken(*args: object) -> None:
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr("runtime.router.proxy.serving._Exchange.run", broken)
+    monkeypatch.setattr("runtime.router.proxy.exchange.Exchange.run", broken)
     async with stack.post(MESSAGES, {"model": "m"}) as response:
         body, request_id = await response.read(), response.headers["X-Request-ID"]
         assert response.status == 500
@@ -236,7 +236,7 @@ async def test_a_failure_of_our_own_ends_a_held_stream(
     async def broken(*args: object) -> None:
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr("runtime.router.proxy.serving._Exchange._relay", broken)
+    monkeypatch.setattr("runtime.router.proxy.exchange.Exchange._relay", broken)
     async with begun(stack, MESSAGES) as broken_off:
         await stack.serve("m", await stack.engine(unary()))
         request_id, got = await broken_off()

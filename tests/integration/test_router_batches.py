@@ -29,7 +29,7 @@ from runtime.router.front.api import Api
 from runtime.router.jobs import service
 from runtime.router.jobs.handlers import batches
 from runtime.router.jobs.store import file_rows
-from runtime.router.jobs.store.file_rows import FileRow
+from runtime.router.jobs.store.rows import FileRow
 from runtime.router.proxy.serving import Proxy
 from runtime.wire.routes import RouteTable
 

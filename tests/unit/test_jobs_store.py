@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 
 from runtime.router.jobs.store import batch_rows, file_rows, held_rows, hook_rows, job_rows
-from runtime.router.jobs.store.batch_rows import BatchRow, LineRow
 from runtime.router.jobs.store.database import ShareFull, Store, StoreError, StoreFull, used_bytes
-from runtime.router.jobs.store.file_rows import CHUNK_BYTES, ERROR, OK, FileRow
+from runtime.router.jobs.store.file_rows import CHUNK_BYTES, ERROR, OK
+from runtime.router.jobs.store.rows import BatchRow, FileRow, LineRow
 from runtime.router.jobs.store.tenants import Owner
 
 ROOT = Path(__file__).parents[2]

@@ -3,17 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from runtime.router.call.request import Call
 from runtime.router.call.token_meter import NOTHING, Meter, Usage
-from runtime.wire.routes import ModelRoute
-
-if TYPE_CHECKING:  # it needs packages that need not be there
-    from runtime.router.observe.tracing import Trace
+from runtime.wire.routes import Endpoint, ModelRoute
 
 HUNG_UP = 499  # the caller did not wait for its answer
 BROKEN_OFF = "broken_off"  # the error of an answer that ended in its middle
+NAME_CHARS = 256  # kept of the name of a model that does not exist
+
+
+class Trace(Protocol):
+    """Who is told of each step of one call (`observe/tracing.py`)."""
+
+    @property
+    def trace_id(self) -> str:
+        """32 hexadecimal digits."""
+
+    def hold(self, reason: str | None) -> None:
+        """Note that it waits for a replica from now on, and why, where that is known."""
+
+    def let_go(self) -> None:
+        """Note that it waits no more."""
+
+    def sent(self, lines: list[bytes], endpoint: Endpoint) -> list[bytes]:
+        """Note that it goes to a replica; the header lines to send for `lines`."""
+
+    def failed(self, reason: str) -> None:
+        """Note that the replica gave no answer."""
+
+    def end(self) -> None:
+        """Note that the call is over."""
 
 
 class Outcome:
@@ -60,3 +81,10 @@ class Outcome:
 
 
 Observer = Callable[[Outcome], None]
+
+
+class Tracer(Protocol):
+    """Who makes the trace of each call."""
+
+    def begin(self, outcome: Outcome) -> Trace:
+        """The trace of a call that has just arrived."""

@@ -28,15 +28,16 @@ from runtime.router.call import body as bodies
 from runtime.router.call.errors import ApiError, internal_error
 from runtime.router.call.paths import ROOT_PATHS, STREAMS, V1_PATHS, engine_target
 from runtime.router.call.request import ANONYMOUS, Call, Caller
+from runtime.router.call.request_ids import RequestIds
 from runtime.router.callers.keys import given_token, sees
 from runtime.router.control.other_workers import MADE, OWN, Siblings, is_sibling
 from runtime.router.front import cards
-from runtime.router.front.connections import RequestIds
 from runtime.router.front.cors import Cors
 from runtime.router.front.openapi import document, page
 from runtime.router.front.response_handlers import StoredHandlers
 from runtime.router.jobs.service import Jobs
 from runtime.router.observe.access_log import Line
+from runtime.router.proxy.exchange import meant
 from runtime.router.proxy.responder import CALLER, REQUEST_ID, AiohttpClient
 from runtime.router.proxy.serving import Proxy
 from runtime.wire.routes import ModelRoute, RouteTable
@@ -245,7 +246,8 @@ class Api:
         if not sees(request[CALLER], names):
             raise ApiError(403, "not_allowed", f"this API key may not use model {model!r}")
         if route is None:
-            message = f"there is no model {model!r}{self._proxy.meant(request[CALLER], model)}"
+            close = meant(self._proxy.gate, request[CALLER], model)
+            message = f"there is no model {model!r}{close}"
             raise ApiError(404, "model_not_found", message, param="model")
         return route
 

@@ -1,6 +1,7 @@
 """All client connections of one router: counted, limited, swept and drained.
 
-A connection begins as a `PlainConnection` and may be handed over to aiohttp's server (`fast_path.py`).
+A connection begins as a `PlainConnection` (`fast_path.py`) and may be handed over to aiohttp's
+server.
 
 Rule this file keeps: no timer per connection: one sweep a second looks at all of them.
 """
@@ -8,15 +9,15 @@ Rule this file keeps: no timer per connection: one sweep a second looks at all o
 from __future__ import annotations
 
 import asyncio
-import itertools
-import secrets
 from collections.abc import Callable
 
 from aiohttp import web
 
 from runtime.router.call.errors import ApiError
+from runtime.router.call.request_ids import RequestIds
+from runtime.router.call.whole_error import error_answer
 from runtime.router.front.aiohttp_server import OddConnection
-from runtime.router.front.fast_path import PLAIN_BODY_BYTES, PlainConnection, error_answer
+from runtime.router.front.fast_path import PLAIN_BODY_BYTES, PlainConnection
 from runtime.router.proxy.serving import Proxy
 
 SWEEP_S = 1.0
@@ -30,17 +31,6 @@ def _full() -> bytes:
 
 
 _FULL = _full()
-
-
-class RequestIds:
-    """32 hexadecimal digits, unique among all routers: 64 random bits a process and a count."""
-
-    def __init__(self) -> None:
-        self._prefix = secrets.token_hex(8)
-        self._count = itertools.count(secrets.randbits(48))
-
-    def __call__(self) -> str:
-        return f"{self._prefix}{next(self._count):016x}"
 
 
 class Front:

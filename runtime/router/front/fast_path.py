@@ -20,22 +20,23 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from http import HTTPStatus
-from typing import TYPE_CHECKING, cast
+from typing import Protocol, cast
 
 import httptools
+from aiohttp import web
 
 from runtime.outside import JSON_TYPE, is_json_type
 from runtime.router.call.body import read_head
 from runtime.router.call.errors import ApiError, internal_error
 from runtime.router.call.paths import PLAIN_PATHS, STREAMS
 from runtime.router.call.request import ANONYMOUS, Call
+from runtime.router.call.request_ids import RequestIds
+from runtime.router.call.whole_error import REASONS, error_answer
 from runtime.router.callers.keys import given_token
 from runtime.router.callers.local import FOREIGN
+from runtime.router.callers.memory import Memory
+from runtime.router.proxy.serving import Proxy
 from runtime.router.proxy.upstream import Headers, Reply
-
-if TYPE_CHECKING:
-    from runtime.router.front.connections import Front
 
 log = logging.getLogger("stoker.router")
 
@@ -45,7 +46,6 @@ PLAIN_HEADERS = 100  # aiohttp's own limit is 128
 BEHIND_BYTES = 64 * 1024
 KEEP_ALIVE_S = 75.0  # as nginx; longer than the pauses between a client's calls
 
-_REASONS = {status.value: status.phrase.encode() for status in HTTPStatus}
 _BODYLESS = (204, 304)
 # Headers that make a request no plain one: among them a browser's.
 _ODD = {
@@ -56,6 +56,26 @@ _JSON = JSON_TYPE.encode()
 _ID, _HOST, _AUTHORIZATION, _API_KEY = b"x-request-id", b"host", b"authorization", b"x-api-key"
 _LOOKED_AT = _ODD | FOREIGN | {_CONNECTION, _LENGTH, _TYPE, _ID, _HOST, _AUTHORIZATION, _API_KEY}
 _LENGTHS = {len(name) for name in _LOOKED_AT}
+
+
+class Front(Protocol):
+    """What all connections share (`connections.py`)."""
+
+    loop: asyncio.AbstractEventLoop
+    proxy: Proxy
+    memory: Memory
+    max_body_bytes: int
+    draining: bool
+    request_id: RequestIds
+
+    def opened(self, connection: PlainConnection) -> None:
+        """Count it, or turn it away."""
+
+    def hand_over(self, connection: PlainConnection) -> web.RequestHandler:
+        """Who serves it from now on."""
+
+    def forget(self, connection: PlainConnection) -> None:
+        """It is served elsewhere, or closed."""
 
 
 class PlainConnection(asyncio.Protocol):
@@ -317,7 +337,7 @@ class PlainConnection(asyncio.Protocol):
         """Kept until the first piece of the body: the two go out in one write."""
         self.begun = True
         framed = status in _BODYLESS
-        lines = [b"HTTP/1.1 %d %b" % (status, _REASONS.get(status, b""))]
+        lines = [b"HTTP/1.1 %d %b" % (status, REASONS.get(status, b""))]
         for name, value in headers:
             framed = framed or (len(name) == 14 and name.lower() == _LENGTH)
             lines.append(b"%b: %b" % (name, value))
@@ -406,18 +426,6 @@ def address_of(transport: asyncio.BaseTransport) -> str:
     """Who is at the other end; "": a Unix socket."""
     peer = transport.get_extra_info("peername")
     return peer[0] if isinstance(peer, tuple) else ""
-
-
-def error_answer(error: ApiError, target: str, request_id: str) -> bytes:
-    """A whole answer, headers and all, for a caller of the path `target`."""
-    body = error.body(target, request_id)
-    extra = "".join(f"{name}: {value}\r\n" for name, value in error.headers().items())
-    reason = _REASONS.get(error.status, b"").decode()
-    head = (
-        f"HTTP/1.1 {error.status} {reason}\r\nContent-Type: application/json; charset=utf-8\r\n"
-        f"Content-Length: {len(body)}\r\nX-Request-ID: {request_id}\r\n{extra}\r\n"
-    )
-    return head.encode() + body
 
 
 def _usable_id(value: bytes) -> str | None:

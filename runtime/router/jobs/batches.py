@@ -22,9 +22,9 @@ from runtime.router.jobs.metrics import JobMetrics
 from runtime.router.jobs.plan import Item, Key, Plan
 from runtime.router.jobs.send import Sender, Sent, send
 from runtime.router.jobs.store import batch_rows, file_rows
-from runtime.router.jobs.store.batch_rows import BatchRow, LineRow
 from runtime.router.jobs.store.database import Store, StoreError
 from runtime.router.jobs.store.file_rows import ERROR, OK
+from runtime.router.jobs.store.rows import BatchRow, LineRow
 from runtime.router.jobs.store.tenants import Turns
 from runtime.router.jobs.validate import validate
 from runtime.router.proxy.serving import Proxy

@@ -15,7 +15,7 @@ from runtime.router.jobs.plan import Item, Plan
 from runtime.router.jobs.send import Sender, Sent, send
 from runtime.router.jobs.store import job_rows
 from runtime.router.jobs.store.database import Store
-from runtime.router.jobs.store.job_rows import JobRow
+from runtime.router.jobs.store.rows import JobRow
 from runtime.router.proxy.serving import Proxy
 
 log = logging.getLogger("stoker.router.jobs")

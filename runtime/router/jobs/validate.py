@@ -14,8 +14,8 @@ from collections.abc import AsyncIterator
 
 from runtime.router.jobs.lines import Check, Problem, Splitter
 from runtime.router.jobs.store import batch_rows, file_rows
-from runtime.router.jobs.store.batch_rows import BatchRow, LineRow
 from runtime.router.jobs.store.database import ShareFull, Store
+from runtime.router.jobs.store.rows import BatchRow, LineRow
 
 log = logging.getLogger("stoker.router.jobs")
 

@@ -23,14 +23,13 @@ from datetime import UTC, datetime
 import msgspec
 from msgspec import Struct
 
-from runtime.router.call.outcome import Outcome
+from runtime.router.call.outcome import NAME_CHARS, Outcome
 
 log = logging.getLogger("stoker.router")
 
 STDOUT = "-"
 FLUSH_S = 1.0
 KEPT_LINES = 65536  # that wait for the disk, of about 400 bytes
-NAME_CHARS = 256  # of a model that does not exist
 
 _TRACEPARENT = re.compile(rb"[0-9a-f]{2}-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}")
 

@@ -11,8 +11,9 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from itertools import accumulate
+from typing import Protocol
 
 from prometheus_client import CollectorRegistry, Metric, generate_latest
 from prometheus_client.core import (
@@ -24,7 +25,6 @@ from prometheus_client.registry import Collector
 
 from runtime.router.admission.gate import Gate
 from runtime.router.call.outcome import Outcome
-from runtime.router.proxy.response_cache import ResponseCache
 
 UNKNOWN = "_unknown"
 _TOKEN_SECONDS = (
@@ -94,10 +94,28 @@ class _Series:
                 self.estimated += usage.completion_tokens
 
 
+class Looks(Protocol):
+    """How often a model's answers were looked for among the kept ones."""
+
+    hits: int
+    misses: int
+
+
+class KeptAnswers(Protocol):
+    """What the cache of answers says of itself."""
+
+    evicted: int
+    size_bytes: int
+
+    @property
+    def counts(self) -> Mapping[str, Looks]:
+        """By model."""
+
+
 class Metrics(Collector):
     """One router's counters; `status` 499 is a caller that hung up."""
 
-    def __init__(self, gate: Gate, cache: ResponseCache) -> None:
+    def __init__(self, gate: Gate, cache: KeptAnswers) -> None:
         self._gate = gate
         self._cache = cache
         self._series: defaultdict[tuple[str, str], _Series] = defaultdict(_Series)

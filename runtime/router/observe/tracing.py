@@ -15,9 +15,8 @@ from importlib.metadata import version as installed_version
 from typing import Any
 from urllib.parse import urlsplit
 
-from runtime.router.call.outcome import Outcome
+from runtime.router.call.outcome import NAME_CHARS, Outcome
 from runtime.router.call.request import Call
-from runtime.router.observe.access_log import NAME_CHARS
 from runtime.wire.routes import Endpoint, RouteTable
 
 try:

@@ -11,22 +11,23 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from runtime.router.call.body import read_head
 from runtime.router.call.errors import ApiError
 from runtime.router.call.request import Call, Caller
+from runtime.router.callers.memory import Memory
 from runtime.router.proxy.batch_bodies import Part, merged, part_of, split
-from runtime.router.proxy.responder import Collected
+from runtime.router.proxy.exchange import Exchange
+from runtime.router.proxy.responder import Client, Collected
 from runtime.wire.model_spec import Batching
-
-if TYPE_CHECKING:
-    from runtime.router.proxy.serving import Proxy
 
 log = logging.getLogger("stoker.router")
 
 _HEADERS = ((b"Content-Type", b"application/json"),)
+Carry = Callable[[Call, Client], Awaitable[Exchange]]
 _Key = tuple[str, str, tuple[tuple[str, bytes], ...], int]
 
 
@@ -47,11 +48,12 @@ class _Batch:
 
 
 class Batcher:
-    """One router's open batches."""
+    """One router's open batches. `carry` sends a request of the router's own."""
 
-    def __init__(self, proxy: Proxy) -> None:
-        self._proxy = proxy
-        self._loop = proxy.gate.loop
+    def __init__(self, loop: asyncio.AbstractEventLoop, memory: Memory, carry: Carry) -> None:
+        self._memory = memory
+        self._carry = carry
+        self._loop = loop
         self._open: dict[_Key, _Batch] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -115,9 +117,9 @@ class Batcher:
             f"{first.request_id}-batch", first.model, first.path, _HEADERS, body, False,
             read_head(body), caller,
         )  # fmt: skip
-        client = Collected(self._proxy.memory)
+        client = Collected(self._memory)
         try:
-            taken = await self._proxy.carry(together, client)
+            taken = await self._carry(together, client)
         finally:
             client.close()
         alone: list[Answer | None] = [None] * len(calls)

@@ -14,10 +14,11 @@ import asyncio
 import contextlib
 import dataclasses
 import logging
+from collections.abc import Awaitable, Callable
 from random import random
-from typing import TYPE_CHECKING
 
 from runtime.router.admission.fairness import BACKGROUND
+from runtime.router.admission.gate import Gate
 from runtime.router.admission.route_choice import FALLS_BACK, Attempt, Way
 from runtime.router.call.body import with_model
 from runtime.router.call.errors import ApiError
@@ -27,21 +28,21 @@ from runtime.router.call.request import Call, Caller
 from runtime.router.proxy.responder import Client
 from runtime.router.proxy.upstream import Headers, Reply
 
-if TYPE_CHECKING:
-    from runtime.router.proxy.serving import Proxy
-
 log = logging.getLogger("stoker.router")
+
+Serve = Callable[[Call, Client], Awaitable[None]]  # raises ApiError
 
 MIRRORS_AT_ONCE = 32
 MIRROR_BODY_BYTES = 1024 * 1024
 
 
 class Routed:
-    """Takes calls by route to `proxy`, once for each model that is tried."""
+    """Takes calls by route to `serve`, once for each model that is tried."""
 
-    def __init__(self, proxy: Proxy) -> None:
-        self._proxy = proxy
-        self._versions = proxy.gate.versions
+    def __init__(self, gate: Gate, serve: Serve) -> None:
+        self._serve = serve
+        self._loop = gate.loop
+        self._versions = gate.versions
         self._mirrors: set[asyncio.Task[None]] = set()
 
     async def serve(self, way: Way, call: Call, client: Client) -> None:
@@ -66,7 +67,7 @@ class Routed:
         for model in chain:
             tried = self._for(way, model, call, again=first is not None, spare=len(chain) > 1)
             try:
-                await self._proxy.serve(tried, client)
+                await self._serve(tried, client)
                 return None
             except ApiError as error:
                 first = first or error
@@ -106,7 +107,7 @@ class Routed:
         if len(self._mirrors) >= MIRRORS_AT_ONCE or len(call.body) > MIRROR_BODY_BYTES:
             self._versions.mirrors_dropped[way.route] += 1
             return
-        task = self._proxy.gate.loop.create_task(self._shadow(way, model, call))
+        task = self._loop.create_task(self._shadow(way, model, call))
         self._mirrors.add(task)
         task.add_done_callback(self._mirrors.discard)
 
@@ -116,7 +117,7 @@ class Routed:
             copy = self._for(way, model, call, again=False, spare=False)
             copy.request_id += "-mirror"
             copy.caller = Caller(call.caller.tenant, priority=BACKGROUND)
-            await self._proxy.serve(copy, _Nobody())
+            await self._serve(copy, _Nobody())
         except ApiError as error:
             log.info("request %s-mirror: %s", call.request_id, error)
         except Exception:

@@ -23,7 +23,7 @@ KNOWN = {
     "runtime/router/jobs/send.py": "Memory.taken for the body, Collected for the answer",
     "runtime/router/jobs/handlers/upload.py": "Memory.taken, for FLUSH_BYTES and a piece",
     "runtime/router/jobs/handlers/requests.py": "at most MAX_BODY_BYTES, 64 KiB",
-    "runtime/router/proxy/serving.py": "Recorder keeps ENTRY_BYTES at most, of the cache's bound",
+    "runtime/router/proxy/exchange.py": "Recorder keeps ENTRY_BYTES at most, of the cache's bound",
 }
 
 

@@ -38,6 +38,7 @@ from runtime.router.jobs.invokes import WINDOW_S
 from runtime.router.jobs.lines import ENDPOINTS
 from runtime.router.jobs.store import batch_rows, shapes
 from runtime.router.jobs.store.database import Store
+from runtime.router.jobs.store.rows import BatchRow
 from runtime.router.jobs.store.tenants import Owner
 
 WEBHOOK_KEY = "webhook"  # of a batch's metadata
@@ -140,7 +141,7 @@ class BatchHandlers:
         self._wake()
         return shown(shapes.batch_object(row))
 
-    async def _find_batch(self, owner: Owner, batch_id: str) -> batch_rows.BatchRow:
+    async def _find_batch(self, owner: Owner, batch_id: str) -> BatchRow:
         row = await self._store.read(batch_rows.get, owner, batch_id)
         if row is None:
             raise not_found("batch", batch_id)

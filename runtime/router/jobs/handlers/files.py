@@ -25,7 +25,7 @@ from runtime.router.jobs.handlers.requests import (
 )
 from runtime.router.jobs.store import file_rows, shapes
 from runtime.router.jobs.store.database import Store
-from runtime.router.jobs.store.file_rows import FileRow
+from runtime.router.jobs.store.rows import FileRow
 from runtime.router.jobs.store.tenants import Owner
 
 _FILES_MAX = 10_000

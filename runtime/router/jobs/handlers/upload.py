@@ -20,7 +20,7 @@ from runtime.router.call.errors import ApiError
 from runtime.router.call.multipart import FORM_TYPE, FormReader, Part
 from runtime.router.jobs.store import file_rows
 from runtime.router.jobs.store.database import Store
-from runtime.router.jobs.store.file_rows import FileRow
+from runtime.router.jobs.store.rows import FileRow
 from runtime.router.jobs.store.tenants import Owner
 
 FLUSH_BYTES = 16 * file_rows.CHUNK_BYTES

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import msgspec
 
 from runtime.router.jobs.store import file_rows, hook_rows, shapes
 from runtime.router.jobs.store.file_rows import ERROR, OK
+from runtime.router.jobs.store.rows import BatchRow, FileRow, LineRow
 from runtime.router.jobs.store.tenants import Owner, oldest_of_each
 
 PER_TENANT = 4  # batches of one tenant that are worked on at a time, the oldest first
@@ -26,45 +26,9 @@ _COLUMNS = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class BatchRow:
-    """One batch. `stamps`: when it entered which status; `input` is its file's seq."""
-
-    seq: int
-    id: str
-    tenant: str
-    key_id: str | None
-    endpoint: str
-    input: int
-    input_id: str
-    metadata: dict[str, str] | None
-    created_at: float
-    expires_at: float  # what has no result by then gets none
-    keep_s: float  # how long its output is kept
-    webhook: str | None
-    status: str
-    stamps: dict[str, float]
-    errors: list[dict[str, Any]] | None
-    total: int
-    completed: int
-    failed: int
-    output_id: str | None
-    error_id: str | None
-
-
-class LineRow(NamedTuple):
-    """One line: where it lies in the input file, and what is needed to send it."""
-
-    line: int
-    custom_id: str
-    model: str
-    start: int
-    size_bytes: int
-
-
 def insert(
     db: sqlite3.Connection, batch_id: str, tenant: str, key_id: str | None, endpoint: str,
-    file: file_rows.FileRow, metadata: dict[str, str] | None, now: float, window_s: float,
+    file: FileRow, metadata: dict[str, str] | None, now: float, window_s: float,
     keep_s: float, webhook: str | None,
 ) -> BatchRow | None:  # fmt: skip
     """A batch that waits for its validation; None where its file was deleted meanwhile."""

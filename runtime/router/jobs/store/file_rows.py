@@ -6,8 +6,8 @@ Rule this file keeps: a file is there for its tenant only, and only once it is w
 from __future__ import annotations
 
 import sqlite3
-from dataclasses import dataclass
 
+from runtime.router.jobs.store.rows import FileRow
 from runtime.router.jobs.store.tenants import Owner
 
 CHUNK_BYTES = 64 * 1024
@@ -18,23 +18,6 @@ OK, ERROR = 1, 2  # outcomes of a line; 0: it has none yet
 _COLUMNS = (
     "seq, id, tenant, filename, purpose, size_bytes, created_at, expires_at, batch, outcome, key_id"
 )
-
-
-@dataclass(frozen=True, slots=True)
-class FileRow:
-    """One file. `batch`: it is the output of that batch's lines with `outcome`."""
-
-    seq: int
-    id: str
-    tenant: str
-    filename: str
-    purpose: str
-    size_bytes: int
-    created_at: float
-    expires_at: float
-    batch: int | None = None
-    outcome: int | None = None
-    key_id: str | None = None  # of who uploaded it, or made its batch
 
 
 def begin(db: sqlite3.Connection, file_id: str, owner: Owner, now: float) -> int:

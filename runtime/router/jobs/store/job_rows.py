@@ -6,37 +6,15 @@ Rule this file keeps: a job ends once; an answer that comes after its end change
 from __future__ import annotations
 
 import sqlite3
-from dataclasses import dataclass
 
 from runtime.router.jobs.store import hook_rows, shapes
+from runtime.router.jobs.store.rows import JobRow
 from runtime.router.jobs.store.tenants import Owner, oldest_of_each
 
 _COLUMNS = (
     "seq, id, tenant, key_id, priority, model, path, created_at, deadline_at, webhook, status,"
     " started_at, ended_at, expires_at, code, waits_for"
 )
-
-
-@dataclass(frozen=True, slots=True)
-class JobRow:
-    """One job, without its body and its answer. `code` is the answer's HTTP status."""
-
-    seq: int
-    id: str
-    tenant: str
-    key_id: str | None
-    priority: int
-    model: str
-    path: str
-    created_at: float
-    deadline_at: float  # without an answer by then it has expired
-    webhook: str | None
-    status: str  # queued, running, completed, failed, cancelled or expired
-    started_at: float | None
-    ended_at: float | None
-    expires_at: float | None  # when its answer is forgotten
-    code: int | None
-    waits_for: str | None  # why it was put back last
 
 
 def insert(

@@ -7,17 +7,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import msgspec
 
 from runtime import outside
 from runtime.outside import OutsideError
-
-if TYPE_CHECKING:
-    from runtime.router.jobs.store.batch_rows import BatchRow
-    from runtime.router.jobs.store.file_rows import FileRow
-    from runtime.router.jobs.store.job_rows import JobRow
+from runtime.router.jobs.store.rows import BatchRow, FileRow, JobRow
 
 _STAMPS = (
     "in_progress", "finalizing", "completed", "failed", "expired", "cancelling", "cancelled",
