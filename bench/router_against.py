@@ -5,7 +5,8 @@
 CHECKOUT is a folder with an older tree (`git worktree add FOLDER COMMIT`). Both routers are
 processes of their own in front of one engine and take turns, a quarter of a second each: a shared
 machine changes its speed by a fifth from one second to the next, for both then. Each figure is the
-median of its turns; the ratio that counts is the median of the turns' own ratios.
+median of its turns; the ratio that counts is the median of the turns' own ratios. Two processes of
+the same code differ by a few percent for as long as they live, so all start again several times.
 """
 
 from __future__ import annotations
@@ -33,19 +34,27 @@ LIMIT = "<= 1.05"  # what a change may cost
 SIDES = ("before", "ours")
 TURN_S = 0.25
 
+Taken = dict[str, dict[str, list[float]]]  # by phase and side
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("checkout", type=Path, help="the older tree")
-    parser.add_argument("--rounds", type=int, default=120)
+    parser.add_argument("--starts", type=int, default=8, help="of both routers")
+    parser.add_argument("--turns", type=int, default=20, help="of each phase after each start")
     parser.add_argument("--kinds", nargs="+", choices=("open", "keys"), default=("open", "keys"))
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args()
     rows = []
     for kind in options.kinds:
-        with contextlib.ExitStack() as stack:
-            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="stoker-bench-")))
-            rows += compare(start(stack, folder, kind, options.checkout), kind, options.rounds)
+        taken: Taken = {phase.name: {side: [] for side in SIDES} for phase in PHASES}
+        for _ in range(options.starts):
+            with contextlib.ExitStack() as stack:
+                folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="stoker-")))
+                compare(start(stack, folder, kind, options.checkout), kind, options.turns, taken)
+        for phase in PHASES:
+            where = f"{kind}, {phase.name}"
+            rows.append(_row(where, taken[phase.name], per=_unit(phase.kind)))
     print(f"load average {os.getloadavg()[0]:.1f}, {os.cpu_count()} cores", file=sys.stderr)
     print_report("router_against", rows, options.json)
 
@@ -78,19 +87,15 @@ def cpu_ms(target: Target, phase: Phase, seconds: float, key: str) -> float:
     return spent / 1e6 / result["requests"]
 
 
-def compare(targets: dict[str, Target], kind: str, rounds: int) -> list[Row]:
-    """CPU a request (and a chunk) of every phase, in turns."""
+def compare(targets: dict[str, Target], kind: str, turns: int, taken: Taken) -> None:
+    """Add to `taken`: CPU ms a request, by phase and side."""
     key = "unused" if kind == "open" else KEY
     for target in targets.values():
         cpu_ms(target, UNARY, 2 * TURN_S, key)  # warm up
-    rows = []
     for phase in PHASES:
-        taken: dict[str, list[float]] = {side: [] for side in SIDES}
-        for turn in range(rounds):
+        for turn in range(turns):
             for side in SIDES if turn % 2 else reversed(SIDES):
-                taken[side].append(cpu_ms(targets[side], phase, TURN_S, key))
-        rows.append(_row(f"{kind}, {phase.name}", taken, per=_unit(phase.kind)))
-    return rows
+                taken[phase.name][side].append(cpu_ms(targets[side], phase, TURN_S, key))
 
 
 def _unit(kind: str) -> tuple[str, float]:
