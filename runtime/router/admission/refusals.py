@@ -29,10 +29,12 @@ class Refused(NamedTuple):
     final: bool = False
 
 
+NO_TABLE = "this router has not heard from the scheduler yet"
+
+
 def no_table(request_id: str) -> Refused:
-    """The router can't tell which models there are."""
-    message = "this router has not heard from the scheduler yet"
-    return Refused(request_id, 503, "no_routes", message, 1.0)
+    """Refuse while the router can't tell which models there are."""
+    return Refused(request_id, 503, "no_routes", NO_TABLE, 1.0)
 
 
 def unknown(request_id: str, model: str) -> Refused:

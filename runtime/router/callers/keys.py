@@ -103,8 +103,7 @@ class Keys:
         if ours is None and self.anonymous:
             return ANONYMOUS
         if self.table is None and (ours is not None or not self.anonymous):
-            message = "this router has not heard of any keys yet"
-            raise ApiError(503, "no_keys", message, retry_after_s=1.0)
+            raise _no_keys()
         if ours is None:
             sent = "what was sent is not an API key; " if token else ""
             raise _unauthorized(f"{sent}send an API key: Authorization: Bearer sk-stoker-…")
@@ -132,7 +131,7 @@ class Keys:
         if owner.key_id is None:
             return owner
         if self.table is None:
-            raise ApiError(503, "no_keys", "this router has not heard of any keys yet")
+            raise _no_keys()
         found = self._callers.get(owner.key_id)
         if found is None:
             raise _unauthorized("the API key that this was sent with has been revoked")
@@ -239,6 +238,11 @@ def sees(caller: Caller, names: Iterable[str]) -> bool:
         not s.models or any(fnmatchcase(n, p) for p in s.models for n in names)
         for s in caller.scopes
     )
+
+
+def _no_keys() -> ApiError:
+    message = "this router has not heard of any keys yet"
+    return ApiError(503, "no_keys", message, retry_after_s=1.0)
 
 
 def _unauthorized(message: str) -> ApiError:

@@ -24,6 +24,7 @@ from aiohttp import web
 
 from runtime import outside
 from runtime.leftovers import drop_packed
+from runtime.router.admission.refusals import NO_TABLE
 from runtime.router.call import body as bodies
 from runtime.router.call.errors import ApiError, internal_error
 from runtime.router.call.paths import ROOT_PATHS, STREAMS, V1_PATHS, engine_target
@@ -260,8 +261,7 @@ class Api:
     def _table(self) -> RouteTable:
         table = self._proxy.gate.table
         if table is None:
-            message = "this router has not heard from the scheduler yet"
-            raise ApiError(503, "no_routes", message, retry_after_s=1.0)
+            raise ApiError(503, "no_routes", NO_TABLE, retry_after_s=1.0)
         return table
 
     def _find(self, model: str) -> ModelRoute | None:
