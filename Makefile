@@ -13,9 +13,10 @@ TESTS = tests/unit tests/sim tests/contract tests/integration tests/hosts tests/
 TOOLS = debootstrap iproute2 systemd-container openssh-client curl wrk apache2-utils nginx-light
 PYTEST_FLAGS ?=
 VLLM_SOURCE ?=
+REVISION ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup up demo-stub test outside lint unit sim bench wheel lock clean
+.PHONY: help setup up demo-stub test outside lint unit sim bench house wheel lock clean
 
 help: ## This list.
 	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -62,6 +63,9 @@ sim: ## Random scenarios in virtual time, all rules checked. SCENARIOS=10000, SE
 
 bench: setup ## The benchmarks, one after the other.
 	@for file in bench/*.py; do echo "== $$file"; $(BIN)/python "$$file" || exit 1; done
+
+house: ## The floor plan in figures: folders, arrows, circles. REVISION=COMMIT: of an earlier one.
+	@$(BIN)/python scripts/house.py $(REVISION)
 
 wheel: ## dist/stoker_serve-….whl
 	scripts/setup.sh base

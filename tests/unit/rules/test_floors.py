@@ -1,5 +1,6 @@
 """Who stands above whom: a file imports from its own room and from floors below it, never up, and
 no files import each other in a circle. Imports for types alone and within functions count too.
+`make house` (scripts/house.py) prints the figures of it.
 
 A room is a folder of a part, or a file that stands in the part itself.
 """
@@ -7,11 +8,15 @@ A room is a folder of a part, or a file that stands in the part itself.
 from __future__ import annotations
 
 import ast
+import subprocess
 from collections.abc import Mapping
+from pathlib import Path
 
 import pytest
 
-from tests.unit.rules.product import sources, text
+from scripts import house as house_figures
+from scripts.house import arrows, circles, figures, room, work_tree
+from tests.unit.rules.product import PARTS, sources, text
 
 # folder -> its floors, the highest first; rooms of one floor don't know each other.
 HOUSES: Mapping[str, str] = {
@@ -73,34 +78,6 @@ def floors(house: str) -> dict[str, int]:
     return {room: number for number, rooms in enumerate(lines) for room in rooms}
 
 
-def imported(path: str, source: str, files: frozenset[str]) -> set[str]:
-    """The files among `files` that a file imports."""
-    found = set()
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Import):
-            names = [name.name for name in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            assert not node.level, f"{path}: imports are absolute"
-            module = node.module or ""
-            names = [module, *(f"{module}.{name.name}" for name in node.names)]
-        else:
-            continue
-        paths = (name.replace(".", "/") for name in names)
-        found |= {file for p in paths for file in (f"{p}.py", f"{p}/__init__.py") if file in files}
-    return found
-
-
-def room(house: str, path: str) -> str:
-    """Of `agent/core/replica.py` in agent: core; of `agent/node.py`: node."""
-    return path.removeprefix(house + "/").split("/")[0].removesuffix(".py")
-
-
-def arrows(files: Mapping[str, str]) -> dict[str, set[str]]:
-    """Which files of one part each of them imports; `files` are path -> source."""
-    known = frozenset(files)
-    return {path: imported(path, source, known) - {path} for path, source in files.items()}
-
-
 def arrows_up(house: str, files: Mapping[str, str]) -> list[str]:
     """Every import that breaks the order of the floors, in words."""
     order = floors(house)
@@ -116,14 +93,7 @@ def arrows_up(house: str, files: Mapping[str, str]) -> list[str]:
 
 def in_circles(files: Mapping[str, str]) -> set[str]:
     """The files that import themselves, by way of others."""
-    direct = arrows(files)
-    reached = {path: set(others) for path, others in direct.items()}
-    for _ in files:
-        wider = {p: others.union(*(direct[o] for o in others)) for p, others in reached.items()}
-        if wider == reached:
-            break
-        reached = wider
-    return {path for path, others in reached.items() if path in others}
+    return set().union(*circles(arrows(files)))
 
 
 def files_of(house: str) -> dict[str, str]:
@@ -189,3 +159,41 @@ def test_a_planted_circle_is_found() -> None:
     assert in_circles(PLANTED) == set()
     closed = PLANTED | {"agent/core/messages.py": "from agent.core import replica"}
     assert in_circles(closed) == {"agent/core/messages.py", "agent/core/replica.py"}
+
+
+def test_the_figures_of_make_house_count_what_is_planted() -> None:
+    longer = PLANTED | {"agent/node.py": "\n" * 9 + "def f():\n" + "    a = 1\n" * 40}
+    assert figures("agent", PLANTED).arrows == 3
+    assert figures("agent", longer).arrows == 1
+    assert (figures("agent", longer).longest, figures("agent", longer).longest_lines) == (
+        "node.py",
+        50,
+    )
+    assert figures("agent", longer).long_functions == 1
+    for figure in (figures("agent", PLANTED), figures("agent", longer)):
+        assert (figure.folders, figure.files, figure.rooms) == (2, 5, 4)
+        assert (figure.arrows_up, figure.circles) == (0, 0)
+
+    closed = PLANTED | {"agent/core/messages.py": "from agent import node\nimport agent.driver"}
+    assert figures("agent", closed).arrows_up == 1, "driver, node and core: one has to go"
+    assert (figures("agent", closed).circles, figures("agent", closed).files_in_circles) == (1, 4)
+
+
+def test_make_house_sees_every_file_of_the_product() -> None:
+    assert set(work_tree()) == set(sources(*PARTS))
+
+
+def test_make_house_reads_an_earlier_commit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@example.org"]
+    (tmp_path / "agent").mkdir()
+    (tmp_path / "agent/node.py").write_text("a = 1\n")
+    for words in (["init", "-q"], ["add", "."], ["commit", "-qm", "first"]):
+        subprocess.run([*git, *words], check=True)
+    (tmp_path / "agent/node.py").write_text("a = 2\n")
+    monkeypatch.setattr(house_figures, "ROOT", tmp_path)
+    assert house_figures.at_revision("HEAD") == {"agent/node.py": "a = 1\n"}
+    assert house_figures.work_tree() == {"agent/node.py": "a = 2\n"}
+    with pytest.raises(subprocess.CalledProcessError):
+        house_figures.at_revision("no-such-commit")
