@@ -1,0 +1,1 @@
+"""What the documentation names is there, and what is generated in it is current."""
