@@ -16,7 +16,7 @@ VLLM_SOURCE ?=
 REVISION ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup up demo-stub test outside lint unit sim bench house wheel lock clean
+.PHONY: help setup up demo-stub test outside lint unit sim bench house states wheel lock clean
 
 help: ## This list.
 	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -65,7 +65,10 @@ bench: setup ## The benchmarks, one after the other.
 	@for file in bench/*.py; do echo "== $$file"; $(BIN)/python "$$file" || exit 1; done
 
 house: ## The floor plan in figures: folders, arrows, circles. REVISION=COMMIT: of an earlier one.
-	@$(BIN)/python scripts/house.py $(REVISION)
+	@$(BIN)/python -m scripts.house $(REVISION)
+
+states: ## The diagrams of docs/states.md, from the transition tables.
+	$(BIN)/python -m scripts.state_diagrams
 
 wheel: ## dist/stoker_serve-….whl
 	scripts/setup.sh base
