@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 import click
 
+from cli.cluster import Where
 from cli.tables import table
 from cli.text import Group, age, json_option, show, size
-from cli.where import Where
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from cli.where import Where, up_state_dir
+from cli.cluster import Where, up_state_dir
 
 if TYPE_CHECKING:
+    from cli.cluster import UpFile
     from cli.showcase import Row
     from cli.stack import Stack
-    from cli.where import UpFile
     from runtime.contract.config import Config
 
 CPU_DEVICE = "cpu:6GiB"  # room for two of three tiny models; vLLM itself takes 2 GiB each

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from cli.where import Where
+from cli.cluster import Where
 
 if TYPE_CHECKING:
-    from cli.ask import Answer
+    from cli.router_client import Answer
 
 
 @click.command()
@@ -38,7 +38,7 @@ def invoke(
     While the model is cold, stderr says what the call waits for. PROMPT may be - for stdin. Where
     the router asks for an API key, it is taken from $STOKER_API_KEY.
     """
-    from cli.ask import ask_body
+    from cli.router_client import ask_body
 
     if prompt == "-":
         prompt = sys.stdin.read()
@@ -49,12 +49,12 @@ def invoke(
 async def _invoke(
     where: Where, path: str, body: dict[str, Any], *, whole: bool, as_json: bool
 ) -> None:
-    from cli import ask
+    from cli import router_client
     from cli.text import echo_untrusted, print_json
 
     url = await where.router_url()
     if as_json:
-        print_json(await ask.post(url, path, body))
+        print_json(await router_client.post(url, path, body))
         return
     answer = await stream_with_status(url, path, body, show=not whole)
     echo_untrusted(answer.text if whole else "")
@@ -69,7 +69,7 @@ async def stream_with_status(url: str, path: str, body: dict[str, Any], *, show:
 
     With `show`, the text goes to stdout as it comes.
     """
-    from cli import ask
+    from cli import router_client
     from cli.text import echo_untrusted, waiting
 
     with waiting() as status:
@@ -79,4 +79,4 @@ async def stream_with_status(url: str, path: str, body: dict[str, Any], *, show:
             if show:
                 echo_untrusted(piece, nl=False)
 
-        return await ask.stream(url, path, body, on_text, status)
+        return await router_client.stream(url, path, body, on_text, status)

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import click
 import msgspec
 
+from cli.cluster import Where
 from cli.text import echo_untrusted
-from cli.where import Where
 
 if TYPE_CHECKING:
     from cli.client import Admin

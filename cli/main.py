@@ -40,17 +40,17 @@ GROUPS: dict[str, dict[str, tuple[str, str]]] = {
         "plan": ("cli.plan:plan", "Say what would happen if …, without doing it."),
     },
     "What is going on": {
-        "ps": ("cli.view:ps", "List the replicas."),
-        "nodes": ("cli.view:nodes", "List the hosts."),
-        "devices": ("cli.view:devices", "List the devices and what is booked on them."),
-        "queue": ("cli.view:queue", "List the requests that wait for a model."),
-        "decisions": ("cli.view:decisions", "List what the scheduler decided, and why."),
+        "ps": ("cli.status:ps", "List the replicas."),
+        "nodes": ("cli.status:nodes", "List the hosts."),
+        "devices": ("cli.status:devices", "List the devices and what is booked on them."),
+        "queue": ("cli.status:queue", "List the requests that wait for a model."),
+        "decisions": ("cli.status:decisions", "List what the scheduler decided, and why."),
         "coldstarts": (
-            "cli.learned:coldstarts",
+            "cli.measurements:coldstarts",
             "List cold starts and wakes: why, what moved down for them, where the time went.",
         ),
         "footprint": (
-            "cli.learned:footprint",
+            "cli.measurements:footprint",
             "Show what MODEL was declared, estimated and measured to take, and its times.",
         ),
         "logs": (
@@ -157,7 +157,7 @@ def stoker(ctx: click.Context, /, token_file: str | None, **options: str | None)
     else the one --config names; else the one that `stoker up` runs in this folder (its state is in
     .stoker, or $STOKER_STATE_DIR); else the one /etc/stoker/stoker.toml names.
     """
-    from cli.where import Where, read_token
+    from cli.cluster import Where, read_token
 
     given = ctx.get_parameter_source("token")
     if given is ParameterSource.COMMANDLINE:

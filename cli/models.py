@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 
 import click
 
+from cli.cluster import Where
 from cli.tables import table
 from cli.text import Group, age, json_option, print_json, show, size, waiting
-from cli.where import Where
 
 if TYPE_CHECKING:
     from rich.table import Table

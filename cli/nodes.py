@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from cli.cluster import Where
 from cli.text import json_option, show
-from cli.where import Where
 
 if TYPE_CHECKING:
     from scheduler.admin import views

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from cli.where import Where
+from cli.cluster import Where
 
 if TYPE_CHECKING:
     from runtime.contract.config import Config

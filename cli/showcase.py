@@ -14,9 +14,9 @@ import aiohttp
 import click
 from msgspec import Struct
 
-from cli.ask import Answer, ask_body
 from cli.client import Admin
 from cli.invoke import stream_with_status
+from cli.router_client import Answer, ask_body
 from cli.text import size, waiting
 from runtime.places import url
 from runtime.sockets import tcp_connector

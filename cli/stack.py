@@ -16,11 +16,11 @@ import aiohttp
 import click
 from msgspec.structs import replace
 
+from cli.cluster import UpFile
 from cli.log_files import bound, start_new
 from cli.part_process import Died, PartProcess
 from cli.text import waiting
 from cli.upfiles import check_port, claim, write_config, write_up_file
-from cli.where import UpFile
 from runtime import places
 from runtime.places import url
 from runtime.sockets import tcp_connector

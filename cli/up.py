@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from cli.cluster import Where, up_state_dir
 from cli.text import waiting
-from cli.where import Where, up_state_dir
 
 if TYPE_CHECKING:
-    from cli.where import UpFile
+    from cli.cluster import UpFile
     from runtime.wire.model_spec import ModelSpec
 
 

@@ -15,7 +15,7 @@ from typing import IO, TYPE_CHECKING, Any
 import click
 import msgspec
 
-from cli.where import UP_FILE, UpFile, Where
+from cli.cluster import UP_FILE, UpFile, Where
 from runtime.private import keep_private
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from cli import view
+from cli import status
 from cli.main import COMMANDS, GROUPS
 from cli.main import stoker as group
 from cli.tables import fitting, table
@@ -79,9 +79,9 @@ def every_table() -> dict[str, object]:
     awkward = replica(model="llama-3.1-8b-instruct", reason=LONG)
     sick = device(quarantined="XID 79: the GPU has fallen off the bus, twice in an hour")
     return {
-        "ps": view.replica_table(views.Replicas(replicas=(awkward,))),
-        "nodes": view._node_table(views.Nodes(nodes=(node(),))),
-        "devices": view._device_table(views.Devices(devices=(sick,))),
+        "ps": status.replica_table(views.Replicas(replicas=(awkward,))),
+        "nodes": status._node_table(views.Nodes(nodes=(node(),))),
+        "devices": status._device_table(views.Devices(devices=(sick,))),
     }
 
 
@@ -141,7 +141,7 @@ def quiet(fake: FakeServer) -> None:
 
 
 def test_devices_says_what_is_quarantined() -> None:
-    (row,) = [view._device_row(device(quarantined="set aside by an operator"))]
+    (row,) = [status._device_row(device(quarantined="set aside by an operator"))]
     assert "quarantined: set aside by an operator" in row
     assert "ok" not in row
 

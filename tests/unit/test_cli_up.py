@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cli.cluster import Where
 from cli.showcase import plan
 from cli.upfiles import check_port, claim, make_config, toml_text, write_config
-from cli.where import Where
 from runtime.contract.config import AgentConfig, Config, RegistryConfig, RouterConfig, load
 from runtime.wire.agent_messages import DeviceReport
 from runtime.wire.names import NODE_PATTERN

@@ -311,7 +311,7 @@ def test_no_traceback_for_what_nobody_thought_of() -> None:
     code = (
         "import sys, cli.main as m\n"
         "def ps(**_): raise KeyError('gone')\n"
-        "import cli.view; cli.view.ps.callback = ps\n"
+        "import cli.status; cli.status.ps.callback = ps\n"
         "sys.argv = ['stoker', 'ps']; m.main()\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from cli.where import UP_FILE, UpFile
+from cli.cluster import UP_FILE, UpFile
 from runtime.contract.config import Config, RegistryConfig
 from runtime.registry.open import open_registry
 from scheduler.admin import views

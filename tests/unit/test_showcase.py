@@ -8,8 +8,8 @@ from typing import Any, cast
 import pytest
 
 from cli import showcase
-from cli.ask import Answer
 from cli.client import Admin
+from cli.router_client import Answer
 from scheduler.admin.views import DecisionView, ReplicaView
 
 

@@ -31,7 +31,7 @@ EXCEPTIONS = {
     "agent/engines/process_snapshot.py": 1,  # what the installed vLLM prints
     "cli/part_process.py": 1,  # from a part that we started
     "cli/showcase.py": 1,  # from the router that we started
-    "cli/where.py": 1,  # written by `stoker up`
+    "cli/cluster.py": 1,  # written by `stoker up`
     "runtime/contract/config.py": 1,  # the operator's configuration
     "runtime/registry/embedded.py": 1,  # our own table of services
     "runtime/engine/adapter_index.py": 2,  # inside vLLM; catches what a file of a model does

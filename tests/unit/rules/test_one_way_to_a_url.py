@@ -34,7 +34,7 @@ ALLOWED: dict[str, tuple[set[str], str]] = {
         {"f'http://{self.node_id}'", "f'http://{self.node_id}/{report.replica_id}'"},
         "the simulator: names that nobody connects to",
     ),
-    "cli/ask.py": ({"f'{url}{path}'"}, "one of the two paths of `ask_body`"),
+    "cli/router_client.py": ({"f'{url}{path}'"}, "one of the two paths of `ask_body`"),
     "cli/client.py": (
         {"f'{address}{path}'",
          "f'{self._url}{path} answered something else than the admin API does: {error}'"},
