@@ -38,7 +38,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from bench.lib.report import Row, print_report
 from runtime.router.admission.affinity import Affinity
 from runtime.router.admission.decisions import Admission, Forward
-from runtime.router.admission.fairness import Wish
+from runtime.router.admission.fairness import RequestProfile
 from runtime.router.call.body import Head
 from runtime.router.call.prompt import keys_of, tokens_of
 from runtime.wire.routes import Endpoint, ModelRoute, RouteTable
@@ -63,20 +63,20 @@ class Request(NamedTuple):
     tokens_out: int
     blocks: tuple[int, ...]
     work: int
-    wish: Wish
+    profile: RequestProfile
     session: int  # below zero, as prompt.py's
 
 
 # -------------------------------------------------------------------------------- workloads
 
 
-def wish_of(blocks: tuple[int, ...], tokens_in: int) -> Wish:
+def profile_of(blocks: tuple[int, ...], tokens_in: int) -> RequestProfile:
     """What the router's proxy would make of a chat call with that prompt."""
     text = b"".join(b"%08x" % block * (4 * BLOCK_TOKENS // 8) for block in blocks)
     content = text[: 4 * tokens_in]
     body = b'{"messages":[{"role":"user","content":"%b"}],"model":"m"}' % content
     keys = keys_of(CHAT, (), body, Head(), "m", "anonymous")
-    return Wish(tokens=tokens_of(body, Head()), affinity=keys)
+    return RequestProfile(tokens=tokens_of(body, Head()), affinity=keys)
 
 
 def session_of(blocks: tuple[int, ...]) -> int:
@@ -98,9 +98,9 @@ def read(file: Path, told_by: int) -> list[Request]:
         for index, row in enumerate(rows[first:end]):
             blocks, tokens = tuple(row["hash_ids"]), row["input_length"]
             at_s = (begins + step * index / (end - first)) / 1000
-            wish = wish_of(blocks, tokens)
+            profile = profile_of(blocks, tokens)
             session = session_of(blocks[:told_by])
-            made.append(Request(at_s, tokens, row["output_length"], blocks, tokens, wish, session))
+            made.append(Request(at_s, tokens, row["output_length"], blocks, tokens, profile, session))
         first = end
     return made
 
@@ -113,8 +113,8 @@ def system_prompt(count: int) -> list[Request]:
     for number in range(count):
         at_s += random.expovariate(1.0)
         blocks = (*shared, 1000 + number)
-        wish = wish_of(blocks, tokens)
-        made.append(Request(at_s, tokens, 200, blocks, 300, wish, session_of(blocks)))
+        profile = profile_of(blocks, tokens)
+        made.append(Request(at_s, tokens, 200, blocks, 300, profile, session_of(blocks)))
     return made
 
 
@@ -168,15 +168,15 @@ class _Loads(dict[str, int]):
         return sys.maxsize
 
 
-POLICIES: dict[str, tuple[Callable[[], Affinity], Callable[[Request], Wish]]] = {
-    "round robin": (RoundRobin, lambda r: Wish(tokens=r.wish.tokens, affinity=(0,))),
-    "least requests": (Affinity, lambda r: Wish()),
-    "least tokens": (Affinity, lambda r: Wish(tokens=r.wish.tokens)),
-    "hash of 1 KiB": (lambda: Hashed(0), lambda r: r.wish),
-    "hash of 4 KiB": (lambda: Hashed(2), lambda r: r.wish),
-    "remembered only": (Remembered, lambda r: r.wish),
-    "ours": (Affinity, lambda r: r.wish),
-    "ours, by session": (Affinity, lambda r: r.wish._replace(affinity=(r.session,))),
+POLICIES: dict[str, tuple[Callable[[], Affinity], Callable[[Request], RequestProfile]]] = {
+    "round robin": (RoundRobin, lambda r: RequestProfile(tokens=r.profile.tokens, affinity=(0,))),
+    "least requests": (Affinity, lambda r: RequestProfile()),
+    "least tokens": (Affinity, lambda r: RequestProfile(tokens=r.profile.tokens)),
+    "hash of 1 KiB": (lambda: Hashed(0), lambda r: r.profile),
+    "hash of 4 KiB": (lambda: Hashed(2), lambda r: r.profile),
+    "remembered only": (Remembered, lambda r: r.profile),
+    "ours": (Affinity, lambda r: r.profile),
+    "ours, by session": (Affinity, lambda r: r.profile._replace(affinity=(r.session,))),
 }
 
 
@@ -233,9 +233,9 @@ def simulate(
         while ending and ending[0][0] <= now:
             _end(fronts, fleet, *heapq.heappop(ending))
         front = random.randrange(routers)
-        wish = seen_as(request)
+        profile = seen_as(request)
         began = time.perf_counter_ns()
-        decision = fronts[front].arrive(str(number), "m", now, wish)
+        decision = fronts[front].arrive(str(number), "m", now, profile)
         spent_ns += time.perf_counter_ns() - began
         assert isinstance(decision, Forward)
         replica_id = decision.endpoint.replica_id

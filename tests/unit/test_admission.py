@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from runtime.router.admission.decisions import MAX_ATTEMPTS, SUSPECT_S, Admission, Forward, Held
-from runtime.router.admission.fairness import BACKGROUND, Wish
+from runtime.router.admission.fairness import BACKGROUND, RequestProfile
 from runtime.router.admission.refusals import Refused
 from runtime.wire.routes import Endpoint, ModelRoute, RouteTable
 
@@ -289,8 +289,8 @@ class Machine(RuleBasedStateMachine):
 
     @rule(
         model=st.sampled_from((*MODELS, "unknown")),
-        wish=st.builds(
-            Wish,
+        profile=st.builds(
+            RequestProfile,
             tenant=st.sampled_from("ab"),
             priority=st.sampled_from((100, 0, BACKGROUND)),
             tokens=st.integers(1, 1000),
@@ -299,9 +299,9 @@ class Machine(RuleBasedStateMachine):
             weight=st.sampled_from((1.0, 3.0)),
         ),
     )
-    def arrive(self, model: str, wish: Wish) -> None:
+    def arrive(self, model: str, profile: RequestProfile) -> None:
         self.count += 1
-        self.apply(self.admission.arrive(str(self.count), model, self.now, wish))
+        self.apply(self.admission.arrive(str(self.count), model, self.now, profile))
         self.note(self.admission.shed())
 
     @rule(data=st.data(), delivered=st.booleans())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from runtime.router.admission.decisions import SUSPECT_S, Admission, Forward, Held
-from runtime.router.admission.fairness import Wish
+from runtime.router.admission.fairness import RequestProfile
 from runtime.wire.routes import Endpoint, ModelRoute, RouteTable
 
 
@@ -18,8 +18,8 @@ def table(*replicas: str, version: int = 1) -> RouteTable:
     return RouteTable(version=version, models=(ModelRoute(name="m", endpoints=endpoints),))
 
 
-def send(admission: Admission, request_id: str, now: float = 0.0, **wish: object) -> str:
-    decision = admission.arrive(request_id, "m", now, Wish(**wish))  # type: ignore[arg-type]
+def send(admission: Admission, request_id: str, now: float = 0.0, **profile: object) -> str:
+    decision = admission.arrive(request_id, "m", now, RequestProfile(**profile))  # type: ignore[arg-type]
     assert isinstance(decision, Forward), decision
     admission.check_invariants()
     return decision.endpoint.replica_id
@@ -47,7 +47,7 @@ def test_limits_count_requests_not_tokens() -> None:
     admission = routed("a", "b", max_in_flight=1)
     assert send(admission, "0", tokens=1) == "a"
     assert send(admission, "1", tokens=10_000) == "b"
-    assert isinstance(admission.arrive("2", "m", 0.0, Wish(tokens=1)), Held)
+    assert isinstance(admission.arrive("2", "m", 0.0, RequestProfile(tokens=1)), Held)
     (released,) = admission.finished("1", 1.0)
     assert (released.request_id, released.endpoint.replica_id) == ("2", "b")
     admission.check_invariants()
@@ -104,7 +104,7 @@ def test_where_all_rest_the_keys_do_not_matter() -> None:
         send(admission, request_id, tokens=10, affinity=(1,))
         admission.failed(request_id, 0.0, "refused", delivered=False)
         admission.finished(request_id, 0.0)
-    assert isinstance(admission.arrive("2", "m", 0.5, Wish(affinity=(1,))), Held)
+    assert isinstance(admission.arrive("2", "m", 0.5, RequestProfile(affinity=(1,))), Held)
     admission.check_invariants()
 
 
@@ -117,7 +117,7 @@ def test_a_held_request_goes_by_its_own_keys() -> None:
     assert set(places.values()) == {"a", "b"}
     for version, key in enumerate(places, 1):
         admission.routes(table(version=2 * version), 1.0)
-        assert isinstance(admission.arrive("h", "m", 1.0, Wish(tokens=10, affinity=(key,))), Held)
+        assert isinstance(admission.arrive("h", "m", 1.0, RequestProfile(tokens=10, affinity=(key,))), Held)
         (released,) = admission.routes(table("a", "b", version=2 * version + 1), 1.0)
         assert released.endpoint.replica_id == places[key]
         admission.finished("h", 1.0)

@@ -10,20 +10,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from runtime.router.admission.decisions import Admission, Forward, Held
-from runtime.router.admission.fairness import BACKGROUND, FairQueue, Wish
+from runtime.router.admission.fairness import BACKGROUND, FairQueue, RequestProfile
 from runtime.router.admission.refusals import Refused
 from runtime.wire.routes import Endpoint, ModelRoute, RouteTable
 
 
 class Waiting(NamedTuple):
     seq: int
-    wish: Wish
+    profile: RequestProfile
 
 
-def queue(*wishes: Wish) -> FairQueue[Waiting]:
+def queue(*profiles: RequestProfile) -> FairQueue[Waiting]:
     made: FairQueue[Waiting] = FairQueue()
-    for seq, wish in enumerate(wishes):
-        made.add(Waiting(seq, wish), 1000.0)
+    for seq, profile in enumerate(profiles):
+        made.add(Waiting(seq, profile), 1000.0)
     return made
 
 
@@ -32,7 +32,7 @@ def drained(waiting: FairQueue[Waiting]) -> list[Waiting]:
     order = []
     while waiting:
         first = waiting.first()
-        waiting.sent(first.wish)
+        waiting.sent(first.profile)
         waiting.remove(first)
         waiting.check()
         order.append(first)
@@ -40,44 +40,44 @@ def drained(waiting: FairQueue[Waiting]) -> list[Waiting]:
 
 
 def test_the_example_in_the_docstring() -> None:
-    a, b = Wish("a", tokens=100), Wish("b", tokens=100, weight=2.0)
-    order = [w.wish.tenant for w in drained(queue(*[a] * 4, *[b] * 8))]
+    a, b = RequestProfile("a", tokens=100), RequestProfile("b", tokens=100, weight=2.0)
+    order = [w.profile.tenant for w in drained(queue(*[a] * 4, *[b] * 8))]
     assert "".join(order) == "abbabbabbabb"
 
 
 def test_one_tenant_alone_is_served_by_arrival() -> None:
-    assert [w.seq for w in drained(queue(*[Wish("a", tokens=t) for t in (9, 1, 5, 3)]))] == [
+    assert [w.seq for w in drained(queue(*[RequestProfile("a", tokens=t) for t in (9, 1, 5, 3)]))] == [
         0, 1, 2, 3,
     ]  # fmt: skip
 
 
 def test_higher_priorities_go_first_and_the_background_last() -> None:
-    wishes = [Wish("a", p) for p in (0, BACKGROUND, 100, 0, -100, 100)]
-    assert [w.wish.priority for w in drained(queue(*wishes))] == [
+    profiles = [RequestProfile("a", p) for p in (0, BACKGROUND, 100, 0, -100, 100)]
+    assert [w.profile.priority for w in drained(queue(*profiles))] == [
         100, 100, 0, 0, -100, BACKGROUND,
     ]  # fmt: skip
 
 
 def test_nobody_saves_up_by_being_idle() -> None:
-    waiting = queue(*[Wish("busy", tokens=100)] * 100)
+    waiting = queue(*[RequestProfile("busy", tokens=100)] * 100)
     for _ in range(50):
         first = waiting.first()
-        waiting.sent(first.wish)
+        waiting.sent(first.profile)
         waiting.remove(first)
     for seq in range(100, 110):
-        waiting.add(Waiting(seq, Wish("late", tokens=100)), 1000.0)
+        waiting.add(Waiting(seq, RequestProfile("late", tokens=100)), 1000.0)
     # Alternating, not ten of the late one in a row.
-    order = [w.wish.tenant for w in drained(waiting)][:6]
+    order = [w.profile.tenant for w in drained(waiting)][:6]
     assert Counter(order) == {"busy": 3, "late": 3}
 
 
 def test_leaving_the_queue_does_not_wipe_out_what_one_was_given() -> None:
-    waiting = queue(Wish("a", tokens=1000), Wish("b", tokens=1), Wish("b", tokens=1))
+    waiting = queue(RequestProfile("a", tokens=1000), RequestProfile("b", tokens=1), RequestProfile("b", tokens=1))
     first = waiting.first()
-    waiting.sent(first.wish)
+    waiting.sent(first.profile)
     waiting.remove(first)
-    waiting.add(Waiting(10, Wish("a", tokens=1)), 1000.0)
-    assert [w.wish.tenant for w in drained(waiting)] == ["b", "b", "a"]
+    waiting.add(Waiting(10, RequestProfile("a", tokens=1)), 1000.0)
+    assert [w.profile.tenant for w in drained(waiting)] == ["b", "b", "a"]
 
 
 @given(
@@ -88,13 +88,13 @@ def test_while_all_wait_each_gets_its_share(
     asked: list[tuple[str, int]], weights: dict[str, float]
 ) -> None:
     """The VTC paper's bound: counters of those who wait stay within the largest charge."""
-    waiting = queue(*[Wish(t, tokens=n, weight=weights[t]) for t, n in asked])
+    waiting = queue(*[RequestProfile(t, tokens=n, weight=weights[t]) for t, n in asked])
     got = dict.fromkeys({t for t, _ in asked}, 0.0)
     left = Counter(t for t, _ in asked)
     largest = max(n / weights[t] for t, n in asked)
     for sent in drained(waiting):
-        tenant = sent.wish.tenant
-        got[tenant] += sent.wish.tokens / sent.wish.weight
+        tenant = sent.profile.tenant
+        got[tenant] += sent.profile.tokens / sent.profile.weight
         left[tenant] -= 1
         if not all(left.values()):
             break
@@ -102,16 +102,16 @@ def test_while_all_wait_each_gets_its_share(
 
 
 def test_who_leaves_a_full_queue() -> None:
-    low, normal = Wish("a", -100), Wish("a")
+    low, normal = RequestProfile("a", -100), RequestProfile("a")
     waiting = queue(normal, low, low)
-    assert waiting.loser(Wish("b")).seq == 2  # the newest of the lowest priority
+    assert waiting.loser(RequestProfile("b")).seq == 2  # the newest of the lowest priority
     assert waiting.loser(low) is None
-    assert waiting.loser(Wish("b", -200)) is None
-    flood = queue(*[Wish("a")] * 5, Wish("b"))
-    assert flood.loser(Wish("b")).seq == 4  # the newest of whoever takes most
-    assert flood.loser(Wish("c")).seq == 4
-    assert flood.loser(Wish("a")) is None
-    assert queue(Wish("a"), Wish("b")).loser(Wish("c")) is None  # nobody takes more than it would
+    assert waiting.loser(RequestProfile("b", -200)) is None
+    flood = queue(*[RequestProfile("a")] * 5, RequestProfile("b"))
+    assert flood.loser(RequestProfile("b")).seq == 4  # the newest of whoever takes most
+    assert flood.loser(RequestProfile("c")).seq == 4
+    assert flood.loser(RequestProfile("a")) is None
+    assert queue(RequestProfile("a"), RequestProfile("b")).loser(RequestProfile("c")) is None  # nobody takes more than it would
 
 
 # ------------------------------------------------------------------------------- in admission
@@ -134,26 +134,26 @@ def publish(to: Admission, *replicas: str, full: bool = False, **fields: object)
 def test_a_flood_of_one_tenant_does_not_keep_another_out() -> None:
     full = admission(max_queue=3)
     for i in range(3):
-        assert isinstance(full.arrive(f"a{i}", "m", 0.0, Wish("a")), Held)
-    assert full.arrive("a3", "m", 0.0, Wish("a")).code == "queue_full"
+        assert isinstance(full.arrive(f"a{i}", "m", 0.0, RequestProfile("a")), Held)
+    assert full.arrive("a3", "m", 0.0, RequestProfile("a")).code == "queue_full"
     assert full.shed() == []
-    assert isinstance(full.arrive("b0", "m", 0.0, Wish("b")), Held)
+    assert isinstance(full.arrive("b0", "m", 0.0, RequestProfile("b")), Held)
     (shed,) = full.shed()
     assert (shed.request_id, shed.status, shed.code) == ("a2", 429, "shed")
     assert full.waiting("m") == 3
-    assert isinstance(full.arrive("high", "m", 0.0, Wish("a", 100)), Held)
+    assert isinstance(full.arrive("high", "m", 0.0, RequestProfile("a", 100)), Held)
     assert [s.request_id for s in full.shed()] == ["a1"]
     full.check_invariants()
 
 
 def test_a_wait_that_cannot_be_met_is_refused_at_once_and_asked_for() -> None:
     cold = admission(eta_s=60.0, hold_s=300.0)
-    refused = cold.arrive("1", "m", 0.0, Wish(wait_s=10.0))
+    refused = cold.arrive("1", "m", 0.0, RequestProfile(wait_s=10.0))
     assert isinstance(refused, Refused)
     assert (refused.status, refused.code, refused.retry_after_s) == (503, "not_in_time", 60.0)
     assert cold.demand(0.0)[0].waiting == 1  # so that it is started for a later one
     assert cold.demand(61.0)[0].waiting == 0
-    assert isinstance(cold.arrive("2", "m", 0.0, Wish(wait_s=100.0)), Held)
+    assert isinstance(cold.arrive("2", "m", 0.0, RequestProfile(wait_s=100.0)), Held)
     assert isinstance(cold.arrive("3", "m", 0.0), Held)
     assert [r.request_id for r in cold.tick(100.0)] == ["2"]
     assert [r.request_id for r in cold.tick(300.0)] == ["3"]
@@ -197,7 +197,7 @@ def test_an_engine_with_a_queue_of_its_own_gets_no_more_than_it_has() -> None:
 
 def test_the_background_takes_only_what_nobody_else_wants() -> None:
     some = admission("r", target_concurrency=2, limit=8)
-    batch = Wish("a", BACKGROUND)
+    batch = RequestProfile("a", BACKGROUND)
     assert isinstance(some.arrive("b0", "m", 0.0, batch), Forward)
     assert isinstance(some.arrive("n0", "m", 0.0), Forward)
     assert isinstance(some.arrive("b1", "m", 0.0, batch), Held)  # 2 in flight
@@ -225,9 +225,9 @@ def test_one_that_came_back_is_late_once() -> None:
 @pytest.mark.parametrize("delivered", [True, False])
 def test_one_whose_replica_failed_is_first_again(delivered: bool) -> None:
     failing = admission("r")
-    failing.arrive("1", "m", 0.0, Wish("a"))
+    failing.arrive("1", "m", 0.0, RequestProfile("a"))
     publish(failing)
     for i in range(2, 5):
-        failing.arrive(str(i), "m", 1.0, Wish("a"))
+        failing.arrive(str(i), "m", 1.0, RequestProfile("a"))
     assert isinstance(failing.failed("1", 2.0, "died", delivered), Held)
     assert next(f.request_id for f in publish(failing, "s")) == "1"

@@ -27,14 +27,14 @@ from typing import NamedTuple
 from runtime.router.admission import refusals
 from runtime.router.admission.affinity import Affinity
 from runtime.router.admission.breaker import REST_S, Breaker, RetryBudget
-from runtime.router.admission.fairness import BACKGROUND, FairQueue, Wish
+from runtime.router.admission.fairness import BACKGROUND, FairQueue, RequestProfile
 from runtime.router.admission.percentiles import Sketch
 from runtime.router.admission.refusals import Refused
 from runtime.wire.routes import Endpoint, ModelDemand, ModelRoute, RouteTable
 
 SUSPECT_S = REST_S  # how long a replica is left alone after its first failure
 MAX_ATTEMPTS = 3
-PLAIN = Wish()
+DEFAULT_PROFILE = RequestProfile()
 NEVER = float("-inf")
 
 
@@ -60,7 +60,7 @@ class _Request:
     seq: int
     model: str
     arrived_at: float
-    wish: Wish
+    profile: RequestProfile
     attempts: int = 0
     retried: bool = False  # its one immediate retry at another live replica is spent
     replica_id: str | None = None  # None: it waits
@@ -70,7 +70,7 @@ class _Request:
 
     def deadline(self, route: ModelRoute) -> float:
         """Until when it may wait."""
-        wait_s = self.wish.wait_s
+        wait_s = self.profile.wait_s
         limit_s = route.hold_s if wait_s is None else min(route.hold_s, wait_s)
         return self.arrived_at + limit_s
 
@@ -142,7 +142,7 @@ class Admission:
             self._forget_if_unused(name)
         return released
 
-    def arrive(self, request_id: str, model: str, now: float, wish: Wish = PLAIN) -> Decision:
+    def arrive(self, request_id: str, model: str, now: float, profile: RequestProfile = DEFAULT_PROFILE) -> Decision:
         """A new request for `model` (a name or an alias); `request_id` must not be in use."""
         if request_id in self._requests:
             raise ValueError(f"request id {request_id!r} is already in use")
@@ -160,14 +160,14 @@ class Admission:
         if state is None:
             state = self._models[name] = _Model()
         endpoint = None
-        if wish.priority > BACKGROUND or not state.waiting:
-            endpoint = self._choose(route, state, now, wish)
+        if profile.priority > BACKGROUND or not state.waiting:
+            endpoint = self._choose(route, state, now, profile)
         if endpoint is None:
-            refused = self._no_use_waiting(request_id, route, state, wish, now)
+            refused = self._no_use_waiting(request_id, route, state, profile, now)
             if refused is not None:
                 return refused
         self._seq += 1
-        request = _Request(request_id, self._seq, name, now, wish)
+        request = _Request(request_id, self._seq, name, now, profile)
         self._requests[request_id] = request
         state.active_at = now
         if endpoint is None:
@@ -194,11 +194,11 @@ class Admission:
         def shunned(replica_id: str, now: float) -> bool:
             return replica_id == first or breaker.avoided(replica_id, now)
 
-        endpoint = self._least_loaded(route, state, now, _most(route, request.wish), shunned)
+        endpoint = self._least_loaded(route, state, now, _most(route, request.profile), shunned)
         if endpoint is None or not self._budget.take(now):
             return None
         self._seq += 1
-        second = _Request(second_id, self._seq, request.model, now, request.wish)
+        second = _Request(second_id, self._seq, request.model, now, request.profile)
         self._requests[second_id] = second
         return self._forward(second, state, endpoint, now)
 
@@ -256,7 +256,7 @@ class Admission:
             for request in state.waiting.late(now) if route and state.waiting else ():
                 assert route is not None
                 self._leave(request, now)
-                expired.append(refusals.held_too_long(request.request_id, route, request.wish))
+                expired.append(refusals.held_too_long(request.request_id, route, request.profile))
         self._breaker.tick(now)
         return expired + self._release(now)
 
@@ -322,12 +322,12 @@ class Admission:
         for request in flying:
             assert request.replica_id in there, f"{request.replica_id} has lost its count"
             there[request.replica_id].requests += 1
-            there[request.replica_id].tokens += request.wish.tokens
+            there[request.replica_id].tokens += request.profile.tokens
         assert there == self._loads
         for name, state in self._models.items():
             mine = [r for r in flying if r.model == name]
             assert state.in_flight == len(mine)
-            assert state.background == sum(r.wish.priority <= BACKGROUND for r in mine)
+            assert state.background == sum(r.profile.priority <= BACKGROUND for r in mine)
             state.waiting.check()
             assert all(r.replica_id is None and r.model == name for r in state.waiting)
             assert name in self._route or state.in_flight, f"{name} has neither route nor request"
@@ -335,31 +335,31 @@ class Admission:
 
     # -------------------------------------------------------------------------------- inside
 
-    def _choose(self, route: ModelRoute, state: _Model, now: float, wish: Wish) -> Endpoint | None:
+    def _choose(self, route: ModelRoute, state: _Model, now: float, profile: RequestProfile) -> Endpoint | None:
         """The trusted replica that has read the prompt's beginning before, as affinity.py says, or
         else the one with the fewest tokens in flight, then requests; ties go round."""
-        if wish.affinity and len(route.endpoints) > 1:
-            endpoint = self._akin(route, now, wish)
+        if profile.affinity and len(route.endpoints) > 1:
+            endpoint = self._akin(route, now, profile)
             if endpoint is not None:
                 return endpoint
-        most = _most(route, wish)
+        most = _most(route, profile)
         if not self._breaker:
             return self._least_loaded(route, state, now, most, None)
         breaker = self._breaker
         endpoint = self._least_loaded(route, state, now, most, breaker.avoided)
         return endpoint or self._least_loaded(route, state, now, most, breaker.rests)
 
-    def _akin(self, route: ModelRoute, now: float, wish: Wish) -> Endpoint | None:
+    def _akin(self, route: ModelRoute, now: float, profile: RequestProfile) -> Endpoint | None:
         """Where the prompt's beginning was read or has its home; None: the load decides."""
         avoided = self._breaker.avoided if self._breaker else None
         loads: dict[str, int] = {}
-        most = _most(route, wish)
+        most = _most(route, profile)
         for endpoint in route.endpoints:
             replica_id = endpoint.replica_id
             load = self._loads.get(replica_id, _NO_LOAD)
             if load.requests < min(load.limit, most) and not (avoided and avoided(replica_id, now)):
                 loads[replica_id] = load.tokens
-        chosen = self._affinity.pick(wish.affinity, loads, wish.tokens) if loads else None
+        chosen = self._affinity.pick(profile.affinity, loads, profile.tokens) if loads else None
         return next((e for e in route.endpoints if e.replica_id == chosen), None)
 
     def _least_loaded(
@@ -397,15 +397,15 @@ class Admission:
         if self._breaker:
             self._breaker.chosen(endpoint.replica_id, now)
         state.in_flight += 1
-        state.background += request.wish.priority <= BACKGROUND
+        state.background += request.profile.priority <= BACKGROUND
         if state.waiting:
-            state.waiting.sent(request.wish)
+            state.waiting.sent(request.profile)
         load = self._loads[endpoint.replica_id]
         load.requests += 1
-        load.tokens += request.wish.tokens
+        load.tokens += request.profile.tokens
         load.used_at = now
-        if request.wish.affinity:
-            self._affinity.sent(request.wish.affinity, endpoint.replica_id)
+        if request.profile.affinity:
+            self._affinity.sent(request.profile.affinity, endpoint.replica_id)
         return Forward(request.request_id, endpoint)
 
     def _unassign(self, request: _Request, now: float) -> None:
@@ -414,10 +414,10 @@ class Admission:
         request.replica_id = None
         state = self._models[request.model]
         state.in_flight -= 1
-        state.background -= request.wish.priority <= BACKGROUND
+        state.background -= request.profile.priority <= BACKGROUND
         load = self._loads[replica_id]
         load.requests -= 1
-        load.tokens -= request.wish.tokens
+        load.tokens -= request.profile.tokens
         load.used_at = now
 
     def _leave(self, request: _Request, now: float) -> None:
@@ -446,7 +446,7 @@ class Admission:
         if route.refusal is not None:
             self._leave(request, now)
             return refusals.unavailable(request.request_id, route)
-        endpoint = self._choose(route, state, now, request.wish)
+        endpoint = self._choose(route, state, now, request.profile)
         spent = endpoint is not None and delivered and request.retried
         if spent or request.attempts >= MAX_ATTEMPTS:
             self._leave(request, now)
@@ -481,7 +481,7 @@ class Admission:
             return out
         while state.waiting:
             request = state.waiting.first()
-            endpoint = self._choose(route, state, now, request.wish)
+            endpoint = self._choose(route, state, now, request.profile)
             if endpoint is None:
                 break
             out.append(self._forward(request, state, endpoint, now))
@@ -496,17 +496,17 @@ class Admission:
         return Held(request.request_id)
 
     def _no_use_waiting(
-        self, request_id: str, route: ModelRoute, state: _Model, wish: Wish, now: float
+        self, request_id: str, route: ModelRoute, state: _Model, profile: RequestProfile, now: float
     ) -> Refused | None:
         """Why a new request is not let in; where it is, one that waits may have to leave."""
-        limit_s = route.hold_s if wish.wait_s is None else min(route.hold_s, wish.wait_s)
+        limit_s = route.hold_s if profile.wait_s is None else min(route.hold_s, profile.wait_s)
         if not route.endpoints and route.eta_s is not None and route.eta_s > limit_s:
             state.active_at = now
             state.wanted_until = now + min(route.eta_s, route.hold_s)
-            return refusals.not_in_time(request_id, route, wish)
+            return refusals.not_in_time(request_id, route, profile)
         if len(state.waiting) < route.max_queue:
             return None
-        loser = state.waiting.loser(wish)
+        loser = state.waiting.loser(profile)
         if loser is None:
             return refusals.queue_full(request_id, route)
         self._leave(loser, now)
@@ -542,6 +542,6 @@ class Admission:
         return True
 
 
-def _most(route: ModelRoute, wish: Wish) -> int:
+def _most(route: ModelRoute, profile: RequestProfile) -> int:
     """Requests that one replica may have for this one to be sent there."""
-    return route.target_concurrency if wish.priority <= BACKGROUND else sys.maxsize
+    return route.target_concurrency if profile.priority <= BACKGROUND else sys.maxsize

@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator
 from typing import Generic, NamedTuple, Protocol, TypeVar
 
 
-class Wish(NamedTuple):
+class RequestProfile(NamedTuple):
     """Whose request it is and what it would like."""
 
     tenant: str = ""
@@ -45,7 +45,7 @@ class Waiter(Protocol):
     def seq(self) -> int: ...
 
     @property
-    def wish(self) -> Wish: ...
+    def profile(self) -> RequestProfile: ...
 
 
 W = TypeVar("W", bound=Waiter)
@@ -85,12 +85,12 @@ class FairQueue(Generic[W]):
 
     def add(self, waiter: W, deadline: float) -> None:
         """It waits, at most until `deadline`."""
-        wish = waiter.wish
-        others = {t for lanes in self._lanes.values() for t in lanes} - {wish.tenant}
+        profile = waiter.profile
+        others = {t for lanes in self._lanes.values() for t in lanes} - {profile.tenant}
         least = min((self._given[t] for t in others), default=0.0)
-        self._given[wish.tenant] = max(self._given.get(wish.tenant, 0.0), least)
-        lanes = self._lanes.setdefault(wish.priority, {})
-        bisect.insort(lanes.setdefault(wish.tenant, []), waiter, key=_by_seq)
+        self._given[profile.tenant] = max(self._given.get(profile.tenant, 0.0), least)
+        lanes = self._lanes.setdefault(profile.priority, {})
+        bisect.insort(lanes.setdefault(profile.tenant, []), waiter, key=_by_seq)
         bisect.insort(self._all, waiter, key=_by_seq)
         self._seqs[waiter.seq] = waiter
         heapq.heappush(self._deadlines, (deadline, waiter.seq))
@@ -99,14 +99,14 @@ class FairQueue(Generic[W]):
         """It does not wait any more. It must have waited."""
         del self._seqs[waiter.seq]
         _take(self._all, waiter)
-        wish = waiter.wish
-        lanes = self._lanes[wish.priority]
-        lane = lanes[wish.tenant]
+        profile = waiter.profile
+        lanes = self._lanes[profile.priority]
+        lane = lanes[profile.tenant]
         _take(lane, waiter)
         if not lane:
-            del lanes[wish.tenant]
+            del lanes[profile.tenant]
             if not lanes:
-                del self._lanes[wish.priority]
+                del self._lanes[profile.priority]
         if not self._all:
             self._deadlines.clear()
             self._given.clear()
@@ -120,19 +120,19 @@ class FairQueue(Generic[W]):
         given = self._given
         return min((given[tenant], lane[0].seq, lane[0]) for tenant, lane in lanes.items())[2]
 
-    def sent(self, wish: Wish) -> None:
-        """A request of that wish is sent while some wait, itself perhaps."""
-        self._given[wish.tenant] = self._given.get(wish.tenant, 0.0) + wish.tokens / wish.weight
+    def sent(self, profile: RequestProfile) -> None:
+        """A request of that profile is sent while some wait, itself perhaps."""
+        self._given[profile.tenant] = self._given.get(profile.tenant, 0.0) + profile.tokens / profile.weight
 
-    def loser(self, newcomer: Wish) -> W | None:
+    def loser(self, newcomer: RequestProfile) -> W | None:
         """Who leaves this full queue in place of a newcomer; None: the newcomer does."""
         lowest = min(self._lanes)
         tenant, lane = max(
-            self._lanes[lowest].items(), key=lambda item: len(item[1]) / item[1][0].wish.weight
+            self._lanes[lowest].items(), key=lambda item: len(item[1]) / item[1][0].profile.weight
         )
         if newcomer.priority == lowest:
             mine = len(self._lanes[lowest].get(newcomer.tenant, ())) + 1
-            most = len(lane) / lane[0].wish.weight
+            most = len(lane) / lane[0].profile.weight
             if newcomer.tenant == tenant or mine / newcomer.weight >= most:
                 return None
         return lane[-1] if newcomer.priority >= lowest else None
@@ -164,7 +164,7 @@ class FairQueue(Generic[W]):
         assert sorted(lanes, key=_by_seq) == self._all
         assert set(self._seqs) == {w.seq for w in self._all}
         assert {seq for _, seq in self._deadlines} >= set(self._seqs)
-        assert set(self._given) >= {w.wish.tenant for w in self._all}
+        assert set(self._given) >= {w.profile.tenant for w in self._all}
 
 
 def _take(waiting: list[W], waiter: W) -> None:

@@ -9,8 +9,8 @@ import asyncio
 import itertools
 from collections.abc import Callable, Sequence
 
-from runtime.router.admission.decisions import PLAIN, Admission, Decision, Forward, Held
-from runtime.router.admission.fairness import Wish
+from runtime.router.admission.decisions import DEFAULT_PROFILE, Admission, Decision, Forward, Held
+from runtime.router.admission.fairness import RequestProfile
 from runtime.router.admission.refusals import Refused
 from runtime.router.admission.route_choice import Versions
 from runtime.wire.routes import ModelDemand, ModelRoute, RouteTable
@@ -65,10 +65,10 @@ class Gate:
         self._hand_out(self._admission.routes(table, self.loop.time()))
         self._arm()
 
-    def arrive(self, model: str, wish: Wish = PLAIN) -> Decision:
+    def arrive(self, model: str, profile: RequestProfile = DEFAULT_PROFILE) -> Decision:
         """Let a request in. The decision's `request_id` is what the other methods take."""
         request_id = str(next(self._ids))
-        decision = self._admission.arrive(request_id, model, self.loop.time(), wish)
+        decision = self._admission.arrive(request_id, model, self.loop.time(), profile)
         self._hand_out(self._admission.shed())
         return self._noting_wait(decision, model)
 

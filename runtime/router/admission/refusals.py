@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from runtime.contract.schema import close_names
-from runtime.router.admission.fairness import Wish
+from runtime.router.admission.fairness import RequestProfile
 from runtime.wire.routes import ModelRoute
 
 UNKNOWN = "model_not_found"  # whoever tells it adds the names that its caller may see
@@ -82,19 +82,19 @@ def shed(request_id: str, route: ModelRoute) -> Refused:
     return Refused(request_id, 429, "shed", message, _back_in_s(route))
 
 
-def not_in_time(request_id: str, route: ModelRoute, wish: Wish) -> Refused:
+def not_in_time(request_id: str, route: ModelRoute, profile: RequestProfile) -> Refused:
     """It is known at once that it would wait longer than it may."""
     message = (
         f"model {route.name!r} will take about {route.eta_s:.0f}s to be ready, and this request "
-        f"may wait {_limit(route, wish)}; it is being made ready for a later one"
+        f"may wait {_limit(route, profile)}; it is being made ready for a later one"
     )
     return Refused(request_id, 503, "not_in_time", message, route.eta_s)
 
 
-def held_too_long(request_id: str, route: ModelRoute, wish: Wish) -> Refused:
+def held_too_long(request_id: str, route: ModelRoute, profile: RequestProfile) -> Refused:
     """It waited as long as it may."""
     state = f" ({route.waiting_for})" if route.waiting_for else ""
-    message = f"model {route.name!r} was not ready within {_limit(route, wish)}{state}"
+    message = f"model {route.name!r} was not ready within {_limit(route, profile)}{state}"
     return Refused(request_id, 504, "hold_timeout", message, _back_in_s(route))
 
 
@@ -127,8 +127,8 @@ def _back_in_s(route: ModelRoute) -> float:
     return RETRY_AFTER_S if route.eta_s is None else route.eta_s
 
 
-def _limit(route: ModelRoute, wish: Wish) -> str:
+def _limit(route: ModelRoute, profile: RequestProfile) -> str:
     """How long it may wait, and what says so."""
-    if wish.wait_s is None or wish.wait_s >= route.hold_s:
+    if profile.wait_s is None or profile.wait_s >= route.hold_s:
         return f"{route.hold_s:g}s, the model's hold_s"
-    return wish.limit or f"{wish.wait_s:g}s"
+    return profile.limit or f"{profile.wait_s:g}s"

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Awaitable, Callable
 
-from runtime.router.admission.fairness import Wish
+from runtime.router.admission.fairness import RequestProfile
 from runtime.router.admission.gate import Gate
 from runtime.router.call.errors import ApiError, internal_error
 from runtime.router.call.made_responses import Made
@@ -74,17 +74,17 @@ class Proxy:
         if call.model in ways and call.attempt is None:
             return await self.routed.serve(ways[call.model], call, client)
         caller, route = call.caller, self.gate.find(call.model)
-        wish, decision, charged = self._wish(call, route), None, False
+        profile, decision, charged = self._profile(call, route), None, False
         exchange = Exchange(self.means, call, client, route)
         outcome, status = exchange.outcome, HUNG_UP  # unless it gets further
         try:
             if caller is not ANONYMOUS:
-                self._let_in(call, route, wish.tokens)
+                self._let_in(call, route, profile.tokens)
                 charged = True
             if call.path.startswith(RESPONSES):
                 await self._check_stored(call)
             if not self._short_cuts.offered(exchange) or not await self._short_cuts.taken(exchange):
-                decision = self.gate.arrive(call.model, wish)
+                decision = self.gate.arrive(call.model, profile)
                 await exchange.run(decision)
             status = exchange.status
         except ApiError as error:
@@ -106,7 +106,7 @@ class Proxy:
             outcome.status = status
             self._tell(outcome)
             if charged:
-                self._settle(caller, wish.tokens, exchange)
+                self._settle(caller, profile.tokens, exchange)
 
     async def _check_stored(self, call: Call) -> None:
         """Whether it may go on with the response that it names. Raises ApiError (400, 404)."""
@@ -120,7 +120,7 @@ class Proxy:
         """Serve a call of the router's own: nobody is charged, nothing is counted."""
         route = self.gate.find(call.model)
         exchange = Exchange(self.means, call, client, route)
-        decision = self.gate.arrive(call.model, self._wish(call, route))
+        decision = self.gate.arrive(call.model, self._profile(call, route))
         try:
             await exchange.run(decision)
         finally:
@@ -165,7 +165,7 @@ class Proxy:
         name = way.route if way is not None else route.name if route is not None else model
         _check_scope(caller, name, model, path)
 
-    def _wish(self, call: Call, route: ModelRoute | None) -> Wish:
+    def _profile(self, call: Call, route: ModelRoute | None) -> RequestProfile:
         """Keys of the prompt are made only where there is a choice of replicas, and how long the
         caller waits is looked for only where it may have to."""
         caller = call.caller
@@ -179,7 +179,7 @@ class Proxy:
             if not route.endpoints or self.gate.waiting(route.name):
                 waits = patience(call.headers, call.streams)
         wait_s, limit = waits or (None, "")
-        return Wish(caller.tenant, caller.priority, tokens, keys, wait_s, caller.weight, limit)
+        return RequestProfile(caller.tenant, caller.priority, tokens, keys, wait_s, caller.weight, limit)
 
 
 def _check_scope(caller: Caller, name: str, asked: str, path: str) -> None:

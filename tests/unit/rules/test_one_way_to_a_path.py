@@ -16,7 +16,7 @@ from tests.unit.rules.product import sources, text
 
 HOME = "runtime/places.py"
 FOLDER = re.compile(
-    r"(folder|dir|root|path|files?|logs|staging|shared|parent|target|cache|cgroup|store|snapshot)"
+    r"(folder|dir|root|path|(?<!pro)files?|logs|staging|shared|parent|target|cache|cgroup|store|snapshot)"
     r"|Path\(", re.I,
 )  # fmt: skip
 CONSTANT = re.compile(r"_?[A-Z][A-Z0-9_]*")
