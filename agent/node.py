@@ -34,7 +34,7 @@ from agent.devices.inventory import DeviceSource
 from agent.devices.preemption import Preemption
 from agent.engines import process
 from agent.engines.launch_plan import BadStart, Place, make_plan
-from agent.engines.launcher import CannotFork, Held, Launcher
+from agent.engines.launcher import CannotFork, HeldProcess, Launcher
 from agent.engines.ports import NoFreePort, Ports
 from agent.engines.probe import Prober, Target, is_healthy
 from agent.engines.process import Owner
@@ -42,7 +42,7 @@ from agent.engines.reported_load import EngineLoad
 from agent.engines.sleep import Controls, is_sleeping
 from agent.engines.sleep_tasks import Rungs, levels, residue_bytes
 from agent.engines.supervisor import Supervisor
-from agent.engines.wake_canary import Canary
+from agent.engines.wake_canary import WakeCanary
 from agent.metrics import Metrics
 from agent.records import Record, Records
 from agent.rung_limits import Limits
@@ -324,7 +324,7 @@ class Node:
         replicas = self.core.replicas.values()
         return {r.command.spec.source for r in replicas if r.phase in reads}
 
-    async def _fork(self, replica_id: str, launch: Launch) -> tuple[Held | None, str]:
+    async def _fork(self, replica_id: str, launch: Launch) -> tuple[HeldProcess | None, str]:
         """(a process that waits to be let go, ""), or (None, why its start must be plain)."""
         if launch.preload is None:
             return None, "engine"
@@ -363,12 +363,12 @@ class Node:
         """What the core knows of it; None once it is forgotten."""
         return self.core.replicas.get(replica_id)
 
-    def canary(self, replica_id: str) -> Canary | None:
+    def canary(self, replica_id: str) -> WakeCanary | None:
         """What its canary has to answer; None if it was not asked yet."""
         record = self._known.get(replica_id)
         return record.canary if record else None
 
-    def keep_canary(self, replica_id: str, canary: Canary) -> None:
+    def keep_canary(self, replica_id: str, canary: WakeCanary) -> None:
         """Remember that, across restarts of the agent too."""
         self._save(replica_id, canary=canary)
 

@@ -18,8 +18,8 @@ import msgspec
 from msgspec import Struct
 
 from agent.core.messages import Saved
-from agent.engines.process import Leader
-from agent.engines.wake_canary import Canary
+from agent.engines.process import MainProcess
+from agent.engines.wake_canary import WakeCanary
 from agent.weights.load_format_policy import Known
 from runtime import places
 from runtime.wire.agent_messages import StartRung
@@ -39,9 +39,9 @@ class Record(Struct, frozen=True, kw_only=True):
     health_path: str = "/health"
     route_key: str = ""
     control_key: str = ""
-    leader: Leader | None = None  # None: never started
+    leader: MainProcess | None = None  # None: never started
     engine_version: str | None = None
-    canary: Canary | None = None  # None: not asked for yet
+    canary: WakeCanary | None = None  # None: not asked for yet
     started_from: StartRung = "cached"
 
 

@@ -100,7 +100,9 @@ def read(file: Path, told_by: int) -> list[Request]:
             at_s = (begins + step * index / (end - first)) / 1000
             profile = profile_of(blocks, tokens)
             session = session_of(blocks[:told_by])
-            made.append(Request(at_s, tokens, row["output_length"], blocks, tokens, profile, session))
+            made.append(
+                Request(at_s, tokens, row["output_length"], blocks, tokens, profile, session)
+            )
         first = end
     return made
 

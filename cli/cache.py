@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from cli.cluster import Where
+from cli.cluster import ClusterAccess
 from cli.tables import table
 from cli.text import Group, age, json_option, show, size
 
@@ -29,9 +29,9 @@ def cache() -> None:
 @node_option
 @json_option
 @click.pass_obj
-def ls(where: Where, node: str | None, as_json: bool) -> None:
+def ls(cluster: ClusterAccess, node: str | None, as_json: bool) -> None:
     """List cached models and running pulls, with their progress."""
-    show(where.ask(lambda admin: admin.caches(node)), as_json, _cache_table)
+    show(cluster.ask(lambda admin: admin.caches(node)), as_json, _cache_table)
 
 
 def _cache_table(answer: cache_api.Caches) -> Table | str:
@@ -80,14 +80,14 @@ def _progress(pull: PullView) -> str:
 @json_option
 @click.pass_obj
 def pull(
-    where: Where, model: str, nodes: tuple[str, ...], count: int | None, refresh: bool,
+    cluster: ClusterAccess, model: str, nodes: tuple[str, ...], count: int | None, refresh: bool,
     as_json: bool,
 ) -> None:  # fmt: skip
     """Fetch MODEL (hf:org/name[@revision] or s3://…) before it is needed."""
     from scheduler.admin.cache_api import CachePullBody
 
     body = CachePullBody(model=model, nodes=nodes, count=count, refresh=refresh)
-    answer = where.ask(lambda admin: admin.cache_pull(body))
+    answer = cluster.ask(lambda admin: admin.cache_pull(body))
     show(answer, as_json, _pull_text)
     _fail_if(not answer.value.nodes or any(n.error for n in answer.value.nodes))
 
@@ -107,9 +107,9 @@ def _pull_state(node: cache_api.NodePull) -> str:
 @node_option
 @json_option
 @click.pass_obj
-def rm(where: Where, model: str, node: str | None, as_json: bool) -> None:
+def rm(cluster: ClusterAccess, model: str, node: str | None, as_json: bool) -> None:
     """Remove MODEL from caches; one in use is kept."""
-    answer = where.ask(lambda admin: admin.cache_remove(model, node))
+    answer = cluster.ask(lambda admin: admin.cache_remove(model, node))
     show(answer, as_json, _removal_text)
     _fail_if(_undone(answer.value.nodes))
 
@@ -125,9 +125,9 @@ def _removal_text(answer: cache_api.Removals) -> str:
 @node_option
 @json_option
 @click.pass_obj
-def verify(where: Where, model: str, node: str | None, as_json: bool) -> None:
+def verify(cluster: ClusterAccess, model: str, node: str | None, as_json: bool) -> None:
     """Read every file of MODEL again and compare it with its hash."""
-    answer = where.ask(lambda admin: admin.cache_verify(model, node))
+    answer = cluster.ask(lambda admin: admin.cache_verify(model, node))
     show(answer, as_json, _verdict_text)
     bad = any(n.report and n.report.bad_files for n in answer.value.nodes)
     _fail_if(bad or _undone(answer.value.nodes))

@@ -71,7 +71,7 @@ def read_up_file(state_dir: Path) -> UpFile | None:
 
 
 @dataclass(frozen=True)
-class Where:
+class ClusterAccess:
     """The global options; what they leave open is looked up when it is needed."""
 
     config: str | None = None

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from cli.cluster import Where, up_state_dir
+from cli.cluster import ClusterAccess, up_state_dir
 
 if TYPE_CHECKING:
     from cli.cluster import UpFile
@@ -35,7 +35,7 @@ STUB_LABEL = "STUB engine on a SIMULATED device: no model was run, the timings a
 @click.option("--json", "as_json", is_flag=True, help="Print what happened as JSON.")
 @click.pass_obj
 def demo(
-    where: Where,
+    cluster: ClusterAccess,
     engine: str,
     leave: bool,
     devices: str | None,
@@ -53,7 +53,7 @@ def demo(
     from cli.upfiles import make_config
 
     if engine == "stub":
-        where = Where()  # never a real cluster's settings
+        cluster = ClusterAccess()  # never a real cluster's settings
     overrides: dict[str, Any] = {
         "agent.devices": devices or _default_devices(engine),
         "scheduler.min_dwell_s": 1.0,  # five seconds would only make the demo longer
@@ -61,7 +61,7 @@ def demo(
     if port is not None:
         overrides["router.port"] = port
     folder = Path(state_dir) if state_dir else up_state_dir()
-    config = make_config(where, folder, overrides)
+    config = make_config(cluster, folder, overrides)
 
     async def main(hurry: asyncio.Event) -> bool:
         async with running(config, _notice, hurry) as stack:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from cli.cluster import Where
+from cli.cluster import ClusterAccess
 
 if TYPE_CHECKING:
     from cli.router_client import Answer
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 @click.option("--json", "as_json", is_flag=True, help="Print the API's JSON; implies --no-stream.")
 @click.pass_obj
 def invoke(
-    where: Where,
+    cluster: ClusterAccess,
     model: str,
     prompt: str,
     max_tokens: int | None,
@@ -43,16 +43,16 @@ def invoke(
     if prompt == "-":
         prompt = sys.stdin.read()
     path, body = ask_body(model, prompt, max_tokens, raw)
-    asyncio.run(_invoke(where, path, body, whole=no_stream, as_json=as_json))
+    asyncio.run(_invoke(cluster, path, body, whole=no_stream, as_json=as_json))
 
 
 async def _invoke(
-    where: Where, path: str, body: dict[str, Any], *, whole: bool, as_json: bool
+    cluster: ClusterAccess, path: str, body: dict[str, Any], *, whole: bool, as_json: bool
 ) -> None:
     from cli import router_client
     from cli.text import echo_untrusted, print_json
 
-    url = await where.router_url()
+    url = await cluster.router_url()
     if as_json:
         print_json(await router_client.post(url, path, body))
         return

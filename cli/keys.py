@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from cli.cluster import Where
+from cli.cluster import ClusterAccess
 from cli.tables import table
 from cli.text import Group, age, json_option, show
 
@@ -90,7 +90,13 @@ def key() -> None:
 @json_option
 @click.pass_obj
 def create(
-    where: Where, /, tenant: str, note: str, expires: float | None, as_json: bool, **options: Any
+    cluster: ClusterAccess,
+    /,
+    tenant: str,
+    note: str,
+    expires: float | None,
+    as_json: bool,
+    **options: Any,
 ) -> None:
     """Make a key for TENANT and print its secret, this once."""
     from runtime.contract.access import ANY, NO_LIMITS, KeySpec
@@ -100,7 +106,7 @@ def create(
         expires_at=time.time() + expires if expires else None,
         **_changed(NO_LIMITS, ANY, options),
     )  # fmt: skip
-    show(where.ask(lambda admin: admin.create_key(spec)), as_json, _secret)
+    show(cluster.ask(lambda admin: admin.create_key(spec)), as_json, _secret)
 
 
 def _secret(made: access_api.NewKey) -> str:
@@ -111,9 +117,9 @@ def _secret(made: access_api.NewKey) -> str:
 @key.command(name="ls")
 @json_option
 @click.pass_obj
-def key_ls(where: Where, as_json: bool) -> None:
+def key_ls(cluster: ClusterAccess, as_json: bool) -> None:
     """List the keys."""
-    show(where.ask(lambda admin: admin.keys()), as_json, _keys_table)
+    show(cluster.ask(lambda admin: admin.keys()), as_json, _keys_table)
 
 
 def _keys_table(answer: access_api.Keys) -> Table | str:
@@ -158,7 +164,7 @@ def _scope_text(scope: Scope) -> str:
 @json_option
 @click.pass_obj
 def key_set(
-    where: Where,
+    cluster: ClusterAccess,
     /,
     key_id: str,
     note: str | None,
@@ -179,7 +185,7 @@ def key_set(
         )  # fmt: skip
         return await admin.put_key(key_id, spec)
 
-    show(where.ask(run), as_json, lambda k: f"key {k.key_id}: limits {_limits_text(k.limits)}")
+    show(cluster.ask(run), as_json, lambda k: f"key {k.key_id}: limits {_limits_text(k.limits)}")
 
 
 @key.command()
@@ -188,29 +194,33 @@ def key_set(
               help="How long the old secret still opens; 0s: not at all.")  # fmt: skip
 @json_option
 @click.pass_obj
-def rotate(where: Where, key_id: str, grace: float, as_json: bool) -> None:
+def rotate(cluster: ClusterAccess, key_id: str, grace: float, as_json: bool) -> None:
     """Give KEY a new secret and print it, this once."""
-    show(where.ask(lambda admin: admin.rotate_key(key_id, grace)), as_json, _secret)
+    show(cluster.ask(lambda admin: admin.rotate_key(key_id, grace)), as_json, _secret)
 
 
 @key.command(name="rm")
 @click.argument("key_ids", metavar="KEY...", nargs=-1, required=True)
 @json_option
 @click.pass_obj
-def key_rm(where: Where, key_ids: tuple[str, ...], as_json: bool) -> None:
+def key_rm(cluster: ClusterAccess, key_ids: tuple[str, ...], as_json: bool) -> None:
     """Revoke keys; they open nothing from the next request on."""
-    _remove(where, key_ids, as_json, "revoked", lambda admin: admin.revoke_key)
+    _remove(cluster, key_ids, as_json, "revoked", lambda admin: admin.revoke_key)
 
 
 def _remove(
-    where: Where, names: tuple[str, ...], as_json: bool, word: str, how: Callable[[Admin], Any]
+    cluster: ClusterAccess,
+    names: tuple[str, ...],
+    as_json: bool,
+    word: str,
+    how: Callable[[Admin], Any],
 ) -> None:
     async def run(admin: Admin) -> None:
         for name in names:
             await how(admin)(name)
             click.echo(json.dumps({word: name}) if as_json else f"{word} {name}")
 
-    where.ask(run)
+    cluster.ask(run)
 
 
 # ------------------------------------------------------------------------------------- tenants
@@ -224,9 +234,9 @@ def tenant() -> None:
 @tenant.command(name="ls")
 @json_option
 @click.pass_obj
-def tenant_ls(where: Where, as_json: bool) -> None:
+def tenant_ls(cluster: ClusterAccess, as_json: bool) -> None:
     """List the tenants."""
-    show(where.ask(lambda admin: admin.tenants()), as_json, _tenants_table)
+    show(cluster.ask(lambda admin: admin.tenants()), as_json, _tenants_table)
 
 
 def _tenants_table(answer: access_api.Tenants) -> Table | str:
@@ -247,7 +257,7 @@ def _tenants_table(answer: access_api.Tenants) -> Table | str:
 @json_option
 @click.pass_obj
 def tenant_set(
-    where: Where, /, name: str, weight: float | None, as_json: bool, **options: Any
+    cluster: ClusterAccess, /, name: str, weight: float | None, as_json: bool, **options: Any
 ) -> None:
     """Set what all keys of tenant NAME may together; what is not named stays."""
     from runtime.contract.access import Tenant
@@ -261,7 +271,7 @@ def tenant_set(
         )  # fmt: skip
         return await admin.put_tenant(changed)
 
-    show(where.ask(run), as_json, _tenant_text)
+    show(cluster.ask(run), as_json, _tenant_text)
 
 
 def _tenant_text(t: Tenant) -> str:
@@ -272,16 +282,16 @@ def _tenant_text(t: Tenant) -> str:
 @click.argument("names", metavar="NAME...", nargs=-1, required=True)
 @json_option
 @click.pass_obj
-def tenant_rm(where: Where, names: tuple[str, ...], as_json: bool) -> None:
+def tenant_rm(cluster: ClusterAccess, names: tuple[str, ...], as_json: bool) -> None:
     """Forget tenants that have no keys."""
-    _remove(where, names, as_json, "removed", lambda admin: admin.remove_tenant)
+    _remove(cluster, names, as_json, "removed", lambda admin: admin.remove_tenant)
 
 
 @tenant.command(name="webhook-key")
 @click.argument("name", metavar="TENANT")
 @json_option
 @click.pass_obj
-def tenant_webhook_key(where: Where, name: str, as_json: bool) -> None:
+def tenant_webhook_key(cluster: ClusterAccess, name: str, as_json: bool) -> None:
     """Print the secret that TENANT's receivers verify its webhooks with.
 
     It is computed from router.webhook_secret of the config, so run it where that is set, e.g. on
@@ -296,7 +306,7 @@ def tenant_webhook_key(where: Where, name: str, as_json: bool) -> None:
         msgspec.convert(name, TenantName)
     except msgspec.ValidationError as error:
         raise click.BadParameter(f"{name!r} is no tenant's name: {error}") from None
-    secret = where.load_config().router.webhook_secret
+    secret = cluster.load_config().router.webhook_secret
     if not secret:
         raise click.ClickException(
             "the config has no router.webhook_secret, so no webhooks are sent; name the router's"
@@ -326,21 +336,23 @@ def token() -> None:
 @click.option("--expires", metavar="IN", type=Duration(), help="e.g. 30d; left out: never.")
 @json_option
 @click.pass_obj
-def token_create(where: Where, name: str, role: Any, expires: float | None, as_json: bool) -> None:
+def token_create(
+    cluster: ClusterAccess, name: str, role: Any, expires: float | None, as_json: bool
+) -> None:
     """Make a token for NAME (a person or a program) and print it, this once."""
     from scheduler.admin.access_api import TokenBody
 
     expires_at = time.time() + expires if expires else None
     body = TokenBody(name=name, role=role, expires_at=expires_at)
-    show(where.ask(lambda admin: admin.create_token(body)), as_json, lambda made: made.token)
+    show(cluster.ask(lambda admin: admin.create_token(body)), as_json, lambda made: made.token)
 
 
 @token.command(name="ls")
 @json_option
 @click.pass_obj
-def token_ls(where: Where, as_json: bool) -> None:
+def token_ls(cluster: ClusterAccess, as_json: bool) -> None:
     """List the tokens."""
-    show(where.ask(lambda admin: admin.tokens()), as_json, _tokens_table)
+    show(cluster.ask(lambda admin: admin.tokens()), as_json, _tokens_table)
 
 
 def _tokens_table(answer: access_api.Tokens) -> Table | str:
@@ -360,9 +372,9 @@ def _tokens_table(answer: access_api.Tokens) -> Table | str:
 @click.argument("token_ids", metavar="TOKEN...", nargs=-1, required=True)
 @json_option
 @click.pass_obj
-def token_rm(where: Where, token_ids: tuple[str, ...], as_json: bool) -> None:
+def token_rm(cluster: ClusterAccess, token_ids: tuple[str, ...], as_json: bool) -> None:
     """Revoke tokens."""
-    _remove(where, token_ids, as_json, "revoked", lambda admin: admin.revoke_token)
+    _remove(cluster, token_ids, as_json, "revoked", lambda admin: admin.revoke_token)
 
 
 # ------------------------------------------------------------------------------------- use
@@ -372,9 +384,9 @@ def token_rm(where: Where, token_ids: tuple[str, ...], as_json: bool) -> None:
 @click.option("--day", metavar="DATE", help="As in 2026-11-25 (UTC); left out: today.")
 @json_option
 @click.pass_obj
-def usage(where: Where, day: str | None, as_json: bool) -> None:
+def usage(cluster: ClusterAccess, day: str | None, as_json: bool) -> None:
     """List what keys and tenants used of a day."""
-    show(where.ask(lambda admin: admin.use(day)), as_json, _use_table)
+    show(cluster.ask(lambda admin: admin.use(day)), as_json, _use_table)
 
 
 def _use_table(answer: access_api.Use) -> Table | str:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 import msgspec
 
-from cli.cluster import Where
+from cli.cluster import ClusterAccess
 from cli.text import echo_untrusted
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 @click.option("-f", "--follow", is_flag=True, help="Go on until the replica is gone, or Ctrl-C.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a line.")
 @click.pass_obj
-def logs(where: Where, name: str, tail: int, follow: bool, as_json: bool) -> None:
+def logs(cluster: ClusterAccess, name: str, tail: int, follow: bool, as_json: bool) -> None:
     """Show the engine's output of a replica, or of a model's replicas."""
 
     async def run(admin: Admin) -> None:
@@ -32,7 +32,7 @@ def logs(where: Where, name: str, tail: int, follow: bool, as_json: bool) -> Non
                 tasks.create_task(_print(admin, replica_id, tail, follow, prefixed, as_json))
 
     try:
-        where.ask(run)
+        cluster.ask(run)
     except* click.ClickException as group:
         raise group.exceptions[0] from None
 

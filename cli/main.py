@@ -157,7 +157,7 @@ def stoker(ctx: click.Context, /, token_file: str | None, **options: str | None)
     else the one --config names; else the one that `stoker up` runs in this folder (its state is in
     .stoker, or $STOKER_STATE_DIR); else the one /etc/stoker/stoker.toml names.
     """
-    from cli.cluster import Where, read_token
+    from cli.cluster import ClusterAccess, read_token
 
     given = ctx.get_parameter_source("token")
     if given is ParameterSource.COMMANDLINE:
@@ -168,7 +168,7 @@ def stoker(ctx: click.Context, /, token_file: str | None, **options: str | None)
         )
     elif token_file:
         options["token"] = read_token(token_file)
-    ctx.obj = Where(**options)
+    ctx.obj = ClusterAccess(**options)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from cli.cluster import Where
+from cli.cluster import ClusterAccess
 from cli.tables import table
 from cli.text import age, json_option, show, size
 
@@ -23,9 +23,9 @@ SHOWN_PHASES = 4  # the longest ones; --json has them all
 @click.option("--model", help="Only this model's.")
 @json_option
 @click.pass_obj
-def coldstarts(where: Where, limit: int, model: str | None, as_json: bool) -> None:
+def coldstarts(cluster: ClusterAccess, limit: int, model: str | None, as_json: bool) -> None:
     """List cold starts and wakes: why, what moved down for them, where the time went."""
-    answer = where.ask(lambda admin: admin.cold_starts(limit, model))
+    answer = cluster.ask(lambda admin: admin.cold_starts(limit, model))
     show(answer, as_json, lambda started: cold_start_table(started, model))
 
 
@@ -69,9 +69,9 @@ def _cold_start_row(c: views.ColdStartView) -> tuple[str, ...]:
 @click.argument("model")
 @json_option
 @click.pass_obj
-def footprint(where: Where, model: str, as_json: bool) -> None:
+def footprint(cluster: ClusterAccess, model: str, as_json: bool) -> None:
     """Show what MODEL was declared, estimated and measured to take, and its times."""
-    show(where.ask(lambda admin: admin.footprint(model)), as_json, footprint_table)
+    show(cluster.ask(lambda admin: admin.footprint(model)), as_json, footprint_table)
 
 
 def footprint_table(answer: views.Footprints) -> Table | str:

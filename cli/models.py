@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from cli.cluster import Where
+from cli.cluster import ClusterAccess
 from cli.tables import table
 from cli.text import Group, age, json_option, print_json, show, size, waiting
 
@@ -34,7 +34,7 @@ def model() -> None:
 @click.option("--new", is_flag=True, help="Fail where a model of that name exists already.")
 @json_option
 @click.pass_obj
-def add(where: Where, files: tuple[str, ...], new: bool, as_json: bool) -> None:
+def add(cluster: ClusterAccess, files: tuple[str, ...], new: bool, as_json: bool) -> None:
     """Add or change the models of each FILE (YAML, TOML or JSON).
 
     A spec that changes restarts nothing unless the engine's own arguments changed; then each
@@ -48,7 +48,7 @@ def add(where: Where, files: tuple[str, ...], new: bool, as_json: bool) -> None:
                 saved = await _save(admin, spec, new)
             show(saved, as_json, _saved_text)
 
-    where.ask(run)
+    cluster.ask(run)
 
 
 async def _save(admin: Admin, spec: ModelSpec, new: bool) -> Reply[views.Saved]:
@@ -127,9 +127,9 @@ def _says(model: views.ModelView) -> str:
 @model.command()
 @json_option
 @click.pass_obj
-def ls(where: Where, as_json: bool) -> None:
+def ls(cluster: ClusterAccess, as_json: bool) -> None:
     """List the models."""
-    show(where.ask(lambda admin: admin.models()), as_json, _models_table)
+    show(cluster.ask(lambda admin: admin.models()), as_json, _models_table)
 
 
 def _models_table(answer: views.Models) -> Table | str:
@@ -167,9 +167,9 @@ def _model_row(m: views.ModelView) -> tuple[str, ...]:
 @click.argument("name")
 @json_option
 @click.pass_obj
-def show_(where: Where, name: str, as_json: bool) -> None:
+def show_(cluster: ClusterAccess, name: str, as_json: bool) -> None:
     """Show one model: its spec and where it stands."""
-    show(where.ask(lambda admin: admin.model(name)), as_json, _model_details)
+    show(cluster.ask(lambda admin: admin.model(name)), as_json, _model_details)
 
 
 def _model_details(m: views.ModelView) -> str:
@@ -200,7 +200,7 @@ def _indented(text: str) -> str:
 @click.argument("names", metavar="NAME...", nargs=-1, required=True)
 @json_option
 @click.pass_obj
-def rm(where: Where, names: tuple[str, ...], as_json: bool) -> None:
+def rm(cluster: ClusterAccess, names: tuple[str, ...], as_json: bool) -> None:
     """Remove models; their replicas finish what is in flight first."""
 
     async def run(admin: Admin) -> None:
@@ -208,7 +208,7 @@ def rm(where: Where, names: tuple[str, ...], as_json: bool) -> None:
             await admin.remove(name)
             click.echo(json.dumps({"removed": name}) if as_json else f"removed {name}")
 
-    where.ask(run)
+    cluster.ask(run)
 
 
 @model.command()
@@ -226,14 +226,14 @@ def schema(as_json: bool) -> None:
 @click.option("--no-wait", is_flag=True, help="Return once the scheduler has accepted it.")
 @json_option
 @click.pass_obj
-def load(where: Where, name: str, replicas: int, no_wait: bool, as_json: bool) -> None:
+def load(cluster: ClusterAccess, name: str, replicas: int, no_wait: bool, as_json: bool) -> None:
     """Start MODEL now and wait until it serves."""
 
     async def run(admin: Admin) -> Reply[views.ModelView]:
         reply = await admin.load(name, replicas)
         return reply if no_wait else await _until_ready(admin, reply, replicas)
 
-    show(where.ask(run), as_json, _load_text)
+    show(cluster.ask(run), as_json, _load_text)
 
 
 def _load_text(m: views.ModelView) -> str:
@@ -270,13 +270,13 @@ async def _progress(admin: Admin, m: views.ModelView) -> str:
 @click.argument("name", metavar="MODEL")
 @json_option
 @click.pass_obj
-def unload(where: Where, name: str, as_json: bool) -> None:
+def unload(cluster: ClusterAccess, name: str, as_json: bool) -> None:
     """Stop every replica of MODEL; the next request starts it again."""
-    show(where.ask(lambda admin: admin.unload(name)), as_json, _load_text)
+    show(cluster.ask(lambda admin: admin.unload(name)), as_json, _load_text)
 
 
-def _pin(where: Where, name: str, pinned: bool, as_json: bool) -> None:
-    show(where.ask(lambda admin: admin.pin(name, pinned)), as_json, _pin_text)
+def _pin(cluster: ClusterAccess, name: str, pinned: bool, as_json: bool) -> None:
+    show(cluster.ask(lambda admin: admin.pin(name, pinned)), as_json, _pin_text)
 
 
 def _pin_text(m: views.ModelView) -> str:
@@ -287,18 +287,18 @@ def _pin_text(m: views.ModelView) -> str:
 @click.argument("name", metavar="MODEL")
 @json_option
 @click.pass_obj
-def pin(where: Where, name: str, as_json: bool) -> None:
+def pin(cluster: ClusterAccess, name: str, as_json: bool) -> None:
     """Keep MODEL from being evicted or stopped when idle."""
-    _pin(where, name, True, as_json)
+    _pin(cluster, name, True, as_json)
 
 
 @click.command()
 @click.argument("name", metavar="MODEL")
 @json_option
 @click.pass_obj
-def unpin(where: Where, name: str, as_json: bool) -> None:
+def unpin(cluster: ClusterAccess, name: str, as_json: bool) -> None:
     """Let MODEL be evicted and stopped when idle again."""
-    _pin(where, name, False, as_json)
+    _pin(cluster, name, False, as_json)
 
 
 @click.command()
@@ -309,7 +309,7 @@ def unpin(where: Where, name: str, as_json: bool) -> None:
 @json_option
 @click.pass_obj
 def prewarm(
-    where: Where, name: str, rung: Floor, by: str | None, for_s: float, as_json: bool
+    cluster: ClusterAccess, name: str, rung: Floor, by: str | None, for_s: float, as_json: bool
 ) -> None:
     """Have MODEL warm by a time, and for a while.
 
@@ -318,7 +318,7 @@ def prewarm(
     from scheduler.admin.views import PrewarmBody
 
     body = PrewarmBody(rung=rung, by=by, for_s=for_s)
-    show(where.ask(lambda admin: admin.prewarm(name, body)), as_json, _prewarm_text)
+    show(cluster.ask(lambda admin: admin.prewarm(name, body)), as_json, _prewarm_text)
 
 
 def _prewarm_text(m: views.ModelView) -> str:

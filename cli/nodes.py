@@ -6,15 +6,15 @@ from typing import TYPE_CHECKING
 
 import click
 
-from cli.cluster import Where
+from cli.cluster import ClusterAccess
 from cli.text import json_option, show
 
 if TYPE_CHECKING:
     from scheduler.admin import views
 
 
-def _set(where: Where, node: str, action: str, as_json: bool) -> None:
-    show(where.ask(lambda admin: admin.set_node(node, action)), as_json, _sentence)
+def _set(cluster: ClusterAccess, node: str, action: str, as_json: bool) -> None:
+    show(cluster.ask(lambda admin: admin.set_node(node, action)), as_json, _sentence)
 
 
 def _sentence(node: views.NodeView) -> str:
@@ -28,18 +28,18 @@ def _sentence(node: views.NodeView) -> str:
 @click.argument("node")
 @json_option
 @click.pass_obj
-def cordon(where: Where, node: str, as_json: bool) -> None:
+def cordon(cluster: ClusterAccess, node: str, as_json: bool) -> None:
     """Place nothing new on NODE."""
-    _set(where, node, "cordon", as_json)
+    _set(cluster, node, "cordon", as_json)
 
 
 @click.command()
 @click.argument("node")
 @json_option
 @click.pass_obj
-def uncordon(where: Where, node: str, as_json: bool) -> None:
+def uncordon(cluster: ClusterAccess, node: str, as_json: bool) -> None:
     """Let NODE take replicas again."""
-    _set(where, node, "uncordon", as_json)
+    _set(cluster, node, "uncordon", as_json)
 
 
 @click.command()
@@ -54,12 +54,12 @@ def uncordon(where: Where, node: str, as_json: bool) -> None:
 )
 @json_option
 @click.pass_obj
-def drain(where: Where, node: str, deadline_s: float, as_json: bool) -> None:
+def drain(cluster: ClusterAccess, node: str, deadline_s: float, as_json: bool) -> None:
     """Cordon NODE and move its models off, or stop them.
 
     A model that is called serves elsewhere before its replica here goes.
     """
-    show(where.ask(lambda admin: admin.drain(node, deadline_s)), as_json, _sentence)
+    show(cluster.ask(lambda admin: admin.drain(node, deadline_s)), as_json, _sentence)
 
 
 @click.command()
@@ -68,13 +68,15 @@ def drain(where: Where, node: str, deadline_s: float, as_json: bool) -> None:
 @click.option("--reason", default="set aside by an operator", show_default=True)
 @json_option
 @click.pass_obj
-def quarantine(where: Where, node: str, device: str, reason: str, as_json: bool) -> None:
+def quarantine(cluster: ClusterAccess, node: str, device: str, reason: str, as_json: bool) -> None:
     """Use DEVICE of NODE no more.
 
     Its models move to other devices. `stoker devices` shows why a device is set aside.
     """
     words = f"{device} of {node} takes no replicas any more: {reason}"
-    show(where.ask(lambda admin: admin.quarantine(node, device, reason)), as_json, lambda _: words)
+    show(
+        cluster.ask(lambda admin: admin.quarantine(node, device, reason)), as_json, lambda _: words
+    )
 
 
 @click.command()
@@ -82,7 +84,7 @@ def quarantine(where: Where, node: str, device: str, reason: str, as_json: bool)
 @click.argument("device")
 @json_option
 @click.pass_obj
-def release(where: Where, node: str, device: str, as_json: bool) -> None:
+def release(cluster: ClusterAccess, node: str, device: str, as_json: bool) -> None:
     """Use a quarantined DEVICE of NODE again."""
     words = f"{device} of {node} takes replicas again"
-    show(where.ask(lambda admin: admin.release(node, device)), as_json, lambda _: words)
+    show(cluster.ask(lambda admin: admin.release(node, device)), as_json, lambda _: words)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from cli.cluster import Where
+from cli.cluster import ClusterAccess
 
 if TYPE_CHECKING:
     from runtime.contract.config import Config
@@ -35,7 +35,7 @@ def _part_options(command: Command) -> Command:
 
 @click.command()
 @_part_options
-def agent(where: Where, config: str | None, as_json: bool, until_eof: bool) -> None:
+def agent(cluster: ClusterAccess, config: str | None, as_json: bool, until_eof: bool) -> None:
     """Run the agent of this host.
 
     SIGTERM drains and stops its engines; a second one hurries. SIGUSR1 ends the agent and leaves
@@ -47,12 +47,12 @@ def agent(where: Where, config: str | None, as_json: bool, until_eof: bool) -> N
 
         await run_agent(settings, registry, on_ready=ready)  # it handles its own signals
 
-    _run(where, config, "agent", run, as_json, until_eof)
+    _run(cluster, config, "agent", run, as_json, until_eof)
 
 
 @click.command()
 @_part_options
-def scheduler(where: Where, config: str | None, as_json: bool, until_eof: bool) -> None:
+def scheduler(cluster: ClusterAccess, config: str | None, as_json: bool, until_eof: bool) -> None:
     """Run the scheduler and its admin API.
 
     Several may run: one leads, the others stand by.
@@ -63,12 +63,12 @@ def scheduler(where: Where, config: str | None, as_json: bool, until_eof: bool) 
 
         await run_scheduler(settings, registry, stop=_stop_on_signals(), on_ready=ready)
 
-    _run(where, config, "scheduler", run, as_json, until_eof)
+    _run(cluster, config, "scheduler", run, as_json, until_eof)
 
 
 @click.command()
 @_part_options
-def router(where: Where, config: str | None, as_json: bool, until_eof: bool) -> None:
+def router(cluster: ClusterAccess, config: str | None, as_json: bool, until_eof: bool) -> None:
     """Run a router: the OpenAI API.
 
     SIGTERM lets the calls under way end, for at most `router.drain_s` seconds.
@@ -79,12 +79,12 @@ def router(where: Where, config: str | None, as_json: bool, until_eof: bool) -> 
         from runtime.router.driver import run_router
 
         if settings.router.workers > 1 and worker_index() is None:
-            argv = own_argv(config or where.config)
+            argv = own_argv(config or cluster.config)
             await run_workers(settings, argv, stop=_stop_on_signals(), on_ready=ready)
         else:
             await run_router(settings, registry, stop=_stop_on_signals(), on_ready=ready)
 
-    _run(where, config, "router", run, as_json, until_eof)
+    _run(cluster, config, "router", run, as_json, until_eof)
 
 
 @click.command()
@@ -104,7 +104,7 @@ def version(as_json: bool) -> None:
 
 
 def _run(
-    where: Where, config: str | None, part: str, run: Run, as_json: bool, until_eof: bool
+    cluster: ClusterAccess, config: str | None, part: str, run: Run, as_json: bool, until_eof: bool
 ) -> None:
     """Set up logging, the registry and the event loop around one part; errors in words."""
     import uvloop
@@ -116,7 +116,7 @@ def _run(
     from runtime.registry.protocol import RegistryError
     from runtime.registry.registration import warn_if_open
 
-    settings = Where(config=config or where.config).load_config()
+    settings = ClusterAccess(config=config or cluster.config).load_config()
     if not settings.cluster_token:
         raise click.UsageError(
             "config: cluster_token is empty; set it to one long random text on every host"

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from cli.cluster import Where
+from cli.cluster import ClusterAccess
 from cli.tables import table
 from cli.text import age, json_option, show, size
 
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 @json_option
 @click.pass_obj
 def plan(
-    where: Where, file: str | None, load: str | None, replicas: int, remove_node: str | None,
-    as_json: bool,
+    cluster: ClusterAccess, file: str | None, load: str | None, replicas: int,
+    remove_node: str | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Say what would happen if …, without doing it.
 
@@ -47,7 +47,7 @@ def plan(
     if not (added or load or remove_node):
         raise click.UsageError("ask something: --add FILE, --load MODEL or --remove-node NODE")
     body = PlanBody(add=added, load=load, replicas=replicas, remove_node=remove_node)
-    show(where.ask(lambda admin: admin.plan(body)), as_json, plan_table)
+    show(cluster.ask(lambda admin: admin.plan(body)), as_json, plan_table)
 
 
 def plan_table(answer: views.Plan) -> Table | str:

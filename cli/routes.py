@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from cli.cluster import Where
+from cli.cluster import ClusterAccess
 from cli.tables import table
 from cli.text import Group, age, json_option, show
 
@@ -35,9 +35,9 @@ def route() -> None:
 @route.command()
 @json_option
 @click.pass_obj
-def ls(where: Where, as_json: bool) -> None:
+def ls(cluster: ClusterAccess, as_json: bool) -> None:
     """List the routes."""
-    show(where.ask(lambda admin: admin.routes()), as_json, _routes_table)
+    show(cluster.ask(lambda admin: admin.routes()), as_json, _routes_table)
 
 
 def _routes_table(answer: views.Routes) -> Table | str:
@@ -76,9 +76,9 @@ def _under_way(r: views.RouteView) -> str:
 @click.argument("name")
 @json_option
 @click.pass_obj
-def show_(where: Where, name: str, as_json: bool) -> None:
+def show_(cluster: ClusterAccess, name: str, as_json: bool) -> None:
     """Show one route: its targets, and what they answered since it was changed."""
-    show(where.ask(lambda admin: admin.route(name)), as_json, _targets_table)
+    show(cluster.ask(lambda admin: admin.route(name)), as_json, _targets_table)
 
 
 def _targets_table(r: views.RouteView) -> Table | str:
@@ -125,7 +125,7 @@ def _targets_table(r: views.RouteView) -> Table | str:
 @click.option("--max-ttft-ratio", type=float, help="Its mean TTFT by the others'.")
 @json_option
 @click.pass_obj
-def set_(where: Where, /, what: str, as_json: bool, **flags: Any) -> None:
+def set_(cluster: ClusterAccess, /, what: str, as_json: bool, **flags: Any) -> None:
     """Add or change a route, whole: NAME with --to, or those of a FILE.
 
     What is left out is not kept of an older rule. FILE is YAML, TOML or JSON: one route or a list.
@@ -137,7 +137,7 @@ def set_(where: Where, /, what: str, as_json: bool, **flags: Any) -> None:
         for rule in rules:
             show(await admin.put_route(rule), as_json, _sentence)
 
-    where.ask(run)
+    cluster.ask(run)
 
 
 def _parsed(what: str, raw: object) -> RouteRule:
@@ -219,7 +219,7 @@ def _sentence(r: views.RouteView) -> str:
 @click.argument("names", metavar="NAME...", nargs=-1, required=True)
 @json_option
 @click.pass_obj
-def rm(where: Where, names: tuple[str, ...], as_json: bool) -> None:
+def rm(cluster: ClusterAccess, names: tuple[str, ...], as_json: bool) -> None:
     """Remove routes; the models they lead to stay."""
 
     async def run(admin: Admin) -> None:
@@ -227,7 +227,7 @@ def rm(where: Where, names: tuple[str, ...], as_json: bool) -> None:
             await admin.remove_route(name)
             click.echo(json.dumps({"removed": name}) if as_json else f"removed {name}")
 
-    where.ask(run)
+    cluster.ask(run)
 
 
 @route.command()
@@ -238,7 +238,7 @@ def rm(where: Where, names: tuple[str, ...], as_json: bool) -> None:
 @json_option
 @click.pass_obj
 def switch(
-    where: Where, name: str, to: str, deadline_s: float, no_wait: bool, as_json: bool
+    cluster: ClusterAccess, name: str, to: str, deadline_s: float, no_wait: bool, as_json: bool
 ) -> None:
     """Warm MODEL, one of the route's targets, then send it everything.
 
@@ -252,7 +252,7 @@ def switch(
         reply = await admin.change_route(name, "switch", body)
         return reply if no_wait else await _until_switched(admin, reply, to)
 
-    show(where.ask(run), as_json, _sentence)
+    show(cluster.ask(run), as_json, _sentence)
 
 
 async def _until_switched(
@@ -278,9 +278,9 @@ async def _until_switched(
 @_reason
 @json_option
 @click.pass_obj
-def promote(where: Where, name: str, reason: str, as_json: bool) -> None:
+def promote(cluster: ClusterAccess, name: str, reason: str, as_json: bool) -> None:
     """Send everything to the route's canary."""
-    _end(where, name, "promote", reason, as_json)
+    _end(cluster, name, "promote", reason, as_json)
 
 
 @route.command()
@@ -288,16 +288,16 @@ def promote(where: Where, name: str, reason: str, as_json: bool) -> None:
 @_reason
 @json_option
 @click.pass_obj
-def rollback(where: Where, name: str, reason: str, as_json: bool) -> None:
+def rollback(cluster: ClusterAccess, name: str, reason: str, as_json: bool) -> None:
     """Send nothing to the route's canary any more, or call a pending switch off."""
-    _end(where, name, "rollback", reason, as_json)
+    _end(cluster, name, "rollback", reason, as_json)
 
 
-def _end(where: Where, name: str, action: str, reason: str, as_json: bool) -> None:
+def _end(cluster: ClusterAccess, name: str, action: str, reason: str, as_json: bool) -> None:
     from scheduler.admin.route_views import ReasonBody
 
     body = ReasonBody(reason=reason)
-    show(where.ask(lambda admin: admin.change_route(name, action, body)), as_json, _sentence)
+    show(cluster.ask(lambda admin: admin.change_route(name, action, body)), as_json, _sentence)
 
 
 @click.command()
@@ -305,9 +305,9 @@ def _end(where: Where, name: str, action: str, reason: str, as_json: bool) -> No
 @click.option("--route", "name", help="Only this route's.")
 @json_option
 @click.pass_obj
-def audit(where: Where, limit: int, name: str | None, as_json: bool) -> None:
+def audit(cluster: ClusterAccess, limit: int, name: str | None, as_json: bool) -> None:
     """List who changed what, when and why."""
-    show(where.ask(lambda admin: admin.audit(limit, name)), as_json, _audit_table)
+    show(cluster.ask(lambda admin: admin.audit(limit, name)), as_json, _audit_table)
 
 
 def _audit_table(answer: views.Audit) -> Table | str:

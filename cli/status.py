@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from cli.cluster import Where
+from cli.cluster import ClusterAccess
 from cli.tables import table
 from cli.text import age, json_option, show, size
 
@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 @click.command()
 @json_option
 @click.pass_obj
-def ps(where: Where, as_json: bool) -> None:
+def ps(cluster: ClusterAccess, as_json: bool) -> None:
     """List the replicas."""
-    show(where.ask(lambda admin: admin.replicas()), as_json, replica_table)
+    show(cluster.ask(lambda admin: admin.replicas()), as_json, replica_table)
 
 
 def replica_table(answer: views.Replicas) -> Table | str:
@@ -65,9 +65,9 @@ def _replica_row(r: views.ReplicaView) -> tuple[str, ...]:
 @click.command()
 @json_option
 @click.pass_obj
-def nodes(where: Where, as_json: bool) -> None:
+def nodes(cluster: ClusterAccess, as_json: bool) -> None:
     """List the hosts."""
-    show(where.ask(lambda admin: admin.nodes()), as_json, _node_table)
+    show(cluster.ask(lambda admin: admin.nodes()), as_json, _node_table)
 
 
 def _node_table(answer: views.Nodes) -> Table | str:
@@ -101,9 +101,9 @@ def _node_table(answer: views.Nodes) -> Table | str:
 @click.command()
 @json_option
 @click.pass_obj
-def devices(where: Where, as_json: bool) -> None:
+def devices(cluster: ClusterAccess, as_json: bool) -> None:
     """List the devices and what is booked on them."""
-    show(where.ask(lambda admin: admin.devices()), as_json, _device_table)
+    show(cluster.ask(lambda admin: admin.devices()), as_json, _device_table)
 
 
 def _device_table(answer: views.Devices) -> Table | str:
@@ -144,9 +144,9 @@ def _health(d: views.DeviceView) -> str:
 @click.command()
 @json_option
 @click.pass_obj
-def queue(where: Where, as_json: bool) -> None:
+def queue(cluster: ClusterAccess, as_json: bool) -> None:
     """List the requests that wait for a model."""
-    show(where.ask(lambda admin: admin.queue()), as_json, _queue_table)
+    show(cluster.ask(lambda admin: admin.queue()), as_json, _queue_table)
 
 
 def _queue_table(answer: views.Queue) -> Table | str:
@@ -164,9 +164,9 @@ def _queue_table(answer: views.Queue) -> Table | str:
 @click.option("--model", help="Only this model's.")
 @json_option
 @click.pass_obj
-def decisions(where: Where, limit: int, model: str | None, as_json: bool) -> None:
+def decisions(cluster: ClusterAccess, limit: int, model: str | None, as_json: bool) -> None:
     """List what the scheduler decided, and why."""
-    answer = where.ask(lambda admin: admin.decisions(limit, model))
+    answer = cluster.ask(lambda admin: admin.decisions(limit, model))
     show(answer, as_json, lambda decided: _decision_table(decided, model))
 
 

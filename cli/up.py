@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from cli.cluster import Where, up_state_dir
+from cli.cluster import ClusterAccess, up_state_dir
 from cli.text import waiting
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ _NO_VLLM = (
 @click.option("--json", "as_json", is_flag=True, help="Print the ready line as JSON.")
 @click.pass_obj
 def up(
-    where: Where,
+    cluster: ClusterAccess,
     devices: str | None,
     port: int | None,
     state_dir: str | None,
@@ -57,7 +57,7 @@ def up(
     options = {"agent.devices": devices, "router.port": port, "registry.consul_url": consul}
     overrides: dict[str, Any] = {k: v for k, v in options.items() if v is not None}
     folder = Path(state_dir) if state_dir else up_state_dir()
-    config = make_config(where, folder, overrides)
+    config = make_config(cluster, folder, overrides)
 
     async def main(hurry: asyncio.Event) -> None:
         async with running(config, notice, hurry) as stack:

@@ -15,7 +15,7 @@ from typing import IO, TYPE_CHECKING, Any
 import click
 import msgspec
 
-from cli.cluster import UP_FILE, UpFile, Where
+from cli.cluster import UP_FILE, ClusterAccess, UpFile
 from runtime.private import keep_private
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 CONFIG_FILE = "up.toml"
 
 
-def make_config(where: Where, state_dir: Path, overrides: Mapping[str, Any]) -> Config:
+def make_config(cluster: ClusterAccess, state_dir: Path, overrides: Mapping[str, Any]) -> Config:
     """The settings of every part: the user's, with free ports but the router's, and a token."""
     fixed: dict[str, Any] = {
         "state_dir": str(state_dir.resolve()),
@@ -32,13 +32,13 @@ def make_config(where: Where, state_dir: Path, overrides: Mapping[str, Any]) -> 
         "agent.port": 0,
     }
     settings = {**fixed, **overrides}
-    config = where.load_config(settings)
+    config = cluster.load_config(settings)
     if not config.cluster_token:
         settings["cluster_token"] = secrets.token_urlsafe(32)
     if config.router.port == 0:
         # Chosen here, not by the router: one that is started again must keep its address.
         settings["router.port"] = _free_port(config.router.host)
-    return where.load_config(settings)
+    return cluster.load_config(settings)
 
 
 def _free_port(host: str) -> int:

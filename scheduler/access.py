@@ -39,7 +39,7 @@ from runtime.registry.protocol import RegistryError
 from scheduler.store import Store
 from scheduler.usage import BootUsage, Usage
 
-log = logging.getLogger("scheduler")
+log = logging.getLogger("stoker.scheduler")
 
 KEEP_DAYS = 31
 SAVE_S = 5.0

@@ -22,7 +22,7 @@ from runtime.outside import decode
 from runtime.registry.protocol import RegistryError
 from scheduler.store import Store
 
-log = logging.getLogger("scheduler")
+log = logging.getLogger("stoker.scheduler")
 
 KEPT = 500
 

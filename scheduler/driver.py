@@ -32,11 +32,11 @@ from scheduler.core.replica_moves import Settings
 from scheduler.policy.ladder import climb_s
 from scheduler.policy.learning import mismatch
 from scheduler.route_book import RuleBook
-from scheduler.signals.forecast import Sketch
+from scheduler.signals.forecast import StoredArrivals
 from scheduler.state import messages as m
 from scheduler.store import Store
 
-log = logging.getLogger("scheduler")
+log = logging.getLogger("stoker.scheduler")
 
 LEADER_TTL_S = 6.0  # Consul's shortest is 10 s: the registry rounds up
 TICK_S = 0.5
@@ -52,11 +52,11 @@ def _readable(entries: Iterable[Entry]) -> Iterator[Footprint]:
             yield decode(entry.value, Footprint)
 
 
-def _sketches(entries: Iterable[Entry]) -> Iterator[tuple[str, Sketch]]:
+def _sketches(entries: Iterable[Entry]) -> Iterator[tuple[str, StoredArrivals]]:
     """What another version of Stoker wrote is learnt anew."""
     for entry in entries:
         with contextlib.suppress(ValueError):
-            yield entry.key.rsplit("/", 1)[1], decode(entry.value, Sketch)
+            yield entry.key.rsplit("/", 1)[1], decode(entry.value, StoredArrivals)
 
 
 def _quarantined(entry: Entry) -> tuple[str, str, str]:
@@ -97,7 +97,7 @@ class Driver:
         self.on_cold_start: Callable[[m.ColdStart], None] = lambda _: None  # the metrics' hook
         self._asks: dict[str, tuple[Ask, ...]] = {}
         self._unsaved: dict[Key, Footprint] = {}
-        self._sketches: dict[str, Sketch] = {}  # not saved yet
+        self._sketches: dict[str, StoredArrivals] = {}  # not saved yet
         self._learned = asyncio.Event()
         self._table_changed = asyncio.Event()
         self._demand_seen = asyncio.Event()

@@ -38,7 +38,7 @@ from scheduler.state import messages as m
 from scheduler.state.cluster import Model
 from scheduler.store import Store
 
-log = logging.getLogger("scheduler")
+log = logging.getLogger("stoker.scheduler")
 
 TICK_S = 0.5
 ASK_AGAIN_S = 5.0  # how often the target of a switch is asked for while it is not warm

@@ -45,7 +45,7 @@ class Lease:
             await self._lock.release()
 
 
-class Cluster:
+class PeerCaches:
     """The other nodes' caches, and the registry."""
 
     def __init__(

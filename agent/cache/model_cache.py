@@ -21,7 +21,7 @@ from pathlib import Path
 import aiohttp
 import msgspec
 
-from agent.cache.cluster import Cluster
+from agent.cache.cluster import PeerCaches
 from agent.cache.errors import CacheError
 from agent.cache.policy import freed_bytes, shortage_bytes, victims
 from agent.cache.pull import Pull, Tools
@@ -52,7 +52,7 @@ class ModelCache:
     """The cache of one node."""
 
     def __init__(
-        self, store: Store, config: CacheConfig, model_dir: Path, cluster: Cluster
+        self, store: Store, config: CacheConfig, model_dir: Path, cluster: PeerCaches
     ) -> None:
         """`model_dir`: where relative sources are looked for."""
         self.store = store
@@ -87,7 +87,7 @@ class ModelCache:
         if replica_id:
             self._holds[replica_id] = model_id
         self.store.touch(model_id)
-        return self.store.snapshot(model_id)
+        return self.store.model_folder(model_id)
 
     def hold(self, source: str, replica_id: str) -> None:
         """A replica that an earlier agent started uses `source`, if that is cached."""
@@ -99,7 +99,7 @@ class ModelCache:
         """The folder of a cached model; None for one that is not, or is used in place."""
         with contextlib.suppress(ValueError):
             if stored := self._find(source):
-                return self.store.snapshot(stored.manifest.model_id)
+                return self.store.model_folder(stored.manifest.model_id)
         return None
 
     async def in_place(self, source: str) -> Path | None:
@@ -119,7 +119,7 @@ class ModelCache:
         Raises CacheError, ValueError.
         """
         if stored := self._find(source):
-            return self.store.snapshot(stored.manifest.model_id)
+            return self.store.model_folder(stored.manifest.model_id)
         wanted = await self._look(source, anywhere)
         return wanted if isinstance(wanted, Path) else wanted.folder
 
@@ -217,7 +217,7 @@ class ModelCache:
                 model=_text(stored),
                 revision=stored.manifest.revision,
                 model_id=model_id,
-                path=str(store.snapshot(model_id)),
+                path=str(store.model_folder(model_id)),
                 files=len(stored.manifest.files),
                 size_bytes=stored.manifest.size_bytes,
                 unshared_bytes=freed_bytes({model_id}, held, ()),
@@ -378,7 +378,7 @@ def open_cache(
 ) -> ModelCache:
     """The cache that an agent's configuration names. Blocks. Raises OSError, RuntimeError."""
     model_dir = Path(config.agent.model_dir or Path(config.state_dir) / "models").absolute()
-    cluster = Cluster(
+    cluster = PeerCaches(
         registry,
         session,
         token=config.cluster_token,

@@ -20,7 +20,7 @@ from runtime.checkpoints.model_files import ModelFile, Offer
 # ------------------------------------------------------------------------------ eviction
 
 
-class Held(Struct, frozen=True, kw_only=True):
+class EvictableModel(Struct, frozen=True, kw_only=True):
     """One cached model, as eviction sees it."""
 
     model_id: str
@@ -36,7 +36,9 @@ def shortage_bytes(
     return max(0, over_limit, need_bytes - disk_free_bytes)
 
 
-def freed_bytes(gone: Collection[str], models: Iterable[Held], kept: Collection[str]) -> int:
+def freed_bytes(
+    gone: Collection[str], models: Iterable[EvictableModel], kept: Collection[str]
+) -> int:
     """What removing the models `gone` frees: files that no other model and no `kept` one needs."""
     needed = set(kept)
     freed: dict[str, int] = {}
@@ -49,7 +51,7 @@ def freed_bytes(gone: Collection[str], models: Iterable[Held], kept: Collection[
 
 
 def victims(
-    models: Sequence[Held],
+    models: Sequence[EvictableModel],
     in_use: Collection[str],
     kept: Collection[str],
     shortage: int,

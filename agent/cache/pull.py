@@ -21,7 +21,7 @@ from typing import Protocol
 
 from msgspec import Struct
 
-from agent.cache.cluster import Cluster, Lease
+from agent.cache.cluster import Lease, PeerCaches
 from agent.cache.errors import CacheError, SourceError
 from agent.cache.fetch import Fetch
 from agent.cache.policy import (
@@ -58,7 +58,7 @@ class Tools(Struct, frozen=True):
     """What every pull of a node shares."""
 
     store: Store
-    cluster: Cluster
+    cluster: PeerCaches
     files: Executor  # a thread per file under way
     ranges: Executor  # a thread per range under way
     make_room: Callable[[Pull], Awaitable[None]]  # for its total_bytes; raises CacheError

@@ -29,7 +29,7 @@ from typing import IO
 import msgspec
 from msgspec import Struct
 
-from agent.cache.policy import Held
+from agent.cache.policy import EvictableModel
 from runtime import places
 from runtime.checkpoints.model_files import Manifest, ModelFile, ModelRef
 
@@ -90,7 +90,7 @@ class Store:
             for file in stored.manifest.files:
                 if self._blobs.get(file.sha256) != file.size_bytes:
                     raise ValueError(f"{file.path} is missing or cut off")
-                if not places.below(self.snapshot(model_id), file.path).is_file():
+                if not places.below(self.model_folder(model_id), file.path).is_file():
                     raise ValueError(f"{file.path} is not in its folder")
         except ValueError as error:
             log.warning("cached model %s is damaged and forgotten: %s", path.stem, error)
@@ -113,7 +113,7 @@ class Store:
         """Seconds since the epoch when it was last wanted."""
         return self._used_at[model_id]
 
-    def snapshot(self, model_id: str) -> Path:
+    def model_folder(self, model_id: str) -> Path:
         """The folder that an engine loads it from."""
         return places.below(self.folder, "snapshots", model_id)
 
@@ -123,10 +123,10 @@ class Store:
             known = sha256 in self._blobs and sha256 not in self._loose
         return self._blob(sha256) if known else None
 
-    def held(self) -> list[Held]:
+    def held(self) -> list[EvictableModel]:
         """Every model, for eviction."""
         return [
-            Held(model_id=m, blobs=_blobs(stored.manifest), used_at=self._used_at[m])
+            EvictableModel(model_id=m, blobs=_blobs(stored.manifest), used_at=self._used_at[m])
             for m, stored in self.models.items()
         ]
 
@@ -180,7 +180,7 @@ class Store:
 
     def link(self, manifest: Manifest) -> None:
         """Make the snapshot of a model whose blobs are all here. Blocks."""
-        target = self.snapshot(manifest.model_id)
+        target = self.model_folder(manifest.model_id)
         if target.exists():
             return
         staging = places.below(self.folder, "tmp", f"{manifest.model_id}.new")
@@ -253,7 +253,7 @@ class Store:
 
     def wipe(self, model_id: str, blobs: Collection[str]) -> None:
         """Remove what `forget` took off the list. Blocks."""
-        shutil.rmtree(self.snapshot(model_id), ignore_errors=True)
+        shutil.rmtree(self.model_folder(model_id), ignore_errors=True)
         self._drop(blobs)
 
     def _listed(self) -> set[str]:
@@ -291,7 +291,8 @@ class Store:
         for file in manifest.files:
             try:
                 whole = (
-                    _hash(places.below(self.snapshot(manifest.model_id), file.path)) == file.sha256
+                    _hash(places.below(self.model_folder(manifest.model_id), file.path))
+                    == file.sha256
                 )
             except OSError:
                 whole = False

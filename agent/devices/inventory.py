@@ -21,7 +21,7 @@ from agent.devices.nvml import NvmlSource, NvmlUnavailable
 from runtime.contract.schema import parse_bytes
 from runtime.wire.agent_messages import DeviceKind, DeviceReport
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("stoker.agent")
 
 # The share of the host's RAM that engines may have when no size is declared: the rest is for the
 # operating system, the agent, and the page cache that weights are loaded through.

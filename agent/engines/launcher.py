@@ -7,7 +7,8 @@ is none.
 
 Rules this file keeps:
 - a start never fails because forking did: `CannotFork` says why, and the caller starts plainly;
-- a forked process runs only once the caller lets it (`Held.release`), so that it is recorded first;
+- a forked process runs only once the caller lets it (`HeldProcess.release`), so that it is
+  recorded first;
 - parents end with the agent; what they forked lives on.
 """
 
@@ -56,7 +57,7 @@ class CannotFork(Exception):
         self.why = why
 
 
-class Held:
+class HeldProcess:
     """A forked process that waits to be let go. The parent tells how it ended."""
 
     def __init__(self, answers: int, hold: int) -> None:
@@ -132,7 +133,7 @@ class Launcher:
         """Have a parent for such engines, now and from now on."""
         self._parent(preload)
 
-    async def fork(self, launch: Launch, env: Mapping[str, str], output: int) -> Held:
+    async def fork(self, launch: Launch, env: Mapping[str, str], output: int) -> HeldProcess:
         """A process that will run `launch` with exactly `env`, writing to the file `output`.
 
         Waits for a parent that is still importing. Raises CannotFork.
@@ -197,11 +198,11 @@ class Launcher:
         return parent
 
 
-def _ask(sock: socket.socket, request: bytes, output: int) -> Held:
+def _ask(sock: socket.socket, request: bytes, output: int) -> HeldProcess:
     answers, theirs = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
     held, hold = os.pipe2(os.O_CLOEXEC)
     os.set_blocking(theirs, True)
-    process = Held(answers, hold)
+    process = HeldProcess(answers, hold)
     try:
         socket.send_fds(sock, [request], [theirs, output, held])
     except OSError as error:

@@ -52,7 +52,7 @@ class Owner(Struct, frozen=True):
         }
 
 
-class Leader(Struct, frozen=True):
+class MainProcess(Struct, frozen=True):
     """A replica's main process: the leader of its session. `start` as in `start_ticks`."""
 
     pid: int
@@ -76,7 +76,7 @@ def start_ticks(pid: int) -> int | None:
     return stat.start if stat else None
 
 
-def age_s(leader: Leader) -> float:
+def age_s(leader: MainProcess) -> float:
     """Seconds since the process started."""
     uptime_s = float(Path("/proc/uptime").read_text().split()[0])
     return max(0.0, uptime_s - leader.start / _TICKS_PER_S)
@@ -118,7 +118,7 @@ def _mark_of(pid: int, owner: Owner) -> str | None:
     return replica_id if REPLICA_ID.fullmatch(replica_id) else None
 
 
-def scan(owner: Owner, leaders: Mapping[str, Leader]) -> dict[str, set[int]]:
+def scan(owner: Owner, leaders: Mapping[str, MainProcess]) -> dict[str, set[int]]:
     """Every live process of each replica of `owner`'s, known (in `leaders`) or not. Blocks.
 
     A process may end, and leave a child, between the listing and the look at it. So whatever was
@@ -150,7 +150,7 @@ def _pids() -> set[int]:
     return {int(name) for name in os.listdir("/proc") if name.isdigit()}
 
 
-def _replica_of(pid: int, owner: Owner, leaders: Mapping[str, Leader]) -> str | None:
+def _replica_of(pid: int, owner: Owner, leaders: Mapping[str, MainProcess]) -> str | None:
     """Raises ProcessLookupError if the process is gone, or a zombie."""
     stat = _stat(pid)
     if stat is None:
@@ -161,7 +161,7 @@ def _replica_of(pid: int, owner: Owner, leaders: Mapping[str, Leader]) -> str | 
     return _mark_of(pid, owner)
 
 
-def _is_session_of(session: int, leader: Leader) -> bool:
+def _is_session_of(session: int, leader: MainProcess) -> bool:
     """False where the leader's pid was used again, by a process that opened a session too."""
     start = start_ticks(session)
     return start is None or start == leader.start

@@ -21,7 +21,7 @@ from msgspec import Struct
 
 from agent.devices.device_watch import DeviceWatch
 from agent.engines import wake_canary
-from agent.engines.wake_canary import Canary
+from agent.engines.wake_canary import WakeCanary
 from runtime import outside, places
 from runtime.engine import guard
 from runtime.outside import OutsideError
@@ -101,7 +101,7 @@ async def is_sleeping(controls: Controls) -> bool | None:
         return None
 
 
-async def take_canary(controls: Controls, model: str) -> Canary:
+async def take_canary(controls: Controls, model: str) -> WakeCanary:
     """The canary of a model as it answers now, an empty one where it has none. Raises
     EngineError."""
     for path, body in wake_canary.ASKS:
@@ -113,7 +113,7 @@ async def take_canary(controls: Controls, model: str) -> Canary:
         except EngineError as error:
             if error.status is None or error.status >= 500:
                 raise
-    return Canary()
+    return WakeCanary()
 
 
 # ------------------------------------------------------------------------------ sleep
@@ -199,7 +199,7 @@ def measure_of(watch: DeviceWatch, command: StartReplica) -> Measure:
 # ------------------------------------------------------------------------------ wake
 
 
-async def wake(controls: Controls, level: int, known: Canary | None) -> dict[str, float]:
+async def wake(controls: Controls, level: int, known: WakeCanary | None) -> dict[str, float]:
     """Wake an engine, hear its canary and open its door; the seconds of each phase.
 
     One that does not sleep has its canary to pass only. Raises RungFailed.

@@ -24,7 +24,7 @@ from agent.devices.device_watch import DeviceWatch
 from agent.engines import sleep
 from agent.engines.probe import Target
 from agent.engines.start_phases import StartLog
-from agent.engines.wake_canary import Canary
+from agent.engines.wake_canary import WakeCanary
 from agent.metrics import Metrics
 from runtime.engine.contract import AsleepModel
 from runtime.engine.select import get_engine
@@ -45,9 +45,9 @@ class Host(Protocol):
 
     def target(self, replica_id: str) -> Target: ...
 
-    def canary(self, replica_id: str) -> Canary | None: ...
+    def canary(self, replica_id: str) -> WakeCanary | None: ...
 
-    def keep_canary(self, replica_id: str, canary: Canary) -> None: ...
+    def keep_canary(self, replica_id: str, canary: WakeCanary) -> None: ...
 
 
 def levels(spec: ModelSpec, kind: DeviceKind) -> tuple[int, ...]:

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 from agent.engines import process
-from agent.engines.launcher import Held
-from agent.engines.process import Cgroups, Leader, Owner
+from agent.engines.launcher import HeldProcess
+from agent.engines.process import Cgroups, MainProcess, Owner
 from runtime import places
 from runtime.contract.engine_policy import ENGINE_ENV
 
@@ -41,10 +41,10 @@ class _Engine:
 
     def __init__(
         self,
-        leader: Leader,
+        leader: MainProcess,
         popen: subprocess.Popen[bytes] | None,
         pidfd: int,
-        held: Held | None = None,
+        held: HeldProcess | None = None,
     ) -> None:
         self.leader = leader
         self.popen = popen
@@ -79,7 +79,7 @@ class Supervisor:
 
     def spawn(
         self, replica_id: str, argv: Sequence[str], env: Mapping[str, str], cwd: Path
-    ) -> Leader:
+    ) -> MainProcess:
         """Start an engine. Raises OSError if the program can't be run."""
         environment = self.environment(replica_id, env)
         with self.open_log(replica_id) as output:
@@ -94,7 +94,7 @@ class Supervisor:
             )
         self._cgroups.add(replica_id, popen.pid)
         # A child that died already is a zombie until it is asked for: its pid can't be reused yet.
-        leader = Leader(popen.pid, process.start_ticks(popen.pid) or 0)
+        leader = MainProcess(popen.pid, process.start_ticks(popen.pid) or 0)
         self._watch(replica_id, leader, popen)
         return leader
 
@@ -110,10 +110,10 @@ class Supervisor:
         output.flush()
         return output
 
-    def release(self, replica_id: str, held: Held) -> Leader:
+    def release(self, replica_id: str, held: HeldProcess) -> MainProcess:
         """Let a forked engine run, and watch it. Raises OSError if it is dead already."""
         self._cgroups.add(replica_id, held.pid)
-        leader = Leader(held.pid, process.start_ticks(held.pid) or 0)
+        leader = MainProcess(held.pid, process.start_ticks(held.pid) or 0)
         try:
             self._watch(replica_id, leader, None, held)
         except OSError:
@@ -122,7 +122,7 @@ class Supervisor:
         held.release()
         return leader
 
-    def adopt(self, replica_id: str, leader: Leader) -> bool:
+    def adopt(self, replica_id: str, leader: MainProcess) -> bool:
         """Take over an engine that an earlier agent started; False if its main process is dead,
         then only what it left behind is ours to kill."""
         try:
@@ -138,9 +138,9 @@ class Supervisor:
     def _watch(
         self,
         replica_id: str,
-        leader: Leader,
+        leader: MainProcess,
         popen: subprocess.Popen[bytes] | None,
-        held: Held | None = None,
+        held: HeldProcess | None = None,
     ) -> _Engine:
         engine = _Engine(leader, popen, os.pidfd_open(leader.pid), held)
         self._engines[replica_id] = engine
@@ -158,7 +158,7 @@ class Supervisor:
         engine.exited.set()
         self._on_exit(replica_id, returncode)
 
-    async def _forked_ended(self, replica_id: str, engine: _Engine, held: Held) -> None:
+    async def _forked_ended(self, replica_id: str, engine: _Engine, held: HeldProcess) -> None:
         returncode = await held.returncode(_STATUS_TIMEOUT_S)
         held.drop()
         engine.exited.set()
@@ -172,7 +172,7 @@ class Supervisor:
 
     # ------------------------------------------------------------------ the tree
 
-    def leaders(self) -> dict[str, Leader]:
+    def leaders(self) -> dict[str, MainProcess]:
         """The main process of each replica, for `process.scan`."""
         return {replica_id: engine.leader for replica_id, engine in self._engines.items()}
 

@@ -31,7 +31,7 @@ ASKS: tuple[tuple[str, dict[str, Any]], ...] = (
 )
 
 
-class Canary(Struct, frozen=True, kw_only=True):
+class WakeCanary(Struct, frozen=True, kw_only=True):
     """A call and its answer. `path` is empty where the model answers none of `ASKS`."""
 
     path: str = ""
@@ -41,14 +41,14 @@ class Canary(Struct, frozen=True, kw_only=True):
     vector: tuple[float, ...] = ()
 
 
-def read(path: str, body: Mapping[str, Any], answer: Any) -> Canary:
+def read(path: str, body: Mapping[str, Any], answer: Any) -> WakeCanary:
     """The canary that `answer` makes. Raises ValueError if it is not what was asked for."""
     try:
         if path == "/v1/completions":
             choice = answer["choices"][0]
             logprobs = choice.get("logprobs") or {}
             likely = (logprobs.get("top_logprobs") or [{}])[0] or {}
-            return Canary(
+            return WakeCanary(
                 path=path,
                 body=dict(body),
                 token=str((logprobs.get("tokens") or [choice["text"]])[0]),
@@ -56,12 +56,12 @@ def read(path: str, body: Mapping[str, Any], answer: Any) -> Canary:
             )
         item = answer["data"][0]
         found = next(item[key] for key in ("embedding", "probs", "data") if key in item)
-        return Canary(path=path, body=dict(body), vector=tuple(_flat(found)))
+        return WakeCanary(path=path, body=dict(body), vector=tuple(_flat(found)))
     except (KeyError, IndexError, TypeError, AttributeError, StopIteration) as error:
         raise ValueError(f"{path} gives no answer to compare: {error!r}") from None
 
 
-def difference(before: Canary, after: Canary) -> str | None:
+def difference(before: WakeCanary, after: WakeCanary) -> str | None:
     """Why `after` cannot come from the same weights, in words; None if it can."""
     if before.vector or after.vector:
         cosine = _cosine(before.vector, after.vector)
@@ -77,7 +77,7 @@ def difference(before: Canary, after: Canary) -> str | None:
     return None
 
 
-def _near_tie(before: Canary, token: str) -> bool:
+def _near_tie(before: WakeCanary, token: str) -> bool:
     best = before.logprobs.get(before.token or "", -math.inf)
     return best - before.logprobs.get(token, -math.inf) <= NEAR_TIE
 

@@ -17,7 +17,7 @@ import aiohttp
 import uvloop
 from aiohttp import web
 
-from agent.cache.cluster import Cluster
+from agent.cache.cluster import PeerCaches
 from agent.cache.http import cache_routes
 from agent.cache.model_cache import ModelCache
 from agent.cache.store import Store
@@ -33,7 +33,7 @@ async def node(name: str, state_dir: Path, config: CacheConfig) -> AsyncIterator
     registry = EmbeddedRegistry(state_dir / "registry.db")
     urls = [""]
     async with aiohttp.ClientSession() as session:
-        cluster = Cluster(registry, session, token="t", prefix="bench", own_url=lambda: urls[0])
+        cluster = PeerCaches(registry, session, token="t", prefix="bench", own_url=lambda: urls[0])
         store = await asyncio.to_thread(Store, state_dir / name)
         cache = ModelCache(store, config, state_dir / "models", cluster)
         app = web.Application()

@@ -70,7 +70,7 @@ class ForkServerReady(Struct, frozen=True):
     import_s: float = 0.0
 
 
-class Refused(Exception):
+class ForkRefused(Exception):
     """A fork that must not be; the message says why."""
 
 
@@ -87,14 +87,14 @@ class Preload:
         gc.freeze()  # or the first collection of each child would copy every page
 
     def check(self) -> None:
-        """Raises Refused where a fork now would not equal a plain start."""
+        """Raises ForkRefused where a fork now would not equal a plain start."""
         if environment_stamp() != self._stamp:
-            raise Refused("packages were installed or removed since the imports")
+            raise ForkRefused("packages were installed or removed since the imports")
         if (count := thread_count()) != 1:
-            raise Refused(f"the parent has {count} threads")
+            raise ForkRefused(f"the parent has {count} threads")
         torch = sys.modules.get("torch")
         if torch is not None and torch.cuda.is_initialized():
-            raise Refused("the parent has initialised CUDA")
+            raise ForkRefused("the parent has initialised CUDA")
 
     def after_fork(self, argv: Sequence[str]) -> None:
         """In the child, once its own environment is there."""
@@ -156,7 +156,7 @@ Handle = Callable[[bytes, list[int]], None]
 class ForkLoop:
     """Forks on request until every sender is gone, and tells each one what became of its child.
 
-    The first file of a request is the pipe for the answers. `check` may raise Refused.
+    The first file of a request is the pipe for the answers. `check` may raise ForkRefused.
     """
 
     def __init__(self, sock: socket.socket, check: Callable[[], None]) -> None:
@@ -187,7 +187,7 @@ class ForkLoop:
         try:
             self._check()
             pid = os.fork()
-        except (Refused, OSError) as error:
+        except (ForkRefused, OSError) as error:
             _tell(answers, NUMBER.pack(REFUSED) + str(error).encode())
             os.close(answers)
             return False
@@ -243,7 +243,7 @@ def _import(name: str) -> tuple[Preload | None, ForkServerReady]:
     try:
         preload = Preload(name, stamp)
         preload.check()
-    except Refused as error:
+    except ForkRefused as error:
         return None, ForkServerReady(stamp, str(error))
     except Exception as error:
         traceback.print_exc()

@@ -35,7 +35,7 @@ from runtime.router.observability import observed
 from runtime.router.observe.metrics import Metrics
 from runtime.router.proxy.response_cache import ResponseCache
 from runtime.router.proxy.serving import Proxy
-from runtime.router.proxy.upstream import Limits, Upstream
+from runtime.router.proxy.upstream import EngineTimeouts, Upstream
 from runtime.wire.routes import RouteTable
 
 log = logging.getLogger("stoker.router")
@@ -169,8 +169,8 @@ def _link(config: Config, proxy: Proxy, registry: Registry, router_id: str) -> L
     return link
 
 
-def _limits(settings: RouterConfig) -> Limits:
-    return Limits(
+def _limits(settings: RouterConfig) -> EngineTimeouts:
+    return EngineTimeouts(
         connect_s=settings.connect_timeout_s,
         first_byte_s=settings.first_byte_timeout_s,
         idle_s=settings.idle_timeout_s,

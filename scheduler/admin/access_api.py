@@ -23,7 +23,7 @@ from runtime.contract.access import (
     Tenant,
 )
 from scheduler.access import Access
-from scheduler.admin.http import SUBJECT, ApiError, read_body, reply
+from scheduler.admin.http import SUBJECT, AdminError, read_body, reply
 from scheduler.errors import bad, unknown
 
 DAY_S = 86400.0
@@ -180,7 +180,7 @@ class AccessApi:
         owned = sum(key.spec.tenant == name for key in self._access.keys.values())
         if owned:
             message = f"tenant {name!r} has {owned} keys, which would lose its limits: revoke them"
-            raise ApiError(409, message)
+            raise AdminError(409, message)
         await self._access.delete_tenant(name)
         return web.Response(status=204)
 
@@ -215,7 +215,7 @@ class AccessApi:
     async def show_use(self, request: web.Request) -> web.Response:
         day = request.query.get("day", "") or time.strftime("%Y-%m-%d", time.gmtime())
         if not re.fullmatch(r"\d{4}-\d{2}-\d{2}", day):
-            raise ApiError(400, f"day: must be a date as in 2026-11-25, UTC's (got {day!r})")
+            raise AdminError(400, f"day: must be a date as in 2026-11-25, UTC's (got {day!r})")
         totals = await self._access.usage_on(day)
         accounts = tuple(
             AccountUse(
@@ -228,7 +228,7 @@ class AccessApi:
 
 
 def _check_tenant(field: str, name: str) -> None:
-    """Raises ApiError: callers without a key are that tenant's."""
+    """Raises AdminError: callers without a key are that tenant's."""
     if name == NO_TENANT:
         fix = "choose another name: it stands for callers without a key"
         raise bad(field, name, "is no tenant's name", fix)

@@ -39,7 +39,7 @@ from scheduler.admin.cache_api import CacheClient, CachePullBody
 from scheduler.admin.http import (
     SUBJECT,
     WHO,
-    ApiError,
+    AdminError,
     decode_body,
     number,
     read_body,
@@ -60,7 +60,7 @@ from scheduler.policy.model_routes import adapters_on
 from scheduler.state import messages as m
 from scheduler.state.cluster import Model, Node, Replica
 
-log = logging.getLogger("scheduler")
+log = logging.getLogger("stoker.scheduler")
 
 
 class _Leader(msgspec.Struct):
@@ -96,7 +96,7 @@ async def _errors(request: web.Request, handler: Any) -> web.StreamResponse:
     except Refused as refused:
         error = refusal(refused)
         return reply(error.body, error.status)
-    except ApiError as error:
+    except AdminError as error:
         return reply(error.body, error.status)
     except RegistryError as error:
         message = f"nothing was changed: the registry does not answer ({error})"
@@ -170,10 +170,12 @@ class Api:
             return
         known = await self.driver.access.admin(given, self.driver.leads) if needs else None
         if known is None or needs is None:
-            raise ApiError(401, "the token is missing or wrong: send Authorization: Bearer <token>")
+            raise AdminError(
+                401, "the token is missing or wrong: send Authorization: Bearer <token>"
+            )
         if ROLES[known.role] < ROLES[needs]:
             message = f"this takes the role {needs}; token {known.name!r} is {known.role}"
-            raise ApiError(403, message)
+            raise AdminError(403, message)
         request[WHO] = known.name
 
     async def _not_leading(self) -> NoReturn:
@@ -184,7 +186,7 @@ class Api:
         leader = outside.decode(entry.value, _Leader).url if entry else None
         leader = None if leader == self.driver.url else leader
         why = f": {self.driver.why_not_leading}" if self.driver.why_not_leading else ""
-        raise ApiError(503, f"this scheduler is not the leader{why}", leader=leader)
+        raise AdminError(503, f"this scheduler is not the leader{why}", leader=leader)
 
     # ------------------------------------------------------------------------------- internal
 
@@ -234,7 +236,7 @@ class Api:
         spec = await _spec(request)
         if spec.name in self.core.state.models:
             how = "PUT to its address, or `stoker model add` without --new, changes it"
-            raise ApiError(409, f"it exists already: {how}")
+            raise AdminError(409, f"it exists already: {how}")
         request[SUBJECT] = f"{request.path}/{spec.name}"
         return await self._save(spec)
 
@@ -246,17 +248,17 @@ class Api:
                 fix=f"use {request.match_info['name']!r}, or the other address; to rename, add"
                 " the model under its new name and remove the old one",
             )  # fmt: skip
-            raise ApiError(422, str(problem), problems=(problem,))
+            raise AdminError(422, str(problem), problems=(problem,))
         return await self._save(spec)
 
     async def _save(self, spec: ModelSpec) -> web.Response:
         others = [e.stored.spec for n, e in self.core.state.models.items() if n != spec.name]
         if clashes := name_clashes([*others, spec]):
-            raise ApiError(409, "\n".join(map(str, clashes)), problems=tuple(clashes))
+            raise AdminError(409, "\n".join(map(str, clashes)), problems=tuple(clashes))
         self.driver.rules.refuse_model(spec)
         found = await inspect_spec(self.driver, spec, fetch=True)
         if found.problems:
-            raise ApiError(422, "\n".join(map(str, found.problems)), problems=found.problems)
+            raise AdminError(422, "\n".join(map(str, found.problems)), problems=found.problems)
         before = self.core.state.models.get(spec.name)
         created, changed = before is None, before is None or before.stored.spec != spec
         stored = m.StoredModel(spec=spec, estimate=found.estimate, lora_rank=found.lora_rank)
@@ -287,7 +289,7 @@ class Api:
                 field="replicas", value=body.replicas, message="is out of range",
                 fix=f"ask for 1 to {model.spec.max_replicas} (the model's max_replicas)",
             )  # fmt: skip
-            raise ApiError(422, str(problem), problems=(problem,))
+            raise AdminError(422, str(problem), problems=(problem,))
         event = m.LoadAsked(now=self.driver.now(), model=model.spec.name, replicas=body.replicas)
         self.driver.apply(event)
         return self._model_reply(model, 202)
@@ -315,9 +317,9 @@ class Api:
         """It would be started again at once: say what to change instead."""
         left = sum(r.replica_id not in stopped for r in model.coming())
         if model.pinned and left < 1:
-            raise ApiError(409, f"model {model.spec.name!r} is pinned: unpin it first")
+            raise AdminError(409, f"model {model.spec.name!r} is pinned: unpin it first")
         if left < model.spec.min_replicas:
-            raise ApiError(
+            raise AdminError(
                 409,
                 f"model {model.spec.name!r} has min_replicas {model.spec.min_replicas}:"
                 " lower that first",
@@ -385,7 +387,7 @@ class Api:
             except aiohttp.ClientError as problem:
                 error = f"node {node_id}: {problem}"
         if error:
-            raise ApiError(502, f"the log of {replica_id!r} cannot be read: {error}")
+            raise AdminError(502, f"the log of {replica_id!r} cannot be read: {error}")
         raise unknown("replica", replica_id, list(self.core.state.replicas))
 
     def _replica(self, request: web.Request) -> Replica:
@@ -428,7 +430,7 @@ class Api:
     async def release_device(self, request: web.Request) -> web.Response:
         node, device_id = self._device(request)
         if device_id not in node.quarantine:
-            raise ApiError(409, f"device {device_id!r} of node {node.node_id} is not quarantined")
+            raise AdminError(409, f"device {device_id!r} of node {node.node_id} is not quarantined")
         return self._set_quarantine(node, device_id, None)
 
     def _set_quarantine(self, node: Node, device_id: str, reason: str | None) -> web.Response:
@@ -463,7 +465,7 @@ class Api:
         """With its estimated size where none is declared."""
         found = await inspect_spec(self.driver, spec, fetch=False)
         if found.problems:
-            raise ApiError(422, "\n".join(map(str, found.problems)), problems=found.problems)
+            raise AdminError(422, "\n".join(map(str, found.problems)), problems=found.problems)
         stored = m.StoredModel(spec=spec, estimate=found.estimate, lora_rank=found.lora_rank)
         return stored.effective()
 
@@ -495,7 +497,7 @@ class Api:
                     field="count", value=body.count, message="is out of range",
                     fix=f"ask for 1 to {len(nodes)} nodes",
                 )  # fmt: skip
-                raise ApiError(422, str(problem), problems=(problem,))
+                raise AdminError(422, str(problem), problems=(problem,))
             nodes = nodes[: body.count]
         return reply(await self._caches.pull(body, nodes), 202)
 
@@ -577,28 +579,28 @@ def _ask(body: v.PrewarmBody, wall_s: float) -> Ask:
                 field="by", value=body.by, message="is not a time with a time zone",
                 fix="write ISO 8601, e.g. 2026-11-24T08:00:00+01:00",
             )  # fmt: skip
-            raise ApiError(422, str(problem), problems=(problem,))
+            raise AdminError(422, str(problem), problems=(problem,))
         by = moment.timestamp()
     if body.for_s <= 0 or by + body.for_s <= wall_s:
         problem = SpecProblem(
             field="for_s", value=body.for_s, message="ends in the past",
             fix="ask for a time that is still to come",
         )  # fmt: skip
-        raise ApiError(422, str(problem), problems=(problem,))
+        raise AdminError(422, str(problem), problems=(problem,))
     return Ask(rung=body.rung, by=by, for_s=body.for_s)
 
 
 def _cached_model(request: web.Request) -> str:
     model = request.query.get("model", "")
     if not model:
-        raise ApiError(400, "model: say which, as it was asked for, e.g. ?model=hf:org/name")
+        raise AdminError(400, "model: say which, as it was asked for, e.g. ?model=hf:org/name")
     _check_source(model)
     return model
 
 
 def _check_source(source: str) -> None:
     if problems := tuple(source_problems(source, "model")):
-        raise ApiError(422, "\n".join(map(str, problems)), problems=problems)
+        raise AdminError(422, "\n".join(map(str, problems)), problems=problems)
 
 
 async def _plan_body(request: web.Request) -> v.PlanBody:
@@ -607,7 +609,7 @@ async def _plan_body(request: web.Request) -> v.PlanBody:
         added = parse_spec(raw.pop("add")) if isinstance(raw, dict) and raw.get("add") else None
         return msgspec.structs.replace(check(raw, v.PlanBody), add=added)
     except SchemaError as error:
-        raise ApiError(422, str(error), problems=error.problems) from None
+        raise AdminError(422, str(error), problems=error.problems) from None
 
 
 async def _spec(request: web.Request) -> ModelSpec:
@@ -615,7 +617,7 @@ async def _spec(request: web.Request) -> ModelSpec:
     try:
         return parse_spec(raw)
     except SchemaError as error:
-        raise ApiError(422, str(error), problems=error.problems) from None
+        raise AdminError(422, str(error), problems=error.problems) from None
 
 
 async def _pass_on(request: web.Request, upstream: aiohttp.ClientResponse) -> web.StreamResponse:

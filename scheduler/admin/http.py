@@ -25,7 +25,7 @@ SUBJECT = web.RequestKey("subject", str)  # the address of what was made, for th
 _STATUS: dict[type[Refused], int] = {NotFound: 404, Conflict: 409, Invalid: 422}
 
 
-class ApiError(Exception):
+class AdminError(Exception):
     """Answered as `views.Error` with this HTTP status."""
 
     def __init__(
@@ -50,23 +50,23 @@ def reply(body: msgspec.Struct, status: int = 200) -> web.Response:
     )
 
 
-def refusal(error: Refused) -> ApiError:
+def refusal(error: Refused) -> AdminError:
     """The answer that says it."""
-    return ApiError(_STATUS[type(error)], str(error), problems=error.problems, close=error.close)
+    return AdminError(_STATUS[type(error)], str(error), problems=error.problems, close=error.close)
 
 
 def decode_body(data: bytes, kind: type[S]) -> S:
     try:
         return outside.decode(data, kind)
     except OutsideError as error:
-        raise ApiError(400, f"the body {error}") from None
+        raise AdminError(400, f"the body {error}") from None
 
 
 async def read_json(request: web.Request) -> Any:
     try:
         return outside.json_document(await request.read() or b"{}")
     except OutsideError as error:
-        raise ApiError(400, f"the body {error}") from None
+        raise AdminError(400, f"the body {error}") from None
 
 
 async def read_body(request: web.Request, kind: type[S]) -> S:
@@ -74,7 +74,7 @@ async def read_body(request: web.Request, kind: type[S]) -> S:
     try:
         return check(raw, kind)
     except SchemaError as error:
-        raise ApiError(422, str(error), problems=error.problems) from None
+        raise AdminError(422, str(error), problems=error.problems) from None
 
 
 def whole_number(request: web.Request, name: str, default: int) -> int:
@@ -83,7 +83,7 @@ def whole_number(request: web.Request, name: str, default: int) -> int:
     if not text:
         return default
     if not text.isascii() or not text.isdecimal() or len(text) > 15:
-        raise ApiError(400, f"{name}: must be a whole number of at least 0 (got {text[:80]!r})")
+        raise AdminError(400, f"{name}: must be a whole number of at least 0 (got {text[:80]!r})")
     return int(text)
 
 
@@ -94,5 +94,5 @@ def number(request: web.Request, name: str, default: float) -> float:
     except ValueError:
         value = -1.0
     if not 0 <= value < 2**53:
-        raise ApiError(400, f"{name}: must be a number of at least 0 (got {text[:80]!r})")
+        raise AdminError(400, f"{name}: must be a number of at least 0 (got {text[:80]!r})")
     return value

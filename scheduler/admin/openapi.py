@@ -10,13 +10,13 @@ import msgspec
 
 from runtime.contract.spec_file import json_schema
 from runtime.wire.model_spec import ModelSpec
-from scheduler.admin.route_table import Route
+from scheduler.admin.route_table import Operation
 from scheduler.admin.views import Error
 
 _REF = "#/components/schemas/{name}"
 
 
-def document(routes: Sequence[Route], version: str) -> dict[str, Any]:
+def document(routes: Sequence[Operation], version: str) -> dict[str, Any]:
     """The document as a dict ready for JSON."""
     structs: list[Any] = [Error]
     for route in routes:
@@ -47,7 +47,7 @@ def document(routes: Sequence[Route], version: str) -> dict[str, Any]:
     }
 
 
-def _operation(route: Route) -> dict[str, Any]:
+def _operation(route: Operation) -> dict[str, Any]:
     operation: dict[str, Any] = {
         "operationId": route.handler.rpartition(".")[2],
         "summary": route.summary,
@@ -102,7 +102,7 @@ _ERRORS = {
 }
 
 
-def _response(route: Route) -> dict[str, Any]:
+def _response(route: Operation) -> dict[str, Any]:
     if route.reply is None:
         return {"description": route.says}
     return {"description": route.says, "content": _content(route.reply)}

@@ -13,7 +13,7 @@ from runtime.contract.route_rules import parse_rule
 from runtime.contract.schema import SchemaError
 from runtime.wire.routes import RouteTarget
 from scheduler.admin import route_views as v
-from scheduler.admin.http import WHO, ApiError, read_body, read_json, reply, whole_number
+from scheduler.admin.http import WHO, AdminError, read_body, read_json, reply, whole_number
 from scheduler.driver import Driver
 from scheduler.errors import bad
 from scheduler.policy.model_routes import warmth
@@ -39,7 +39,7 @@ class RouteApi:
         try:
             rule = parse_rule(raw)
         except SchemaError as error:
-            raise ApiError(422, str(error), problems=error.problems) from None
+            raise AdminError(422, str(error), problems=error.problems) from None
         if rule.name != name:
             fix = f"use {name!r}, or the other address"
             raise bad("name", rule.name, "is not the name in the address", fix)

@@ -21,7 +21,7 @@ from scheduler.policy.eviction import busy
 from scheduler.policy.ladder import GUESS_START_S, Descent, climb_s, descents
 from scheduler.policy.placement import Fit, place
 from scheduler.policy.warm_value import KeepWarm, LetGo, advise, hold_price
-from scheduler.signals.forecast import Arrivals, Sketch, restore
+from scheduler.signals.forecast import Arrivals, StoredArrivals, restore
 from scheduler.state import messages as m
 from scheduler.state.cluster import Model, Replica, Router, Stage
 
@@ -64,7 +64,7 @@ class Warm(Planning):
         model.arrivals.observe(now, now + self.state.wall_offset_s, count)
         model.odds = (-1e9, 0.0)
 
-    def _recall(self, sketches: dict[str, Sketch], now: float) -> None:
+    def _recall(self, sketches: dict[str, StoredArrivals], now: float) -> None:
         for name, sketch in sketches.items():
             model = self.state.models.get(name)
             if model is not None and model.spec.forecast != "off":

@@ -52,7 +52,7 @@ MIN_DAYS, LIKELY = 3.0, 0.5  # a quarter of an hour in which it was called on ha
 SCALE = 16  # stored counts are 16 x log2(1 + n), rounded: 4 % apart
 
 
-class Sketch(Struct, frozen=True, kw_only=True):
+class StoredArrivals(Struct, frozen=True, kw_only=True):
     """`Arrivals` as it is stored: counts in a byte each, times by the wall clock."""
 
     gaps: bytes
@@ -238,16 +238,16 @@ class Arrivals:
 
     # ------------------------------------------------------------------------------- keeping
 
-    def sketch(self, now: float, wall_s: float) -> Sketch:
+    def sketch(self, now: float, wall_s: float) -> StoredArrivals:
         """As it is to be stored; `restore` gives back counts within 2.3 %."""
         kept, days = self._aged(now)
         last = None if self.last_at is None else wall_s - self.idle_s(now)
-        return Sketch(
+        return StoredArrivals(
             gaps=_pack(self.gaps, kept), slots=_pack(self.slots, kept), days=days, last_wall_s=last
         )
 
 
-def restore(sketch: Sketch, now: float, wall_s: float) -> Arrivals:
+def restore(sketch: StoredArrivals, now: float, wall_s: float) -> Arrivals:
     """What was stored, on this `now`'s clock; time nobody watched ages nothing.
 
     A last call in the future (clocks differ) is taken as now; bytes of another size count as none.

@@ -26,7 +26,7 @@ from runtime.wire.agent_messages import (
     StageModels,
 )
 from runtime.wire.routes import DemandReport, RouteTable
-from scheduler.signals.forecast import Sketch
+from scheduler.signals.forecast import StoredArrivals
 from scheduler.sim.network import Network
 from scheduler.sim.policy import Policy, PolicyFactory
 from scheduler.state import messages as m
@@ -79,7 +79,7 @@ class Control:
         self.cordoned: set[str] = set()
         self.footprints: dict[Key, Footprint] = {}
         self.quarantined: dict[tuple[str, str], str] = {}
-        self.sketches: dict[str, Sketch] = {}
+        self.sketches: dict[str, StoredArrivals] = {}
         self.term = 0
         self._loop = loop
         self._network = network

@@ -15,7 +15,7 @@ from runtime.wire.agent_messages import AgentCommand, Heartbeat, MemoryEstimate
 from runtime.wire.model_spec import ModelSpec
 from runtime.wire.names import Floor
 from runtime.wire.routes import DemandReport, RouteRule, RouteTable
-from scheduler.signals.forecast import Sketch
+from scheduler.signals.forecast import StoredArrivals
 
 
 class StoredModel(Struct, frozen=True, kw_only=True):
@@ -54,7 +54,7 @@ class Elected(Struct, frozen=True, kw_only=True):
     pinned: tuple[str, ...] = ()
     footprints: tuple[Footprint, ...] = ()
     quarantined: tuple[tuple[str, str, str], ...] = ()  # (node, device, reason)
-    sketches: dict[str, Sketch] = {}  # model -> when it was called
+    sketches: dict[str, StoredArrivals] = {}  # model -> when it was called
     rules: tuple[RouteRule, ...] = ()
     wall_s: float | None = None  # unix time at `now`; None: `now` is unix time
 
@@ -246,7 +246,7 @@ class Sketched(Struct, frozen=True, kw_only=True):
     """Keep what is known of when a model is called."""
 
     model: str
-    sketch: Sketch
+    sketch: StoredArrivals
 
 
 Command = Sketched | Send | Publish | Decided | ColdStart | Learned | Quarantined

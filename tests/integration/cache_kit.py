@@ -13,7 +13,7 @@ from pathlib import Path
 import aiohttp
 from aiohttp import web
 
-from agent.cache.cluster import Cluster
+from agent.cache.cluster import PeerCaches
 from agent.cache.http import cache_routes
 from agent.cache.model_cache import ModelCache
 from agent.cache.store import Store
@@ -60,7 +60,7 @@ class Node:
     @contextlib.asynccontextmanager
     async def running(self, registry: EmbeddedRegistry) -> AsyncIterator[Node]:
         async with aiohttp.ClientSession() as session:
-            cluster = Cluster(
+            cluster = PeerCaches(
                 registry, session, token=self.token, prefix="stoker", own_url=lambda: self.url
             )
             self.cache = ModelCache(

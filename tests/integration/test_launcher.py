@@ -230,7 +230,8 @@ async def test_one_that_is_dropped_never_runs(world):
         ("import threading, time\nthreading.Thread(target=time.sleep, args=(600,), daemon=True)"
          ".start()", "2 threads"),
         ("raise ImportError('no such engine')", "no such engine"),
-        ("from runtime.engine.fork_server import Refused\nraise Refused('version 9')", "version 9"),
+        ("from runtime.engine.fork_server import ForkRefused\nraise ForkRefused('version 9')",
+         "version 9"),
     ],
 )  # fmt: skip
 async def test_an_engine_that_is_not_safe_to_fork_is_refused_with_words(world, code, words):

@@ -15,7 +15,7 @@ import pytest
 
 from runtime.registry.consul import ConsulRegistry
 from runtime.registry.protocol import RegistryError
-from runtime.router.proxy.upstream import Limits, Upstream, UpstreamError
+from runtime.router.proxy.upstream import EngineTimeouts, Upstream, UpstreamError
 from runtime.sockets import tcp_connector
 
 pytestmark = [
@@ -91,7 +91,7 @@ def cut() -> None:
 
 @pytest.mark.parametrize("when", ["before it is sent", "before the first byte", "in the middle"])
 async def test_a_call_to_a_host_that_vanishes_ends_within_seconds(host: str, when: str) -> None:
-    upstream = Upstream(Limits())
+    upstream = Upstream(EngineTimeouts())
     try:
         reply = await upstream.post(host, "/quick", [], b"{}")
         assert await reply.read() == b"ok"

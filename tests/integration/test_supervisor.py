@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from agent.engines import process
-from agent.engines.process import Leader, Owner
+from agent.engines.process import MainProcess, Owner
 from agent.engines.supervisor import LOG_LIMIT_BYTES, Supervisor
 
 DEADLINE_S = 20.0
@@ -166,7 +166,7 @@ async def test_another_agents_processes_are_not_ours(world):
 async def test_a_pid_that_was_used_again_claims_no_session(world):
     supervisor, _, _ = world
     leader = run(supervisor, "r", "import time; time.sleep(600)")
-    earlier = Leader(leader.pid, leader.start - 1)
+    earlier = MainProcess(leader.pid, leader.start - 1)
     owner = Owner("another node", "")
     assert process.scan(owner, {"old": earlier}) == {}
     assert process.scan(owner, {"new": leader}) == {"new": {leader.pid}}
@@ -246,7 +246,7 @@ async def test_an_engine_is_adopted_and_its_exit_seen(world):
 async def test_a_dead_or_reused_pid_is_not_adopted(world):
     supervisor, exits, _ = world
     leader = run(supervisor, "r", "import time; time.sleep(600)")
-    assert not supervisor.adopt("s", Leader(leader.pid, leader.start + 1))
+    assert not supervisor.adopt("s", MainProcess(leader.pid, leader.start + 1))
     os.kill(leader.pid, signal.SIGKILL)
     await until(lambda: exits, "the exit")
     assert not supervisor.adopt("t", leader)

@@ -23,7 +23,7 @@ from runtime.wire.model_spec import ModelSpec
 from runtime.wire.routes import DemandReport, ModelDemand
 from scheduler.core.decisions import Core
 from scheduler.core.replica_moves import Settings
-from scheduler.signals.forecast import Sketch
+from scheduler.signals.forecast import StoredArrivals
 from scheduler.state import messages as m
 from scheduler.state.cluster import check_invariants
 
@@ -193,7 +193,7 @@ class World:
         self.sent: list[object] = []
         self.quarantined: dict[tuple[str, str], str] = {}
         self.wait_s: dict[str, float] = {}
-        self.sketches: dict[str, Sketch] = {}
+        self.sketches: dict[str, StoredArrivals] = {}
         self._later: list[m.CommandDone] = []
         self.core = Core(self.settings)
         self.elect()
@@ -204,7 +204,7 @@ class World:
         cordoned: tuple[str, ...] = (),
         footprints: tuple[Footprint, ...] = (),
         quarantined: tuple[tuple[str, str, str], ...] = (),
-        sketches: dict[str, Sketch] | None = None,
+        sketches: dict[str, StoredArrivals] | None = None,
     ) -> None:
         """A scheduler (re)starts and takes the lead."""
         self.term += 1

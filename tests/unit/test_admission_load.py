@@ -117,7 +117,9 @@ def test_a_held_request_goes_by_its_own_keys() -> None:
     assert set(places.values()) == {"a", "b"}
     for version, key in enumerate(places, 1):
         admission.routes(table(version=2 * version), 1.0)
-        assert isinstance(admission.arrive("h", "m", 1.0, RequestProfile(tokens=10, affinity=(key,))), Held)
+        assert isinstance(
+            admission.arrive("h", "m", 1.0, RequestProfile(tokens=10, affinity=(key,))), Held
+        )
         (released,) = admission.routes(table("a", "b", version=2 * version + 1), 1.0)
         assert released.endpoint.replica_id == places[key]
         admission.finished("h", 1.0)

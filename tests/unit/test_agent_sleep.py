@@ -9,7 +9,7 @@ from aiohttp import web
 
 from agent.engines import sleep, wake_canary
 from agent.engines.sleep import Controls, EngineError, Memory, RungFailed, Untouched
-from agent.engines.wake_canary import Canary
+from agent.engines.wake_canary import WakeCanary
 
 KEY = "control-secret"
 GIB = 2**30
@@ -217,12 +217,12 @@ async def test_a_model_may_have_no_canary_but_a_sick_engine_is_told(engine):
         await sleep.take_canary(engine.controls, "m")
 
 
-def token(text: str, **logprobs: float) -> Canary:
-    return Canary(path="/v1/completions", token=text, logprobs=logprobs)
+def token(text: str, **logprobs: float) -> WakeCanary:
+    return WakeCanary(path="/v1/completions", token=text, logprobs=logprobs)
 
 
-def vector(*values: float) -> Canary:
-    return Canary(path="/v1/embeddings", vector=values)
+def vector(*values: float) -> WakeCanary:
+    return WakeCanary(path="/v1/embeddings", vector=values)
 
 
 NAN = float("nan")
@@ -244,8 +244,8 @@ NAN = float("nan")
         (vector(1.0, 2.0), vector(NAN, NAN), False),
         (vector(1.0, 2.0), vector(1.0), False),
         (vector(1.0, 2.0), vector(0.0, 0.0), False),
-        (vector(1.0, 2.0), Canary(), False),
-        (Canary(), Canary(), False),
+        (vector(1.0, 2.0), WakeCanary(), False),
+        (WakeCanary(), WakeCanary(), False),
     ],
 )
 def test_a_difference_that_rounding_explains_is_none(before, after, same):
@@ -255,7 +255,7 @@ def test_a_difference_that_rounding_explains_is_none(before, after, same):
 
 def test_a_canary_outlives_the_agent():
     known = token("a", a=-1.0)
-    assert msgspec.json.decode(msgspec.json.encode(known), type=Canary) == known
+    assert msgspec.json.decode(msgspec.json.encode(known), type=WakeCanary) == known
     assert wake_canary.difference(known, known) is None
 
 

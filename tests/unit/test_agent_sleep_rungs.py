@@ -13,7 +13,7 @@ from agent.core.messages import Saved
 from agent.devices.device_watch import DeviceWatch
 from agent.devices.inventory import open_devices
 from agent.engines.sleep_tasks import levels, residue_bytes
-from agent.engines.wake_canary import Canary
+from agent.engines.wake_canary import WakeCanary
 from agent.records import KEPT_DISABLED, Record, Records
 from runtime.engine.contract import LaunchContext
 from runtime.engine.select import get_engine
@@ -100,7 +100,9 @@ def test_disabled_rungs_and_canaries_outlive_the_agent(tmp_path):
     assert records.disabled() == {}
     many = {f"m-{n}/key": {"asleep-1": f"words {n}"} for n in range(KEPT_DISABLED + 10)}
     records.save_disabled(many)
-    known = Canary(path="/v1/completions", body={"prompt": "x"}, token="y", logprobs={"y": -1.0})
+    known = WakeCanary(
+        path="/v1/completions", body={"prompt": "x"}, token="y", logprobs={"y": -1.0}
+    )
     start = StartReplica(
         replica_id="r", epoch=1, spec=STUB, device_ids=("a",), device_bytes=1, reason=""
     )

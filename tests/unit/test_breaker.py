@@ -18,7 +18,7 @@ from runtime.router.admission.breaker import (
     RetryBudget,
 )
 from runtime.router.admission.decisions import Admission, Forward, Held
-from runtime.router.admission.percentiles import Sketch
+from runtime.router.admission.percentiles import SlidingPercentiles
 from runtime.wire.routes import Endpoint, ModelRoute, RouteTable
 
 
@@ -137,7 +137,7 @@ def test_a_spent_budget_ends_a_request_with_503_and_retry_after() -> None:
 def test_a_quantile_is_never_below_and_at_most_ten_per_cent_above(
     values: list[float], share: float
 ) -> None:
-    sketch = Sketch()
+    sketch = SlidingPercentiles()
     for value in values:
         sketch.add(value, 5.0)
     true = sorted(values)[math.ceil(share * len(values)) - 1]
@@ -147,7 +147,7 @@ def test_a_quantile_is_never_below_and_at_most_ten_per_cent_above(
 
 
 def test_a_minute_later_all_is_forgotten() -> None:
-    sketch = Sketch()
+    sketch = SlidingPercentiles()
     assert sketch.quantile(0.95, 0.0) is None
     sketch.add(0.5, 0.0)
     sketch.add(0.1, 30.0)

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 from agent.cache.policy import (
     Complete,
+    EvictableModel,
     FromOrigin,
     FromPeers,
-    Held,
     PeerOffer,
     Rate,
     TryLease,
@@ -30,7 +30,8 @@ BLOBS = st.dictionaries(st.sampled_from("abcdefgh"), st.just(0), min_size=1, max
 )
 MODELS = st.lists(st.tuples(BLOBS, st.floats(0, 100)), max_size=7).map(
     lambda rows: [
-        Held(model_id=f"m{i}", blobs=blobs, used_at=at) for i, (blobs, at) in enumerate(rows)
+        EvictableModel(model_id=f"m{i}", blobs=blobs, used_at=at)
+        for i, (blobs, at) in enumerate(rows)
     ]
 )
 IN_USE = st.sets(st.sampled_from([f"m{i}" for i in range(7)]))
@@ -59,8 +60,8 @@ def test_what_is_freed_is_never_a_blob_that_is_needed(models, in_use, kept, shor
     assert freed == freed_bytes(chosen, models, kept)
 
 
-def held(name: str, used_at: float, **blobs: int) -> Held:
-    return Held(model_id=name, blobs=blobs, used_at=used_at)
+def held(name: str, used_at: float, **blobs: int) -> EvictableModel:
+    return EvictableModel(model_id=name, blobs=blobs, used_at=used_at)
 
 
 def test_the_least_recently_used_goes_first() -> None:

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cli.cluster import Where
+from cli.cluster import ClusterAccess
 from cli.showcase import plan
 from cli.upfiles import check_port, claim, make_config, toml_text, write_config
 from runtime.contract.config import AgentConfig, Config, RegistryConfig, RouterConfig, load
@@ -50,14 +50,14 @@ def test_the_configs_file_is_for_its_owner_only(tmp_path: Path) -> None:
 
 
 def test_every_up_has_a_token_of_its_own(tmp_path: Path) -> None:
-    first, second = (make_config(Where(), tmp_path, {}).cluster_token for _ in range(2))
+    first, second = (make_config(ClusterAccess(), tmp_path, {}).cluster_token for _ in range(2))
     assert len(first) >= 32
     assert first != second
 
 
 def test_a_token_that_is_set_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("STOKER_CLUSTER_TOKEN", "mine, a long one")
-    assert make_config(Where(), tmp_path, {}).cluster_token == "mine, a long one"
+    assert make_config(ClusterAccess(), tmp_path, {}).cluster_token == "mine, a long one"
 
 
 def test_a_state_dir_belongs_to_one_up(tmp_path: Path) -> None:

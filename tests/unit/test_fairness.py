@@ -46,9 +46,8 @@ def test_the_example_in_the_docstring() -> None:
 
 
 def test_one_tenant_alone_is_served_by_arrival() -> None:
-    assert [w.seq for w in drained(queue(*[RequestProfile("a", tokens=t) for t in (9, 1, 5, 3)]))] == [
-        0, 1, 2, 3,
-    ]  # fmt: skip
+    one_tenant = queue(*[RequestProfile("a", tokens=t) for t in (9, 1, 5, 3)])
+    assert [w.seq for w in drained(one_tenant)] == [0, 1, 2, 3]
 
 
 def test_higher_priorities_go_first_and_the_background_last() -> None:
@@ -72,7 +71,11 @@ def test_nobody_saves_up_by_being_idle() -> None:
 
 
 def test_leaving_the_queue_does_not_wipe_out_what_one_was_given() -> None:
-    waiting = queue(RequestProfile("a", tokens=1000), RequestProfile("b", tokens=1), RequestProfile("b", tokens=1))
+    waiting = queue(
+        RequestProfile("a", tokens=1000),
+        RequestProfile("b", tokens=1),
+        RequestProfile("b", tokens=1),
+    )
     first = waiting.first()
     waiting.sent(first.profile)
     waiting.remove(first)
@@ -111,7 +114,9 @@ def test_who_leaves_a_full_queue() -> None:
     assert flood.loser(RequestProfile("b")).seq == 4  # the newest of whoever takes most
     assert flood.loser(RequestProfile("c")).seq == 4
     assert flood.loser(RequestProfile("a")) is None
-    assert queue(RequestProfile("a"), RequestProfile("b")).loser(RequestProfile("c")) is None  # nobody takes more than it would
+    assert (
+        queue(RequestProfile("a"), RequestProfile("b")).loser(RequestProfile("c")) is None
+    )  # nobody takes more than it would
 
 
 # ------------------------------------------------------------------------------- in admission

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from scheduler.policy.ladder import HORIZON_S, call_chance
-from scheduler.signals.forecast import CAP, DAY_S, EDGES, SLOT_S, Arrivals, Sketch, restore
+from scheduler.signals.forecast import CAP, DAY_S, EDGES, SLOT_S, Arrivals, StoredArrivals, restore
 
 HOUR = 3600.0
 Observed = list[tuple[float, float, int]]
@@ -198,7 +198,7 @@ def test_a_sketch_is_small_and_stable() -> None:
     sketch = model.sketch(now, now)
     raw = msgspec.json.encode(sketch)
     assert len(raw) < 1500
-    again = restore(msgspec.json.decode(raw, type=Sketch), 50.0, now + 10)
+    again = restore(msgspec.json.decode(raw, type=StoredArrivals), 50.0, now + 10)
     assert again.last_at == pytest.approx((model.last_at or 0.0) - now - 10 + 50)
     assert again.sketch(50.0, now + 10) == sketch
     for kept, was in zip(again.gaps, model.gaps, strict=True):
@@ -217,12 +217,12 @@ def test_a_restart_changes_little() -> None:
 @pytest.mark.parametrize(
     "sketch",
     [
-        Sketch(gaps=b"", slots=b"\xff" * 3, days=math.nan),
-        Sketch(gaps=b"\xff" * 64, slots=b"\xff" * 96, days=-5, last_wall_s=1e18),
-        Sketch(gaps=b"\x01" * 64, slots=b"\x00" * 96, days=1e300, last_wall_s=math.nan),
+        StoredArrivals(gaps=b"", slots=b"\xff" * 3, days=math.nan),
+        StoredArrivals(gaps=b"\xff" * 64, slots=b"\xff" * 96, days=-5, last_wall_s=1e18),
+        StoredArrivals(gaps=b"\x01" * 64, slots=b"\x00" * 96, days=1e300, last_wall_s=math.nan),
     ],
 )
-def test_a_broken_sketch_does_no_harm(sketch: Sketch) -> None:
+def test_a_broken_sketch_does_no_harm(sketch: StoredArrivals) -> None:
     model = restore(sketch, 0.0, 1e6)
     assert 0 <= model.chance(10.0, 1e6, 600) <= 1
     assert model.idle_s(10.0) == 10.0

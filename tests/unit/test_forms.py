@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from runtime.outside import OutsideError
 from runtime.router.call.body import takes_form
-from runtime.router.call.errors import ApiError
+from runtime.router.call.errors import CallError
 from runtime.router.call.multipart import PARTS, Data, FormReader, Part, read_form
 
 KIND = "multipart/form-data; boundary=XB"
@@ -227,7 +227,7 @@ def test_a_path_takes_json_or_a_form(types: list[str], path: str, wanted: bool) 
     ],
 )
 def test_what_the_engine_would_refuse_is_refused_here(types: list[str], path: str) -> None:
-    with pytest.raises(ApiError) as caught:
+    with pytest.raises(CallError) as caught:
         takes_form(types, path)
     assert caught.value.status == 400
     assert "Content-Type" in caught.value.message or "Media Type" in caught.value.message

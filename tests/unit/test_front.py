@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from runtime.router.call.errors import ApiError
+from runtime.router.call.errors import CallError
 from runtime.router.call.request import Call
 from runtime.router.callers.keys import Keys
 from runtime.router.callers.memory import Memory
@@ -293,7 +293,7 @@ async def test_what_comes_behind_a_request_waits_and_is_bounded() -> None:
 
 
 @pytest.mark.parametrize(
-    "error", [ApiError(429, "queue_full", "full", retry_after_s=2.2), OSError()]
+    "error", [CallError(429, "queue_full", "full", retry_after_s=2.2), OSError()]
 )
 async def test_an_error_is_a_whole_answer_and_the_connection_goes_on(error: Exception) -> None:
     bench = Bench()
@@ -301,11 +301,11 @@ async def test_an_error_is_a_whole_answer_and_the_connection_goes_on(error: Exce
     bench.feed(plain(extra=b"X-Request-ID: mine\r\n"))
     await bench.settle()
     head, _, body = bench.transport.written.partition(b"\r\n\r\n")
-    status = b"429 Too Many" if isinstance(error, ApiError) else b"500 Internal"
+    status = b"429 Too Many" if isinstance(error, CallError) else b"500 Internal"
     assert head.startswith(b"HTTP/1.1 " + status)
     assert b"X-Request-ID: mine" in head
     assert b"Content-Length: %d\r\n" % len(body) in head
-    assert (b"Retry-After: 3" in head) == isinstance(error, ApiError)
+    assert (b"Retry-After: 3" in head) == isinstance(error, CallError)
     bench.proxy.error = None
     bench.feed(plain())
     await bench.settle()

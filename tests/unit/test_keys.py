@@ -21,7 +21,7 @@ from runtime.contract.access import (
     opens,
     token_id,
 )
-from runtime.router.call.errors import ApiError
+from runtime.router.call.errors import CallError
 from runtime.router.call.request import ANONYMOUS
 from runtime.router.callers.keys import Keys, given_token, may, rate_headers, sees
 from scheduler.usage import LIVE_S, BootUsage, Usage
@@ -44,7 +44,7 @@ def keys(*listed: StoredKey, anonymous: bool = False, tenants: tuple[Tenant, ...
 
 
 def refusal(ring: Keys, token: str, wall_s: float = 0.0) -> tuple[int, str]:
-    with pytest.raises(ApiError) as caught:
+    with pytest.raises(CallError) as caught:
         ring.identify(token, wall_s)
     assert token == "" or token not in caught.value.body().decode()
     return caught.value.status, caught.value.message
@@ -151,7 +151,7 @@ def test_a_tenants_limit_holds_for_all_its_keys_together() -> None:
     one, two = ring.identify(TOKEN, 0.0), ring.identify(OTHER, 0.0)
     ring.begin(one, 1, 0.0)
     ring.begin(two, 1, 0.0)
-    with pytest.raises(ApiError) as caught:
+    with pytest.raises(CallError) as caught:
         ring.begin(one, 1, 0.0)
     assert caught.value.status == 429
     assert "tenant acme" in caught.value.message
@@ -167,7 +167,7 @@ def test_a_new_table_does_not_forget_what_was_used() -> None:
     ring = keys(key)
     ring.begin(ring.identify(TOKEN, 0.0), 1, 0.0)
     ring.load(KeyTable(version=2, keys=(key, stored(OTHER))), 0.0)
-    with pytest.raises(ApiError):
+    with pytest.raises(CallError):
         ring.begin(ring.identify(TOKEN, 0.0), 1, 0.0)
 
 
@@ -191,7 +191,7 @@ def test_two_routers_hold_a_key_to_one_limit() -> None:
     exchange(0.0)
     exchange(0.0)  # told twice, it counts once
     for ring in rings:
-        with pytest.raises(ApiError) as caught:
+        with pytest.raises(CallError) as caught:
             ring.begin(ring.identify(TOKEN, 0.0), 10, 0.0)
         assert caught.value.code == "rate_limit_exceeded"
     assert usage.totals(0.0)["key:aaaaaaaaaa"] == Used(10, 100, 5000, 0)
@@ -213,7 +213,7 @@ def test_a_routers_restart_gives_no_fresh_quota() -> None:
     after.hear(
         usage.tell(RouterUsage(router_id="r", boot_id=2, usage=after.report(True)), 10.0), 10.0
     )
-    with pytest.raises(ApiError) as caught:
+    with pytest.raises(CallError) as caught:
         after.begin(after.identify(TOKEN, 0.0), 1, 10.0)
     assert caught.value.code == "quota_exceeded"
 
@@ -241,6 +241,6 @@ def test_what_is_not_an_api_key_is_told_from_none() -> None:
     keys = Keys(anonymous=False)
     keys.load(KeyTable(version=1, keys=()), 0.0)
     for token, said in (("", "send an API key"), ("foo", "what was sent is not an API key; send")):
-        with pytest.raises(ApiError) as caught:
+        with pytest.raises(CallError) as caught:
             keys.identify(token, 0.0)
         assert caught.value.message.startswith(said)

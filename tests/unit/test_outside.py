@@ -12,7 +12,7 @@ from msgspec import Raw, Struct
 from runtime import outside
 from runtime.outside import NAME_BYTES, OutsideError
 from runtime.router.call.body import Head, invocation, read_head, with_model
-from runtime.router.call.errors import ApiError
+from runtime.router.call.errors import CallError
 from runtime.router.jobs.lines import Problem, read_line
 from runtime.router.proxy.batch_bodies import part_of
 from runtime.wire.agent_messages import Heartbeat
@@ -30,7 +30,7 @@ def nested(levels: int, field: str = "x") -> bytes:
 
 
 def refused(call: object, *args: object) -> str:
-    with pytest.raises((OutsideError, ApiError)) as caught:
+    with pytest.raises((OutsideError, CallError)) as caught:
         call(*args)  # type: ignore[operator]
     return str(caught.value)
 

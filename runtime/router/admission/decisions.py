@@ -28,7 +28,7 @@ from runtime.router.admission import refusals
 from runtime.router.admission.affinity import Affinity
 from runtime.router.admission.breaker import REST_S, Breaker, RetryBudget
 from runtime.router.admission.fairness import BACKGROUND, FairQueue, RequestProfile
-from runtime.router.admission.percentiles import Sketch
+from runtime.router.admission.percentiles import SlidingPercentiles
 from runtime.router.admission.refusals import Refused
 from runtime.wire.routes import Endpoint, ModelDemand, ModelRoute, RouteTable
 
@@ -83,7 +83,9 @@ class _Model:
     background: int = 0  # of those in flight
     active_at: float = 0.0
     turn: int = 0  # where the next choice among equally loaded replicas starts
-    ttft: Sketch = field(default_factory=Sketch)  # of requests that were not held
+    ttft: SlidingPercentiles = field(
+        default_factory=SlidingPercentiles
+    )  # of requests that were not held
     first_token_s: float | None = None  # of the last that was held, from when it was sent on
 
 
@@ -142,7 +144,9 @@ class Admission:
             self._forget_if_unused(name)
         return released
 
-    def arrive(self, request_id: str, model: str, now: float, profile: RequestProfile = DEFAULT_PROFILE) -> Decision:
+    def arrive(
+        self, request_id: str, model: str, now: float, profile: RequestProfile = DEFAULT_PROFILE
+    ) -> Decision:
         """A new request for `model` (a name or an alias); `request_id` must not be in use."""
         if request_id in self._requests:
             raise ValueError(f"request id {request_id!r} is already in use")
@@ -335,7 +339,9 @@ class Admission:
 
     # -------------------------------------------------------------------------------- inside
 
-    def _choose(self, route: ModelRoute, state: _Model, now: float, profile: RequestProfile) -> Endpoint | None:
+    def _choose(
+        self, route: ModelRoute, state: _Model, now: float, profile: RequestProfile
+    ) -> Endpoint | None:
         """The trusted replica that has read the prompt's beginning before, as affinity.py says, or
         else the one with the fewest tokens in flight, then requests; ties go round."""
         if profile.affinity and len(route.endpoints) > 1:

@@ -122,7 +122,9 @@ class FairQueue(Generic[W]):
 
     def sent(self, profile: RequestProfile) -> None:
         """A request of that profile is sent while some wait, itself perhaps."""
-        self._given[profile.tenant] = self._given.get(profile.tenant, 0.0) + profile.tokens / profile.weight
+        self._given[profile.tenant] = (
+            self._given.get(profile.tenant, 0.0) + profile.tokens / profile.weight
+        )
 
     def loser(self, newcomer: RequestProfile) -> W | None:
         """Who leaves this full queue in place of a newcomer; None: the newcomer does."""

@@ -16,7 +16,7 @@ SLICE_S = 10.0
 SLICES = 6
 
 
-class Sketch:
+class SlidingPercentiles:
     """Counts by duration in six slices of ten seconds, the oldest given up as time goes on."""
 
     __slots__ = ("_counts", "_slices", "_until")

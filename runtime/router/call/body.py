@@ -16,7 +16,7 @@ from msgspec import Struct
 from runtime import outside
 from runtime.outside import SHORT_NAME, OutsideError
 from runtime.router.call import multipart
-from runtime.router.call.errors import ApiError
+from runtime.router.call.errors import CallError
 from runtime.router.call.multipart import FORM_TYPE, Form
 from runtime.router.call.paths import FORM_PATHS, JSON_PATHS
 
@@ -78,7 +78,7 @@ _HINTS: Any = {
 
 
 def read_head(body: bytes) -> Head:
-    """The head of a JSON body. Raises ApiError (400) naming `model` or `stream`."""
+    """The head of a JSON body. Raises CallError (400) naming `model` or `stream`."""
     try:
         head = _read_head(body)
     except OutsideError as error:
@@ -89,9 +89,9 @@ def read_head(body: bytes) -> Head:
 
 
 def checked(head: Head) -> Head:
-    """`head`, if it names a model. Raises ApiError (400)."""
+    """`head`, if it names a model. Raises CallError (400)."""
     if not head.model:
-        raise ApiError(400, "missing_field", "the body has no model; add it", param="model")
+        raise CallError(400, "missing_field", "the body has no model; add it", param="model")
     check_model(head.model)
     return head
 
@@ -122,30 +122,30 @@ def _field(raw: msgspec.Raw, read: Any, name: str, wanted: str) -> Any:
         return read(value)
     except OutsideError:
         message = f"{name} must be {wanted}, got {_shown(value)}"
-        raise ApiError(400, "invalid_field", message, param=name) from None
+        raise CallError(400, "invalid_field", message, param=name) from None
 
 
 def check_model(name: str) -> None:
-    """Raises ApiError (400) for what can be no model's name, before anything looks for it."""
+    """Raises CallError (400) for what can be no model's name, before anything looks for it."""
     problem = outside.name_problem(name)
     if problem is not None:
-        raise ApiError(400, "invalid_field", f"model {problem}", param="model")
+        raise CallError(400, "invalid_field", f"model {problem}", param="model")
 
 
 def takes_form(types: Sequence[str], path: str) -> bool:
     """Whether a body with these Content-Type headers, for the engine's `path`, is a form; else it
-    is JSON. Raises ApiError (400) for what the engine would refuse: the sentence is vLLM's."""
+    is JSON. Raises CallError (400) for what the engine would refuse: the sentence is vLLM's."""
     bare, got = path.partition("?")[0], ", ".join(types)[:80]
     if len(types) > 1:
         message = f"the request has {len(types)} Content-Type headers ({got!r}): send one"
-        raise ApiError(400, "invalid_content_type", message)
+        raise CallError(400, "invalid_content_type", message)
     if bare not in FORM_PATHS and outside.is_json_type(got):
         return False
     if bare not in JSON_PATHS and got.lower().startswith("multipart/"):
         return True
     wanted = FORM_TYPE if bare in FORM_PATHS else outside.JSON_TYPE
     message = f"Unsupported Media Type: Only {wanted!r} is allowed, got {got or 'none'!r}"
-    raise ApiError(400, "invalid_content_type", message)
+    raise CallError(400, "invalid_content_type", message)
 
 
 def check_json(types: Sequence[str]) -> None:
@@ -154,7 +154,7 @@ def check_json(types: Sequence[str]) -> None:
 
 
 def read_form(body: bytes, content_type: str) -> tuple[Form, Head]:
-    """A multipart form and its head, in which the model may be missing. Raises ApiError (400)."""
+    """A multipart form and its head, in which the model may be missing. Raises CallError (400)."""
     try:
         form = multipart.read_form(body, content_type)
     except OutsideError as error:
@@ -162,9 +162,9 @@ def read_form(body: bytes, content_type: str) -> tuple[Form, Head]:
     return form, Head(model=form.model, stream=form.stream)
 
 
-def bad_form(error: OutsideError) -> ApiError:
+def bad_form(error: OutsideError) -> CallError:
     """What is told of a form that is refused."""
-    return ApiError(400, "invalid_body", f"the form {error}")
+    return CallError(400, "invalid_body", f"the form {error}")
 
 
 def with_model(body: bytes, model: str) -> tuple[bytes, Head]:
@@ -178,21 +178,23 @@ def with_model(body: bytes, model: str) -> tuple[bytes, Head]:
 def invocation(body: bytes, model: str, stream: bool | None) -> Invocation:
     """The OpenAI call that `/invoke/{model}` with this body makes; `stream` wins over the body's.
 
-    Raises ApiError (400) unless exactly one of prompt, messages and input is there.
+    Raises CallError (400) unless exactly one of prompt, messages and input is there.
     """
     fields = _fields(body)
     sent = [name for name in _SENT if name in fields]
     if len(sent) != 1:
         got = f"got {' and '.join(sent)}" if sent else "got none of them"
         message = f"send exactly one of prompt, messages or input ({got})"
-        raise ApiError(400, "invalid_body", message, param=sent[1] if sent else "prompt")
+        raise CallError(400, "invalid_body", message, param=sent[1] if sent else "prompt")
     if stream is not None:
         fields["stream"] = _raw(stream)
     fields["model"] = _raw(model)
     changed = msgspec.json.encode(fields)
     head = read_head(changed)
     if head.stream and sent[0] == "input":
-        raise ApiError(400, "invalid_body", "embeddings (input) cannot be streamed", param="stream")
+        raise CallError(
+            400, "invalid_body", "embeddings (input) cannot be streamed", param="stream"
+        )
     return Invocation(_TARGETS[sent[0]], changed, head)
 
 
@@ -207,8 +209,8 @@ def _raw(value: str | bool) -> msgspec.Raw:
     return msgspec.Raw(msgspec.json.encode(value))
 
 
-def _not_json(error: OutsideError) -> ApiError:
-    return ApiError(400, "invalid_json", f"the body {error}")
+def _not_json(error: OutsideError) -> CallError:
+    return CallError(400, "invalid_json", f"the body {error}")
 
 
 def _shown(value: bytes) -> str:

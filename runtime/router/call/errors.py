@@ -16,7 +16,7 @@ from runtime.router.call.error_shapes import Failure, last_event, read, shape_of
 _PASSING = (408, 425, 429)
 
 
-class ApiError(Exception):
+class CallError(Exception):
     """A call that ends with `status`.
 
     `retry_after_s`: when to come back, where that is known. `final`: coming back changes nothing;
@@ -70,22 +70,22 @@ class ApiError(Exception):
         return headers
 
 
-def engine_error(status: int, body: bytes) -> ApiError:
+def engine_error(status: int, body: bytes) -> CallError:
     """An engine's error answer, to be told in another shape."""
     try:
         failure = read(status, outside.json_document(body))
     except OutsideError:
         failure = read(status, None)
-    return ApiError(status, failure.code, failure.message, param=failure.param, kind=failure.kind)
+    return CallError(status, failure.code, failure.message, param=failure.param, kind=failure.kind)
 
 
-def internal_error() -> ApiError:
+def internal_error() -> CallError:
     """What is told of a failure of our own."""
     message = "the router failed; its log has more under this request id"
-    return ApiError(500, "internal_error", message)
+    return CallError(500, "internal_error", message)
 
 
-def no_response(response_id: str, why: str = "", param: str = "response_id") -> ApiError:
+def no_response(response_id: str, why: str = "", param: str = "response_id") -> CallError:
     """What is told of a response that is not known here, or is another tenant's."""
     message = f"there is no response {response_id[:128]!r} here{why}"
-    return ApiError(404, "response_not_found", message, param=param)
+    return CallError(404, "response_not_found", message, param=param)

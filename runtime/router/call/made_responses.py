@@ -14,7 +14,7 @@ from collections import OrderedDict
 from typing import NamedTuple
 
 from runtime.router.call.body import Head
-from runtime.router.call.errors import ApiError, no_response
+from runtime.router.call.errors import CallError, no_response
 
 MOST = 20_000  # remembered, of some 500 bytes each
 MOST_OF_TENANT = 5_000
@@ -88,7 +88,7 @@ class Stored:
         return self._made.get(response_id)
 
     def check(self, head: Head, tenant: str, keyed: bool) -> None:
-        """An engine goes on with any response that it keeps, whoever had it made. Raises ApiError:
+        """An engine goes on with any response that it keeps, whoever had it made. Raises CallError:
         404 where nobody knows that `tenant` had it made, 400 where a new one's id is another's.
         Without keys (not `keyed`) all callers are one, and an older response may be gone on with.
         """
@@ -97,7 +97,7 @@ class Stored:
             raise no_response(before, param="previous_response_id")
         if named is not None and self._is_anothers(tenant, named):
             message = f"request_id {named[:128]!r} is taken; choose another"
-            raise ApiError(400, "invalid_field", message, param="request_id")
+            raise CallError(400, "invalid_field", message, param="request_id")
 
     def _is_anothers(self, tenant: str, response_id: str) -> bool:
         made = self._made.get(response_id)

@@ -16,7 +16,8 @@ class Caller:
     """Who calls: made once a key (`callers/keys.py`), shared by all its calls.
 
     `tenant` is whom queues are fair to, by `weight`, and caches are kept for; `priority` as in
-    `RequestProfile`; `accounts` are what its calls are charged to; `scopes` all have to allow a call.
+    `RequestProfile`; `accounts` are what its calls are charged to; `scopes` all have to allow a
+    call.
     """
 
     tenant: str = "anonymous"

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from http import HTTPStatus
 
-from runtime.router.call.errors import ApiError
+from runtime.router.call.errors import CallError
 
 REASONS = {status.value: status.phrase.encode() for status in HTTPStatus}
 
 
-def error_answer(error: ApiError, target: str, request_id: str) -> bytes:
+def error_answer(error: CallError, target: str, request_id: str) -> bytes:
     """A whole answer, headers and all, for a caller of the path `target`."""
     body = error.body(target, request_id)
     extra = "".join(f"{name}: {value}\r\n" for name, value in error.headers().items())

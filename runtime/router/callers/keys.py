@@ -28,7 +28,7 @@ from runtime.contract.access import (
     token_id,
 )
 from runtime.router.admission.key_limits import DAY_S, Account
-from runtime.router.call.errors import ApiError
+from runtime.router.call.errors import CallError
 from runtime.router.call.request import ANONYMOUS, Caller
 from runtime.router.callers.local import Local
 
@@ -98,7 +98,7 @@ class Keys:
     # ------------------------------------------------------------------------------- callers
 
     def identify(self, token: str, wall_s: float) -> Caller:
-        """The caller who sent `token` ("": none). Raises ApiError (401, or 503 without a table)."""
+        """The caller who sent `token` ("": none). Raises CallError (401; 503 without a table)."""
         ours = token_id(token, KEY_PREFIX)
         if ours is None and self.anonymous:
             return ANONYMOUS
@@ -116,18 +116,18 @@ class Keys:
         return found[1]
 
     def check_local(self, headers: Iterable[tuple[bytes, bytes]]) -> None:
-        """Of a call without a key. Raises ApiError (403) where it does not come from this host."""
+        """Of a call without a key. Raises CallError (403) where it does not come from this host."""
         problem = self.local.problem(headers) if self.local is not None else None
         if problem is not None:
             message = (
                 f"without an API key only this host may call, and {problem}; "
                 "`stoker key create` makes a key"
             )
-            raise ApiError(403, "not_local", message)
+            raise CallError(403, "not_local", message)
 
     def on_behalf(self, owner: Caller, wall_s: float) -> Caller:
         """Who a call that `owner` left here is made for, at the owner's priority, by what its key
-        may now. Raises ApiError (401; 503 without a table)."""
+        may now. Raises CallError (401; 503 without a table)."""
         if owner.key_id is None:
             return owner
         if self.table is None:
@@ -145,7 +145,7 @@ class Keys:
     def begin(
         self, caller: Caller, tokens: int, now: float, again: bool = False, counted: bool = False
     ) -> None:
-        """A call of about `tokens`. Raises ApiError (429): then nothing was charged.
+        """A call of about `tokens`. Raises CallError (429): then nothing was charged.
 
         `again`: it was let in before and is tried by another model: that is no second request.
         `counted`: it was left here, and counted as a request then: its other limits hold.
@@ -155,7 +155,7 @@ class Keys:
             over = account.over(tokens, left_s, now, counted)
             if over is not None:
                 headers = rate_headers(caller, now)
-                raise ApiError(
+                raise CallError(
                     429, over.code, over.message, retry_after_s=over.retry_after_s, headers=headers
                 )
         for account in caller.accounts:
@@ -240,10 +240,10 @@ def sees(caller: Caller, names: Iterable[str]) -> bool:
     )
 
 
-def _no_keys() -> ApiError:
+def _no_keys() -> CallError:
     message = "this router has not heard of any keys yet"
-    return ApiError(503, "no_keys", message, retry_after_s=1.0)
+    return CallError(503, "no_keys", message, retry_after_s=1.0)
 
 
-def _unauthorized(message: str) -> ApiError:
-    return ApiError(401, "invalid_api_key", message)
+def _unauthorized(message: str) -> CallError:
+    return CallError(401, "invalid_api_key", message)

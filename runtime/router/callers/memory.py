@@ -15,13 +15,13 @@ import contextlib
 from collections import Counter
 from collections.abc import Iterator
 
-from runtime.router.call.errors import ApiError
+from runtime.router.call.errors import CallError
 
 RETRY_AFTER_S = 2.0
 DEFAULT_BYTES = 512 * 2**20
 
 
-class MemoryFull(ApiError):
+class MemoryFull(CallError):
     """There is no room for it now."""
 
     def __init__(self, message: str) -> None:

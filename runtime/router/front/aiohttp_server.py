@@ -20,7 +20,7 @@ from aiohttp.http_exceptions import ContentEncodingError, HttpProcessingError, L
 from aiohttp.streams import EMPTY_PAYLOAD
 from aiohttp.web_protocol import _ErrInfo
 
-from runtime.router.call.errors import ApiError, internal_error
+from runtime.router.call.errors import CallError, internal_error
 
 # aiohttp tells of every malformed request with a stack trace; our own failures `Api` tells of.
 _http_log = logging.getLogger("stoker.router.http")
@@ -32,9 +32,9 @@ HEAD_BYTES = 64 * 1024
 
 LINGER_S = 1.0  # while a caller who still sends a head can read why it is not wanted
 
-Refuse = Callable[[web.BaseRequest, ApiError, str], web.Response]  # with the page's origin
+Refuse = Callable[[web.BaseRequest, CallError, str], web.Response]  # with the page's origin
 _ORIGIN = re.compile(rb"\norigin:[ \t]*([^\r\n]{1,512})", re.IGNORECASE)
-_REFUSED = web.RequestKey("refused", ApiError)
+_REFUSED = web.RequestKey("refused", CallError)
 
 
 class _HeadTooLarge(HttpProcessingError):
@@ -179,10 +179,10 @@ def _factory(inner: Callable[..., web.BaseRequest]) -> Callable[..., web.BaseReq
         request = inner(message, *rest)
         if too_new:
             text = "this is an HTTP/1.1 server: it speaks no later version on this connection"
-            request[_REFUSED] = ApiError(505, "http_version", text, final=True)
+            request[_REFUSED] = CallError(505, "http_version", text, final=True)
         elif too_old:
             text = "this is no HTTP/1.1 request: its first line does not end with a version"
-            request[_REFUSED] = ApiError(400, "bad_request", text)
+            request[_REFUSED] = CallError(400, "bad_request", text)
         return request
 
     return make
@@ -198,7 +198,7 @@ def _handler(
                 return await inner(request)
             except web.HTTPException as error:  # before the middlewares, e.g. of Expect
                 text = error.text or error.reason
-                refused = ApiError(error.status, "http_error", text)
+                refused = CallError(error.status, "http_error", text)
         response = refuse(request, refused, request.headers.get("Origin", ""))
         response.force_close()
         return response
@@ -206,21 +206,21 @@ def _handler(
     return handle
 
 
-def _told(status: int, exc: BaseException | None, message: str) -> ApiError:
+def _told(status: int, exc: BaseException | None, message: str) -> CallError:
     """What a caller is told of a request that aiohttp could not read."""
     if status >= 500:
         return internal_error()
     if isinstance(exc, _HeadTooLarge):
         text = f"the request's head has more than {HEAD_BYTES} bytes"
-        return ApiError(431, "head_too_large", text)
+        return CallError(431, "head_too_large", text)
     if isinstance(exc, LineTooLong):
         text = f"a line of the request's head is longer than {LINE_BYTES} bytes"
-        return ApiError(431, "head_too_large", text)
+        return CallError(431, "head_too_large", text)
     if "Too many headers" in message:
-        return ApiError(431, "head_too_large", f"the request has more than {HEADERS} headers")
+        return CallError(431, "head_too_large", f"the request has more than {HEADERS} headers")
     if isinstance(exc, ContentEncodingError) or "content-encoding" in message:
         text = "the body's Content-Encoding cannot be read; send gzip, deflate, zstd or none"
-        return ApiError(415, "unsupported_encoding", text)
+        return CallError(415, "unsupported_encoding", text)
     first = message.replace("Pause on PRI/Upgrade", "an HTTP/2 preface").split("\n")[0]
     first = first.strip(" :.") or "it cannot be parsed"
-    return ApiError(400, "bad_request", f"this is no HTTP/1.1 request: {first[:200]}")
+    return CallError(400, "bad_request", f"this is no HTTP/1.1 request: {first[:200]}")

@@ -26,7 +26,7 @@ from runtime import outside
 from runtime.leftovers import drop_packed
 from runtime.router.admission.refusals import NO_TABLE
 from runtime.router.call import body as bodies
-from runtime.router.call.errors import ApiError, internal_error
+from runtime.router.call.errors import CallError, internal_error
 from runtime.router.call.paths import ROOT_PATHS, STREAMS, V1_PATHS, engine_target
 from runtime.router.call.request import ANONYMOUS, Call, Caller
 from runtime.router.call.request_ids import RequestIds
@@ -134,7 +134,7 @@ class Api:
         """A JSON body and its head; as with vLLM it need not name the one model there is."""
         try:
             return body, bodies.read_head(body)
-        except ApiError as error:
+        except CallError as error:
             if error.code != "missing_field":
                 raise
             table = self._table()
@@ -190,9 +190,9 @@ class Api:
                 return await self._whole(request)
         except TimeoutError:
             message = f"the body did not arrive in {self._read_timeout_s:g}s"
-            raise ApiError(408, "body_timeout", message) from None
+            raise CallError(408, "body_timeout", message) from None
         except web.RequestPayloadError as error:
-            raise ApiError(400, "invalid_body", f"the body cannot be read: {error}") from None
+            raise CallError(400, "invalid_body", f"the body cannot be read: {error}") from None
 
     async def _whole(self, request: web.Request) -> bytes:
         """The body, taken from the budget before it is read, or as it comes."""
@@ -207,14 +207,14 @@ class Api:
         return b"".join(pieces)
 
     def _take(self, request: web.Request, size_bytes: int) -> None:
-        """For as long as the request lasts. Raises ApiError (503)."""
+        """For as long as the request lasts. Raises CallError (503)."""
         self._proxy.memory.take(size_bytes)
         request[_TAKEN] = request.get(_TAKEN, 0) + size_bytes
 
-    def _too_large(self, size: int | None) -> ApiError:
+    def _too_large(self, size: int | None) -> CallError:
         got = "" if size is None else f", got {size}"
         message = f"the body may have at most {self._max_body_bytes} bytes (router.max_body_bytes)"
-        return ApiError(413, "body_too_large", message + got)
+        return CallError(413, "body_too_large", message + got)
 
     # -------------------------------------------------------------------------------- models
 
@@ -235,21 +235,21 @@ class Api:
         own = self._visible(request, request.match_info["model"])
         name = request.match_info["name"]
         if self._visible(request, name).name != own.name:
-            raise ApiError(404, "model_not_found", f"only model {own.name!r} is served here")
+            raise CallError(404, "model_not_found", f"only model {own.name!r} is served here")
         return _json(cards.card(own, name))
 
     def _visible(self, request: web.Request, model: str) -> ModelRoute:
-        """What `model` names. Raises ApiError: 403 for any name outside of the key's scope, so that
-        nobody can tell whether it is there; 404."""
+        """What `model` names. Raises CallError: 403 for any name outside of the key's scope, so
+        that nobody can tell whether it is there; 404."""
         bodies.check_model(model)
         route = self._find(model)
         names = cards.names(route, model) if route is not None else (model,)
         if not sees(request[CALLER], names):
-            raise ApiError(403, "not_allowed", f"this API key may not use model {model!r}")
+            raise CallError(403, "not_allowed", f"this API key may not use model {model!r}")
         if route is None:
             close = meant(self._proxy.gate, request[CALLER], model)
             message = f"there is no model {model!r}{close}"
-            raise ApiError(404, "model_not_found", message, param="model")
+            raise CallError(404, "model_not_found", message, param="model")
         return route
 
     def _identify(self, request: web.Request) -> Caller:
@@ -261,7 +261,7 @@ class Api:
     def _table(self) -> RouteTable:
         table = self._proxy.gate.table
         if table is None:
-            raise ApiError(503, "no_routes", NO_TABLE, retry_after_s=1.0)
+            raise CallError(503, "no_routes", NO_TABLE, retry_after_s=1.0)
         return table
 
     def _find(self, model: str) -> ModelRoute | None:
@@ -320,7 +320,7 @@ class Api:
         token = given_token(outside.header(request.headers.get("Authorization", "")))
         if not any(t and hmac.compare_digest(token.encode(), t.encode()) for t in self._scrapers):
             message = "send metrics_token, or the cluster token, as a bearer token"
-            raise ApiError(401, "invalid_api_key", message)
+            raise CallError(401, "invalid_api_key", message)
 
     @web.middleware
     async def _shaped(self, request: web.Request, handler: Handler) -> web.StreamResponse:
@@ -337,7 +337,7 @@ class Api:
                 if caller is ANONYMOUS and not self._cors.allows(request.headers.get("Origin", "")):
                     self._proxy.keys.check_local(request.raw_headers)
             response = await handler(request)
-        except ApiError as error:
+        except CallError as error:
             code, response = error.code, _error_response(error, request)
         except web.HTTPException as error:
             shown = _of_http(request, error)
@@ -350,7 +350,7 @@ class Api:
             self._proxy.memory.give(request.get(_TAKEN, 0))
         return self._told(request, response, code)
 
-    def refuse(self, request: web.BaseRequest, error: ApiError, origin: str) -> web.Response:
+    def refuse(self, request: web.BaseRequest, error: CallError, origin: str) -> web.Response:
         """The answer to what never came to a handler, told to the access log; `origin`: the page
         that it came from, as a browser writes it, "": none."""
         request[REQUEST_ID] = self._request_id()
@@ -381,15 +381,15 @@ class Api:
         return response
 
 
-def _of_http(request: web.Request, error: web.HTTPException) -> ApiError:
+def _of_http(request: web.Request, error: web.HTTPException) -> CallError:
     where = f"{request.method} {request.path}"
     if error.status == 404:
-        return ApiError(404, "not_found", f"there is no {where} here; the API is below /v1")
+        return CallError(404, "not_found", f"there is no {where} here; the API is below /v1")
     if error.status == 405:
         allow = error.headers["Allow"].encode()
         message = f"{where} is not offered; {request.path} takes {allow.decode()}"
-        return ApiError(405, "method_not_allowed", message, headers=((b"Allow", allow),))
-    return ApiError(error.status, "http_error", error.reason)
+        return CallError(405, "method_not_allowed", message, headers=((b"Allow", allow),))
+    return CallError(error.status, "http_error", error.reason)
 
 
 def _whose(request: web.BaseRequest) -> tuple[str | None, str | None]:
@@ -398,7 +398,7 @@ def _whose(request: web.BaseRequest) -> tuple[str | None, str | None]:
     return (None, None) if caller is None else (caller.tenant, caller.key_id)
 
 
-def _error_response(error: ApiError, request: web.BaseRequest) -> web.Response:
+def _error_response(error: CallError, request: web.BaseRequest) -> web.Response:
     return web.Response(
         status=error.status,
         body=error.body(request.path, request[REQUEST_ID]),
@@ -408,10 +408,10 @@ def _error_response(error: ApiError, request: web.BaseRequest) -> web.Response:
 
 
 def _engine_path(request: web.Request, path: str) -> str:
-    """The request target for the engine. Raises ApiError (400)."""
+    """The request target for the engine. Raises CallError (400)."""
     target = engine_target(path, request.rel_url.raw_query_string)
     if target is None:
-        raise ApiError(
+        raise CallError(
             400, "invalid_query", "the query has other characters than ASCII; quote them"
         )
     return target
@@ -427,7 +427,7 @@ def _stream_wish(request: web.Request) -> bool | None:
         return None
     if text.lower() not in ("true", "false", "1", "0"):
         message = f"stream must be true or false, got {text!r}"
-        raise ApiError(400, "invalid_field", message, param="stream")
+        raise CallError(400, "invalid_field", message, param="stream")
     return text.lower() in ("true", "1")
 
 

@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 from aiohttp import web
 
-from runtime.router.call.errors import ApiError
+from runtime.router.call.errors import CallError
 from runtime.router.call.request_ids import RequestIds
 from runtime.router.call.whole_error import error_answer
 from runtime.router.front.aiohttp_server import OddConnection
@@ -26,7 +26,7 @@ LOOK_S = 0.02  # between two looks at who has just connected
 
 def _full() -> bytes:
     message = "this router has as many connections as it may (router.max_connections)"
-    error = ApiError(503, "too_many_connections", message, retry_after_s=1.0)
+    error = CallError(503, "too_many_connections", message, retry_after_s=1.0)
     return error_answer(error, "", "-").replace(b"\r\n", b"\r\nConnection: close\r\n", 1)
 
 

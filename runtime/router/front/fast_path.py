@@ -27,7 +27,7 @@ from aiohttp import web
 
 from runtime.outside import JSON_TYPE, is_json_type
 from runtime.router.call.body import read_head
-from runtime.router.call.errors import ApiError, internal_error
+from runtime.router.call.errors import CallError, internal_error
 from runtime.router.call.paths import PLAIN_PATHS, STREAMS
 from runtime.router.call.request import ANONYMOUS, Call
 from runtime.router.call.request_ids import RequestIds
@@ -248,7 +248,7 @@ class PlainConnection(asyncio.Protocol):
         try:
             head = read_head(body)
             caller = self._front.proxy.keys.identify(self._token, time.time())
-        except ApiError:
+        except CallError:
             self._hand_over()
             return
         if not self._front.proxy.gate.known(head.model):
@@ -278,7 +278,7 @@ class PlainConnection(asyncio.Protocol):
     async def _answer(self, call: Call) -> None:
         try:
             await self._front.proxy.serve(call, self)
-        except ApiError as error:
+        except CallError as error:
             self._send_error(error, call)
         except ConnectionError:
             pass
@@ -380,7 +380,7 @@ class PlainConnection(asyncio.Protocol):
         if self._transport is not None:
             self._transport.close()
 
-    def _send_error(self, error: ApiError, call: Call) -> None:
+    def _send_error(self, error: CallError, call: Call) -> None:
         if self._transport is None:
             return
         self._transport.write(error_answer(error, call.path, call.request_id))

@@ -14,7 +14,7 @@ import msgspec
 from aiohttp import web
 
 from runtime.router.call.body import Head
-from runtime.router.call.errors import ApiError, no_response
+from runtime.router.call.errors import CallError, no_response
 from runtime.router.call.made_responses import Made, is_id
 from runtime.router.call.paths import RESPONSES, engine_target
 from runtime.router.call.request import Call
@@ -107,7 +107,7 @@ class StoredHandlers:
         except UpstreamError as error:
             if not client.begun:
                 message = f"model {call.model!r}: {error.reason}"
-                raise ApiError(503, "replica_failed", message, retry_after_s=1.0) from None
+                raise CallError(503, "replica_failed", message, retry_after_s=1.0) from None
             client.break_off()
         except ConnectionError:  # the caller hung up
             if not client.begun:

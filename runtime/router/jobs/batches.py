@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Callable
 
 from runtime.router.admission.fairness import BACKGROUND
-from runtime.router.call.errors import ApiError
+from runtime.router.call.errors import CallError
 from runtime.router.call.request import Caller
 from runtime.router.jobs import lines
 from runtime.router.jobs.lines import Line, Problem
@@ -136,7 +136,7 @@ class Batches:
 
     async def _sent(self, row: BatchRow, number: int, read: Line | Problem) -> Sent:
         if isinstance(read, Problem):  # another version of this program found it good
-            return Sent("answered", error=ApiError(400, read.code, read.message))
+            return Sent("answered", error=CallError(400, read.code, read.message))
         request_id = lines.request_id_of(row.id, number)
         caller = Caller(row.tenant, row.key_id, BACKGROUND)
         return await send(

@@ -16,7 +16,7 @@ import msgspec
 from runtime import outside
 from runtime.outside import OutsideError
 from runtime.router.call.body import read_head
-from runtime.router.call.errors import ApiError
+from runtime.router.call.errors import CallError
 from runtime.router.jobs.store.shapes import json_or_text
 
 ENDPOINTS = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/responses")
@@ -88,7 +88,7 @@ def _with_body(custom_id: str, body: bytes) -> Line | Problem:
         return Problem("missing_required_parameter", "body is missing: the request itself", "body")
     try:
         head = read_head(body)
-    except ApiError as error:
+    except CallError as error:
         param = f"body.{error.param}" if error.param else "body"
         return Problem("invalid_request", error.message, param)
     if head.stream:

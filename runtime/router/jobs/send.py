@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable, Iterable
 from typing import NamedTuple
 
 from runtime.router.call.body import read_head
-from runtime.router.call.errors import ApiError
+from runtime.router.call.errors import CallError
 from runtime.router.call.request import Call, Caller
 from runtime.router.jobs.plan import Item, Key, Plan, Verdict
 from runtime.router.jobs.store.database import StoreError
@@ -30,7 +30,7 @@ class Sent(NamedTuple):
     verdict: Verdict
     status: int = 0
     body: bytes = b""
-    error: ApiError | None = None
+    error: CallError | None = None
     retry_after_s: float = 0.0
 
 
@@ -38,15 +38,15 @@ def _sent(client: Collected) -> Sent:
     """The verdict on what came."""
     if client.too_large:
         message = f"the answer has more than {MAX_ANSWER_BYTES} bytes"
-        return Sent("answered", error=ApiError(502, "answer_too_large", message))
+        return Sent("answered", error=CallError(502, "answer_too_large", message))
     if client.refused is not None:
         return _refused(client.refused)
     if not client.whole or not client.begun:
         message = "the engine's answer broke off"
-        return Sent("broken", error=ApiError(502, "replica_failed", message))
+        return Sent("broken", error=CallError(502, "replica_failed", message))
     if client.status in (429, 503):
         message = f"the engine answered with status {client.status}"
-        error = ApiError(client.status, "engine_busy", message)
+        error = CallError(client.status, "engine_busy", message)
         return Sent("refused", error=error, retry_after_s=_retry_after_s(client.headers))
     return Sent("answered", client.status, bytes(client.body))
 
@@ -71,20 +71,20 @@ async def send(
         )  # fmt: skip
         with proxy.memory.taken(len(body)):
             await proxy.serve(call, client)
-    except ApiError as error:
+    except CallError as error:
         return _refused(error)
     except ConnectionError:
         pass  # `client` knows why
     except Exception:  # it is this call's alone, and is given up on after a few tries
         log.exception("%s cannot be sent", request_id)
         message = "the router failed; its log has more under this request id"
-        return Sent("broken", error=ApiError(500, "internal_error", message))
+        return Sent("broken", error=CallError(500, "internal_error", message))
     finally:
         client.close()
     return _sent(client)
 
 
-def _refused(error: ApiError) -> Sent:
+def _refused(error: CallError) -> Sent:
     verdict: Verdict = "answered"
     if error.status in (429, 503) or error.code == "hold_timeout":
         verdict = "refused"

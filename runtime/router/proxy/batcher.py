@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from runtime.router.call.body import read_head
-from runtime.router.call.errors import ApiError
+from runtime.router.call.errors import CallError
 from runtime.router.call.request import Call, Caller
 from runtime.router.callers.memory import Memory
 from runtime.router.proxy.batch_bodies import Part, merged, part_of, split
@@ -58,7 +58,7 @@ class Batcher:
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def ask(self, rule: Batching, call: Call) -> Answer | None:
-        """The call's answer; None: it has to go alone. Raises ApiError."""
+        """The call's answer; None: it has to go alone. Raises CallError."""
         part = part_of(rule, call.path, call.body)
         if part is None:
             return None
@@ -94,7 +94,7 @@ class Batcher:
     async def _send(self, calls: list[tuple[Call, Part, asyncio.Future[Answer | None]]]) -> None:
         try:
             answers = await self._answers([call for call, _, _ in calls], [p for _, p, _ in calls])
-        except ApiError as error:
+        except CallError as error:
             for _, _, turn in calls:
                 if not turn.done():
                     turn.set_exception(error)

@@ -22,7 +22,7 @@ from runtime.router.admission.gate import Gate
 from runtime.router.admission.key_limits import GpuShare
 from runtime.router.admission.refusals import Refused
 from runtime.router.call.error_shapes import shape_of
-from runtime.router.call.errors import ApiError, engine_error
+from runtime.router.call.errors import CallError, engine_error
 from runtime.router.call.made_responses import Made, Stored, id_in
 from runtime.router.call.outcome import BROKEN_OFF, HUNG_UP, Outcome, Tracer
 from runtime.router.call.paths import RESPONSES
@@ -200,7 +200,7 @@ class Exchange:
         message, call = refused.message, self.call
         if refused.code == refusals.UNKNOWN and self._means.gate.find(call.model) is None:
             message += meant(self._means.gate, call.caller, call.model)
-        error = ApiError(
+        error = CallError(
             refused.status, refused.code, message,
             param=refused.param, retry_after_s=refused.retry_after_s, final=refused.final or None,
         )  # fmt: skip
@@ -209,7 +209,7 @@ class Exchange:
         self.outcome.error = error.code
         await self._end_stream(error)
 
-    async def _end_stream(self, error: ApiError) -> None:
+    async def _end_stream(self, error: CallError) -> None:
         """As an event: comments have gone out, and nothing else."""
         self.status = error.status
         await self.client.write(error.last_event(self.call.path, self.call.request_id))
@@ -249,7 +249,7 @@ class Exchange:
             if heard is forward:
                 raise
             message = f"model {self.call.model!r}: {error.reason}"
-            raise ApiError(502, "replica_failed", message) from None
+            raise CallError(502, "replica_failed", message) from None
         finally:
             reply.close()
             if heard is not forward:
@@ -334,14 +334,14 @@ class Exchange:
         shape, that engines use in part."""
         return reply.status >= 400 and shape_of(self.call.path) == "anthropic"
 
-    async def _broken(self, error: UpstreamError, reply: Reply) -> ApiError:
+    async def _broken(self, error: UpstreamError, reply: Reply) -> CallError:
         message = f"model {self.call.model!r}: {error.reason}"
         if isinstance(error, UpstreamTimeout):
-            return ApiError(504, error.limit, message)
+            return CallError(504, error.limit, message)
         told = not isinstance(error, HostLost)  # no agent is there to tell why
         if told and self.call.streams and is_open_stream(reply.headers):
             message += await self._cause(self.outcome.replica_id)
-        return ApiError(502, "replica_failed", message)
+        return CallError(502, "replica_failed", message)
 
     async def _with_cause(self, refused: Refused, replica_id: str) -> Refused:
         if self._is_spare():  # another model is tried at once
@@ -374,7 +374,7 @@ class Exchange:
         await client.begin(reply.status, kept + self.rate_headers())
         await client.write(body)
 
-    async def break_off(self, error: ApiError, reply: Reply | None = None) -> None:
+    async def break_off(self, error: CallError, reply: Reply | None = None) -> None:
         """An answer that is not whole, of `reply` or (None) of ours: told in its stream where an
         event can be, and cut off."""
         call, meter = self.call, self.outcome.meter

@@ -12,7 +12,7 @@ from typing import Protocol
 from aiohttp import HttpVersion11, web
 from multidict import CIMultiDict
 
-from runtime.router.call.errors import ApiError
+from runtime.router.call.errors import CallError
 from runtime.router.call.request import Caller
 from runtime.router.callers.memory import Memory
 from runtime.router.proxy.upstream import Headers, Reply
@@ -50,7 +50,7 @@ class Collected:
     def __init__(self, memory: Memory) -> None:
         self._memory = memory
         self._taken = 0
-        self.refused: ApiError | None = None  # there was no memory for all of it
+        self.refused: CallError | None = None  # there was no memory for all of it
         self.begun = False
         self.whole = True
         self.too_large = False
@@ -69,7 +69,7 @@ class Collected:
             raise ConnectionResetError("the answer is too large to be kept")
         try:
             self._memory.take(len(data))
-        except ApiError as error:
+        except CallError as error:
             self.refused = error
             raise ConnectionResetError("there is no memory for the answer") from None
         self._taken += len(data)

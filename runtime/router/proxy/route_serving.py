@@ -21,7 +21,7 @@ from runtime.router.admission.fairness import BACKGROUND
 from runtime.router.admission.gate import Gate
 from runtime.router.admission.route_choice import FALLS_BACK, Attempt, Way
 from runtime.router.call.body import with_model
-from runtime.router.call.errors import ApiError
+from runtime.router.call.errors import CallError
 from runtime.router.call.multipart import read_form
 from runtime.router.call.outcome import BROKEN_OFF, Outcome
 from runtime.router.call.request import Call, Caller
@@ -30,7 +30,7 @@ from runtime.router.proxy.upstream import Headers, Reply
 
 log = logging.getLogger("stoker.router")
 
-Serve = Callable[[Call, Client], Awaitable[None]]  # raises ApiError
+Serve = Callable[[Call, Client], Awaitable[None]]  # raises CallError
 
 MIRRORS_AT_ONCE = 32
 MIRROR_BODY_BYTES = 1024 * 1024
@@ -46,7 +46,7 @@ class Routed:
         self._mirrors: set[asyncio.Task[None]] = set()
 
     async def serve(self, way: Way, call: Call, client: Client) -> None:
-        """Answer `client`. Raises ApiError while it has been told nothing."""
+        """Answer `client`. Raises CallError while it has been told nothing."""
         chain = way.chain(way.choose(_sticky_key(way.sticky, call), random()))
         refused = await self._by_one_of(chain, way, call, client)
         let_in = refused is None or refused.code in FALLS_BACK
@@ -61,15 +61,15 @@ class Routed:
 
     async def _by_one_of(
         self, chain: tuple[str, ...], way: Way, call: Call, client: Client
-    ) -> ApiError | None:
+    ) -> CallError | None:
         """Answered by the first model that can; else the first one's error."""
-        first: ApiError | None = None
+        first: CallError | None = None
         for model in chain:
             tried = self._for(way, model, call, again=first is not None, spare=len(chain) > 1)
             try:
                 await self._serve(tried, client)
                 return None
-            except ApiError as error:
+            except CallError as error:
                 first = first or error
                 if error.code not in FALLS_BACK:
                     break
@@ -118,7 +118,7 @@ class Routed:
             copy.request_id += "-mirror"
             copy.caller = Caller(call.caller.tenant, priority=BACKGROUND)
             await self._serve(copy, _Nobody())
-        except ApiError as error:
+        except CallError as error:
             log.info("request %s-mirror: %s", call.request_id, error)
         except Exception:
             log.exception("request %s-mirror failed inside the router", call.request_id)

@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable
 
 from runtime.router.admission.fairness import RequestProfile
 from runtime.router.admission.gate import Gate
-from runtime.router.call.errors import ApiError, internal_error
+from runtime.router.call.errors import CallError, internal_error
 from runtime.router.call.made_responses import Made
 from runtime.router.call.outcome import HUNG_UP, Observer, Outcome
 from runtime.router.call.paths import RESPONSES
@@ -69,7 +69,7 @@ class Proxy:
         self._short_cuts = ShortCuts(cache, self.batcher)
 
     async def serve(self, call: Call, client: Client) -> None:
-        """Answer `client`. Raises ApiError while it has been told nothing."""
+        """Answer `client`. Raises CallError while it has been told nothing."""
         ways = self.gate.versions.ways
         if call.model in ways and call.attempt is None:
             return await self.routed.serve(ways[call.model], call, client)
@@ -87,7 +87,7 @@ class Proxy:
                 decision = self.gate.arrive(call.model, profile)
                 await exchange.run(decision)
             status = exchange.status
-        except ApiError as error:
+        except CallError as error:
             status = error.status
             outcome.error = error.code
             raise
@@ -109,7 +109,7 @@ class Proxy:
                 self._settle(caller, profile.tokens, exchange)
 
     async def _check_stored(self, call: Call) -> None:
-        """Whether it may go on with the response that it names. Raises ApiError (400, 404)."""
+        """Whether it may go on with the response that it names. Raises CallError (400, 404)."""
         if self.others_made is not None and self.keys.any:
             for response_id in self.stored.named(call.head):
                 if (made := await self.others_made(response_id)) is not None:
@@ -149,7 +149,7 @@ class Proxy:
             outcome.trace.end()
 
     def _let_in(self, call: Call, route: ModelRoute | None, tokens: int) -> None:
-        """Charge a caller with a key. Raises ApiError (403, 429): then nothing was charged."""
+        """Charge a caller with a key. Raises CallError (403, 429): then nothing was charged."""
         attempt = call.attempt
         name, asked = route.name if route else call.model, call.model
         if attempt is not None:  # who may call a route may call what it leads to
@@ -159,7 +159,7 @@ class Proxy:
         self.keys.begin(call.caller, tokens, self.gate.loop.time(), again, call.counted)
 
     def check_scope(self, caller: Caller, model: str, path: str) -> None:
-        """Raises ApiError (403) where `caller` may not call `path` of `model`, which may be a
+        """Raises CallError (403) where `caller` may not call `path` of `model`, which may be a
         route's name: what `serve` would say, for a call that is answered later."""
         route, way = self.gate.find(model), self.gate.versions.ways.get(model)
         name = way.route if way is not None else route.name if route is not None else model
@@ -179,11 +179,13 @@ class Proxy:
             if not route.endpoints or self.gate.waiting(route.name):
                 waits = patience(call.headers, call.streams)
         wait_s, limit = waits or (None, "")
-        return RequestProfile(caller.tenant, caller.priority, tokens, keys, wait_s, caller.weight, limit)
+        return RequestProfile(
+            caller.tenant, caller.priority, tokens, keys, wait_s, caller.weight, limit
+        )
 
 
 def _check_scope(caller: Caller, name: str, asked: str, path: str) -> None:
     path = path.partition("?")[0]
     if not may(caller, (name,), asked, path):
         message = f"this API key may not call {path} of model {asked!r}"
-        raise ApiError(403, "not_allowed", message)
+        raise CallError(403, "not_allowed", message)

@@ -67,7 +67,7 @@ class UpstreamTimeout(UpstreamError):
         self.limit = limit
 
 
-class Limits(NamedTuple):
+class EngineTimeouts(NamedTuple):
     """How long an engine may take, in seconds."""
 
     connect_s: float = 5.0
@@ -411,7 +411,7 @@ def _closed() -> UpstreamError:
 class Upstream:
     """Connections to every engine, kept alive between requests."""
 
-    def __init__(self, limits: Limits) -> None:
+    def __init__(self, limits: EngineTimeouts) -> None:
         self._loop = asyncio.get_running_loop()
         self._limits = limits
         self._pools: dict[str, tuple[str, int, bytes, deque[_Connection]]] = {}
@@ -543,7 +543,7 @@ def _still_comes(reply: Reply, now: float) -> bool:
     return reply.begun and now - reply.moved_at < SILENT_S
 
 
-def _too_late(reply: Reply, now: float, limits: Limits) -> UpstreamTimeout | None:
+def _too_late(reply: Reply, now: float, limits: EngineTimeouts) -> UpstreamTimeout | None:
     """Why the answer has to end now, if it has. An engine held up by a slow client is not late."""
     if reply.moved or reply.held_up:
         reply.moved, reply.moved_at, reply.begun = False, now, True

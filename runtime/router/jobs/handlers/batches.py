@@ -18,7 +18,7 @@ from aiohttp import web
 from msgspec import Meta, Struct
 
 from runtime.contract.config import RouterConfig
-from runtime.router.call.errors import ApiError
+from runtime.router.call.errors import CallError
 from runtime.router.callers.keys import Keys, reaches
 from runtime.router.jobs.handlers import upload
 from runtime.router.jobs.handlers.files import find_file
@@ -90,15 +90,15 @@ class BatchHandlers:
         asked = await body_of(request, _NewBatch, self._settings.read_timeout_s)
         if asked.endpoint not in ENDPOINTS:
             message = f"endpoint must be one of {', '.join(ENDPOINTS)}, got {asked.endpoint[:80]!r}"
-            raise ApiError(400, "invalid_field", message, param="endpoint")
+            raise CallError(400, "invalid_field", message, param="endpoint")
         caller, most = caller_of(request), self._settings.batches_per_tenant
         if not reaches(caller, asked.endpoint):
             message = f"this API key may not call {asked.endpoint}; its scope lists its endpoints"
-            raise ApiError(403, "not_allowed", message, param="endpoint")
+            raise CallError(403, "not_allowed", message, param="endpoint")
         file = await find_file(self._store, owner_of(request), asked.input_file_id)
         if file.purpose != "batch":
             message = f"file {file.id} has purpose {file.purpose!r}, not 'batch'"
-            raise ApiError(400, "invalid_field", message, param="input_file_id")
+            raise CallError(400, "invalid_field", message, param="input_file_id")
         webhook = (asked.metadata or {}).get(WEBHOOK_KEY)
         check_webhook(f"metadata.{WEBHOOK_KEY}", webhook, self._settings)
         await self._store.check_room(caller.tenant)
@@ -137,7 +137,7 @@ class BatchHandlers:
             raise not_found("batch", batch_id)
         if row.status in shapes.FINAL and row.status != "cancelled":
             message = f"batch {row.id} is {row.status} already"
-            raise ApiError(409, "batch_ended", message, param="batch_id")
+            raise CallError(409, "batch_ended", message, param="batch_id")
         self._wake()
         return shown(shapes.batch_object(row))
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from aiohttp import web
 
 from runtime.contract.config import RouterConfig
-from runtime.router.call.errors import ApiError
+from runtime.router.call.errors import CallError
 from runtime.router.callers.keys import Keys
 from runtime.router.callers.memory import Memory
 from runtime.router.jobs.handlers import upload
@@ -74,7 +74,7 @@ class FileHandlers:
         order, after = request.query.get("order", "desc"), request.query.get("after")
         if order not in ("asc", "desc"):
             message = f"order must be asc or desc, got {order[:80]!r}"
-            raise ApiError(400, "invalid_field", message, param="order")
+            raise CallError(400, "invalid_field", message, param="order")
         owner = owner_of(request)
         seq = None if after is None else (await find_file(self._store, owner, after)).seq
         found = await self._store.read(
@@ -91,7 +91,7 @@ class FileHandlers:
         batch = await self._store.write(file_rows.delete_unused, file)
         if batch is not None:
             message = f"batch {batch} still reads this file; cancel the batch first"
-            raise ApiError(409, "file_in_use", message, param="file_id")
+            raise CallError(409, "file_in_use", message, param="file_id")
         return shown({"id": file.id, "object": "file", "deleted": True})
 
     async def _content(self, request: web.Request) -> web.StreamResponse:
@@ -104,7 +104,7 @@ class FileHandlers:
         while position is not None:
             try:
                 data, position = await self._store.read(file_rows.content, file, position)
-            except ApiError:
+            except CallError:
                 if not response.prepared:
                     raise
                 break
@@ -124,7 +124,7 @@ class FileHandlers:
 
 
 async def find_file(store: Store, owner: Owner, file_id: str) -> FileRow:
-    """The owner's file. Raises ApiError (404)."""
+    """The owner's file. Raises CallError (404)."""
     file = await store.read(file_rows.get, owner, file_id)
     if file is None:
         raise not_found("file", file_id)

@@ -57,7 +57,7 @@ class JobHandlers:
         return [web.get("/jobs/{id}", self._job), web.delete("/jobs/{id}", self._delete_job)]
 
     def wanted(self, request: web.Request) -> bool:
-        """Whether a call is to be answered later. Raises ApiError (400) for a webhook it may not
+        """Whether a call is to be answered later. Raises CallError (400) for a webhook it may not
         have."""
         webhook = request.headers.get(WEBHOOK_HEADER)
         if not _prefers_async(request):

@@ -16,7 +16,7 @@ from aiohttp import StreamReader, web
 
 from runtime.outside import OutsideError
 from runtime.router.call.body import bad_form
-from runtime.router.call.errors import ApiError
+from runtime.router.call.errors import CallError
 from runtime.router.call.multipart import FORM_TYPE, FormReader, Part
 from runtime.router.jobs.store import file_rows
 from runtime.router.jobs.store.database import Store
@@ -41,10 +41,10 @@ async def take_in(
     keep_s: float,
     read_s: float,
 ) -> FileRow:
-    """The file of a form. Raises ApiError (400, 408, 413, 507)."""
+    """The file of a form. Raises CallError (400, 408, 413, 507)."""
     if request.content_type != FORM_TYPE:
         message = f"send the file as {FORM_TYPE} with the fields purpose and file"
-        raise ApiError(400, "invalid_body", message, param="file")
+        raise CallError(400, "invalid_body", message, param="file")
     if (request.content_length or 0) > max_bytes + _FORM_BYTES:
         raise _too_large(max_bytes)
     await store.check_room(maker.tenant, request.content_length or 0)
@@ -55,10 +55,10 @@ async def take_in(
     except OutsideError as error:
         raise bad_form(error) from None
     except web.RequestPayloadError as error:
-        raise ApiError(400, "invalid_body", f"the form broke off: {error}") from None
+        raise CallError(400, "invalid_body", f"the form broke off: {error}") from None
     except TimeoutError:
         message = f"less than {PACE_BYTES} bytes of the body arrived in {read_s:g}s"
-        raise ApiError(408, "body_timeout", message) from None
+        raise CallError(408, "body_timeout", message) from None
     finally:
         await upload.abandon()
 
@@ -112,12 +112,12 @@ class _Fields:
         self._left = _FORM_BYTES
 
     def add(self, name: str, data: bytes) -> None:
-        """Some of a field. Raises ApiError (400)."""
+        """Some of a field. Raises CallError (400)."""
         self._left -= len(data)
         value = self._found.get(name, b"") + data if name in _FIELDS else data
         if len(value) > _FIELD_BYTES or self._left < 0:
             message = f"a field of the form has at most {_FIELD_BYTES} bytes"
-            raise ApiError(400, "invalid_field", message, param=name)
+            raise CallError(400, "invalid_field", message, param=name)
         if name in _FIELDS:
             self._found[name] = value
 
@@ -145,7 +145,7 @@ class _Upload:
     async def begin(self, filename: str) -> None:
         """The file comes now."""
         if self._file is not None:
-            raise ApiError(400, "invalid_field", "the form has two files", param="file")
+            raise CallError(400, "invalid_field", "the form has two files", param="file")
         file_id = f"file-{secrets.token_hex(12)}"
         self._file = await self._store.write(file_rows.begin, file_id, self._maker, time.time())
         self._filename = filename[-_NAME_CHARS:]
@@ -168,13 +168,13 @@ class _Upload:
     async def end(self, fields: dict[str, str], keep_s: float) -> FileRow:
         """The file is there from now on."""
         if self._file is None:
-            raise ApiError(400, "missing_field", "the form has no file; add it", param="file")
+            raise CallError(400, "missing_field", "the form has no file; add it", param="file")
         if self._buffer:
             await self._flush(bytes(self._buffer))
         if fields.get("purpose") != "batch":
             got = fields.get("purpose", "none")
             message = f"purpose must be 'batch', the only one offered here, got {got[:80]!r}"
-            raise ApiError(400, "invalid_field", message, param="purpose")
+            raise CallError(400, "invalid_field", message, param="purpose")
         until = time.time() + (_asked_keep_s(fields) or keep_s)
         file = await self._store.write(
             file_rows.end, self._file, self._filename, "batch", self._size, until
@@ -194,15 +194,15 @@ def _asked_keep_s(fields: dict[str, str]) -> float | None:
         return None
     if fields.get("expires_after[anchor]", "created_at") != "created_at":
         message = "expires_after.anchor must be 'created_at'"
-        raise ApiError(400, "invalid_field", message, param="expires_after")
+        raise CallError(400, "invalid_field", message, param="expires_after")
     if not text.isascii() or not text.isdecimal() or len(text) > 9:
         text = "0"
     if not KEEP_MIN_S <= int(text) <= KEEP_MAX_S:
         message = f"expires_after.seconds must be from {KEEP_MIN_S} to {KEEP_MAX_S}"
-        raise ApiError(400, "invalid_field", message, param="expires_after")
+        raise CallError(400, "invalid_field", message, param="expires_after")
     return float(text)
 
 
-def _too_large(max_bytes: int) -> ApiError:
+def _too_large(max_bytes: int) -> CallError:
     message = f"a file may have at most {max_bytes} bytes (router.batch_file_max_bytes)"
-    return ApiError(413, "file_too_large", message, param="file")
+    return CallError(413, "file_too_large", message, param="file")

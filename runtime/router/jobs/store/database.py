@@ -25,7 +25,7 @@ from typing import Concatenate, ParamSpec, TypeVar
 
 from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_fixed
 
-from runtime.router.call.errors import ApiError
+from runtime.router.call.errors import CallError
 from runtime.router.jobs.store import held_rows
 
 log = logging.getLogger("stoker.router.jobs")
@@ -98,7 +98,7 @@ T = TypeVar("T")
 Work = Callable[Concatenate[sqlite3.Connection, P], T]
 
 
-class StoreError(ApiError):
+class StoreError(CallError):
     """The store cannot be used now; the log says why."""
 
     def __init__(self) -> None:
@@ -106,7 +106,7 @@ class StoreError(ApiError):
         super().__init__(503, "store_unavailable", message, retry_after_s=5.0)
 
 
-class StoreFull(ApiError):
+class StoreFull(CallError):
     """Nothing more is taken in until something was deleted or has expired."""
 
     def __init__(self, max_bytes: int) -> None:
@@ -117,7 +117,7 @@ class StoreFull(ApiError):
         super().__init__(507, "store_full", message)
 
 
-class ShareFull(ApiError):
+class ShareFull(CallError):
     """Nothing more of this tenant's is taken in; the others' is."""
 
     def __init__(self, held_bytes: int, most_bytes: int) -> None:
