@@ -248,9 +248,8 @@ async def test_only_others_writes_are_news(tmp_path: Path) -> None:
 WRITER = """
 import asyncio, sys
 from pathlib import Path
-from runtime.router.jobs import batch_rows
-from runtime.router.jobs.tenants import Owner
-from runtime.router.jobs.store import Store
+from runtime.router.jobs.store import batch_rows
+from runtime.router.jobs.store.database import Store
 
 async def main():
     db = Store(Path(sys.argv[1]), 2**30)

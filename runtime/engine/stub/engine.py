@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta, Struct
 
+import runtime
 from runtime.engine import adapter_index, exits, guard
 from runtime.engine.contract import AsleepModel, Launch, LaunchContext, Preload
 from runtime.wire.agent_messages import DeviceKind, SpecProblem
@@ -68,7 +69,7 @@ class StubEngine:
             **spec.env,
             guard.ROUTE_KEY_ENV: ctx.route_key,
             guard.CONTROL_KEY_ENV: ctx.control_key,
-            "PYTHONPATH": str(Path(__file__).parents[2]),
+            "PYTHONPATH": str(Path(runtime.__file__).parents[1]),
         }
         if ctx.adapter_index:
             env |= adapter_index.environment(ctx.adapter_index, args.max_lora_rank)

@@ -19,6 +19,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import runtime
 from runtime.engine import adapter_index, exits, guard
 from runtime.engine.contract import AsleepModel, Launch, LaunchContext, Preload
 from runtime.engine.vllm import arguments, memory_estimate
@@ -252,7 +253,7 @@ def _package_path(cache: Path) -> str:
     """
     folder = cache / "pythonpath"
     folder.mkdir(parents=True, exist_ok=True)
-    link, package = folder / "runtime", Path(memory_estimate.__file__).parent
+    link, package = folder / "runtime", Path(runtime.__file__).parent
     if not link.is_symlink() or link.resolve() != package.resolve():
         fresh = folder / f".runtime-{os.getpid()}"
         fresh.unlink(missing_ok=True)
