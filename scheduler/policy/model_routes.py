@@ -5,7 +5,8 @@ from __future__ import annotations
 from runtime.wire.routes import CacheRule, Endpoint, ModelRoute, Warmth
 from scheduler.policy.ladder import START_RUNGS, step_name
 from scheduler.state.cluster import ClusterState, Model, Stage
-from scheduler.state.replica import BUSY, Replica
+from scheduler.state.replica import Replica
+from scheduler.state.stages import BUSY
 
 
 def model_route(state: ClusterState, model: Model, now: float) -> ModelRoute:

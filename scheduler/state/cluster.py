@@ -24,7 +24,8 @@ from scheduler.state.clocks import RemoteClock
 from scheduler.state.messages import ColdStart, Decided, StoredModel
 from scheduler.state.node import Drain, Hold, Node
 from scheduler.state.prewarm_stats import Prewarms
-from scheduler.state.replica import BUSY, COMING, LEAVING, Climb, Replica, Stage
+from scheduler.state.replica import Climb, Replica
+from scheduler.state.stages import BUSY, COMING, LEAVING, Stage
 
 __all__ = [
     "BUSY", "COMING", "LEAVING", "Climb", "ClusterState", "Demand", "Drain", "Hold", "Model",

@@ -5,17 +5,18 @@ Rules this file keeps:
   leave, and *physical* from the moment it is sent until its agent has seen the memory free; of one
   that goes to sleep only what it keeps (its residue) stays committed;
 - whatever is booked changes through a method here, which tells the node's books;
+- it enters only the stages that may follow the one it is in (scheduler/state/stages.py);
 - nothing here decides.
 """
 
 from __future__ import annotations
 
-import enum
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from runtime.wire.agent_messages import ReplicaReport
 from runtime.wire.model_spec import ModelSpec
+from scheduler.state.stages import BUSY, EDGES, FOUND, LEAVING, PLANS, Stage
 
 
 class Booked(Protocol):
@@ -28,36 +29,7 @@ class Booked(Protocol):
         """It entered another stage."""
 
 
-class Stage(enum.StrEnum):
-    """Where a replica is in its life."""
-
-    PLANNED = "planned"  # committed; waits for room or for its turn
-    SENT = "sent"  # its agent was told to start it
-    STARTING = "starting"
-    READY = "ready"
-    RISING = "rising"  # asleep; committed to wake as soon as its memory is free
-    WAKING = "waking"  # its agent was told to wake it
-    ASLEEP = "asleep"
-    SLEEPING = "sleeping"  # its agent was told to put it to sleep
-    UNROUTING = "unrouting"  # out of the table; routers have not all confirmed yet
-    STOPPING = "stopping"  # its agent was told to stop it
-    BACKOFF = "backoff"  # it died; its agent will start it again
-    UNKNOWN = "unknown"  # its node is lost
-
-
-# On the way down: to nothing, or to sleep.
-LEAVING = frozenset({Stage.UNROUTING, Stage.STOPPING, Stage.SLEEPING})
-# Those that serve or will, without the scheduler deciding anything more.
-COMING = frozenset(
-    {
-        Stage.PLANNED, Stage.SENT, Stage.STARTING, Stage.READY, Stage.BACKOFF,
-        Stage.RISING, Stage.WAKING,
-    }
-)  # fmt: skip
-# One of these at a time on a device.
-BUSY = frozenset({Stage.SENT, Stage.STARTING, Stage.WAKING})
 ENGINE_LATE_S = 3.0  # what an engine says of its last use may be so much too late
-_PLANS = frozenset({Stage.PLANNED, Stage.RISING})
 
 
 @dataclass(slots=True)
@@ -116,6 +88,8 @@ class Replica:
     def move(self, stage: Stage, now: float) -> None:
         """Enter `stage`; entering the one it is in keeps `since`."""
         if stage is not self.stage:
+            if stage not in EDGES[self.stage] and stage not in FOUND[self.stage]:
+                raise AssertionError(f"{self.replica_id}: {self.stage} -> {stage}")
             self.stage = stage
             self.since = now
             if self.books is not None:
@@ -188,12 +162,12 @@ class Replica:
     @property
     def plan(self) -> bool:
         """Whether it is committed but its agent was not told yet."""
-        return self.stage in _PLANS
+        return self.stage in PLANS
 
     @property
     def climbing(self) -> bool:
         """Whether it takes its turn on its devices, or waits for it."""
-        return self.stage in BUSY or self.stage in _PLANS
+        return self.stage in BUSY or self.stage in PLANS
 
     @property
     def is_unrouting(self) -> bool:
