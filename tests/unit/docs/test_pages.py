@@ -64,3 +64,19 @@ def test_a_definition_that_is_not_there_is_found() -> None:
     source = "A: int = 1\nB = 2\nclass C:\n    def d(self): ...\nasync def e(): ..."
     assert all(defines(source, name) for name in ("A", "B", "C", "C.d", "e"))
     assert not any(defines(source, name) for name in ("d", "C.e", "F", "A.b"))
+
+
+CHECKLISTS = re.split(r"\n### ", text("CONTRIBUTING.md").partition("## Checklists")[2])[1:]
+
+
+@pytest.mark.parametrize("checklist", CHECKLISTS, ids=lambda words: words.splitlines()[0])
+def test_a_checklist_names_files_and_tests(checklist: str) -> None:
+    files = re.findall(r"`(\w+/[\w/.]+)[`:]", checklist)
+    assert any(file.startswith("tests/") for file in files)
+    assert len([file for file in files if not file.startswith("tests/")]) >= 3
+
+
+def test_there_is_a_checklist_for_what_is_added_most() -> None:
+    titles = " ".join(words.splitlines()[0] for words in CHECKLISTS)
+    for thing in ("route of the router", "message", "setting", "engine", "policy"):
+        assert thing in titles
