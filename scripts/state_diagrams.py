@@ -12,11 +12,23 @@ from pathlib import Path
 from typing import Any
 
 from agent.core import replica as agent_replica
+from scheduler.state import stages
 
 PAGE = Path(__file__).parents[1] / "docs" / "states.md"
 # name -> (the first state, state -> those that may follow it; None: forgotten)
 Table = Mapping[Any, Collection[Any]]  # states are words, or of an enum of words
-TABLES: Mapping[str, tuple[str, Table]] = {"agent": ("starting", agent_replica.EDGES)}
+
+
+def without(table: Table, left_out: str) -> Table:
+    """The table but for one state and what leads to it."""
+    return {a: [b for b in to if b != left_out] for a, to in table.items() if a != left_out}
+
+
+TABLES: Mapping[str, tuple[str, Table]] = {
+    # Nearly every stage leads to `unknown` and back, which the page says in words.
+    "scheduler": (stages.Stage.PLANNED, without(stages.EDGES, stages.Stage.UNKNOWN)),
+    "agent": ("starting", agent_replica.EDGES),
+}
 _MARKED = re.compile(r"(?<=<!-- states: )(\w+) -->\n.*?(?=<!-- /states -->)", re.DOTALL)
 
 

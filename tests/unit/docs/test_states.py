@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from scheduler.state import stages
 from scripts.state_diagrams import TABLES, current, diagram
 from tests.unit.docs import mermaid
 from tests.unit.docs.pages import text
@@ -29,5 +30,12 @@ def test_a_diagram_has_each_transition_once_and_no_other(name: str) -> None:
 
 
 def test_a_diagram_that_is_out_of_date_is_found() -> None:
-    assert current(PAGE.replace("starting --> ready\n", "")) == PAGE
-    assert current(PAGE.replace("starting --> ready", "starting --> asleep")) == PAGE
+    for old in (PAGE.replace("draining --> ready\n", ""), PAGE.replace("--> ready", "--> asleep")):
+        assert old != PAGE
+        assert current(old) == PAGE
+
+
+def test_what_the_scheduler_s_diagram_leaves_out_is_what_the_page_says() -> None:
+    left_out = {a for a, following in stages.EDGES.items() if "unknown" not in following}
+    assert left_out == stages.LEAVING | {"planned", "unknown"}
+    assert "unknown" not in dict(mermaid.edges(diagram(*TABLES["scheduler"])))
