@@ -16,13 +16,16 @@ VLLM_SOURCE ?=
 REVISION ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup up demo-stub test outside lint unit sim bench house states wheel lock clean
+.PHONY: help setup setup-light up demo-stub test outside lint unit sim bench house states wheel lock clean
 
 help: ## This list.
 	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
 
 setup: ## The environment with vLLM (the GPU or the CPU build) and all tools.
 	scripts/setup.sh engine dev
+
+setup-light: ## The same without an engine: enough for make lint and make unit.
+	scripts/setup.sh base dev
 
 up: ## Everything on this host with three tiny models, shown at work. EXIT=1 stops after; PORT=8080.
 	scripts/setup.sh engine
