@@ -14,9 +14,11 @@ TOOLS = debootstrap iproute2 systemd-container openssh-client curl wrk apache2-u
 PYTEST_FLAGS ?=
 VLLM_SOURCE ?=
 REVISION ?=
+VERSION ?=
+DO ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-light up demo-stub test outside lint unit sim bench house states wheel lock clean
+.PHONY: help setup setup-light up demo-stub test outside lint unit sim bench house states wheel release lock clean
 
 help: ## This list.
 	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -77,6 +79,9 @@ wheel: ## dist/stoker_serve-….whl
 	scripts/setup.sh base
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
 	@ls dist
+
+release: ## VERSION=0.2.0: shows the release's commit and tag; with DO=1 makes them. Pushes nothing.
+	@$(BIN)/python -m scripts.release "$(VERSION)" $(if $(filter-out 0,$(DO)),--do)
 
 lock: ## The lock files in requirements/, anew from pyproject.toml.
 	scripts/lock.sh
