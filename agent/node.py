@@ -47,6 +47,7 @@ from agent.metrics import Metrics
 from agent.records import Record, Records
 from agent.rung_limits import Limits
 from agent.weights.adapters import Adapters
+from agent.weights.disk_models import DiskModels
 from agent.weights.load_format_policy import Known
 from agent.weights.staging import Stager
 from agent.weights.start_source import Origins
@@ -130,18 +131,18 @@ class Node:
         self._rungs = Rungs(self, session, self.devices, self.metrics, self._task)
         self.host = HostWatch(config.agent, devices.kind, self._launcher.pids)
         self.preemption = Preemption(config.agent, session, changed)
-        self.stager = Stager(cache, self.metrics, self.devices.pids, self._loading)
-        cache.resident_of = lambda source: self.stager.seen(source).resident_bytes
+        self.on_disk = DiskModels(cache)
+        self.stager = Stager(cache, self.on_disk, self.metrics, self.devices.pids, self._loading)
         self._origins = Origins(
             config,
             self.place,
             cache,
-            self.stager,
+            self.on_disk,
             records.load_formats(),
             self._save_load_formats,
             self.metrics,
         )
-        self._limits = Limits(self.host, self.devices, self.stager, self.place, self.metrics)
+        self._limits = Limits(self.host, self.devices, self.on_disk, self.place, self.metrics)
         self.adapters = Adapters(cache, self.state_dir / "adapters", self._engines, self._task)
         self._sharing: set[asyncio.Task[None]] = set()
         self._seq = 0
@@ -444,7 +445,7 @@ class Node:
             host_memory_total_bytes=memory.total,
             host_memory_available_bytes=memory.available,
             host_budget_bytes=self.host.budget_bytes(self.devices.last(), self._awake_bytes()),
-            cached=self.stager.cached(),
+            cached=self.on_disk.cached(),
             staged=self.stager.staged(),
             preemptible=self.preemption.preemptible,
             preempted_in_s=self.preemption.left_s(),
@@ -546,7 +547,7 @@ class Node:
             saved = msgspec.structs.replace(saved, phase="backoff")  # it never ran: no crash
         log.info("%s adopted", replica_id, extra={"alive": alive, "healthy": healthy})
         self.cache.hold(saved.command.spec.source, replica_id)
-        self.stager.see(saved.command.spec.source)
+        self.on_disk.name(saved.command.spec.source)
         self.adapters.begin(saved.command.spec, adopted=True)
         residue = 0
         if saved.sleep:

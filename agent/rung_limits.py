@@ -17,7 +17,7 @@ from agent.engines import process_snapshot
 from agent.engines.launch_plan import Place
 from agent.engines.sleep_tasks import asleep_model
 from agent.metrics import Metrics
-from agent.weights.staging import Stager
+from agent.weights.disk_models import DiskModels
 from runtime.wire.model_spec import ModelSpec
 
 log = logging.getLogger("stoker.agent")
@@ -27,11 +27,16 @@ class Limits:
     """The limits of one node."""
 
     def __init__(
-        self, host: HostWatch, devices: DeviceWatch, stager: Stager, place: Place, metrics: Metrics
+        self,
+        host: HostWatch,
+        devices: DeviceWatch,
+        on_disk: DiskModels,
+        place: Place,
+        metrics: Metrics,
     ) -> None:
         self._host = host
         self._devices = devices
-        self._stager = stager
+        self._on_disk = on_disk
         self._place = place
         self._metrics = metrics
         self._snapshot_lacks: tuple[str, ...] = ("an agent that has looked (it just started)",)
@@ -45,7 +50,7 @@ class Limits:
             model = asleep_model(spec, 1)
         except ValueError:
             return barred  # its start will say what is wrong with it
-        held = model.host_bytes if model else self._stager.seen(spec.source).weights_bytes
+        held = model.host_bytes if model else self._on_disk.seen(spec.source).weights_bytes
         if why := level_1_refusal(held, self._host.most_bytes(self._devices.last())):
             barred[rung_name(1)] = why
         return barred

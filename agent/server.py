@@ -66,7 +66,7 @@ def make_app(node: Node, token: str, metrics_token: str = "") -> web.Application
             web.post("/agent/commands", endpoints.command),
             web.post("/agent/inspect", endpoints.inspect),
             web.get("/agent/replicas/{replica_id}/logs", endpoints.logs),
-            *cache_routes(node.cache),
+            *cache_routes(node.cache, node.on_disk.resident_bytes),
         ]
     )
     return app
@@ -125,7 +125,7 @@ class _Endpoints:
             return _refusal(400, f"the body {error}")
         fetch = request.query.get("fetch", "1") != "0"  # a plan changes nothing here
         if fetch:
-            self._node.stager.see(spec.source)
+            self._node.on_disk.name(spec.source)
         adapters, problems = await (fetch_adapters if fetch else adapters_here)(
             self._node.cache, spec
         )

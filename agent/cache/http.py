@@ -35,9 +35,14 @@ _STATUS = {
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
-def cache_routes(cache: ModelCache) -> list[web.RouteDef]:
-    """Below /agent/cache. Errors are {"error": {"message", "kind"}}."""
-    endpoints = _Endpoints(cache)
+def cache_routes(
+    cache: ModelCache, resident_bytes: Callable[[str], int] | None = None
+) -> list[web.RouteDef]:
+    """Below /agent/cache. Errors are {"error": {"message", "kind"}}.
+
+    `resident_bytes`: as in ModelCache.view.
+    """
+    endpoints = _Endpoints(cache, resident_bytes)
     return [
         web.get("/agent/cache", _in_words(endpoints.view)),
         web.delete("/agent/cache", _in_words(endpoints.remove)),
@@ -49,13 +54,16 @@ def cache_routes(cache: ModelCache) -> list[web.RouteDef]:
 
 
 class _Endpoints:
-    def __init__(self, cache: ModelCache) -> None:
+    def __init__(
+        self, cache: ModelCache, resident_bytes: Callable[[str], int] | None = None
+    ) -> None:
         self._cache = cache
+        self._resident_bytes = resident_bytes
         self._senders = ThreadPoolExecutor(_SENDERS, "cache-send")
 
     async def view(self, request: web.Request) -> web.Response:
         """CacheView"""
-        return _json(self._cache.view())
+        return _json(self._cache.view(self._resident_bytes))
 
     async def remove(self, request: web.Request) -> web.Response:
         """?model= -> {"freed_bytes"}"""

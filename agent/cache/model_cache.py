@@ -65,7 +65,6 @@ class ModelCache:
         self._files = ThreadPoolExecutor(_FILES_AT_ONCE, "cache-file")
         self._ranges = ThreadPoolExecutor(_RANGES_AT_ONCE, "cache-range")
         self._tools = Tools(store, cluster, self._files, self._ranges, self._make_room)
-        self.resident_of: Callable[[str], int] = lambda source: 0  # set by who measures it
         self._commits: set[asyncio.Task[None]] = set()
 
     # ------------------------------------------------------------------ for replicas
@@ -208,10 +207,13 @@ class ModelCache:
     def _holders(self, model_id: str) -> list[str]:
         return sorted(r for r, held in self._holds.items() if held == model_id)
 
-    def view(self) -> CacheView:
-        """All there is to see. Reads a few directory entries."""
+    def view(self, resident_bytes: Callable[[str], int] | None = None) -> CacheView:
+        """All there is to see. Reads a few directory entries.
+
+        `resident_bytes`: how much of a source is in the page cache; None: nobody measures it.
+        """
         store, now = self.store, time.time()
-        held = store.held()
+        held, measured = store.held(), resident_bytes or (lambda source: 0)
         models = [
             CachedModel(
                 model=_text(stored),
@@ -223,7 +225,7 @@ class ModelCache:
                 unshared_bytes=freed_bytes({model_id}, held, ()),
                 idle_s=max(0.0, now - store.used_at(model_id)),
                 held_by=tuple(self._holders(model_id)),
-                resident_bytes=self.resident_of(_short(stored, self._config.shared_dir)),
+                resident_bytes=measured(_short(stored, self._config.shared_dir)),
             )
             for model_id, stored in sorted(store.models.items())
         ]

@@ -1,4 +1,4 @@
-"""Holds models' weights in the page cache, as the scheduler wishes, and tells what this node has.
+"""Holds models' weights in the page cache, as the scheduler wishes.
 
 Rules this file keeps:
 - the whole wish comes every time: what is in it no longer is let go, unless an engine of ours has
@@ -23,16 +23,15 @@ from agent.cache.errors import CacheError
 from agent.cache.model_cache import ModelCache
 from agent.metrics import Metrics
 from agent.weights import page_cache
-from agent.weights.staging_policy import Seen, WeightFile, pause_s, to_drop, to_read
-from runtime.engine.vllm import memory_estimate
-from runtime.wire.agent_messages import CachedModel, Staging
+from agent.weights.disk_models import DiskModels
+from agent.weights.staging_policy import WeightFile, pause_s, to_drop, to_read
+from runtime.wire.agent_messages import Staging
 
 log = logging.getLogger("stoker.agent")
 
 MEASURE_S = 5.0  # at most so often
 _SHARE = 0.05  # of the time may go into measuring
 _RETRY_S = 60.0
-_REMEMBERED = 1024  # sources that starts, wishes and inspections named
 
 
 class Stager:
@@ -41,19 +40,19 @@ class Stager:
     def __init__(
         self,
         cache: ModelCache,
+        on_disk: DiskModels,
         metrics: Metrics,
         pids: Callable[[], set[int]],
         loading: Callable[[], set[str]],
     ) -> None:
         """`pids`: of our engines; `loading`: the sources that starts read right now."""
         self._cache = cache
+        self._on_disk = on_disk
         self._metrics = metrics
         self._pids = pids
         self._loading = loading
         self._wish: dict[str, int] = {}
-        self._named: dict[str, None] = {}
         self._held: dict[str, tuple[WeightFile, ...]] = {}
-        self._seen: dict[str, Seen] = {}
         self._pulls: dict[str, asyncio.Task[None]] = {}
         self._failed_at: dict[str, float] = {}
         self._dropped_rounds = 0
@@ -68,7 +67,7 @@ class Stager:
         """Hold these, and no others."""
         wish = {m.source: m.bytes for m in models}
         for source in wish:
-            self.see(source)
+            self._on_disk.name(source)
         if wish == self._wish:
             return
         log.info("to be held in the page cache: %s", ", ".join(wish) or "nothing")
@@ -78,45 +77,9 @@ class Stager:
         self._changed.set()
         self._poked.set()
 
-    def see(self, source: str) -> None:
-        """A spec names its model so: it is told of from now on, once it is on this node's disk."""
-        self._named.pop(source, None)
-        self._named[source] = None
-        while len(self._named) > _REMEMBERED:
-            self._named.pop(next(iter(self._named)))
-
     def staged(self) -> tuple[str, ...]:
         """What is to be held."""
         return tuple(self._wish)
-
-    def cached(self) -> tuple[CachedModel, ...]:
-        """Every model on this node's disk, as last measured."""
-        return tuple(
-            CachedModel(
-                source=source, disk_bytes=seen.disk_bytes, resident_bytes=seen.resident_bytes
-            )
-            for source, seen in sorted(self._seen.items())
-        )
-
-    def seen(self, source: str) -> Seen:
-        """That model as last measured; all zero for one that is not on the disk."""
-        return self._seen.get(source, Seen())
-
-    async def look(self, source: str) -> Seen | None:
-        """It as it is now; None where it must be fetched first."""
-        self.see(source)
-        folder = await self._folder(source)
-        if folder is None:
-            return None
-        seen = self._seen[source] = await asyncio.to_thread(look_at, folder)
-        return seen
-
-    async def _folder(self, source: str) -> Path | None:
-        if folder := self._cache.find(source):
-            return folder
-        with contextlib.suppress(CacheError, ValueError, OSError):
-            return await self._cache.in_place(source)
-        return None
 
     # ------------------------------------------------------------------ its life
 
@@ -140,7 +103,7 @@ class Stager:
 
     async def _hold_one(self, source: str, limit_bytes: int) -> bool:
         """Whether the kernel had dropped some of what was all there before."""
-        seen = await self.look(source)
+        seen = await self._on_disk.look(source)
         if seen is None:
             self._pull(source)
             return False
@@ -166,7 +129,7 @@ class Stager:
             self._metrics.staged_read_bytes.inc(missing)
             took_s = time.monotonic() - began
             log.info("%s: %d bytes read into the page cache in %.2f s", source, missing, took_s)
-            await self.look(source)
+            await self._on_disk.look(source)
         return had_it_all
 
     def _pull(self, source: str) -> None:
@@ -195,19 +158,14 @@ class Stager:
             await asyncio.to_thread(_drop, paths)
             del self._held[source]
             log.info("%s is no longer held in the page cache", source)
-            await self.look(source)
+            await self._on_disk.look(source)
 
     async def _measure(self) -> None:
         while True:
             began = time.monotonic()
-            found: dict[str, Seen] = {}
-            for source in dict.fromkeys([*self._cache.names(), *self._named]):
-                if (folder := await self._folder(source)) is not None:
-                    found[source] = await asyncio.to_thread(look_at, folder)
-            self._seen = found
-            self._metrics.staged(
-                sum(self._wish.values()), sum(self.seen(s).resident_bytes for s in self._wish)
-            )
+            await self._on_disk.measure()
+            resident = sum(map(self._on_disk.resident_bytes, self._wish))
+            self._metrics.staged(sum(self._wish.values()), resident)
             took_s = time.monotonic() - began
             await asyncio.sleep(max(MEASURE_S, took_s / _SHARE))
 
@@ -219,31 +177,6 @@ class Stager:
             pull.cancel()
         await asyncio.gather(*self._pulls.values(), return_exceptions=True)
         self._reader.shutdown(wait=False, cancel_futures=True)
-
-
-def look_at(folder: Path) -> Seen:
-    """A model's files, and how much of its weights is in the page cache. Blocks."""
-    files = []
-    for path in _weight_files(folder):
-        with contextlib.suppress(OSError):
-            about = path.stat()
-            resident = page_cache.resident_bytes(path)
-            files.append(WeightFile(str(path), about.st_size, about.st_ino, resident))
-    return Seen(disk_bytes=_disk_bytes(folder), files=tuple(files))
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    with contextlib.suppress(OSError):  # it is being removed
-        return memory_estimate.weight_files(folder)
-    return []
-
-
-def _disk_bytes(folder: Path) -> int:
-    total = 0
-    with contextlib.suppress(OSError):  # likewise
-        for path in folder.rglob("*"):
-            total += path.stat().st_size if path.is_file() else 0
-    return total
 
 
 def _load(reads: list[tuple[str, int]], cancelled: threading.Event) -> None:

@@ -18,9 +18,9 @@ from agent.cache.model_cache import ModelCache
 from agent.engines.launch_plan import BadStart, Place
 from agent.metrics import Metrics
 from agent.weights.compile_share import CompileShare
+from agent.weights.disk_models import DiskModels
 from agent.weights.load_format_policy import Known
 from agent.weights.load_formats import LoadFormats, importable
-from agent.weights.staging import Stager
 from agent.weights.staging_policy import Seen, start_rung
 from runtime.contract.config import Config
 from runtime.wire.agent_messages import DeviceReport, StartRung
@@ -44,7 +44,7 @@ class Origins:
         config: Config,
         place: Place,
         cache: ModelCache,
-        stager: Stager,
+        on_disk: DiskModels,
         known: dict[str, Known],
         save: Callable[[dict[str, Known]], None],
         metrics: Metrics,
@@ -53,7 +53,7 @@ class Origins:
         that can't be."""
         self._python = place.python
         self._cache = cache
-        self._stager = stager
+        self._on_disk = on_disk
         self._formats = LoadFormats(place.device_kind, known, save, metrics)
         self._compiled = CompileShare(config, place, metrics)
 
@@ -69,7 +69,7 @@ class Origins:
         Raises BadStart.
         """
         began = time.monotonic()
-        seen = await self._stager.look(spec.source)
+        seen = await self._on_disk.look(spec.source)
         looked = time.monotonic()
         if spec.engine == "stub":  # it loads nothing, but its folder may be a real one
             rung = start_rung(True, seen) if seen else "cached"

@@ -26,7 +26,7 @@ from agent_kit import (
 )
 
 from agent.weights import page_cache
-from agent.weights.staging import look_at
+from agent.weights.disk_models import look_at
 from runtime.checkpoints.model_files import CacheConfig
 from runtime.registry.embedded import EmbeddedRegistry
 from runtime.wire.agent_messages import StageModels, Staging
