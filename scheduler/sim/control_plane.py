@@ -40,7 +40,8 @@ PREWARM_LEAD_S = 60.0
 class Agent(Protocol):
     """What a leader needs of a node."""
 
-    up: bool
+    @property
+    def up(self) -> bool: ...
 
     def command(self, command: AgentCommand) -> CommandReply | None: ...
 

@@ -28,7 +28,8 @@ RETRY_S = 0.2  # between attempts of a router (there: random, 0.05 to 1 s)
 class Node(Protocol):
     """What a link needs of a node."""
 
-    up: bool
+    @property
+    def up(self) -> bool: ...
 
     def heartbeat(self) -> Heartbeat: ...
 

@@ -94,11 +94,17 @@ class Scenario:
 class SimulatedNode(Protocol):
     """A node as agent/sim/node.py makes it."""
 
-    up: bool
     node_id: str
-    failing: dict[str, str]
-    bad_canary: set[str]
     preempted_at: float | None
+
+    @property
+    def up(self) -> bool: ...
+
+    @property
+    def failing(self) -> dict[str, str]: ...
+
+    @property
+    def bad_canary(self) -> set[str]: ...
 
     @property
     def devices(self) -> tuple[str, ...]: ...

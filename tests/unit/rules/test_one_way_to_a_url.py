@@ -31,7 +31,11 @@ ALLOWED: dict[str, tuple[set[str], str]] = {
         "literals of ours: an engine's control routes",
     ),
     "agent/sim/node.py": (
-        {"f'http://{self.node_id}'", "f'http://{self.node_id}/{report.replica_id}'"},
+        {"f'http://{self.node_id}'"},
+        "the simulator: names that nobody connects to",
+    ),
+    "agent/sim/reports.py": (
+        {"f'http://{self._node_id}/{report.replica_id}'"},
         "the simulator: names that nobody connects to",
     ),
     "cli/router_client.py": ({"f'{url}{path}'"}, "one of the two paths of `ask_body`"),
