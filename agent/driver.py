@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
 import signal
 import time
@@ -20,11 +21,12 @@ from typing import Any
 import aiohttp
 from aiohttp import web
 
+from agent.address import Address, advertised_host
 from agent.cache.model_cache import open_cache
 from agent.core.messages import ShutdownRequested, TermSeen, Tick
 from agent.devices.inventory import open_devices
 from agent.link import SchedulerLink
-from agent.node import Node, advertised_host
+from agent.node import Node
 from agent.records import Records
 from agent.server import make_app
 from runtime import places
@@ -84,32 +86,32 @@ class _Agent:
 
     async def run(self, on_ready: Callable[[str], None] | None) -> None:
         config = self._config
+        address, due = Address(), asyncio.Event()
         devices = await asyncio.to_thread(open_devices, config.agent.devices, config.node_id())
         cache = await asyncio.to_thread(
-            open_cache, config, self._registry, self._session, lambda: node.address
+            open_cache, config, self._registry, self._session, address.get
         )
-        node: Node = Node(
-            config, self._session, devices, self._records, cache, lambda: link.send_soon()
-        )
+        node = Node(config, self._session, devices, self._records, cache, address, due.set)
         link = SchedulerLink(
             self._session,
             self._registry,
             leader_key=places.key(config.registry.prefix, "leader"),
             token=config.cluster_token,
             interval_s=config.agent.heartbeat_s,
-            build=node.heartbeat,
-            on_reply=lambda reply: _see_term(node, reply),
+            due=due,
+            build=node.heartbeats.build,
+            on_reply=functools.partial(_see_term, node),
         )
         with self._signals():
             try:
-                await node.devices.read()
+                await node.host.devices.read()
                 async with _serve(node, config) as port:
-                    node.address = places.base_url(advertised_host(config), port)
-                    await node.adopt()
+                    address.url = places.base_url(advertised_host(config), port)
+                    await node.adoption.run()
                     service = _service(config, port)
                     loops = self._loops(node, link, service)
                     if on_ready:
-                        on_ready(node.address)
+                        on_ready(address.url)
                     await self._live(node, link, service, loops)
             finally:
                 await cache.close()
@@ -124,12 +126,12 @@ class _Agent:
 
         return [
             _every(_TICK_S, tick),
-            _every(self._config.agent.heartbeat_s, node.devices.read),
+            _every(self._config.agent.heartbeat_s, node.host.devices.read),
             _every(_ROTATE_S, node.rotate_logs),
             _every(_LAUNCHER_S, node.keep_launcher),
             node.stager.run(),
             node.adapters.run(),
-            node.preemption.run(),
+            node.host.preemption.run(),
             link.run(),
             keep_registered(self._registry, service),
         ]
@@ -142,12 +144,13 @@ class _Agent:
         loops: list[Coroutine[Any, Any, None]],
     ) -> None:
         tasks = [asyncio.create_task(loop) for loop in loops]
-        finding = asyncio.create_task(node.find_engines())
+        finding = asyncio.create_task(node.host.find_engines())
         ending = asyncio.create_task(self._until_over(node))
         try:
-            await asyncio.wait([*tasks, node.failed, ending], return_when=asyncio.FIRST_COMPLETED)
-            if node.failed.done():
-                node.failed.result()
+            failed = node.host.tasks.failed
+            await asyncio.wait([*tasks, failed, ending], return_when=asyncio.FIRST_COMPLETED)
+            if failed.done():
+                failed.result()
             for task in tasks:
                 if task.done():
                     task.result()  # a loop ends with an error only

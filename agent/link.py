@@ -49,11 +49,12 @@ class SchedulerLink:
         leader_key: str,
         token: str,
         interval_s: float,
+        due: asyncio.Event,
         build: Callable[[], Heartbeat],
         on_reply: Callable[[HeartbeatReply], bool],
     ) -> None:
-        """`build` makes the heartbeat of this moment; `on_reply` returns False where the
-        scheduler that answered is an outdated leader."""
+        """`due` is set where a heartbeat should be sent at once; `build` makes the one of this
+        moment; `on_reply` returns False where the scheduler that answered is an outdated leader."""
         self._session = session
         self._registry = registry
         self._leader_key = leader_key
@@ -62,21 +63,17 @@ class SchedulerLink:
         self._build = build
         self._on_reply = on_reply
         self._url: str | None = None
-        self._poked = asyncio.Event()
+        self._due = due
         self._trouble: str | None = None
-
-    def send_soon(self) -> None:
-        """Do not wait for the interval's end."""
-        self._poked.set()
 
     async def run(self) -> None:
         """Heartbeats for ever."""
         while True:
-            self._poked.clear()
+            self._due.clear()
             await self.send()
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(self._interval_s):
-                    await self._poked.wait()
+                    await self._due.wait()
 
     async def send(self) -> bool:
         """One heartbeat, to the leader we know or else to the one the registry names."""

@@ -2,15 +2,18 @@
 
 Rules this file keeps:
 - one file per replica, mode 0600, since it holds the engine's keys;
-- a file that can't be read is set aside with a warning, never deleted and never fatal.
+- a file that can't be read is set aside with a warning, never deleted and never fatal;
+- a file that can't be written is said in the log: a full disk must not end the agent.
 """
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import logging
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TypeVar
 
@@ -100,26 +103,29 @@ class Records:
         return self._agent.epoch
 
     def save_epoch(self, epoch: int) -> None:
-        """Remember it. Raises OSError."""
+        """Remember the highest epoch."""
         self._agent = msgspec.structs.replace(self._agent, epoch=epoch)
-        self._write(self._agent_file, self._agent)
+        with _logged("the scheduler's epoch"):
+            self._write(self._agent_file, self._agent)
 
     def disabled(self) -> dict[str, dict[str, str]]:
         """Which rungs are not used any more and why, by `replica.launch_name`."""
         return (_read(self._disabled_file, _Disabled) or _Disabled()).rungs
 
     def save_disabled(self, rungs: dict[str, dict[str, str]]) -> None:
-        """Remember the latest of them. Raises OSError."""
+        """Remember the latest of them."""
         kept = dict(list(rungs.items())[-KEPT_DISABLED:])
-        self._write(self._disabled_file, _Disabled(rungs=kept))
+        with _logged("the disabled rungs"):
+            self._write(self._disabled_file, _Disabled(rungs=kept))
 
     def load_formats(self) -> dict[str, Known]:
         """How long weights took to load, by `replica.launch_name`."""
         return (_read(self._formats_file, _LoadFormats) or _LoadFormats()).launches
 
     def save_load_formats(self, launches: dict[str, Known]) -> None:
-        """Remember it. Raises OSError."""
-        self._write(self._formats_file, _LoadFormats(launches=launches))
+        """Remember how long weights took to load."""
+        with _logged("the load formats"):
+            self._write(self._formats_file, _LoadFormats(launches=launches))
 
     def load(self) -> list[Record]:
         """Every replica that was not forgotten; no process of an earlier boot of the host."""
@@ -130,12 +136,15 @@ class Records:
         return records
 
     def save(self, record: Record) -> None:
-        """Write one replica's record. Raises OSError."""
-        self._write(self._file(record.saved.command.replica_id), record)
+        """Write one replica's record."""
+        replica_id = record.saved.command.replica_id
+        with _logged(f"the record of {replica_id}"):
+            self._write(self._file(replica_id), record)
 
     def forget(self, replica_id: str) -> None:
         """Remove one replica's record; an unknown one is success."""
-        self._file(replica_id).unlink(missing_ok=True)
+        with _logged(f"the record of {replica_id}"):
+            self._file(replica_id).unlink(missing_ok=True)
 
     def close(self) -> None:
         """Let another agent have the state_dir."""
@@ -164,3 +173,11 @@ def _read(path: Path, kind: type[T]) -> T | None:
         log.warning("%s is unreadable (%s); set aside as %s.bad", path, error, path.name)
         path.replace(path.with_name(path.name + ".bad"))
         return None
+
+
+@contextlib.contextmanager
+def _logged(what: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        log.error("%s can't be written: %s; an agent started later will not know it", what, error)

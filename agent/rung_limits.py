@@ -23,7 +23,7 @@ from runtime.wire.model_spec import ModelSpec
 log = logging.getLogger("stoker.agent")
 
 
-class Limits:
+class RungLimits:
     """The limits of one node."""
 
     def __init__(

@@ -66,7 +66,7 @@ def make_app(node: Node, token: str, metrics_token: str = "") -> web.Application
             web.post("/agent/commands", endpoints.command),
             web.post("/agent/inspect", endpoints.inspect),
             web.get("/agent/replicas/{replica_id}/logs", endpoints.logs),
-            *cache_routes(node.cache, node.on_disk.resident_bytes),
+            *cache_routes(node.host.cache, node.host.on_disk.resident_bytes),
         ]
     )
     return app
@@ -99,8 +99,8 @@ class _Endpoints:
 
     async def metrics(self, request: web.Request) -> web.Response:
         node = self._node
-        body = node.metrics.render(
-            node.devices.last(), [r.phase for r in node.core.replicas.values()]
+        body = node.host.metrics.render(
+            node.host.devices.last(), [r.phase for r in node.core.replicas.values()]
         )
         return web.Response(body=body, headers={"Content-Type": CONTENT_TYPE_LATEST})
 
@@ -112,8 +112,8 @@ class _Endpoints:
         refused = self._node.apply(CommandReceived(now=time.monotonic(), command=command))
         reply = CommandReply(
             ok=refused is None,
-            boot_id=self._node.boot_id,
-            seq=self._node.next_seq,
+            boot_id=self._node.heartbeats.boot_id,
+            seq=self._node.heartbeats.next_seq,
             error=refused.error if refused else None,
         )
         return _json(reply, status=409 if refused and refused.stale else 200)
@@ -125,12 +125,12 @@ class _Endpoints:
             return _refusal(400, f"the body {error}")
         fetch = request.query.get("fetch", "1") != "0"  # a plan changes nothing here
         if fetch:
-            self._node.on_disk.name(spec.source)
+            self._node.host.on_disk.name(spec.source)
         adapters, problems = await (fetch_adapters if fetch else adapters_here)(
-            self._node.cache, spec
+            self._node.host.cache, spec
         )
-        async with _files_of(self._node.cache, spec, fetch) as files:
-            found = await asyncio.to_thread(inspect, spec, self._node.place, files, adapters)
+        async with _files_of(self._node.host.cache, spec, fetch) as files:
+            found = await asyncio.to_thread(inspect, spec, self._node.host.place, files, adapters)
         return _json(replace(found, problems=(*found.problems, *problems)))
 
     async def logs(self, request: web.Request) -> web.StreamResponse:

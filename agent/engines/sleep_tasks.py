@@ -16,16 +16,14 @@ from collections.abc import Callable, Coroutine, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-import aiohttp
-
 from agent.core.messages import Event, PhasesSeen, SleepEnded, SleepEngine, WakeEnded, WakeEngine
 from agent.core.replica import Replica
 from agent.devices.device_watch import DeviceWatch
 from agent.engines import sleep
-from agent.engines.probe import Target
 from agent.engines.start_phases import StartLog
 from agent.engines.wake_canary import WakeCanary
 from agent.metrics import Metrics
+from agent.tasks import Tasks
 from runtime.engine.contract import AsleepModel
 from runtime.engine.select import get_engine
 from runtime.wire.agent_messages import DeviceKind, ReplicaReport, StartReplica
@@ -36,14 +34,12 @@ log = logging.getLogger("stoker.agent")
 _LOG_POLL_S = 0.1
 
 
-class Host(Protocol):
-    """What is needed of the node."""
+class KnownReplicas(Protocol):
+    """What is needed of the node's replicas."""
 
-    def apply(self, event: Event) -> object: ...
+    def get(self, replica_id: str) -> Replica | None: ...
 
-    def replica(self, replica_id: str) -> Replica | None: ...
-
-    def target(self, replica_id: str) -> Target: ...
+    def controls(self, replica_id: str) -> sleep.Controls: ...
 
     def canary(self, replica_id: str) -> WakeCanary | None: ...
 
@@ -72,23 +68,23 @@ def residue_bytes(command: StartReplica, level: int, held_bytes: int) -> int:
     return model.residue_bytes if model else -(-held_bytes // len(command.device_ids))
 
 
-class Rungs:
+class SleepTasks:
     """The sleeps, wakes and canaries of one node."""
 
     def __init__(
         self,
-        host: Host,
-        session: aiohttp.ClientSession,
+        replicas: KnownReplicas,
         devices: DeviceWatch,
         metrics: Metrics,
-        task: Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]],
+        tasks: Tasks,
+        apply: Callable[[Event], object],
     ) -> None:
-        """`task` starts one; an error of it ends the agent."""
-        self._host = host
-        self._session = session
+        """`apply` gives the core an event."""
+        self._replicas = replicas
         self._devices = devices
         self._metrics = metrics
-        self._task = task
+        self._start = tasks.start
+        self._apply = apply
         self._tasks: dict[str, asyncio.Task[None]] = {}
 
     def carry_out(self, effect: SleepEngine | WakeEngine) -> None:
@@ -125,21 +121,17 @@ class Rungs:
         model = asleep_model(spec, report.sleep_level)
         return held + (model.host_bytes if model else 0)
 
-    def all(self) -> list[asyncio.Task[None]]:
+    def running(self) -> list[asyncio.Task[None]]:
         """The tasks that run now."""
         return list(self._tasks.values())
 
     def _next(self, replica_id: str, work: Coroutine[Any, Any, None]) -> None:
-        task = self._tasks[replica_id] = self._task(work)
+        task = self._tasks[replica_id] = self._start(work)
         task.add_done_callback(lambda done: self._forget(replica_id, done))
 
     def _forget(self, replica_id: str, task: asyncio.Task[None]) -> None:
         if self._tasks.get(replica_id) is task:
             del self._tasks[replica_id]
-
-    def _controls(self, replica_id: str) -> sleep.Controls:
-        target = self._host.target(replica_id)
-        return sleep.Controls(self._session, target.base_url, target.control_key)
 
     # ------------------------------------------------------------------ start
 
@@ -154,7 +146,7 @@ class Rungs:
         start_log = StartLog()
         starts = True
         while starts:
-            r = self._host.replica(replica_id)
+            r = self._replicas.get(replica_id)
             starts = r is not None and r.phase == "starting"
             text, position = await asyncio.to_thread(_more, log_file, position)
             start_log.feed(text, time.monotonic())
@@ -166,26 +158,26 @@ class Rungs:
         began = time.monotonic()
         if r.rungs and await self._take_canary(replica_id, r) is None:
             phases["canary"] = round(time.monotonic() - began, 3)
-        self._host.apply(PhasesSeen(now=time.monotonic(), replica_id=replica_id, phases=phases))
+        self._apply(PhasesSeen(now=time.monotonic(), replica_id=replica_id, phases=phases))
 
     async def _take_canary(self, replica_id: str, r: Replica) -> str | None:
         """Ask for the answer that will be compared with, if it is not known; why it can't be."""
-        if self._host.canary(replica_id) is not None:
+        if self._replicas.canary(replica_id) is not None:
             return None
         model = r.command.spec.name
         try:
-            canary = await sleep.take_canary(self._controls(replica_id), model)
+            canary = await sleep.take_canary(self._replicas.controls(replica_id), model)
         except sleep.EngineError as error:
             return f"its canary can't be asked for: {error}"
         if not canary.path:
             log.warning("%s: it has no call to compare after a wake: woken unchecked", replica_id)
-        self._host.keep_canary(replica_id, canary)
+        self._replicas.keep_canary(replica_id, canary)
         return None
 
     # ------------------------------------------------------------------ sleep and wake
 
     async def _sleep(self, replica_id: str, level: int, before: asyncio.Task[None] | None) -> None:
-        r = self._host.replica(replica_id)
+        r = self._replicas.get(replica_id)
         if before:
             await asyncio.wait([before])  # the canary, on its way
         if r is None:
@@ -199,14 +191,14 @@ class Rungs:
             if words := await self._take_canary(replica_id, r):
                 raise sleep.Untouched(words)
             booked = command.device_bytes * len(command.device_ids)
-            controls = self._controls(replica_id)
+            controls = self._replicas.controls(replica_id)
             held = await sleep.put_to_sleep(controls, level, booked, measure)
         except sleep.Untouched as refusal:
             error, untouched = str(refusal), True
         except sleep.RungFailed as failure:
             error = str(failure)
         self._count("sleep", r, level, error, time.monotonic() - began)
-        self._host.apply(
+        self._apply(
             SleepEnded(
                 now=time.monotonic(),
                 replica_id=replica_id,
@@ -217,7 +209,7 @@ class Rungs:
         )
 
     async def _wake(self, replica_id: str, level: int, before: asyncio.Task[None] | None) -> None:
-        r = self._host.replica(replica_id)
+        r = self._replicas.get(replica_id)
         if before:
             await asyncio.wait([before])
         if r is None:
@@ -226,14 +218,14 @@ class Rungs:
         phases: dict[str, float] = {}
         began = time.monotonic()
         try:
-            known = self._host.canary(replica_id)
-            phases = await sleep.wake(self._controls(replica_id), level, known)
+            known = self._replicas.canary(replica_id)
+            phases = await sleep.wake(self._replicas.controls(replica_id), level, known)
         except sleep.RungFailed as failure:
             error = str(failure)
         self._count("wake", r, level, error, time.monotonic() - began)
         now = time.monotonic()
         rounded = {phase: round(took_s, 3) for phase, took_s in phases.items()}
-        self._host.apply(WakeEnded(now=now, replica_id=replica_id, error=error, phases=rounded))
+        self._apply(WakeEnded(now=now, replica_id=replica_id, error=error, phases=rounded))
 
     def _count(self, what: str, r: Replica, level: int, error: str | None, took_s: float) -> None:
         model, replica_id = r.command.spec.name, r.command.replica_id

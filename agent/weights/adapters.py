@@ -19,14 +19,14 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable, Coroutine, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from agent.cache.errors import CacheError
 from agent.cache.model_cache import ModelCache
 from agent.engines.sleep import Controls, EngineError
+from agent.tasks import Tasks
 from runtime import places
 from runtime.contract.adapters import takes_adapters
 from runtime.wire.model_spec import ModelSpec
@@ -54,14 +54,13 @@ class Adapters:
         cache: ModelCache,
         folder: Path,
         engines: Callable[[str], Iterable[Controls]],
-        task: Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]],
+        tasks: Tasks,
     ) -> None:
-        """`folder`: of the index files; `engines`: those of a model that answer now; `task` starts
-        one, whose error ends the agent."""
+        """`folder`: of the index files; `engines`: those of a model that answer now."""
         self._cache = cache
         self._folder = folder
         self._engines = engines
-        self._task = task
+        self._tasks = tasks
         self._models: dict[str, dict[str, _Adapter]] = {}
         self._pulls: dict[str, asyncio.Task[None]] = {}
         self._poked = asyncio.Event()
@@ -160,7 +159,7 @@ class Adapters:
             for name, adapter in adapters.items():
                 key = f"{model}:{name}"
                 if not adapter.fetched and key not in self._pulls and now >= adapter.retry_at:
-                    self._pulls[key] = self._task(self._fetch(model, key, adapter))
+                    self._pulls[key] = self._tasks.start(self._fetch(model, key, adapter))
 
     async def _fetch(self, model: str, key: str, adapter: _Adapter) -> None:
         try:

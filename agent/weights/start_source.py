@@ -27,7 +27,7 @@ from runtime.wire.agent_messages import DeviceReport, StartRung
 from runtime.wire.model_spec import ModelSpec
 
 
-class Origin(Struct, frozen=True, kw_only=True):
+class StartSource(Struct, frozen=True, kw_only=True):
     """What a start loads, where that was when it began, and the seconds of each phase before."""
 
     model_path: str
@@ -36,8 +36,8 @@ class Origin(Struct, frozen=True, kw_only=True):
     phases: dict[str, float] = {}
 
 
-class Origins:
-    """The origins of one node's starts. All methods are for the event loop's thread."""
+class StartSources:
+    """The sources of one node's starts. All methods are for the event loop's thread."""
 
     def __init__(
         self,
@@ -63,7 +63,7 @@ class Origins:
         spec: ModelSpec,
         device: DeviceReport | None,
         engine_version: str | None,
-    ) -> Origin:
+    ) -> StartSource:
         """What its engine is told to load: a folder on this node, fetched first if need be.
 
         Raises BadStart.
@@ -73,7 +73,7 @@ class Origins:
         looked = time.monotonic()
         if spec.engine == "stub":  # it loads nothing, but its folder may be a real one
             rung = start_rung(True, seen) if seen else "cached"
-            return Origin(model_path=spec.source, rung=rung)
+            return StartSource(model_path=spec.source, rung=rung)
         try:
             folder = await self._cache.ensure(spec.source, replica_id)
         except ValueError as error:
@@ -87,7 +87,7 @@ class Origins:
         chosen = self._formats.choose(replica_id, spec, files, rung)
         if device:
             await self._compiled.before(replica_id, spec, str(folder), engine_version, device)
-        return Origin(model_path=str(folder), rung=rung, load_format=chosen, phases=phases)
+        return StartSource(model_path=str(folder), rung=rung, load_format=chosen, phases=phases)
 
     async def ready(
         self, replica_id: str, weights_s: float | None, log_text: Callable[[], str]

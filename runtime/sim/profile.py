@@ -56,7 +56,7 @@ class Host:
     disk_bytes: int = 7 * 10**12
     disk_rate: float = 6.0 * GB  # [ds] PCIe 4.0 NVMe (Samsung PM9A3: 6.5 GB/s sequential reads)
     store_rate: float = 2.5 * GB  # [as] a shared store over a 25 Gbit/s card, less overhead
-    budget_share: float = 0.5  # of its memory, for sleepers and staged weights (agent/devices/host_memory_policy.py)
+    budget_share: float = 0.5  # [as] of its memory, for sleepers and staged weights
 
 
 GPUS = {

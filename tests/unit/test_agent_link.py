@@ -18,13 +18,14 @@ async def test_a_heartbeat_that_is_due_does_not_swallow_the_end() -> None:
         return True
 
     for turns in range(6):  # the cancellation in each of the turns that the poke takes
+        due = asyncio.Event()
         link = SchedulerLink(
-            None, None, leader_key="", token="", interval_s=60.0, build=None, on_reply=None
+            None, None, leader_key="", token="", interval_s=60.0, due=due, build=None, on_reply=None
         )
         link.send = send
         task = asyncio.create_task(link.run())
         await asyncio.sleep(0.01)
-        link.send_soon()
+        due.set()
         for _ in range(turns):
             await asyncio.sleep(0)
         task.cancel()

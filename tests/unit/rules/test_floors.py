@@ -51,12 +51,15 @@ HOUSES: Mapping[str, str] = {
         driver
         server
         node
+        heartbeats
+        lifecycle
+        host
         records  rung_limits
         weights
         engines
         cache  devices  sim
         core
-        link  metrics
+        address  link  metrics  tasks
     """,
     "scheduler": """
         main

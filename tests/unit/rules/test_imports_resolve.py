@@ -87,5 +87,6 @@ def test_a_planted_import_is_found(planted: str) -> None:
 
 def test_what_is_there_is_not_reported() -> None:
     assert (
-        missing("import agent.node\nfrom agent.node import Node, log\nfrom agent import core") == []
+        missing("import agent.link\nfrom agent.link import Leader, log\nfrom agent import core")
+        == []
     )
