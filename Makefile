@@ -83,7 +83,7 @@ wheel: ## dist/stoker_serve-….whl
 release: ## VERSION=0.2.0: shows the release's commit and tag; with DO=1 makes them. Pushes nothing.
 	@$(BIN)/python -m scripts.release "$(VERSION)" $(if $(filter-out 0,$(DO)),--do)
 
-lock: ## The lock files in requirements/, anew from pyproject.toml.
+lock: ## Write the lock files in requirements/ from pyproject.toml.
 	scripts/lock.sh
 
 clean: ## Removes the environment, caches and the demo's state.

@@ -67,7 +67,7 @@ class SchedulerLink:
         self._trouble: str | None = None
 
     async def run(self) -> None:
-        """Heartbeats for ever."""
+        """Send heartbeats until cancelled."""
         while True:
             self._due.clear()
             await self.send()

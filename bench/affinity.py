@@ -4,7 +4,7 @@
                              [--workload NAME ...] [--load SHARE] [--cache BLOCKS]
 
 Workloads: Mooncake's `conversation` and `synthetic` traces, whose `hash_ids` name the 512-token
-blocks of each prompt, and `system prompt`: generated questions of 300 tokens, each behind the same
+blocks of each prompt, and `system prompt`: generated questions of 300 tokens, each after the same
 4,096 tokens. A block is written out as 2,048 bytes made of its id, so the keys are what
 runtime/router/call/prompt.py makes of a real body; what a prompt shares with another is what its
 ids say. The traces do not tell the answers' own blocks, nor a limit of tokens, nor sessions: "by
@@ -108,7 +108,7 @@ def read(file: Path, told_by: int) -> list[Request]:
 
 
 def system_prompt(count: int) -> list[Request]:
-    """Questions of 300 tokens, each its own, behind eight blocks that all of them share."""
+    """Questions of 300 tokens, each its own, after eight blocks that all of them share."""
     random, at_s = Random(SEED), 0.0
     shared, tokens = tuple(range(8)), 8 * BLOCK_TOKENS + 300
     made = []

@@ -6,7 +6,7 @@ A cluster of 8-GPU nodes is played in virtual time: every node heartbeats each s
 report their demand each second, the clock ticks twice a second, and each second some models are
 called that do not run while others fall idle. Only the CPU time inside `Core.handle` counts. Each
 placement is timed inside the run, and right after it, on the same state, a naive scan that sums
-every booking anew. --quick plays fewer seconds.
+every booking again. --quick plays fewer seconds.
 """
 
 from __future__ import annotations
@@ -271,7 +271,7 @@ class Cluster:
 def naive_first_fit(state: ClusterState, model: Model) -> tuple[str, tuple[str, ...]] | None:
     """What a first version does: every node, every device, every replica, each time.
 
-    It looks for the best fit without eviction, as ours does, by summing bookings anew.
+    It looks for the best fit without eviction, as ours does, by summing bookings again.
     """
     need, count = model.spec.booked_bytes(), model.spec.tensor_parallel_size
     best = None

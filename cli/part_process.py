@@ -53,7 +53,7 @@ class PartProcess:
         self._spawning = asyncio.Lock()  # so that `end` never misses a process just being made
 
     async def keep(self) -> None:
-        """Run it until `end`. Raises Died if its very first start fails: that won't mend itself."""
+        """Run it until `end`. Raises Died if its very first start fails: a retry would not help."""
         retrying = AsyncRetrying(
             retry=retry_if_exception(lambda error: isinstance(error, Died) and self._served),
             wait=wait_exponential(multiplier=0.5, max=10),

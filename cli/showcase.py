@@ -155,7 +155,7 @@ class Showcase:
         before = {r.replica_id for r in await self._replicas() if r.state == "ready"}
         decided = max((d.number for d in await self._decisions()), default=0)
         path, body = ask_body(model, _PROMPT, _MAX_TOKENS, raw=False)
-        # A random model may well say its end-of-text token first, or one token for ever.
+        # A random model may well say its end-of-text token first, or one token without end.
         body |= {"temperature": 1.0, "seed": 7, "ignore_eos": True}
         answer = await stream_with_status(self._router, path, body, show=False)
         replica = await self._replica_of(model)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 _MIB, _GIB = 2**20, 2**30
-_DIGITS = 9  # behind the point: a byte of a GiB shows
+_DIGITS = 9  # after the point: a byte of a GiB shows
 
 
 def size(count: int) -> str:

@@ -210,7 +210,7 @@ class Access:
         return Usage(day, await self._list(f"usage/{day}", BootUsage))
 
     async def keep_usage(self, leads: Callable[[], bool]) -> None:
-        """For ever: store what was used, forget what is older than KEEP_DAYS."""
+        """Store what was used and forget what is older than KEEP_DAYS, until cancelled."""
         while True:
             await asyncio.sleep(SAVE_S)
             if not leads():

@@ -3,7 +3,7 @@
 Rules this file keeps:
 - one change at a time: stored first, then in force, then in the audit trail;
 - what is under way (a canary's step, a pending switch) is stored with its rule, so that a new
-  leader goes on; a canary's step is observed anew by it;
+  leader goes on; a canary's step is observed again by it;
 - a switch changes no weight before its target is warm, and none at all if it is given up;
 - it decides nothing about a canary: policy/route_canary.py does.
 """
@@ -223,7 +223,7 @@ class RuleBook:
     # ------------------------------------------------------------------------- as time goes by
 
     async def follow(self) -> None:
-        """For ever: bring canaries and switches on."""
+        """Bring canaries and switches on, until cancelled."""
         while True:
             await asyncio.sleep(TICK_S)
             if not self._cluster.leads or self._cluster.core.state.recovering:

@@ -4,7 +4,7 @@
 #
 #   scripts/lock.sh            all of them
 #   scripts/lock.sh cpu dev    only these (the versions still agree with each other)
-#   scripts/lock.sh hashes     the hashes anew, for the versions that are there
+#   scripts/lock.sh hashes     the hashes again, for the versions that are there
 #
 # dev and cpu hold base too, so one file is enough to install from. base, dev and cpu agree on every
 # version, so that they can share an environment; vllm is for GPU hosts and agrees with dev. cpu is

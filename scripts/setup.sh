@@ -14,7 +14,7 @@
 #                  (default: PyTorch's public index of CPU builds)
 #
 # Packages are installed by the hashes in requirements/, whatever index they come from; torch's CPU
-# build alone has none there, since PyTorch builds it anew for its own index.
+# build alone has none there, since PyTorch builds it again for its own index.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

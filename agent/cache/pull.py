@@ -157,7 +157,7 @@ class Pull:
     async def run(self, *, direct: bool, refresh: bool = False) -> Manifest:
         """The model is in the store when this returns.
 
-        `direct`: nobody but the origin is asked. `refresh`: the origin says anew what a name such
+        `direct`: nobody but the origin is asked. `refresh`: the origin says again what a name such
         as "main" means. Raises CacheError.
         """
         try:

@@ -1,4 +1,4 @@
-"""How one replica changes phase: the transition table's hands.
+"""How one replica changes phase: what the transition table's rows do.
 
 Rules this file keeps:
 - pure, and every change of a phase goes through `_to`, which knows the edges;
@@ -65,7 +65,7 @@ class Transitions:
         if kind in FATAL_KINDS:
             self._to(r, "failed", now)
         elif r.phase == "asleep":
-            # Its device memory may be another replica's by now: whether and where it starts anew
+            # Its device memory may be another replica's by now: whether and where it starts again
             # is for the scheduler to decide.
             self._to(r, "failed", now)
         elif r.failures > self._max_restarts:
@@ -78,7 +78,7 @@ class Transitions:
         self._kill(r)
 
     def _rung_failed(self, r: Replica, words: str, now: float, kind: str | None = None) -> None:
-        """Its engine is started anew, and the rung is not used again."""
+        """Start its engine again; the rung is not used again."""
         if r.sleep is None:
             raise AssertionError(f"{r.command.replica_id}: no sleep in phase {r.phase}")
         name = state.launch_name(r.command.spec)

@@ -45,7 +45,7 @@ class DeviceWatch:
         self._read_at = time.monotonic()
 
     async def read(self) -> None:
-        """Read every device anew. A failure keeps the last figures."""
+        """Read every device again. A failure keeps the last figures."""
         # Shielded: a caller that gives up must not let a second read run beside this one.
         await asyncio.shield(asyncio.create_task(self._read()))
 

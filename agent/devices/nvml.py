@@ -2,7 +2,7 @@
 
 Rules this file keeps:
 - one failing query costs one figure, never the whole report;
-- a device that was there when the agent started is reported for ever: a lost one as unhealthy;
+- a device that was there when the agent started is always reported: a lost one as unhealthy;
 - memory is what may be allocated: the driver's own reserve is in neither total nor used;
 - memory of our own replicas is never called foreign (see `_foreign_bytes`).
 """

@@ -89,7 +89,7 @@ class Preemption:
         return max(0.0, min(self._ends_at.values()) - time.monotonic())
 
     async def run(self) -> None:
-        """Look for ever; at once over where there is nothing to look at."""
+        """Look until cancelled; return at once where there is nothing to look at."""
         config = self._config
         while config.preemption_file or config.preemption_url:
             if config.preemption_file:

@@ -47,7 +47,7 @@ class Untouched(Exception):
 
 
 class RungFailed(Exception):
-    """It did not sleep or wake as it should, and must be started anew; the message says why."""
+    """An engine did not sleep or wake as it should and must be restarted; the message says why."""
 
 
 class Controls:
@@ -185,7 +185,7 @@ async def _see_free(measure: Measure, before: Memory, booked_bytes: int) -> int:
 
 
 def measure_of(watch: DeviceWatch, command: StartReplica) -> Measure:
-    """Reads the replica's devices anew."""
+    """Read the replica's devices again."""
 
     async def measure() -> Memory:
         await watch.read()

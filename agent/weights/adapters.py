@@ -144,7 +144,7 @@ class Adapters:
     # ------------------------------------------------------------------ its life
 
     async def run(self) -> None:
-        """For ever: fetch what is wished for, and unload what is not."""
+        """Fetch what is asked for and unload what is not, until cancelled."""
         while True:
             self._poked.clear()
             self._fetch_missing()

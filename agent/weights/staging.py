@@ -84,7 +84,7 @@ class Stager:
     # ------------------------------------------------------------------ its life
 
     async def run(self) -> None:
-        """For ever: hold what is wished for, and measure."""
+        """Hold what is asked for, and measure, until cancelled."""
         await asyncio.gather(self._hold(), self._measure())
 
     async def _hold(self) -> None:

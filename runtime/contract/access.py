@@ -152,7 +152,7 @@ class RouterUsage(Struct, frozen=True, kw_only=True):
 
 
 class PeerUsage(Struct, frozen=True, kw_only=True):
-    """What every other router, and this one before it was started anew, used of `day`."""
+    """What every other router, and this one before it was started again, used of `day`."""
 
     day: str
     accounts: dict[str, Used] = {}

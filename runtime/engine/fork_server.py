@@ -8,7 +8,7 @@ Rules this file keeps:
   answer says why not, and the agent starts the engine plainly;
 - a forked process ends up as if it had been started by the agent: its own session, environment,
   command line, output and random state, and none of this process's files;
-- nothing of an engine is known here: the preload module imports it and mends it after a fork.
+- nothing of an engine is known here: the preload module imports it and patches it after a fork.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ class Preload:
 def fresh_state() -> None:
     """Undo, in a forked process, what two processes must not share. (Python itself sees to
     `random`, OpenSSL to its own.)"""
-    tempfile.tempdir = None  # read from the environment anew
+    tempfile.tempdir = None  # read from the environment again
     if numpy := sys.modules.get("numpy"):
         numpy.random.seed()
 

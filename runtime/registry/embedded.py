@@ -252,7 +252,7 @@ def _fix(error: Exception) -> str:
         return f"another process has held it for {BUSY_S:g} s: is one stopped, or the disk stuck?"
     if isinstance(error, sqlite3.OperationalError | OSError):
         return "set registry.file to one this user can write, on a local disk with free space"
-    return "stop every part, move the file away and start again; models must be added anew"
+    return "stop every part, move the file away and start again; models must be added again"
 
 
 def _create(path: Path) -> None:

@@ -1,8 +1,8 @@
 """Keeps one part of Stoker findable in the registry while it runs.
 
 Rules this file keeps:
-- nothing waits for a registry that is down: registering is tried again for ever, and said once;
-- a service whose session was lost (`keep_alive` says so, or fails) is registered anew;
+- nothing waits for a registry that is down: registering is tried again without end, and said once;
+- a service whose session was lost (`keep_alive` says so, or fails) is registered again;
 - leaving takes FAREWELL_S at most: a registry that is down holds up no shutdown.
 """
 
@@ -34,7 +34,7 @@ async def keep_registered(
             before_sleep=lambda state: _say_unregistered(state.attempt_number, service),
         )
         await retrying(registry.register, service, ttl_s)
-        with contextlib.suppress(RegistryError):  # then it is registered anew
+        with contextlib.suppress(RegistryError):  # then it is registered again
             known = True
             while known:
                 await asyncio.sleep(ttl_s / 3)

@@ -203,7 +203,7 @@ class CommandReply(Struct, frozen=True, kw_only=True):
 
 
 class SpecProblem(Struct, frozen=True, kw_only=True):
-    """One thing wrong with a spec or a config: the field, its value, and how to mend it."""
+    """One thing wrong with a spec or a config: the field, its value, and how to fix it."""
 
     field: str
     message: str

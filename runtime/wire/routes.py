@@ -21,7 +21,7 @@ SEMVER_PATTERN = (
 
 
 class RouteTarget(Struct, frozen=True, kw_only=True):
-    """One model behind a route, and its share: `weight` of the sum of all weights."""
+    """One target of a route, and its share: `weight` of the sum of all weights."""
 
     model: Annotated[Name, Meta(description="the name of a model")]
     weight: Annotated[float, Meta(ge=0, le=1e6, description="its part of the sum; 0: none")] = 1.0

@@ -11,7 +11,7 @@ from scheduler.audit import AuditEntry
 
 
 class TargetView(Struct, frozen=True, kw_only=True):
-    """One model behind a route; the counts are of all routers, since `since_s` of the route."""
+    """One target of a route; the counts are of all routers, since `since_s` of the route."""
 
     model: str
     version: str | None

@@ -4,7 +4,7 @@ Rules this file keeps:
 - never pinned, needed for min_replicas or a floor, or ready for less than the dwell time;
 - with work in flight or requests waiting only for a model of higher standing, and then it ends its
   requests first: standing is priority plus one for each AGING_S its oldest request has waited, so
-  that no model waits for ever, and a replica that was given its turn keeps it for TURN_S;
+  that no model waits forever, and a replica that was given its turn keeps it for TURN_S;
 - cheapest first: idle before busy, lower priority, then clearly less expected waiting
   (scheduler/policy/ladder.py; within ALIKE times the least is alike), then the one idle longest;
   one that can sleep sleeps rather than stops, while the host has memory for it;

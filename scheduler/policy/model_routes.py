@@ -56,7 +56,7 @@ def _failures(model: Model) -> dict[str, str]:
 
 
 def died_of(replica: Replica) -> str | None:
-    """Why its engine died, while it is started anew; None: it did not."""
+    """Why its engine died, while it is started again; None: it did not."""
     report = replica.report
     if replica.stage not in (Stage.STARTING, Stage.BACKOFF) or report is None:
         return None
@@ -96,7 +96,7 @@ def adapters_on(state: ClusterState, node_id: str) -> dict[str, dict[str, str]]:
 
 def _eta_s(state: ClusterState, model: Model, now: float) -> float | None:
     """Seconds a cold call is expected to wait still, where that was measured before: its model's
-    own way up, and that of the one it comes behind."""
+    own way up, and that of the one it comes after."""
     coming = min(model.coming(), key=lambda r: r.since, default=None)
     left_s = _left_s(model, coming, now)
     first = _goes_first(state, coming) if coming is not None and coming.plan else None
@@ -170,13 +170,13 @@ def waiting_for(state: ClusterState, model: Model) -> str | None:
 
 
 def _turn(state: ClusterState, replica: Replica) -> str:
-    """What a replica that is planned comes behind."""
+    """What a planned replica is queued after."""
     first = _goes_first(state, replica)
     if first is None:
         return "its turn"
     if first.leaving:
-        return f"behind {first.model}, which makes room"
-    return f"behind the {'wake' if first.stage is Stage.WAKING else 'start'} of {first.model}"
+        return f"queued after {first.model}, which makes room"
+    return f"queued after the {'wake' if first.stage is Stage.WAKING else 'start'} of {first.model}"
 
 
 def _goes_first(state: ClusterState, replica: Replica) -> Replica | None:

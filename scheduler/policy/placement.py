@@ -48,7 +48,7 @@ PRESSURE_S = 2.0  # a device that computes all the time halves a newcomer's spee
 SPREAD_S = 5.0
 SPOT_S = 2.0
 SAME_S = 0.5
-MOVE_S = 3.0  # a victim whose stop costs less is not worth starting anew elsewhere
+MOVE_S = 3.0  # a victim whose stop costs less is not worth starting again elsewhere
 LOOKED_AT = 24
 RUNNERS_UP = 3
 

@@ -2,7 +2,7 @@
 
 Rules this file keeps:
 - a step ends well only when it lasted `interval_s` and had `min_requests`; a breach that no number
-  of good requests up to `min_requests` could mend ends it at once;
+  of good requests up to `min_requests` could bring back ends it at once;
 - TTFT is counted from when a request was sent to the replica, so that a cold start is no fault of
   the new version; it is judged once both sides have `min_requests` answers in this step;
 - every verdict says why in words; after `promote` or `rollback` there is nothing left to judge.
@@ -115,7 +115,7 @@ class Observed:
         return self._totals.get((route, model), Counts())
 
     def restart(self, route: str, version: int) -> None:
-        """Begin to count the route's requests anew, from when a router goes by that table."""
+        """Begin to count the route's requests again, from when a router goes by that table."""
         self._since[route] = version
         for key in [key for key in self._totals if key[0] == route]:
             del self._totals[key]

@@ -10,7 +10,7 @@ Rules this file keeps: what is worked out is never later than when the message w
 from __future__ import annotations
 
 DRIFT = 2e-4  # two hosts' quartz clocks part by less than this (200 ppm)
-TOO_LATE_S = 10.0  # no message is under way for so long: that clock stood still or was set anew
+TOO_LATE_S = 10.0  # no message is under way for so long: that clock stood still or was set again
 
 
 class RemoteClock:

@@ -274,7 +274,7 @@ def odd_version(draft: Draft) -> None:
     odd = (
         b"HTTP/2.0", b"HTTP/0.9", b"HTTP/1.2", b"HTTP/3", b"HTTP/11", b"http/1.1", b"HTTP/1.1 x",
         b"HTTP/1,1", b"HTTP/-1.1", b"HTTPS/1.1", b"", b"\x00", b"HTTP/1.10",
-    )  # fmt: skip  # not RTSP/1.0: llhttp takes it for HTTP/1.0, and nothing behind it can tell
+    )  # fmt: skip  # not RTSP/1.0: llhttp takes it for HTTP/1.0, and nothing after it can tell
     draft.version = draft.rng.choice(odd)
     draft.refuse = draft.version != b"HTTP/1.2"
 
@@ -391,8 +391,8 @@ def split(rng: random.Random, data: bytes) -> list[bytes]:
 
 
 def requests(seed: int, count: int, path: bytes) -> Iterator[Case]:
-    """Odd requests of model `m` to `path`. Some come behind a good one on the same connection,
-    and all but those cut off have `LAST` behind them."""
+    """Odd requests of model `m` to `path`. Some are pipelined after a good one on the same connection,
+    and all but those cut off have `LAST` after them."""
     for number in range(count):
         rng = random.Random(f"{seed}/{number}")
         draft = _base(rng, path, "m", f"case-{number}-0.")
@@ -521,5 +521,5 @@ def answers(seed: int, count: int) -> Iterator[Answer]:
 
 
 def question(answer: Answer, path: bytes, model: str) -> bytes:
-    """A good request for it, and `LAST` behind that."""
+    """A good request for it, and `LAST` after that."""
     return _base(random.Random(0), path, model, f"case-{answer.number}.").bytes() + LAST

@@ -164,7 +164,7 @@ def engine_faults(data: bytes) -> list[str]:
 
 
 def _same(asked: bytes, sent: bytes) -> bool:
-    """Bodies mean the same: the router may write the model anew."""
+    """Bodies mean the same: the router may rewrite the model."""
     if asked == sent:
         return True
     try:

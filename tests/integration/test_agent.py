@@ -185,8 +185,8 @@ async def test_an_older_epoch_is_refused(launch, scheduler, client):
         assert (status, reply.ok) == (409, False)
         assert "epoch 8" in reply.error
     await node.kill()
-    heir = await launch()
-    status, _ = await client.send(heir.url, start(epoch=8))
+    successor = await launch()
+    status, _ = await client.send(successor.url, start(epoch=8))
     assert status == 409, "the epoch must outlive the agent"
 
 
@@ -299,13 +299,13 @@ async def test_an_engine_outlives_its_agent_and_is_adopted(launch, scheduler, cl
     assert await client.complete(first) == 2
     scheduler.heartbeats.clear()
 
-    heir = await launch()
+    successor = await launch()
     adopted = await scheduler.phase("ready")
     assert (adopted.pid, adopted.base_url, adopted.key) == (first.pid, first.base_url, first.key)
     assert adopted.start_s == first.start_s
     assert scheduler.phases() == ["ready"]
     assert scheduler.heartbeats[-1].boot_id > boot_id
-    await client.ok(heir.url, stop())
+    await client.ok(successor.url, stop())
     await scheduler.phase(None)
     assert not alive(first.pid)
 

@@ -161,12 +161,12 @@ async def test_heartbeats_tell_of_adapters_and_an_agent_that_was_killed_knows_th
     await node.kill()
     scheduler.adapters = {}  # it says nothing of the model yet
     scheduler.heartbeats.clear()
-    heir = await launch()
+    successor = await launch()
     again = await scheduler.phase("ready")
     assert again.pid == ready.pid
     await until(lambda: len(scheduler.heartbeats) > 5, "the new agent to look around")
     assert await loaded() == {"m:second", "m:sql"}, "nothing was unloaded for not being known yet"
-    (held,) = await cached(client, heir)
+    (held,) = await cached(client, successor)
     assert held.held_by == ("m:sql",)
     scheduler.adapters = {"m": {}}
     while await loaded():

@@ -308,12 +308,12 @@ async def test_a_sleeper_outlives_its_agent_and_is_adopted_asleep(launch, schedu
     asleep = await scheduler.phase("asleep")
     await node.kill()
     scheduler.heartbeats.clear()
-    heir = await launch()
+    successor = await launch()
     adopted = await scheduler.phase("asleep")
     assert scheduler.phases() == ["asleep"]
     assert (adopted.pid, adopted.sleep_level, adopted.residue_bytes) == (first.pid, 2, GIB)
     assert (adopted.rungs, adopted.sleep_s) == ((1, 2), asleep.sleep_s)
-    await client.ok(heir.url, wake())
+    await client.ok(successor.url, wake())
     woken = await scheduler.phase("ready")
     assert woken.pid == first.pid
     assert "canary" in woken.phases

@@ -216,7 +216,7 @@ async def test_a_clients_own_timeout_is_met_by_an_answer(stack: Stack) -> None:
 
 
 def cut_off(name: bytes | None, data: bytes) -> kit.Answer:
-    """An engine that dies behind its first event."""
+    """An engine that dies after its first event."""
     event = (b"" if name is None else b"event: " + name + b"\n") + b"data: " + data + b"\n\n"
 
     async def answer(received: kit.Received, writer: asyncio.StreamWriter) -> None:

@@ -170,7 +170,7 @@ async def test_an_answer_that_is_not_http_is_502(stack: Stack, raw: bytes) -> No
     assert [len(engine.received) for engine in stack.engines] == [1, 1, 0]
 
 
-async def test_a_second_answer_behind_the_first_is_never_given_to_anyone(stack: Stack) -> None:
+async def test_a_second_answer_after_the_first_is_never_given_to_anyone(stack: Stack) -> None:
     async def answer(received: kit.Received, writer: asyncio.StreamWriter) -> None:
         one = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n"
         writer.write(one + str(len(engine.received)).zfill(2).encode() + one + b"no")
@@ -671,7 +671,7 @@ def form_of(model: str | None) -> aiohttp.FormData:
     return form
 
 
-async def test_a_forms_model_is_found_behind_its_file(stack: Stack) -> None:
+async def test_a_forms_model_is_found_after_its_file(stack: Stack) -> None:
     engine = await stack.engine(unary())
     await stack.serve("m", engine, aliases=("org/m",))
     url = stack.url + "/v1/audio/transcriptions"
@@ -737,7 +737,7 @@ async def test_a_new_leader_is_found_and_its_table_taken(stack: Stack) -> None:
     await stack.scheduler.stop()
     stack.scheduler = kit.Scheduler()
     await stack.scheduler.start(stack.registry, term=2)
-    await stack.scheduler.publish(kit.model("m", new), version=7)  # set up anew: it counts anew
+    await stack.scheduler.publish(kit.model("m", new), version=7)  # set up again: it counts again
     await stack.scheduler.in_force()
     assert stack.scheduler.polls[0] == 0
     async with stack.post(CHAT, {"model": "m"}) as response:

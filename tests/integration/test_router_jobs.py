@@ -184,7 +184,7 @@ async def test_an_unknown_model_is_refused_at_once(stack: Stack) -> None:
 
 
 class Receiver:
-    """Somebody's server; `answers` are the statuses it gives, the last for ever."""
+    """Somebody's server; `answers` are the statuses it gives, the last forever."""
 
     def __init__(self, *answers: int) -> None:
         self.answers = list(answers)

@@ -251,7 +251,7 @@ async def workers(
 ) -> AsyncIterator[tuple[psutil.Process, str]]:
     """`stoker router` with so many workers, and no scheduler: it serves by its last table.
 
-    `output` gets what it printed behind its ready line, at the end.
+    `output` gets what it printed after its ready line, at the end.
     """
     root = Path(__file__).parents[2]
     env = {

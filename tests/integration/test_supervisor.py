@@ -231,16 +231,16 @@ async def test_a_host_that_starts_processes_all_the_time_is_not_scanned_over_and
 
 
 async def test_an_engine_is_adopted_and_its_exit_seen(world):
-    """The heir is no parent: the process is one of another agent's."""
+    """An agent that was started again is not the parent: the process is one of another agent's."""
     supervisor, _, folder = world
     leader = run(supervisor, "r", "import time; time.sleep(600)")
     exits = Exits()
-    heir = Supervisor(Owner("node", str(folder)), folder / "logs", exits)
-    assert heir.adopt("r", leader)
-    heir.terminate("r")
+    successor = Supervisor(Owner("node", str(folder)), folder / "logs", exits)
+    assert successor.adopt("r", leader)
+    successor.terminate("r")
     await until(lambda: exits, "the exit")
     assert exits == [("r", None)]
-    heir.close()
+    successor.close()
 
 
 async def test_a_dead_or_reused_pid_is_not_adopted(world):

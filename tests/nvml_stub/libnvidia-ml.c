@@ -1,7 +1,7 @@
 /* A stand-in for libnvidia-ml.so.1: answers real pynvml from a text file, so that a test can change
  * memory, add processes, lose a device or raise an XID while the reader runs.
  *
- * The file named by $NVML_STUB_STATE is read anew at every call. Its lines:
+ * The file named by $NVML_STUB_STATE is read again at every call. Its lines:
  *     init CODE                      what nvmlInit returns
  *     I uuid|name TEXT               device I; the number of devices is the highest I plus one
  *     I total|reserved|used|free|util|temp_c|power_mw|ecc NUMBER

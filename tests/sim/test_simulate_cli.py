@@ -43,7 +43,7 @@ def test_a_trace_file_and_a_decision_log(tmp_path: Path) -> None:
     assert re.search(r"^\d+\.\d+ start m0 m0-1-1 n0: ", log.read_text(), re.MULTILINE)
 
 
-def test_a_random_scenario_says_what_befalls_it() -> None:
+def test_a_random_scenario_names_its_faults() -> None:
     ran = CliRunner().invoke(stoker, ["simulate", "--scenario", "random", "--seed", "3"])
     assert ran.exit_code == 0, ran.output
     assert "all is well again" in ran.stderr

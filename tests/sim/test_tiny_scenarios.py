@@ -151,7 +151,7 @@ def test_requests_of_a_lost_node_break_off_and_waiting_ones_go_elsewhere() -> No
 
 
 def test_a_node_that_vanishes_is_left_when_the_table_calls_it_lost() -> None:
-    """As by the real router: before the first token elsewhere, behind it broken off; the limit of
+    """As by the real router: before the first token elsewhere, after it broken off; the limit of
     TCP, 10 s, ends nothing that was told before."""
     nodes = [NodePlan("n0", devices=1), NodePlan("n1", devices=1)]
     model = sized("m", 8, min_replicas=2, max_replicas=2)

@@ -123,5 +123,5 @@ def saved_of(h, replica_id="a"):
 
 
 def adopt(saved, **fields):
-    heir = Harness()
-    return heir, heir(Adopted, saved=saved, **fields)
+    successor = Harness()
+    return successor, successor(Adopted, saved=saved, **fields)

@@ -1,4 +1,4 @@
-"""A cluster of the mind: the real scheduler core, with agents and a router that are dictionaries.
+"""A simulated cluster: the real scheduler core, with agents and a router that are dictionaries.
 
 Virtual time. Commands reach agents at once unless `lossy` drops them; agents report every second.
 """

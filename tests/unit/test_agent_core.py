@@ -322,44 +322,44 @@ def test_a_hard_shutdown_kills_what_drains(h):
 
 def test_a_healthy_engine_is_adopted_as_it_was(h):
     h.ready(epoch=7)
-    heir, effects = adopt(saved_of(h), alive=True, healthy=True, age_s=500.0)
+    successor, effects = adopt(saved_of(h), alive=True, healthy=True, age_s=500.0)
     assert not of(effects, Spawn)
     assert not of(effects, Signal)
-    assert heir.phase() == "ready"
-    assert heir.core.epoch == 7
+    assert successor.phase() == "ready"
+    assert successor.core.epoch == 7
 
 
 def test_a_starting_engine_is_adopted_with_the_time_it_has_left(h):
     h.command(start())
-    heir, _ = adopt(saved_of(h), alive=True, age_s=90.0)
-    assert heir.phase() == "starting"
-    heir.tick(11.0)
-    assert heir.phase() == "failed"
+    successor, _ = adopt(saved_of(h), alive=True, age_s=90.0)
+    assert successor.phase() == "starting"
+    successor.tick(11.0)
+    assert successor.phase() == "failed"
 
 
 def test_a_ready_engine_that_does_not_answer_is_hung_not_slow(h):
     h.ready()
-    heir, _ = adopt(saved_of(h), alive=True, healthy=False, age_s=5000.0)
-    assert heir.phase() == "ready"
-    assert Signal("a", "KILL") in heir.tick(30.0)
-    assert heir.report().exit_kind == "hung"
+    successor, _ = adopt(saved_of(h), alive=True, healthy=False, age_s=5000.0)
+    assert successor.phase() == "ready"
+    assert Signal("a", "KILL") in successor.tick(30.0)
+    assert successor.report().exit_kind == "hung"
 
 
 def test_an_engine_that_died_unseen_is_restarted(h):
     h.ready()
-    heir, effects = adopt(saved_of(h), alive=False)
+    successor, effects = adopt(saved_of(h), alive=False)
     assert Signal("a", "KILL") in effects
-    assert "no agent" in heir.report().reason
-    assert of(heir.gone(), Spawn)
+    assert "no agent" in successor.report().reason
+    assert of(successor.gone(), Spawn)
 
 
 def test_a_failed_replica_stays_failed(h):
     h.command(start())
     h.exited(kind="bad_model", words="no weights")
-    heir, _ = adopt(saved_of(h), alive=False)
-    heir.gone()
-    heir.tick(1000.0)
-    assert (heir.phase(), heir.report().reason) == ("failed", "no weights")
+    successor, _ = adopt(saved_of(h), alive=False)
+    successor.gone()
+    successor.tick(1000.0)
+    assert (successor.phase(), successor.report().reason) == ("failed", "no weights")
 
 
 @pytest.mark.parametrize("alive", [True, False])
@@ -367,14 +367,14 @@ def test_a_stop_under_way_goes_on(h, alive):
     h.ready()
     h.status(1)
     h.command(stop())
-    heir, effects = adopt(saved_of(h), alive=alive, healthy=alive)
+    successor, effects = adopt(saved_of(h), alive=alive, healthy=alive)
     if alive:
-        assert heir.phase() == "draining"
-        assert of(heir.status(0), Signal) == [Signal("a", "TERM")]
+        assert successor.phase() == "draining"
+        assert of(successor.status(0), Signal) == [Signal("a", "TERM")]
     else:
         assert Signal("a", "KILL") in effects
-    heir.gone()
-    assert heir.phase() is None
+    successor.gone()
+    assert successor.phase() is None
 
 
 def test_every_phase_has_its_edges():

@@ -266,12 +266,12 @@ def test_a_rung_that_fails_costs_a_restart_and_is_not_used_again(h, what, how):
     (refused,) = of(h.command(sleep(level=1)), Refused)
     assert report.disabled["asleep-1"] in refused.error
     assert not of(h.command(sleep(level=2)), Refused)
-    heir = Harness(disabled=h.core.disabled)
-    heir.ready("z")
-    assert heir.report("z").disabled == report.disabled
-    assert of(heir.command(sleep("z")), Refused)
-    heir.ready("y", devices=("d1",), spec=msgspec.structs.replace(SPEC, source="elsewhere"))
-    assert heir.report("y").disabled == {}
+    successor = Harness(disabled=h.core.disabled)
+    successor.ready("z")
+    assert successor.report("z").disabled == report.disabled
+    assert of(successor.command(sleep("z")), Refused)
+    successor.ready("y", devices=("d1",), spec=msgspec.structs.replace(SPEC, source="elsewhere"))
+    assert successor.report("y").disabled == {}
 
 
 def test_a_sleep_that_did_not_touch_the_engine_costs_nothing(h):
@@ -380,12 +380,12 @@ def test_idle_time_goes_on_while_asleep(h):
 
 def test_a_sleeper_is_adopted_asleep(h):
     h.asleep(level=2)
-    heir, effects = adopt(saved_of(h), alive=True, healthy=True, sleeping=True)
+    successor, effects = adopt(saved_of(h), alive=True, healthy=True, sleeping=True)
     assert not of(effects, Signal)
-    report = heir.report()
+    report = successor.report()
     assert (report.phase, report.sleep_level, report.residue_bytes) == ("asleep", 2, 7)
     assert report.rungs == (1, 2)
-    assert of(heir.command(wake()), WakeEngine) == [WakeEngine("a", 2)]
+    assert of(successor.command(wake()), WakeEngine) == [WakeEngine("a", 2)]
 
 
 @pytest.mark.parametrize("phase", ["sleeping", "asleep", "waking"])
@@ -398,36 +398,38 @@ def test_half_way_the_engine_itself_says_what_it_is(h, phase, sleeping):
         h.slept(residue_bytes=7)
     if phase == "waking":
         h.command(wake())
-    heir, effects = adopt(saved_of(h), alive=True, healthy=True, sleeping=sleeping, residue_bytes=9)
+    successor, effects = adopt(
+        saved_of(h), alive=True, healthy=True, sleeping=sleeping, residue_bytes=9
+    )
     if sleeping is False:
         assert of(effects, WakeEngine) == [WakeEngine("a", 1)]
-        assert heir.phase() == "waking"
-        heir.woken()
-        assert heir.phase() == "ready"
+        assert successor.phase() == "waking"
+        successor.woken()
+        assert successor.phase() == "ready"
     else:
-        assert heir.phase() == "asleep"
-        assert heir.report().residue_bytes == (9 if phase == "sleeping" else 7)
+        assert successor.phase() == "asleep"
+        assert successor.report().residue_bytes == (9 if phase == "sleeping" else 7)
 
 
 def test_one_that_drained_to_sleep_is_adopted_ready(h):
     h.ready()
     h.status(1)
     h.command(sleep())
-    heir, effects = adopt(saved_of(h), alive=True, healthy=True)
+    successor, effects = adopt(saved_of(h), alive=True, healthy=True)
     assert not of(effects, Signal)
-    assert (heir.phase(), heir.report().sleep_level) == ("ready", 0)
+    assert (successor.phase(), successor.report().sleep_level) == ("ready", 0)
 
 
 def test_a_sleeper_that_died_unseen_is_left_to_the_scheduler(h):
     h.asleep()
-    heir, effects = adopt(saved_of(h), alive=False)
+    successor, effects = adopt(saved_of(h), alive=False)
     assert Signal("a", "KILL") in effects
-    assert not of(heir.gone(), Spawn)
-    assert heir.phase() == "failed"
+    assert not of(successor.gone(), Spawn)
+    assert successor.phase() == "failed"
 
 
 def test_a_sleeper_that_does_not_answer_after_an_adoption_is_hung(h):
     h.asleep()
-    heir, _ = adopt(saved_of(h), alive=True, healthy=False)
-    assert heir.phase() == "asleep"
-    assert Signal("a", "KILL") in heir.tick(state_machine.HUNG_S)
+    successor, _ = adopt(saved_of(h), alive=True, healthy=False)
+    assert successor.phase() == "asleep"
+    assert Signal("a", "KILL") in successor.tick(state_machine.HUNG_S)

@@ -9,7 +9,7 @@ from agent.link import SchedulerLink
 
 async def test_a_heartbeat_that_is_due_does_not_swallow_the_end() -> None:
     """Seen once: asyncio.wait_for of Python 3.11 returned, its cancellation was lost, and an agent
-    that had stopped all its engines ran on for ever."""
+    that had stopped all its engines ran on forever."""
     sent = 0
 
     async def send() -> bool:

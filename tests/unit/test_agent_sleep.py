@@ -61,7 +61,7 @@ async def engine():
 
 
 def meter(*figures: Memory):
-    """A measure that gives these figures one by one, then the last for ever."""
+    """A measure that gives these figures one by one, then the last forever."""
     left = list(figures)
 
     async def measure() -> Memory:

@@ -108,7 +108,7 @@ def test_disabled_rungs_and_canaries_outlive_the_agent(tmp_path):
     )
     records.save(Record(saved=Saved(command=start, phase="ready"), canary=known))
     records.close()
-    heir = Records(folder)
-    assert heir.disabled() == dict(list(many.items())[10:])
-    assert [record.canary for record in heir.load()] == [known]
-    heir.close()
+    successor = Records(folder)
+    assert successor.disabled() == dict(list(many.items())[10:])
+    assert [record.canary for record in successor.load()] == [known]
+    successor.close()

@@ -1,4 +1,4 @@
-"""Multipart forms: one model, written anew; whatever is odd is refused in words."""
+"""Multipart forms: one model, rewritten; whatever is odd is refused in words."""
 
 from __future__ import annotations
 

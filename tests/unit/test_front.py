@@ -14,7 +14,7 @@ from runtime.router.call.request import Call
 from runtime.router.callers.keys import Keys
 from runtime.router.callers.memory import Memory
 from runtime.router.front.connections import Front
-from runtime.router.front.fast_path import BEHIND_BYTES, PLAIN_BODY_BYTES
+from runtime.router.front.fast_path import PIPELINED_BYTES, PLAIN_BODY_BYTES
 
 CHAT = b"/v1/chat/completions"
 JSON = b"Content-Type: application/json\r\n"
@@ -52,7 +52,7 @@ class Transport(asyncio.Transport):
         self.reading = True
 
 
-class Heir(asyncio.Protocol):
+class Successor(asyncio.Protocol):
     """aiohttp's protocol, as far as what it is given goes."""
 
     def __init__(self) -> None:
@@ -66,10 +66,10 @@ class Server:
     """aiohttp's server."""
 
     def __init__(self) -> None:
-        self.connections: list[Heir] = []
+        self.connections: list[Successor] = []
 
-    def __call__(self) -> Heir:
-        self.connections.append(Heir())
+    def __call__(self) -> Successor:
+        self.connections.append(Successor())
         return self.connections[-1]
 
 
@@ -276,20 +276,20 @@ async def test_an_end_in_the_middle_of_a_request_is_no_call() -> None:
     assert bench.handed_over is None
 
 
-async def test_what_comes_behind_a_request_waits_and_is_bounded() -> None:
+async def test_what_is_pipelined_after_a_request_waits_and_is_bounded() -> None:
     bench = Bench()
     bench.proxy.hold = asyncio.Event()
     bench.feed(plain("1"))
     await bench.settle()
     bench.feed(plain("2") + plain("3")[:7])
     assert bench.transport.reading
-    bench.feed(b"x" * BEHIND_BYTES)
+    bench.feed(b"x" * PIPELINED_BYTES)
     assert not bench.transport.reading
     bench.proxy.hold.set()
     await bench.settle()
     assert bench.transport.reading
     assert len(bench.proxy.calls) == 1
-    assert bench.handed_over == plain("2") + plain("3")[:7] + b"x" * BEHIND_BYTES
+    assert bench.handed_over == plain("2") + plain("3")[:7] + b"x" * PIPELINED_BYTES
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ def test_a_log_never_grows_beyond_what_is_kept(tmp_path: Path) -> None:
     assert len(sizes) == 1 + KEPT
     assert max(sizes) <= LIMIT + 100 * 12
     assert path.read_bytes().endswith(b"the last\n")
-    assert b"\0" not in path.read_bytes()  # appended after the cut, not behind a hole
+    assert b"\0" not in path.read_bytes()  # appended after the cut, not after a hole
     kept = (tmp_path / "router.log.1").read_text() + path.read_text()
     numbers = [int(line.split()[1]) for line in kept.splitlines()[:-1]]
     assert numbers == list(range(numbers[0], 10_000))  # no line between them is lost

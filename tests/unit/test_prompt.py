@@ -79,7 +79,7 @@ def test_a_later_turn_has_the_keys_of_the_earlier_and_more() -> None:
     assert len(second) == 3
 
 
-def test_what_differs_changes_only_the_keys_behind_it() -> None:
+def test_what_differs_changes_only_the_keys_after_it() -> None:
     one, other = (keys(chat("s" * 3000, mark * 9000)) for mark in "ab")
     assert len(one) == len(other) == 4
     assert one[:2] == other[:2]

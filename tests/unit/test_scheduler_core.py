@@ -105,12 +105,12 @@ def test_the_new_replica_is_not_started_before_the_memory_is_seen_free() -> None
     world.want("b")
     world.run(6)
     assert node.started == ["a-1-1"]
-    assert world.route("b").waiting_for == "behind a, which makes room on n1 (g0)"
+    assert world.route("b").waiting_for == "queued after a, which makes room on n1 (g0)"
     world.run(6)
     assert node.started == ["a-1-1", "b-1-2"]
 
 
-def test_those_who_wait_are_told_behind_whose_start_and_for_how_long() -> None:
+def test_those_who_wait_are_told_after_whose_start_and_for_how_long() -> None:
     node = one_gpu()
     node.start_s = 10.0
     world = World(node)
@@ -126,14 +126,14 @@ def test_those_who_wait_are_told_behind_whose_start_and_for_how_long() -> None:
         world.want(name)
     world.run(2)
     assert world.route("a").waiting_for == "starting on n1 (g0)"
-    assert world.route("b").waiting_for == "behind the start of a on n1 (g0)"
-    assert world.route("c").waiting_for == "behind the start of a on n1 (g0)"
+    assert world.route("b").waiting_for == "queued after the start of a on n1 (g0)"
+    assert world.route("c").waiting_for == "queued after the start of a on n1 (g0)"
     assert world.route("b").eta_s > world.route("a").eta_s + 5
     world.run(10)
     told = {name: world.route(name).waiting_for for name in ("b", "c")}
     assert sorted(told.values()) in (
-        ["behind the start of b on n1 (g0)", "starting on n1 (g0)"],
-        ["behind the start of c on n1 (g0)", "starting on n1 (g0)"],
+        ["queued after the start of b on n1 (g0)", "starting on n1 (g0)"],
+        ["queued after the start of c on n1 (g0)", "starting on n1 (g0)"],
     )
 
 

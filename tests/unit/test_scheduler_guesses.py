@@ -38,7 +38,7 @@ def test_a_quick_pull_does_not_make_other_starts_free() -> None:
 
 
 def test_a_model_that_fills_a_device_still_fits_once_it_was_measured() -> None:
-    """Seen in bench/policy.py: 78 GiB served on 80, then "needs 82.2 GiB", refused for ever."""
+    """Seen in bench/policy.py: 78 GiB served on 80, then "needs 82.2 GiB", refused forever."""
     full = 78 * GIB
     assert model(64 * 10**9, full, measured=full).booked_bytes() == full
     assert model(64 * 10**9, full, measured=full - GIB).booked_bytes() == full

@@ -46,7 +46,7 @@ def test_a_record_names_what_moved_down_and_how_long_that_took() -> None:
     assert (third.rung, third.moved_down) == ("asleep-1", ("b-1-2 (b) to asleep-1",))
 
 
-def test_the_wait_behind_another_start_is_no_eviction() -> None:
+def test_the_wait_after_another_start_is_no_eviction() -> None:
     """Two models start on one device that has room for both, one after the other."""
     world = World(node(phases={"weights": 1.0}))
     world.put(spec("a", 8), spec("b", 8))

@@ -143,7 +143,7 @@ EXTRA = st.sampled_from([b"H", b"HTTP/1.1 200 OK\r\nX: ", b"HTTP/1.1 200 OK\r\n\
 
 
 @given(extra=EXTRA | st.binary(min_size=1).filter(lambda b: b[0] not in b"\r\n"), cuts=CUTS)
-def test_a_connection_with_more_behind_its_answer_is_not_reused(
+def test_a_connection_with_more_after_its_answer_is_not_reused(
     extra: bytes, cuts: list[int]
 ) -> None:
     raw = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"

@@ -227,7 +227,7 @@ def _refused_value(key: str, value: object, option: Option) -> list[SpecProblem]
 
 
 def _verdict(value: object, option: Option) -> tuple[str | None, str | None]:
-    """(what is wrong with a value, how to mend it), or (None, None)."""
+    """(what is wrong with a value, how to fix it), or (None, None)."""
     if option.negatable:
         return (
             (None, None) if isinstance(value, bool) else ("is a yes/no flag", "write true or false")

@@ -140,7 +140,7 @@ class VllmEngine:
                 field="engine",
                 value="vllm",
                 message=f"vLLM {version} is installed on this node but cannot be imported: {error}",
-                fix=f"mend the environment of {python}",
+                fix=f"repair the environment of {python}",
             )
             return [*refused, problem], None
         names = {problem.field for problem in refused}

@@ -1,4 +1,4 @@
-"""vLLM for the fork server: what is imported once, and what must be mended in a forked engine.
+"""vLLM for the fork server: what is imported once, and what must be patched in a forked engine.
 
 Rules this file keeps:
 - every change to vLLM that forking needs is here, and only for versions it was tested with;
@@ -219,7 +219,7 @@ def _run_process(environ: bytes, fds: list[int]) -> int:
     return int(vars(spawn)["_main"](child_r, parent_sentinel))
 
 
-# ------------------------------------------------------------------------------ vLLM, mended
+# ----------------------------------------------------------------------------- vLLM, patched
 
 T = TypeVar("T")
 
@@ -230,11 +230,11 @@ def after_fork(argv: Sequence[str]) -> None:
     if "--numa-bind" in argv:
         return  # vLLM puts numactl in front of what it spawns
     _mend()
-    _open_nursery()  # last, for it hands on what this process is now
+    _open_nursery()  # last, since it passes on what this process is now
 
 
 def _mend() -> None:
-    # The API server's `spawn`, which on CPU vLLM insists on, would import everything anew, 10 s
+    # The API server's `spawn`, which on CPU vLLM insists on, would import everything again, 10 s
     # for EngineCore and 10 s for the workers. The original is still called, for what else it does.
     original = importlib.import_module("vllm.utils.system_utils").get_mp_context
 
@@ -259,7 +259,7 @@ def _mend_compiled_loading() -> None:
     `compilation/decorators.py` calls `finalize_loading` on every function that it loads, but only
     those of vLLM's own backend have it. On CPU the backend is Inductor's, whose functions are whole
     when loaded: the AttributeError made each start compile again. In a plain start the artifact is
-    switched off (`runtime.engine.vllm.engine`), as nothing can be mended there.
+    switched off (`runtime.engine.vllm.engine`), as nothing can be patched there.
     """
     if os.environ.get("VLLM_USE_AOT_COMPILE") != "0":
         return  # not on CPU

@@ -82,7 +82,7 @@ class Breaker:
         return True
 
     def keep_only(self, replica_ids: set[str]) -> None:
-        """Forget the others: a replica that was away is trusted anew."""
+        """Forget the others: a replica that was away is trusted again."""
         self._replicas = {r: v for r, v in self._replicas.items() if r in replica_ids}
 
     def tick(self, now: float) -> None:

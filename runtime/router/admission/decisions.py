@@ -195,10 +195,10 @@ class Admission:
         first = request.replica_id
         breaker = self._breaker
 
-        def shunned(replica_id: str, now: float) -> bool:
+        def excluded(replica_id: str, now: float) -> bool:
             return replica_id == first or breaker.avoided(replica_id, now)
 
-        endpoint = self._least_loaded(route, state, now, _most(route, request.profile), shunned)
+        endpoint = self._least_loaded(route, state, now, _most(route, request.profile), excluded)
         if endpoint is None or not self._budget.take(now):
             return None
         self._seq += 1
@@ -207,7 +207,7 @@ class Admission:
         return self._forward(second, state, endpoint, now)
 
     def answered(self, request_id: str, now: float, status: int) -> list[Forward | Refused]:
-        """The first byte of its answer came, with this HTTP status; who may go on thereby.
+        """Note the first byte of its answer, with this HTTP status; return who may go on now.
 
         Optional: without it no replica is known to fail with 5xx, and `ttft_p95_s` is None.
         """
@@ -345,7 +345,7 @@ class Admission:
         """The trusted replica that has read the prompt's beginning before, as affinity.py says, or
         else the one with the fewest tokens in flight, then requests; ties go round."""
         if profile.affinity and len(route.endpoints) > 1:
-            endpoint = self._akin(route, now, profile)
+            endpoint = self._by_affinity(route, now, profile)
             if endpoint is not None:
                 return endpoint
         most = _most(route, profile)
@@ -355,7 +355,9 @@ class Admission:
         endpoint = self._least_loaded(route, state, now, most, breaker.avoided)
         return endpoint or self._least_loaded(route, state, now, most, breaker.rests)
 
-    def _akin(self, route: ModelRoute, now: float, profile: RequestProfile) -> Endpoint | None:
+    def _by_affinity(
+        self, route: ModelRoute, now: float, profile: RequestProfile
+    ) -> Endpoint | None:
         """Where the prompt's beginning was read or has its home; None: the load decides."""
         avoided = self._breaker.avoided if self._breaker else None
         loads: dict[str, int] = {}
@@ -374,14 +376,14 @@ class Admission:
         state: _Model,
         now: float,
         most: int,
-        shunned: Callable[[str, float], bool] | None,
+        excluded: Callable[[str, float], bool] | None,
     ) -> Endpoint | None:
         endpoints, loads = route.endpoints, self._loads
         best, least, count = -1, _NO_LOAD, len(endpoints)
         for step in range(count):
             index = (state.turn + step) % count
             replica_id = endpoints[index].replica_id
-            if shunned is not None and shunned(replica_id, now):
+            if excluded is not None and excluded(replica_id, now):
                 continue
             load = loads.get(replica_id, _NO_LOAD)
             if load.requests >= load.limit or load.requests >= most:

@@ -70,7 +70,7 @@ def last_event(shape: Shape, failure: Failure, request_id: str, sent: bytes) -> 
     """What ends a stream of events whose headers have gone out.
 
     `sent`: the end of what was told of an answer; b"": nothing, or comments only. b"" comes back
-    where that ends within an event: what is written behind it could not be read.
+    where that ends within an event: what is written after it could not be read.
     """
     if sent and not sent.endswith(_BOUNDARIES):
         return b""
@@ -138,6 +138,6 @@ def _text(code: str | int | None) -> str | None:
 
 
 def _next_number(sent: bytes) -> int:
-    """The number of a Responses event behind those that were sent."""
+    """The number of the Responses event after those that were sent."""
     numbers = _SEQUENCE.findall(sent)
     return int(numbers[-1]) + 1 if numbers else 0

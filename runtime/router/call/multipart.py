@@ -3,7 +3,7 @@
 Rules this file keeps:
 - whatever two readers might read differently is refused, in words that say what is odd: the model
   that was checked is the model that the engine serves;
-- the field `model` is written anew; every other byte stays as it came;
+- the field `model` is rewritten; every other byte stays as it came;
 - the work is linear: a form has at most PARTS parts, a part at most HEAD_BYTES of headers.
 """
 

@@ -104,7 +104,7 @@ class Strip:
         return sent[: len(sent) - len(self._held)]
 
     def _events(self, data: bytes) -> bytes:
-        """`data` goes on where an event began, or behind what is held of one."""
+        """Take `data`, which begins at an event's start, or after what is held of one."""
         if self._held:
             data = self._held + data
         cut = data.rfind(END) + len(END)

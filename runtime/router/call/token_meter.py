@@ -4,7 +4,7 @@ Rules this file keeps:
 - the answer is looked at, never changed (but by a `Strip`) or copied whole: only its end is kept;
 - the same bytes give the same result however they were cut into pieces;
 - a piece costs next to nothing: events are counted many at a time, when pieces are forgotten or at
-  the end; JSON is decoded once, after the end, and no more of it than what stands behind the last
+  the end; JSON is decoded once, after the end, and no more of it than what follows the last
   `usage`;
 - what the engine did not say is estimated and said to be so, or None: never a guess as a fact.
 """
@@ -20,11 +20,11 @@ from runtime import outside
 from runtime.outside import OutsideError
 from runtime.router.call.stream_usage import END, USAGE, Strip
 
-# Behind `usage` there are few bytes, but for logprobs of the prompt or its text where asked for.
+# After `usage` there are few bytes, but for logprobs of the prompt or its text where asked for.
 JSON_BYTES = 256 * 1024
 STREAM_BYTES = 16 * 1024
 _TRIES = 8  # of "usage" in what is kept, from the last one on
-_BEHIND = 1  # events behind an answer's final usage: Anthropic's message_stop
+_EVENTS_AFTER = 1  # events after an answer's final usage: Anthropic's message_stop
 
 # The beginning of an event that holds an object. A line break is escaped within JSON, so that no
 # text of a model looks like one.
@@ -135,7 +135,7 @@ class Meter:
             return NOTHING if prompt is None else Usage(prompt, completion, True, 0)
         events = self._events + (self._carry + body).count(_MARK)
         prompt, completion, at = _last(end, stream=True)
-        if prompt is not None and end.count(_MARK, at) <= _BEHIND:
+        if prompt is not None and end.count(_MARK, at) <= _EVENTS_AFTER:
             return Usage(prompt, completion, True, events)
         completion = max(0, events - _PREAMBLE.get(path.partition("?")[0], 0))
         return Usage(prompt, completion, False, events)

@@ -36,7 +36,7 @@ class Forwarded:
         found = peer
         for hop in reversed(b",".join(lines).decode("latin-1").split(",")):
             address = _address(hop.strip())
-            if address is None or "%" in hop:  # what is behind it is any text
+            if address is None or "%" in hop:  # what follows it is any text
                 break
             found = str(address)
             if not self._is_trusted(found):

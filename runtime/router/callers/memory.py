@@ -1,7 +1,7 @@
 """The memory that one worker holds for its callers: one budget for all of it. Pure.
 
 It counts the bytes of bodies that are being read or wait for their answer, of copies of them that
-ask an engine for usage, of what came in behind them, and of the bodies and answers of jobs and
+ask an engine for usage, of what was pipelined after them, and of the bodies and answers of jobs and
 batches. Answers that are kept (`response_cache.py`) have their own bound, `router.cache_bytes`.
 
 Rules this file keeps:

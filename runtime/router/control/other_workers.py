@@ -2,7 +2,7 @@
 of them, and what only one of them may know.
 
 Rule this file keeps: a figure is the sum over the workers that answer; one that is just being
-started again is left out, and its counters begin anew, as after any restart.
+started again is left out, and its counters begin again, as after any restart.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """The router's tie to the scheduler: tables of routes and of keys in, demand and use out.
 
 Rules this file keeps:
-- the last tables are kept for ever; no failure of scheduler or registry ever takes them away;
+- the last tables are kept without limit; no failure of scheduler or registry ever takes them away;
 - within one unbroken tie to one leader only a higher version is taken. A tie is (re)made, after a
   failure or for a new leader, by asking with `since=0`, and that answer is taken whatever its
-  version: the leader of the highest term knows best, even if its cluster was set up anew;
+  version: the leader of the highest term knows best, even if its cluster was set up again;
 - a leader of a lower term than one seen before is not asked;
 - demand is reported each second, and at once when a model goes from no waiting request to one or
   a new table is in force (its ack).
@@ -266,7 +266,7 @@ class Link:
         return leader
 
     def _failed(self, state: RetryCallState) -> None:
-        """After every failure: read the leader anew; say so once."""
+        """After every failure: read the leader again; say so once."""
         self._leader = None
         error = state.outcome.exception() if state.outcome else None
         if not self._lost:

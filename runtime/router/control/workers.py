@@ -150,7 +150,7 @@ async def _child(
 
 
 async def pass_on(source: asyncio.StreamReader, sink: BinaryIO) -> None:
-    """What a router says behind its ready line, which is its access log, in whole lines."""
+    """What a router prints after its ready line, which is its access log, in whole lines."""
     rest = b""
     while data := await source.read(65536):
         lines, newline, rest = (rest + data).rpartition(b"\n")

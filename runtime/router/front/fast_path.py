@@ -9,7 +9,7 @@ there. ADR 0006 says why.
 Rules this file keeps:
 - it answers nothing that aiohttp would answer otherwise: whoever sends something odd, malformed or
   unknown is handed over before a byte of an answer is written, and the error is made there;
-- one request at a time: bytes behind it wait, at most BEHIND_BYTES of them, then the socket is not
+- one request at a time: pipelined bytes wait, at most PIPELINED_BYTES, then the socket is not
   read; two requests in one read are handed over;
 - what the caller does not read is not read from the engine either;
 - no timer per request: the front's sweep says what is late.
@@ -43,7 +43,7 @@ log = logging.getLogger("stoker.router")
 PLAIN_BODY_BYTES = 1024 * 1024
 PLAIN_HEAD_BYTES = 8 * 1024  # aiohttp's limit for one line
 PLAIN_HEADERS = 100  # aiohttp's own limit is 128
-BEHIND_BYTES = 64 * 1024
+PIPELINED_BYTES = 64 * 1024
 KEEP_ALIVE_S = 75.0  # as nginx; longer than the pauses between a client's calls
 
 _BODYLESS = (204, 304)
@@ -82,11 +82,10 @@ class PlainConnection(asyncio.Protocol):
     """One caller's socket, and the `Client` of the request that is being answered."""
 
     __slots__ = (
-        "_address", "_behind", "_body", "_chunked", "_fields", "_foreign", "_front", "_head",
-        "_host", "_id", "_more", "_parser", "_path", "_plain", "_raw", "_raw_bytes", "_reply",
-        "_since", "_stopped", "_stopped_at", "_stuffed", "_taken", "_task", "_token", "_transport",
-        "_url", "_whole", "_writable", "begun",
-        "served",
+        "_address", "_body", "_chunked", "_fields", "_foreign", "_front", "_full", "_head", "_host",
+        "_id", "_more", "_parser", "_path", "_pipelined", "_plain", "_raw", "_raw_bytes", "_reply",
+        "_since", "_stopped", "_stopped_at", "_taken", "_task", "_token", "_transport", "_url",
+        "_whole", "_writable", "begun", "served",
     )  # fmt: skip
 
     def __init__(self, front: Front) -> None:
@@ -96,8 +95,8 @@ class PlainConnection(asyncio.Protocol):
         self._parser: httptools.HttpRequestParser | None = None
         self._task: asyncio.Task[None] | None = None
         self._reply: Reply | None = None
-        self._behind = b""
-        self._stuffed = self._stopped = False
+        self._pipelined = b""
+        self._full = self._stopped = False
         self._stopped_at = 0.0
         self.served = False  # a request, whatever became of it
         self._writable: asyncio.Future[None] | None = None
@@ -135,9 +134,9 @@ class PlainConnection(asyncio.Protocol):
         self._taken += size
         memory.used += size
         if self._task is not None:
-            self._behind += data
-            if len(self._behind) > BEHIND_BYTES and not self._stuffed:
-                self._stuffed = True
+            self._pipelined += data
+            if len(self._pipelined) > PIPELINED_BYTES and not self._full:
+                self._full = True
                 self._transport.pause_reading()  # type: ignore[union-attr]
             return
         if not self._raw:
@@ -306,12 +305,12 @@ class PlainConnection(asyncio.Protocol):
             return
         self._fresh()
         self._since = self._front.loop.time()
-        behind, self._behind = self._behind, b""
-        if self._stuffed:
-            self._stuffed = False
+        pipelined, self._pipelined = self._pipelined, b""
+        if self._full:
+            self._full = False
             transport.resume_reading()
-        if behind:
-            self.data_received(behind)
+        if pipelined:
+            self.data_received(pipelined)
 
     def _give_back(self) -> None:
         """What came in is held no more, or is counted by who takes it over."""
@@ -324,12 +323,12 @@ class PlainConnection(asyncio.Protocol):
         transport, raw = self._transport, b"".join(self._raw)
         assert transport is not None
         self._parser = None  # it holds us: break the cycle
-        heir = self._front.hand_over(self)
-        transport.set_protocol(heir)
-        heir.connection_made(transport)
+        successor = self._front.hand_over(self)
+        transport.set_protocol(successor)
+        successor.connection_made(transport)
         if self._stopped:
-            heir.pause_writing()
-        heir.data_received(raw)
+            successor.pause_writing()
+        successor.data_received(raw)
 
     # -- the Client of a Call
 

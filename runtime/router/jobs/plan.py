@@ -61,7 +61,7 @@ class Plan:
         self.paused: frozenset[str] = frozenset()  # tenants of whom nothing is sent now
 
     def add(self, item: Item) -> None:
-        """A piece behind those of its lane; it must not be known already."""
+        """Add a piece after those of its lane; it must not be known already."""
         lanes = self._lanes.setdefault(item.tenant, {})
         lanes.setdefault((item.owner, item.model), deque()).append(item)
 

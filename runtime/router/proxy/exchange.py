@@ -288,7 +288,7 @@ class Exchange:
         """Hand the answer to the client. Raises UpstreamError while it has been told nothing."""
         call, client, outcome = self.call, self.client, self.outcome
         outcome.replica_id = forward.endpoint.replica_id
-        if reply.status == 401:  # our key, not the caller's: the table is behind the replica
+        if reply.status == 401:  # our key, not the caller's: the table is older than the replica
             raise UpstreamError("the replica refused this router's key", delivered=True)
         if reply.status == 503 and is_closed(reply.headers):
             raise UpstreamError(CLOSED, delivered=False)  # held until it wakes, or elsewhere

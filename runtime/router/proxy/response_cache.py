@@ -5,7 +5,8 @@ completions with temperature 0 or a seed; whole answers of status 200, streams i
 
 Rules this file keeps:
 - a tenant gets answers to its own requests only, unless the spec shares them;
-- a key holds what the engine runs with (`revision`), so that a changed model answers anew;
+- a key holds what the engine runs with (`revision`), so that a changed model's earlier answers
+  are never given;
 - `Cache-Control` counts as in RFC 9111: no-store neither looks nor keeps, no-cache does not look,
   max-age does not take what is older;
 - no more than `max_bytes` are kept, what was not asked for longest goes first.
@@ -46,7 +47,7 @@ class Wanted(NamedTuple):
     """How one request may be answered from here."""
 
     key: Key
-    max_age_s: float  # 0: it must be answered anew
+    max_age_s: float  # 0: an engine must answer it
 
 
 class Kept(NamedTuple):

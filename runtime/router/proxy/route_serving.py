@@ -1,7 +1,7 @@
 """Serves a request that asked for a route: by a target, by those that stand in, and in a mirror.
 
 Rules this file keeps:
-- the body is encoded anew with the model's name, and nothing else of it is changed;
+- the body is re-encoded with the model's name, and nothing else of it is changed;
 - what the caller gets if no model of the chain can be had is the first one's error;
 - a request is mirrored once it is over, if it was let in: the mirror never slows or fails it. The
   mirror's answer is read and thrown away, it takes only what nobody else wants, and one too many

@@ -5,7 +5,7 @@ The one place where own code beats the library: aiohttp's client costs three tim
 Rules this file keeps:
 - body bytes are handed on in the pieces they came in, never re-framed, at most BUFFER_BYTES ahead
   of their reader: then the socket is no longer read, so a slow client slows the engine, not us;
-- a connection goes back to the pool only after a whole answer with nothing behind it;
+- a connection goes back to the pool only after a whole answer with nothing after it;
 - an answer that ends before its framing says so is an error, never an end;
 - a pooled connection that the engine closed under us is replaced silently: it says nothing of
   the engine's health. A failure on a fresh one is the caller's to judge;
@@ -354,7 +354,7 @@ class _Connection(asyncio.Protocol):
 
     def on_message_begin(self) -> None:
         if self._reply is None:
-            self.abort()  # a second answer behind the one that was asked for
+            self.abort()  # a second answer after the one that was asked for
 
     def on_header(self, name: bytes, value: bytes) -> None:
         self._headers.append((name, value))

@@ -49,7 +49,7 @@ def test_diagrams_can_be_drawn(page: str) -> None:
         "sequenceDiagram\nparticipant A\nA->>B: a message to nobody",
         "sequenceDiagram\nparticipant A\nA=>A: an arrow of its own kind",
         "sequenceDiagram\nparticipant A\nA->>A: one; two",
-        "sequenceDiagram\nparticipant A\nloop for ever\nA->>A: hello",
+        "sequenceDiagram\nparticipant A\nloop forever\nA->>A: hello",
         "sequenceDiagram\nparticipant A\nA->>A: hello\nend",
         "stateDiagram-v2\na -> b",
         "stateDiagram-v2\na --> b : c : d",

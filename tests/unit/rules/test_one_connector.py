@@ -1,6 +1,6 @@
 """Connections to other hosts notice that a host is gone: runtime/sockets.py makes every connector.
 
-aiohttp's own sessions wait for a silent host as long as their time limit says, or for ever.
+aiohttp's own sessions wait for a silent host as long as their time limit says, or forever.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """A URL with a variable in its path is made by `runtime.places.url`, and nowhere else.
 
 What is looked for: an f-string that begins like an address or a path and has a value in it, a value
-with a name like an address's that a path follows, and `+` behind such a name.
+with a name like an address's that a path follows, and `+` after such a name.
 """
 
 from __future__ import annotations

@@ -122,7 +122,7 @@ def refuse(db: sqlite3.Connection, batch: int, errors: list[dict[str, Any]], now
 
 
 def pending(db: sqlite3.Connection, batch: int, after: int, limit: int) -> list[LineRow]:
-    """The next lines behind line `after` that have no result."""
+    """The next lines after line `after` that have no result."""
     query = (
         "SELECT line, custom_id, model, start, size_bytes FROM lines"
         " WHERE batch = ? AND outcome = 0 AND line > ? ORDER BY line LIMIT ?"

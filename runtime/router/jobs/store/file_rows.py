@@ -84,7 +84,7 @@ def page(
     db: sqlite3.Connection, owner: Owner, purpose: str | None, after: int | None, limit: int,
     descending: bool,
 ) -> list[FileRow]:  # fmt: skip
-    """At most `limit` files behind the one whose seq is `after`."""
+    """At most `limit` files after the one whose seq is `after`."""
     side, order = ("<", "DESC") if descending else (">", "ASC")
     query = (
         f"SELECT {_COLUMNS} FROM files WHERE tenant = :tenant AND whole"
@@ -100,7 +100,7 @@ def page(
 
 
 def content(db: sqlite3.Connection, file: FileRow, position: int) -> tuple[bytes, int | None]:
-    """A piece of the content, and the position of the next; 0 is the first, None is behind the end.
+    """A piece of the content, and the position of the next; 0 is the first, None is after the end.
 
     It ends early where the file was deleted meanwhile.
     """
