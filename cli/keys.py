@@ -38,7 +38,7 @@ class Duration(click.ParamType[float]):
             return value
         found = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd])", value)
         if not found:
-            self.fail(f"{value!r} is no duration; write e.g. 90s, 15m, 24h or 30d", param, ctx)
+            self.fail(f"{value!r} is not a duration; write e.g. 90s, 15m, 24h or 30d", param, ctx)
         return float(found[1]) * _UNITS_S[found[2]]
 
 
@@ -305,7 +305,7 @@ def tenant_webhook_key(cluster: ClusterAccess, name: str, as_json: bool) -> None
     try:
         msgspec.convert(name, TenantName)
     except msgspec.ValidationError as error:
-        raise click.BadParameter(f"{name!r} is no tenant's name: {error}") from None
+        raise click.BadParameter(f"{name!r} is not a tenant's name: {error}") from None
     secret = cluster.load_config().router.webhook_secret
     if not secret:
         raise click.ClickException(

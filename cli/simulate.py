@@ -236,7 +236,7 @@ def _fault(text: str, nodes: list[NodePlan]) -> Fault:
         return Fault(float(rest), text, acts[kind](node))
     except (KeyError, ValueError):
         raise ValueError(
-            f"--fault {text!r} is no fault; write e.g. lose:n0@600, return:n0@660, fail-over@900"
+            f"--fault {text!r} is not a fault; write e.g. lose:n0@600, return:n0@660, fail-over@900"
         ) from None
 
 

@@ -87,7 +87,7 @@ def key(prefix: str, *segments: str) -> str:
     """`prefix/segment/…`: a key of the registry, one level a segment. Raises Outside."""
     for segment in segments:
         if "/" in _segment(segment):
-            raise Outside(f"{segment!r} is no part of a key: it holds a '/'")
+            raise Outside(f"{segment!r} is not a part of a key: it holds a '/'")
     return "/".join((prefix, *segments))
 
 
@@ -100,7 +100,7 @@ def checked(pattern: re.Pattern[str], word: str, what: str) -> str:
 
 def _segment(word: str) -> str:
     if word in _STEPS or _CONTROL.search(word):
-        raise Outside(f"{word[:200]!r} is no part of an address")
+        raise Outside(f"{word[:200]!r} is not a part of an address")
     return word
 
 

@@ -203,7 +203,7 @@ class RuleBook:
         name, targets = stored.rule.name, {t.model: t for t in stored.rule.targets}
         if to not in targets:
             fix = f"add it with weight 0, or choose one of: {', '.join(targets)}"
-            raise bad("to", to, f"is no target of route {name!r}", fix)
+            raise bad("to", to, f"is not a target of route {name!r}", fix)
         if stored.rule.canary is not None:
             raise Conflict(f"route {name!r} has a canary: promote it or roll it back first")
         if stored.switch is not None:

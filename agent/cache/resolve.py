@@ -120,7 +120,7 @@ def _elsewhere(source: str, config: CacheConfig, model_dir: Path) -> CacheError:
     folders = " or ".join(filter(None, (str(model_dir), config.shared_dir)))
     return CacheError(
         "bad_source",
-        f"source {source!r} is no model in {folders}, and other folders are looked at only for a"
+        f"source {source!r} is not a model in {folders}, and other folders are looked at only for a"
         " model that is declared",
     )
 

@@ -137,7 +137,7 @@ class FolderSource:
         finally:
             os.close(file)
         if not stat.S_ISREG(found.st_mode):
-            raise SourceError("bad_source", f"{self.name}: {name} is no plain file; remove it")
+            raise SourceError("bad_source", f"{self.name}: {name} is not a plain file; remove it")
         check = f"sha256:{sums[name]}" if name in sums else ""
         return RemoteFile(
             path=name, size_bytes=found.st_size, check=check, tag=str(found.st_mtime_ns)
@@ -152,7 +152,7 @@ class FolderSource:
         except OSError as error:
             raise self._failed(error) from None
         except UnicodeDecodeError:
-            raise SourceError("bad_source", f"{self.name}: {SUMS_FILE} is no text") from None
+            raise SourceError("bad_source", f"{self.name}: {SUMS_FILE} is not text") from None
         pairs = (line.split(maxsplit=1) for line in lines if line.strip())
         return {name.lstrip("*").removeprefix("./"): sha.lower() for sha, name in pairs}
 

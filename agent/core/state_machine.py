@@ -154,7 +154,9 @@ class AgentCore(Transitions):
         elif replica_id in self._ended:
             self._out.append(Refused(f"{replica_id} was stopped before; start a new replica id"))
         elif not REPLICA_ID.fullmatch(replica_id):
-            self._out.append(Refused(f"{replica_id!r} is no replica id: use {REPLICA_ID.pattern}"))
+            self._out.append(
+                Refused(f"{replica_id!r} is not a replica id: use {REPLICA_ID.pattern}")
+            )
         elif not known:
             self.replicas[replica_id] = Replica(command, "starting", now)
             self._changed(replica_id)

@@ -39,7 +39,7 @@ class _Action(Struct):
 
 
 def read_notice(text: str, grace_s: float, now: datetime) -> float | None:
-    """Seconds that are left by what a source says; None where that is no notice.
+    """Seconds that are left by what a source says; None where that is not a notice.
 
     "TRUE" or nothing: `grace_s`. "90": 90. AWS's JSON: until its time, 0 if that is past.
     "FALSE": no notice.
@@ -72,7 +72,7 @@ class Preemption:
         url = config.preemption_url
         if url and not url.startswith(("http://", "https://")):
             raise ValueError(
-                f"agent.preemption_url = {url!r} is no http:// or https:// address; write the"
+                f"agent.preemption_url = {url!r} is not an http:// or https:// address; write the"
                 " address of the cloud's metadata service, or leave it out"
             )
 

@@ -24,7 +24,7 @@ class EngineLoad(Struct, frozen=True, kw_only=True):
 
 
 def read_load(text: str) -> EngineLoad:
-    """From the exposition text of an engine. Raises ValueError where it is none."""
+    """From the exposition text of an engine. Raises ValueError where it is invalid."""
     lines = [line for line in text.splitlines() if line.startswith((_KV_USAGE, _WAITING))]
     values: dict[str, list[float]] = {}
     for family in text_string_to_metric_families("\n".join(lines) + "\n"):

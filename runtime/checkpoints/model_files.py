@@ -75,7 +75,7 @@ def parse_ref(source: str) -> ModelRef | None:
     if source.startswith("hf:"):
         name, at, revision = source.removeprefix("hf:").partition("@")
         if not _HUB_NAME.fullmatch(name):
-            raise ValueError(f"{source!r} is no hub model; write hf:org/name or hf:org/name@rev")
+            raise ValueError(f"{source!r} is not a hub model; write hf:org/name or hf:org/name@rev")
         if at and not _REVISION.fullmatch(revision):
             raise ValueError(
                 f"{source!r} names no revision; write a branch, a tag or a commit after the @"
@@ -87,7 +87,7 @@ def parse_ref(source: str) -> ModelRef | None:
             raise ValueError(f"{source!r} names no model; write s3://bucket/path/of/the/model")
         return ModelRef(source=f"s3://{bucket}/{prefix}")
     if not _is_plain("/".join(local_parts(source))):
-        raise ValueError(f"{source!r} is no plain path; write it without '..'")
+        raise ValueError(f"{source!r} is not a plain path; write it without '..'")
     return None
 
 

@@ -36,7 +36,7 @@ _CHAT_TEMPLATE = (
 def write_model(root: Path, name: str) -> Path:
     """Write model `name` to `root/name` and return that folder; a complete one is left alone.
 
-    Raises ValueError for a name that is no model name. A reader never sees half a model.
+    Raises ValueError for a name that is not a model's. A reader never sees half a model.
     """
     if not re.fullmatch(NAME_PATTERN, name):
         raise ValueError(f"{name!r} is not a model name: use letters, digits, '.', '_' and '-'")

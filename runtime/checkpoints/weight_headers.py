@@ -1,6 +1,6 @@
 """The files of a checkpoint: which hold its weights, and what their headers say.
 
-Rules this file keeps: only headers are read; what is no safetensors file is named, with the reason.
+Rules this file keeps: only headers are read; another file is named, with the reason.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def shards(folder: Path) -> list[Path]:
 
 
 def read_header(file: Path) -> list[Tensor]:
-    """The tensors of a safetensors file. Raises ValueError for a file that is none, or cut off."""
+    """The tensors of a safetensors file. Raises ValueError for an invalid file, or one cut off."""
     try:
         size = file.stat().st_size
         with file.open("rb") as stream:

@@ -164,7 +164,7 @@ def digest(token: str) -> str:
 
 
 def token_id(token: str, prefix: str) -> str | None:
-    """The public id within a token of that kind; None where it is no such token."""
+    """The public id within a token of that kind; None where it is not such a token."""
     if not token.startswith(prefix):
         return None
     found = token[len(prefix) : len(prefix) + ID_CHARS]

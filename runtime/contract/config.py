@@ -233,7 +233,7 @@ class AgentConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
             problem = SpecProblem(
                 field="agent.engine_ports",
                 value=self.engine_ports,
-                message="is no range of ports",
+                message="is not a range of ports",
                 fix=f"write the first and the last, from {MIN_ENGINE_PORT} to {MAX_PORT}, e.g."
                 " '20000-20999'",
             )
@@ -300,7 +300,7 @@ def load(
         raise SchemaError(problems, "config")
     if problems := list(_no_networks(config.router.trusted_proxies)):
         raise SchemaError(problems, "config")
-    config.agent.engine_port_range()  # raises where it is none
+    config.agent.engine_port_range()  # raises where it is invalid
     return config
 
 
@@ -314,7 +314,7 @@ def _no_networks(trusted: tuple[str, ...]) -> Iterator[SpecProblem]:
 
 
 def _weak(field: str, config: Config) -> Iterator[SpecProblem]:
-    """Why a secret is none; the secret itself is not told."""
+    """Why a secret is invalid; the secret itself is not told."""
     secret: str = getattr(config, field)
     if not secret:
         return
@@ -364,14 +364,15 @@ def _variables() -> set[str]:
 
 
 def _unknown_variables(environ: Mapping[str, str]) -> Iterator[SpecProblem]:
-    """What begins as a section's setting and is none: left alone, it would vanish."""
+    """Problems of variables that begin as a section's setting and are unknown: left alone, they
+    would vanish."""
     known = _variables()
     sections = tuple(f"STOKER_{section.upper()}_" for section in _SECTIONS)
     for name in sorted(environ):
         if name.startswith(sections) and name not in known | _OWN_VARIABLES:
             close = close_names(name, known)
             fix = f"did you mean {close[0]}?" if close else "unset it"
-            yield SpecProblem(field=name, message="is no setting", fix=fix)
+            yield SpecProblem(field=name, message="is not a setting", fix=fix)
 
 
 def _from_text(text: str, kind: Any) -> Any:

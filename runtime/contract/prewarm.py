@@ -55,7 +55,7 @@ def schedule_problems(prewarm: Prewarm) -> Iterable[SpecProblem]:
             ZoneInfo(window.timezone)
         except (ValueError, KeyError, OSError):
             yield SpecProblem(
-                field=f"{where}.timezone", value=window.timezone, message="is no time zone",
+                field=f"{where}.timezone", value=window.timezone, message="is not a time zone",
                 fix="use an IANA name such as Europe/Berlin or UTC",
             )  # fmt: skip
             continue
@@ -63,6 +63,6 @@ def schedule_problems(prewarm: Prewarm) -> Iterable[SpecProblem]:
             CronSim(window.cron, datetime.fromtimestamp(0, ZoneInfo(window.timezone)))
         except CronSimError as error:
             yield SpecProblem(
-                field=f"{where}.cron", value=window.cron, message=f"is no schedule: {error}",
+                field=f"{where}.cron", value=window.cron, message=f"is not a schedule: {error}",
                 fix="write minute hour day month weekday, e.g. '0 8 * * 1-5'",
             )  # fmt: skip

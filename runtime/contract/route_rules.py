@@ -147,7 +147,7 @@ def _twice(field: str, values: Iterable[str | None]) -> Iterator[SpecProblem]:
 def _canary_problems(canary: Canary, targets: Mapping[str, RouteTarget]) -> Iterator[SpecProblem]:
     if canary.model not in targets:
         yield SpecProblem(
-            field="canary.model", value=canary.model, message="is no target of this route",
+            field="canary.model", value=canary.model, message="is not a target of this route",
             fix=f"add it to targets with weight 0, or choose one of: {', '.join(targets)}",
         )  # fmt: skip
     elif sum(t.weight for t in targets.values() if t.model != canary.model) < LEAST:
@@ -169,7 +169,7 @@ def _unknown_models(rule: RouteRule, models: Mapping[str, ModelSpec]) -> Iterato
     for field, name in named:
         if name not in models:
             yield SpecProblem(
-                field=field, value=name, message="is no model's name", fix=_meant(name, models)
+                field=field, value=name, message="is not a model's name", fix=_meant(name, models)
             )
 
 

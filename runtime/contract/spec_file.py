@@ -210,7 +210,7 @@ def _arg_problems(key: str, value: object) -> Iterable[SpecProblem]:
     field, message, fix = f"engine_args.{key}", "", ""
     flat = flat_name(key).partition(".")[0].removeprefix("no_")
     if not _ARG_NAME.fullmatch(key):
-        message, fix = "is no name of an argument", "write e.g. max_model_len"
+        message, fix = "is not an argument's name", "write e.g. max_model_len"
     elif flat in OWNED_ENGINE_ARGS:
         message, fix = "is set by Stoker", OWNED_ENGINE_ARGS[flat]
     elif any(_is_flag(word) for word in _words(value)):

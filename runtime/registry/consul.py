@@ -89,7 +89,7 @@ class _Client(consul.aio.Consul):  # type: ignore[misc]
 class ConsulRegistry:
     """A Registry over the Consul agent at `url`, e.g. http://127.0.0.1:8500.
 
-    Raises RegistryError for a URL that is none. Connects with the first call.
+    Raises RegistryError for an invalid URL. Connects with the first call.
     """
 
     def __init__(self, url: str, token: str | None = None) -> None:

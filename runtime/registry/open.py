@@ -11,7 +11,7 @@ from runtime.registry.protocol import Registry
 def open_registry(config: Config) -> Registry:
     """Consul where `registry.consul_url` is set, else the embedded file.
 
-    Nothing is contacted yet. Raises RegistryError for a URL that is none.
+    Nothing is contacted yet. Raises RegistryError for an invalid URL.
     """
     if config.registry.consul_url:
         return ConsulRegistry(config.registry.consul_url, config.registry.consul_token)

@@ -34,7 +34,7 @@ class RouteTarget(Struct, frozen=True, kw_only=True):
 class Mirror(Struct, frozen=True, kw_only=True):
     """A copy of so many requests goes to a model whose answers nobody sees."""
 
-    model: Annotated[Name, Meta(description="the name of a model that is no target")]
+    model: Annotated[Name, Meta(description="the name of a model that is not a target")]
     share: Annotated[float, Meta(gt=0, le=1, description="of the requests, e.g. 0.1")] = 1.0
 
 

@@ -231,7 +231,7 @@ def _check_tenant(field: str, name: str) -> None:
     """Raises AdminError: callers without a key are that tenant's."""
     if name == NO_TENANT:
         fix = "choose another name: it stands for callers without a key"
-        raise bad(field, name, "is no tenant's name", fix)
+        raise bad(field, name, "is not a tenant's name", fix)
 
 
 def _checked(spec: KeySpec) -> KeySpec:
@@ -241,7 +241,7 @@ def _checked(spec: KeySpec) -> KeySpec:
     for pattern in spec.scope.endpoints:
         if not pattern.startswith(("/", "*")):
             raise bad(
-                "scope.endpoints", pattern, "is no path", "begin with '/', e.g. /v1/embeddings"
+                "scope.endpoints", pattern, "is not a path", "begin with '/', e.g. /v1/embeddings"
             )
     return spec
 

@@ -48,7 +48,7 @@ ROUNDING = 1e-9  # 10 x 1.1 is 11.000000000000002 in floats, and means 11
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """A model as it is now. A figure nobody tells is None; one that is no number counts as None.
+    """A model as it is now. A figure nobody tells is None; one that is not a number counts as None.
 
     `in_flight` leaves out what replicas on their way out are finishing: it needs no other. `coming`
     should leave out plans that still wait for room: what is not counted can be called off at once

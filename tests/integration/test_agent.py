@@ -482,7 +482,9 @@ async def test_a_host_where_vllm_cannot_compile_says_so_before_the_first_start(
 
 
 async def test_a_malformed_range_ends_the_agent_with_the_settings_name(tmp_path, registry):
-    with pytest.raises(ValueError, match=r"agent\.engine_ports: is no range of ports \(got '9'\)"):
+    with pytest.raises(
+        ValueError, match=r"agent\.engine_ports: is not a range of ports \(got '9'\)"
+    ):
         await run_agent(make_config(tmp_path, engine_ports="9"), registry)
 
 

@@ -548,7 +548,7 @@ async def test_a_link_that_is_swapped_between_listing_and_reading(nodes, shared,
 async def test_what_is_no_plain_file_is_refused(nodes, shared) -> None:
     os.mkfifo(write_model(shared / "m", a=b"a") / "pipe")
     node = await nodes.start(shared_dir=str(shared))
-    with pytest.raises(CacheError, match="pipe is no plain file"):
+    with pytest.raises(CacheError, match="pipe is not a plain file"):
         await node.cache.ensure("m")
 
 

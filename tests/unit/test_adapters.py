@@ -242,7 +242,7 @@ def test_a_folder_that_is_no_adapter_is_refused_with_the_reason(tmp_path):
     spec = model(adapters={"a": "/a"})
     (problem,), rank = lora.check(spec, None, {"a": tmp_path})
     assert rank == 0
-    assert "has no adapter_config.json: it is no LoRA adapter" in problem.message
+    assert "has no adapter_config.json: it is not a LoRA adapter" in problem.message
     (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 0}')
     (problem,), _ = lora.check(spec, None, {"a": tmp_path})
     assert "its rank `r` is 0" in problem.message

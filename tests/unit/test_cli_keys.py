@@ -29,7 +29,7 @@ def test_a_tenants_webhook_key_comes_from_the_routers_config(tmp_path: Path) -> 
     [
         ("", "acme", "no router.webhook_secret"),
         ('webhook_secret = "hunter2"', "acme", "router.webhook_secret must be base64"),
-        (f'webhook_secret = "{SECRET}"', "no spaces", "'no spaces' is no tenant's name"),
+        (f'webhook_secret = "{SECRET}"', "no spaces", "'no spaces' is not a tenant's name"),
     ],
 )
 def test_a_webhook_key_that_cannot_be_is_told(

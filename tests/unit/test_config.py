@@ -85,7 +85,7 @@ def test_a_variable_that_is_no_setting_does_not_vanish(name: str) -> None:
     with pytest.raises(SchemaError) as raised:
         load(None, {name: "1"})
     (problem,) = raised.value.problems
-    assert (problem.field, problem.message) == (name, "is no setting")
+    assert (problem.field, problem.message) == (name, "is not a setting")
     assert problem.value is None, "it may be a secret"
 
 

@@ -130,5 +130,5 @@ def test_a_malformed_range_is_refused_with_its_key_value_and_the_fix(text):
     with pytest.raises(SchemaError) as refused:
         load(environ={"STOKER_AGENT_ENGINE_PORTS": text})
     said = str(refused.value)
-    assert f"agent.engine_ports: is no range of ports (got {text!r})" in said
+    assert f"agent.engine_ports: is not a range of ports (got {text!r})" in said
     assert "from 1024 to 65535, e.g. '20000-20999'" in said

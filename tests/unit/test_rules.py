@@ -74,7 +74,7 @@ def test_all_problems_are_named_at_once() -> None:
 def test_a_rule_names_models_that_exist_by_their_own_names() -> None:
     assert placed() == []
     (problem,) = placed(fallback=["org/b".replace("/", "-")])
-    assert "fallback[0]: is no model's name (got 'org-b')" in problem
+    assert "fallback[0]: is not a model's name (got 'org-b')" in problem
     assert "did you mean 'b'?" in placed(targets=[A, {"model": "B"}])[0]
     assert "add the model first" in placed(mirror={"model": "zzz"})[0]
 

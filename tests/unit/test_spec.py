@@ -72,7 +72,7 @@ def test_every_problem_is_named_with_value_and_fix() -> None:
         ("[]", "document", "holds no model"),
         ("models: []", "document", "holds no model"),
         ("name: a\nsource: /m\nname: b", "document", "the key 'name' twice"),
-        ("name: a\nsource: hf:a/b/c", "source", "is no hub model"),
+        ("name: a\nsource: hf:a/b/c", "source", "is not a hub model"),
         ("name: a\nsource: hf:org/name@", "source", "names no revision"),
         ("name: a\nsource: s3://bucket", "source", "names no model"),
         ("name: a\nsource: s3:bucket/m", "source", "write s3://bucket/path"),

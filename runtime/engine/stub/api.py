@@ -40,7 +40,7 @@ T = TypeVar("T")
 
 
 class Message(Struct):
-    """One chat message; parts that are no text count for nothing."""
+    """One chat message; parts that are not text count for nothing."""
 
     role: str
     content: str | list[dict[str, Any]] | None = None
@@ -338,8 +338,8 @@ def checked(
     handler: Callable[[web.Request, T], Any],
     shape: Callable[[web.Response], web.Response] = lambda refusal: refusal,
 ) -> Callable[[web.Request], Any]:
-    """`handler` with the body decoded as `kind`; a body that is none, of another Content-Type, or
-    that names what may not be fetched, is a 400. `shape`: the protocol's, of that refusal."""
+    """`handler` with the body decoded as `kind`; an invalid body, one of another Content-Type, or
+    one that names what may not be fetched, is a 400. `shape`: the protocol's, of that refusal."""
     read: Callable[[bytes], T] = outside.reader(kind, "what this path takes")
     any_json: Callable[[bytes], Any] = outside.reader(Any)
 

@@ -160,7 +160,7 @@ def _gpu_memory(spec: ModelSpec, ctx: LaunchContext) -> list[str]:
     utilization = int(budget / ctx.device_total_bytes * 10_000) / 10_000
     if not 0 < utilization <= 1:
         raise ValueError(
-            f"{spec.name}: {ctx.device_bytes} of {ctx.device_total_bytes} bytes is no share of a"
+            f"{spec.name}: {ctx.device_bytes} of {ctx.device_total_bytes} bytes is not a share of a"
             " device that vLLM can be given; correct device_memory_bytes"
         )
     return ["--gpu-memory-utilization", f"{utilization:.4f}"]

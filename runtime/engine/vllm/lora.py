@@ -29,11 +29,11 @@ _PEFT_PREFIX = "base_model.model."
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The adapter's adapter_config.json. Raises ValueError saying why it is no LoRA adapter."""
+    """The adapter's adapter_config.json. Raises ValueError saying why it is not a LoRA adapter."""
     try:
         config = outside.model_json((folder / CONFIG).read_bytes())
     except FileNotFoundError:
-        raise ValueError(f"{folder} has no {CONFIG}: it is no LoRA adapter") from None
+        raise ValueError(f"{folder} has no {CONFIG}: it is not a LoRA adapter") from None
     except (OSError, ValueError) as error:
         raise ValueError(f"{folder / CONFIG} {error}") from None
     kind = config.get("peft_type") if isinstance(config, dict) else None
@@ -112,7 +112,7 @@ def check(
 
 
 def declared_rank(spec: ModelSpec) -> int | None:
-    """The spec's own max_lora_rank, if it is a number; what is none is the engine's to refuse."""
+    """The spec's own max_lora_rank, if it is a number; the engine refuses anything else."""
     for key, value in spec.engine_args.items():
         if flat_name(key) == "max_lora_rank" and str(value).isdigit():
             return int(value)

@@ -207,7 +207,7 @@ def overhead_bytes(weights: int, device_kind: DeviceKind, tensor_parallel_size: 
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The model's config.json. Raises ValueError where there is none, or it is no JSON object."""
+    """The model's config.json. Raises ValueError where it is missing or not a JSON object."""
     try:
         config = outside.model_json((folder / "config.json").read_bytes())
     except FileNotFoundError:
@@ -260,7 +260,7 @@ def weight_files(folder: Path) -> list[Path]:
     """The files that an engine reads its weights from; empty where there are none."""
     try:
         return weight_headers.shards(folder) or sorted(folder.glob("pytorch_model*.bin"))
-    except ValueError:  # an index that is none: its start will say so
+    except ValueError:  # an invalid index: its start will say so
         return sorted(folder.glob("*.safetensors"))
 
 

@@ -163,7 +163,7 @@ def boundary_of(content_type: str) -> bytes:
     boundary = found["boundary"].encode("latin-1", "replace")
     seen = parse_options_header(content_type)[1].get(b"boundary")  # as vLLM's server sees it
     if not _BOUNDARY.fullmatch(found["boundary"]) or seen != boundary:
-        raise OutsideError("has a boundary that is none: 1 to 70 letters, digits or '()+_,-./:=?")
+        raise OutsideError("has an invalid boundary; write 1 to 70 letters, digits or '()+_,-./:=?")
     return boundary
 
 

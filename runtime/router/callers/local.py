@@ -46,7 +46,7 @@ class Local:
         for name, value in headers:
             lower = name.lower()
             if lower == b"host" and not self.is_good(value):
-                return "its Host is no name of this one (router.allowed_hosts)"
+                return "its Host is not a name of this one (router.allowed_hosts)"
             if lower == b"origin":
                 if not self._is_ours(_name_in(value.decode("latin-1"))):
                     return "its Origin is another site (router.allowed_hosts)"

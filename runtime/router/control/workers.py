@@ -36,7 +36,7 @@ class _Ready(msgspec.Struct):
 
 
 def worker_index() -> int | None:
-    """Which child of `run_workers` this process is; None: it is none."""
+    """Which child of `run_workers` this process is; None: not one of them."""
     text = os.environ.get(WORKER_ENV, "")
     return int(text) if text.isdigit() else None
 

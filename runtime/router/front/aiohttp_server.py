@@ -165,7 +165,7 @@ def _factory(inner: Callable[..., web.BaseRequest]) -> Callable[..., web.BaseReq
         too_new = message.version > HttpVersion11
         if too_new:
             message = message._replace(version=HttpVersion11)
-        if message.method == "UNKNOWN":  # aiohttp's word for what is no request; we close it
+        if message.method == "UNKNOWN":  # aiohttp's word for what is not a request; we close it
             message = message._replace(version=HttpVersion11, should_close=False)
         too_old = message.version < HttpVersion10  # a request line without a version, as HTTP/0.9
         if too_old:

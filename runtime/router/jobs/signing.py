@@ -89,16 +89,16 @@ def url_problem(url: str, private: bool) -> str | None:
         literal = ip_address(host)
     except ValueError:
         return _name_problem(host)
-    return None if is_public(str(literal)) else "is no public address (router.webhook_private)"
+    return None if is_public(str(literal)) else "is not a public address (router.webhook_private)"
 
 
 def _name_problem(host: str) -> str | None:
-    """Why `host`, which is no whole address, is no name either; None: it is one, and what it
+    """Why `host`, which is not a whole address, is not a name either; None: it is one, and what it
     resolves to is looked at when it is called."""
     if is_numeric(host):
         return "has an address in a short form; write all four numbers of it"
     if not _HOST.fullmatch(host):
-        return "has a host that is no name; use letters, digits, '-' and '.'"
+        return "has a host that is not a name; use letters, digits, '-' and '.'"
     return None
 
 
