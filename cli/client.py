@@ -60,12 +60,15 @@ class Admin:
         self._url = address.rstrip("/")
 
     async def health(self) -> Reply[views.Health]:
+        """How the scheduler is."""
         return await self._call("GET", "/healthz", views.Health)
 
     async def models(self) -> Reply[views.Models]:
+        """Every model."""
         return await self._call("GET", "/admin/models", views.Models)
 
     async def model(self, name: str) -> Reply[views.ModelView]:
+        """One model."""
         return await self._call("GET", url("", "admin", "models", name), views.ModelView)
 
     async def add(self, spec: ModelSpec) -> Reply[views.Saved]:
@@ -78,60 +81,75 @@ class Admin:
         return await self._call("PUT", path, views.Saved, body=spec)
 
     async def remove(self, name: str) -> None:
+        """Remove a model."""
         await self._request("DELETE", url("", "admin", "models", name))
 
     async def load(self, name: str, replicas: int) -> Reply[views.ModelView]:
+        """Start `replicas` of a model ahead of requests."""
         body = views.LoadBody(replicas=replicas)
         return await self._call(
             "POST", url("", "admin", "models", name, "load"), views.ModelView, body=body
         )
 
     async def unload(self, name: str) -> Reply[views.ModelView]:
+        """Drain and stop a model's replicas."""
         return await self._call("POST", url("", "admin", "models", name, "unload"), views.ModelView)
 
     async def pin(self, name: str, pinned: bool) -> Reply[views.ModelView]:
+        """Keep a model running, or stop to."""
         body = views.PinBody(pinned=pinned)
         return await self._call(
             "POST", url("", "admin", "models", name, "pin"), views.ModelView, body=body
         )
 
     async def replicas(self) -> Reply[views.Replicas]:
+        """Every replica."""
         return await self._call("GET", "/admin/replicas", views.Replicas)
 
     async def nodes(self) -> Reply[views.Nodes]:
+        """Every node."""
         return await self._call("GET", "/admin/nodes", views.Nodes)
 
     async def devices(self) -> Reply[views.Devices]:
+        """Every device, and what is booked on it."""
         return await self._call("GET", "/admin/devices", views.Devices)
 
     async def queue(self) -> Reply[views.Queue]:
+        """The requests that wait or are in flight, by model."""
         return await self._call("GET", "/admin/queue", views.Queue)
 
     async def decisions(self, limit: int, model: str | None) -> Reply[views.Decisions]:
+        """The last decisions, of one model or of all."""
         query = {"limit": str(limit)} | ({"model": model} if model else {})
         return await self._call("GET", "/admin/decisions", views.Decisions, query=query)
 
     async def cold_starts(self, limit: int, model: str | None) -> Reply[views.ColdStarts]:
+        """The last cold starts and wakes, of one model or of all."""
         query = {"limit": str(limit)} | ({"model": model} if model else {})
         return await self._call("GET", "/admin/coldstarts", views.ColdStarts, query=query)
 
     async def footprint(self, name: str) -> Reply[views.Footprints]:
+        """What a model was declared, estimated and measured to take."""
         return await self._call(
             "GET", url("", "admin", "models", name, "footprint"), views.Footprints
         )
 
     async def caches(self, node: str | None) -> Reply[cache_api.Caches]:
+        """The model cache of one node, or of all."""
         query = {"node": node} if node else {}
         return await self._call("GET", "/admin/cache", cache_api.Caches, query=query)
 
     async def cache_pull(self, body: cache_api.CachePullBody) -> Reply[cache_api.Pulls]:
+        """Begin to fetch a model to nodes."""
         return await self._call("POST", "/admin/cache/pull", cache_api.Pulls, body=body)
 
     async def cache_remove(self, model: str, node: str | None) -> Reply[cache_api.Removals]:
+        """Remove a model from the cache of one node, or of all."""
         query = {"model": model} | ({"node": node} if node else {})
         return await self._call("DELETE", "/admin/cache", cache_api.Removals, query=query)
 
     async def cache_verify(self, model: str, node: str | None) -> Reply[cache_api.Verdicts]:
+        """Read a cached model again on one node, or on all, and check it."""
         query = {"model": model} | ({"node": node} if node else {})
         return await self._call(
             "POST", "/admin/cache/verify", cache_api.Verdicts, query=query,
@@ -139,6 +157,7 @@ class Admin:
         )  # fmt: skip
 
     async def prewarm(self, name: str, body: views.PrewarmBody) -> Reply[views.ModelView]:
+        """Ask for a model to be warm by a time, for a while."""
         path = url("", "admin", "models", name, "prewarm")
         return await self._call("POST", path, views.ModelView, body=body)
 
@@ -147,26 +166,32 @@ class Admin:
         return await self._call("POST", url("", "admin", "nodes", node_id, action), views.NodeView)
 
     async def drain(self, node_id: str, deadline_s: float) -> Reply[views.NodeView]:
+        """Cordon a node and move off what it runs, or stop it at the deadline."""
         body = views.DrainBody(deadline_s=deadline_s)
         path = url("", "admin", "nodes", node_id, "drain")
         return await self._call("POST", path, views.NodeView, body=body)
 
     async def quarantine(self, node_id: str, device_id: str, reason: str) -> Reply[views.NodeView]:
+        """Use a device no more."""
         body = views.QuarantineBody(reason=reason)
         path = url("", "admin", "nodes", node_id, "devices", device_id, "quarantine")
         return await self._call("POST", path, views.NodeView, body=body)
 
     async def release(self, node_id: str, device_id: str) -> Reply[views.NodeView]:
+        """Use a quarantined device again."""
         path = url("", "admin", "nodes", node_id, "devices", device_id, "release")
         return await self._call("POST", path, views.NodeView)
 
     async def plan(self, body: views.PlanBody) -> Reply[views.Plan]:
+        """What would be decided, without doing it."""
         return await self._call("POST", "/admin/plan", views.Plan, body=body)
 
     async def routes(self) -> Reply[route_views.Routes]:
+        """Every route."""
         return await self._call("GET", "/admin/routes", route_views.Routes)
 
     async def route(self, name: str) -> Reply[route_views.RouteView]:
+        """One route and where it stands."""
         return await self._call("GET", url("", "admin", "routes", name), route_views.RouteView)
 
     async def put_route(self, rule: RouteRule) -> Reply[route_views.RouteView]:
@@ -175,6 +200,7 @@ class Admin:
         return await self._call("PUT", path, route_views.RouteView, body=rule)
 
     async def remove_route(self, name: str) -> None:
+        """Remove a route; its models stay."""
         await self._request("DELETE", url("", "admin", "routes", name))
 
     async def change_route(
@@ -185,54 +211,69 @@ class Admin:
         return await self._call("POST", path, route_views.RouteView, body=body)
 
     async def audit(self, limit: int, route: str | None) -> Reply[route_views.Audit]:
+        """The last changes by operators, of one route or of all."""
         query = {"limit": str(limit)} | ({"route": route} if route else {})
         return await self._call("GET", "/admin/audit", route_views.Audit, query=query)
 
     async def keys(self) -> Reply[access_api.Keys]:
+        """Every API key, without its secret."""
         return await self._call("GET", "/admin/keys", access_api.Keys)
 
     async def key(self, key_id: str) -> Reply[access_api.KeyView]:
+        """One API key, without its secret."""
         return await self._call("GET", url("", "admin", "keys", key_id), access_api.KeyView)
 
     async def create_key(self, spec: KeySpec) -> Reply[access_api.NewKey]:
+        """Make an API key; its secret is told this once."""
         return await self._call("POST", "/admin/keys", access_api.NewKey, body=spec)
 
     async def put_key(self, key_id: str, spec: KeySpec) -> Reply[access_api.KeyView]:
+        """Change what an API key may."""
         path = url("", "admin", "keys", key_id)
         return await self._call("PUT", path, access_api.KeyView, body=spec)
 
     async def rotate_key(self, key_id: str, grace_s: float) -> Reply[access_api.NewKey]:
+        """Give an API key a new secret; the old one counts for `grace_s` more."""
         body = access_api.RotateBody(grace_s=grace_s)
         path = url("", "admin", "keys", key_id, "rotate")
         return await self._call("POST", path, access_api.NewKey, body=body)
 
     async def revoke_key(self, key_id: str) -> None:
+        """Revoke an API key."""
         await self._request("DELETE", url("", "admin", "keys", key_id))
 
     async def tenants(self) -> Reply[access_api.Tenants]:
+        """Every tenant."""
         return await self._call("GET", "/admin/tenants", access_api.Tenants)
 
     async def put_tenant(self, tenant: Tenant) -> Reply[Tenant]:
+        """Describe a tenant."""
         path = url("", "admin", "tenants", tenant.name)
         return await self._call("PUT", path, Tenant, body=tenant)
 
     async def remove_tenant(self, name: str) -> None:
+        """Forget a tenant that has no keys."""
         await self._request("DELETE", url("", "admin", "tenants", name))
 
     async def tokens(self) -> Reply[access_api.Tokens]:
+        """Every admin token, without its secret."""
         return await self._call("GET", "/admin/tokens", access_api.Tokens)
 
     async def create_token(self, body: access_api.TokenBody) -> Reply[access_api.NewToken]:
+        """Make an admin token; its secret is told this once."""
         return await self._call("POST", "/admin/tokens", access_api.NewToken, body=body)
 
     async def revoke_token(self, token_id: str) -> None:
+        """Revoke an admin token."""
         await self._request("DELETE", url("", "admin", "tokens", token_id))
 
     async def use(self, day: str | None) -> Reply[access_api.Use]:
+        """What keys and tenants used of a day (UTC's); None: today."""
         query = {"day": day} if day else {}
         return await self._call("GET", "/admin/usage", access_api.Use, query=query)
 
     async def spec_schema(self) -> bytes:
+        """The JSON Schema of a model spec."""
         return await self._request("GET", "/admin/spec-schema")
 
     async def logs(self, replica_id: str, tail: int, follow: bool) -> AsyncIterator[bytes]:

@@ -118,6 +118,7 @@ class Group(click.Group):
     """A group of commands whose help cuts no sentence off."""
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the commands with their whole first lines."""
         rows = [(name, c.get_short_help_str(_WHOLE)) for name, c in sorted(self.commands.items())]
         with formatter.section("Commands"):
             formatter.write_dl(rows)

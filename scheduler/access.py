@@ -117,16 +117,19 @@ class Access:
         self._tell_routers()
 
     async def delete_key(self, key_id: str) -> None:
+        """Delete a key and tell the routers."""
         await self._delete("keys", key_id)
         del self.keys[key_id]
         self._tell_routers()
 
     async def put_tenant(self, tenant: Tenant) -> None:
+        """Store a tenant and tell the routers."""
         await self._put("tenants", tenant.name, tenant)
         self.tenants[tenant.name] = tenant
         self._tell_routers()
 
     async def delete_tenant(self, name: str) -> None:
+        """Delete a tenant and tell the routers."""
         await self._delete("tenants", name)
         del self.tenants[name]
         self._tell_routers()
@@ -146,6 +149,7 @@ class Access:
         return stored, token
 
     async def delete_token(self, public_id: str) -> None:
+        """Delete an admin token."""
         await self._delete("tokens", public_id)
         del self.tokens[public_id]
 

@@ -12,7 +12,7 @@ from runtime.wire.agent_messages import SpecProblem
 
 
 class Refused(Exception):
-    """`problems`: each field that is wrong; `close`: names that may have been meant."""
+    """A change that is not made. `problems`: each wrong field; `close`: names that may be meant."""
 
     def __init__(
         self, message: str, problems: tuple[SpecProblem, ...] = (), close: tuple[str, ...] = ()
@@ -23,15 +23,15 @@ class Refused(Exception):
 
 
 class NotFound(Refused):
-    """There is nothing of that name."""
+    """A name that is not known."""
 
 
 class Conflict(Refused):
-    """It would be right at another time: something that is there now is in its way."""
+    """A change that would be right at another time: something that is there now is in its way."""
 
 
 class Invalid(Refused):
-    """What was sent can't be right."""
+    """A change that can't be right."""
 
 
 def unknown(kind: str, name: str, known: list[str]) -> NotFound:

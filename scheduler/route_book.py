@@ -109,6 +109,7 @@ class RuleBook:
         return self.rules()
 
     def rules(self) -> tuple[RouteRule, ...]:
+        """The rules of all routes, by name."""
         return tuple(stored.rule for _, stored in sorted(self.routes.items()))
 
     def heard(self, report: DemandReport) -> None:
@@ -155,6 +156,7 @@ class RuleBook:
             return old is None
 
     async def remove(self, name: str, who: str) -> None:
+        """Remove a route. Raises NotFound."""
         async with self.lock:
             old = self.find(name)
             await self._store.registry.delete(self._store.key("routes", name))

@@ -40,6 +40,7 @@ class Lease:
                 await self._lock.renew()
 
     async def release(self) -> None:
+        """Stop renewing, and give the lock up."""
         self._renewing.cancel()
         with contextlib.suppress(RegistryError):
             await self._lock.release()

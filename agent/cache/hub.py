@@ -53,6 +53,7 @@ class HubSource:
         self._closed = False
 
     def listing(self) -> Listing:
+        """The files of the repository at its revision."""
         info = self._tried(self._info)
         self._revision = str(info.sha)
         return make_listing(self._revision, [_file(s) for s in info.siblings or ()])
@@ -63,6 +64,7 @@ class HubSource:
         )
 
     def read_into(self, file: RemoteFile, start: int, view: memoryview) -> None:
+        """Fill `view` with the file's bytes from `start` on."""
         self._tried(lambda: self._range(file, start, view))
 
     def _range(self, file: RemoteFile, start: int, view: memoryview) -> None:
@@ -110,6 +112,7 @@ class HubSource:
         )
 
     def close(self) -> None:
+        """Ask the hub no more."""
         self._closed = True
 
     # ------------------------------------------------------------------ errors

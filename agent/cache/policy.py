@@ -193,6 +193,7 @@ class Rate:
             self._seen.popleft()
 
     def bytes_per_s(self) -> float:
+        """The rate over the window; 0 before two measurements."""
         if len(self._seen) < 2:
             return 0.0
         (then, before), (now, done) = self._seen[0], self._seen[-1]

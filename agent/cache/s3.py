@@ -61,6 +61,7 @@ class S3Source:
             raise CacheError("bad_source", f"{source}: {error}") from None
 
     def listing(self) -> Listing:
+        """The objects below the prefix."""
         try:
             files = [self._file(found) for found in self._objects()]
         except (BotoCoreError, ClientError) as error:
@@ -93,6 +94,7 @@ class S3Source:
         return f"md5:{etag}" if plain and "SSECustomerAlgorithm" not in head else ""
 
     def read_into(self, file: RemoteFile, start: int, view: memoryview) -> None:
+        """Fill `view` with the object's bytes from `start` on."""
         if self._closed:
             raise SourceError("cancelled", f"{self.name} is no longer asked")
         try:
@@ -110,6 +112,7 @@ class S3Source:
             raise self._explained(error) from None
 
     def close(self) -> None:
+        """Ask the store no more."""
         self._closed = True
 
     def _explained(self, error: Exception) -> SourceError:

@@ -42,6 +42,7 @@ class RemoteFile(Struct, frozen=True, kw_only=True):
 
     @property
     def sha256(self) -> str | None:
+        """The sha256 that the source gives for the file; None: it gives another check, or none."""
         return self.check.removeprefix("sha256:") if self.check.startswith("sha256:") else None
 
 
@@ -53,6 +54,7 @@ class Listing(Struct, frozen=True, kw_only=True):
 
     @property
     def size_bytes(self) -> int:
+        """The bytes of all files together."""
         return sum(file.size_bytes for file in self.files)
 
 
@@ -94,7 +96,8 @@ class Source(Protocol):
 class Origin(Source, Protocol):
     """A source that knows what a model consists of."""
 
-    def listing(self) -> Listing: ...
+    def listing(self) -> Listing:
+        """The files that the model consists of."""
 
 
 class FolderSource:
@@ -109,6 +112,7 @@ class FolderSource:
         self._lock = threading.Lock()
 
     def listing(self) -> Listing:
+        """The files of the folder."""
         sums = self._sums()
         try:
             files = [self._file(path, sums) for path in self._paths()]
@@ -157,6 +161,7 @@ class FolderSource:
         return {name.lstrip("*").removeprefix("./"): sha.lower() for sha, name in pairs}
 
     def read_into(self, file: RemoteFile, start: int, view: memoryview) -> None:
+        """Fill `view` with the file's bytes from `start` on."""
         try:
             fd = self._fd(file.path)
             done = 0
@@ -190,6 +195,7 @@ class FolderSource:
         )
 
     def close(self) -> None:
+        """Close the open files."""
         with self._lock:
             for fd in self._open.values():
                 os.close(fd)
@@ -210,6 +216,7 @@ class PeerSource:
         self._closed = False
 
     def read_into(self, file: RemoteFile, start: int, view: memoryview) -> None:
+        """Fill `view` with the blob's bytes from `start` on."""
         connection, reused = self._connection()
         try:
             try:
@@ -273,6 +280,7 @@ class PeerSource:
         connection.close()
 
     def close(self) -> None:
+        """End reads that are under way, and let go of connections."""
         self._closed = True
         for connection in list(self._all):
             if connection.sock is not None:

@@ -146,9 +146,11 @@ class Store:
         return sum(_size(part) for part in self.parts())
 
     def parts(self) -> Iterator[Path]:
+        """The files of unfinished pulls."""
         return (self.folder / "tmp").glob("*.part")
 
     def disk_free_bytes(self) -> int:
+        """Free bytes of the cache's disk."""
         return shutil.disk_usage(self.folder).free
 
     # ------------------------------------------------------------------ filling it
@@ -236,7 +238,7 @@ class Store:
                 self._record(model_id).unlink(missing_ok=True)
 
     def touch(self, model_id: str) -> None:
-        """It was wanted just now."""
+        """Note that a model was wanted just now."""
         self._used_at[model_id] = time.time()
         with contextlib.suppress(FileNotFoundError):  # not committed yet
             os.utime(self._record(model_id))
@@ -301,7 +303,7 @@ class Store:
         return found
 
     def condemn(self, blobs: Iterable[str]) -> None:
-        """They may not be what they say: each is hashed before it is used or served again."""
+        """Hash each of these blobs before it is used or served again."""
         with self._lock:
             self._loose.update(blobs)
 

@@ -55,7 +55,7 @@ class Transitions:
         self._out: list[Effect] = []
 
     def _fail(self, r: Replica, kind: str, words: str, now: float) -> None:
-        """It died or must die: restart it after a pause, or give up."""
+        """Restart an engine that died or must die, after a pause; or give up."""
         was_ready = r.phase in SERVED_PHASES
         if was_ready and now - r.ready_at >= STEADY_S:
             r.failures = 0
@@ -88,7 +88,7 @@ class Transitions:
         self._fail(r, kind, words, now)
 
     def _serve_on(self, r: Replica, reason: str | None, now: float) -> None:
-        """It was to sleep, but its memory was not touched yet."""
+        """Go back to ready: it was to sleep, but its memory was not touched yet."""
         r.reason = reason
         self._to(r, "ready", now)
 

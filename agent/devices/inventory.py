@@ -143,7 +143,7 @@ class SimulatedSource:
 
 
 class CpuSource:
-    """This host's RAM as one device.
+    """The RAM of this host as one device.
 
     With a declared size, that much RAM is Stoker's alone: used is what our replicas take, and
     nothing is foreign. Without one, the device is HOST_SHARE of the RAM (of the cgroup's limit

@@ -47,7 +47,7 @@ class Ports:
         self._held[replica_id] = port
 
     def give_back(self, replica_id: str) -> None:
-        """Its engine is gone; one without a port is success."""
+        """Free the port of an engine that is gone; one without a port is success."""
         self._held.pop(replica_id, None)
 
     def _free_of(self, allowed: range, host: str, taken: Collection[int]) -> int:

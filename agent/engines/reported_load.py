@@ -20,6 +20,7 @@ class EngineLoad(Struct, frozen=True, kw_only=True):
 
     @property
     def is_idle(self) -> bool:
+        """Whether nothing waits and no KV cache is in use."""
         return not self.kv_cache_usage and not self.waiting
 
 

@@ -43,7 +43,7 @@ class EngineError(Exception):
 
 
 class Untouched(Exception):
-    """It was not put to sleep, and serves on as before; the message says why."""
+    """An engine was not put to sleep, and serves on as before; the message says why."""
 
 
 class RungFailed(Exception):

@@ -91,7 +91,7 @@ class CompileShare:
             log.info("%s: %d compiled files came from the shared store", replica_id, found)
 
     async def after(self, replica_id: str, log_text: Callable[[], str]) -> None:
-        """It is ready: share what it compiled, unless somebody has."""
+        """Share what a replica compiled that is ready, unless somebody has."""
         start = self._starts.pop(replica_id, None)
         if self._store is None or start is None:
             return
@@ -109,7 +109,7 @@ class CompileShare:
             log.info("%s: %d bytes of compiled files are shared", replica_id, pushed)
 
     def forget(self, replica_id: str) -> None:
-        """It is over."""
+        """Forget a start that is over."""
         with contextlib.suppress(KeyError):
             del self._starts[replica_id]
 

@@ -85,7 +85,7 @@ class LoadFormats:
         return None if choice.format == DEFAULT else choice.format
 
     def measured(self, replica_id: str, took_s: float | None) -> None:
-        """Its weights took so long; None: its log did not say."""
+        """Learn how long its weights took; None: its log did not say."""
         start = self._starts.pop(replica_id, None)
         if start and start.choice.format and took_s is not None and start.rung != "remote":
             known = self._known.get(start.launch, Known())
@@ -93,7 +93,7 @@ class LoadFormats:
             self._keep(start.launch, found)
 
     def failed(self, replica_id: str, words: str) -> bool:
-        """It died while it started; whether a format that we chose may be why."""
+        """Learn that it died while it started; whether a format that we chose may be why."""
         start = self._starts.pop(replica_id, None)
         if start is None or start.choice.format in (None, DEFAULT):
             return False
@@ -103,7 +103,7 @@ class LoadFormats:
         return True
 
     def forget(self, replica_id: str) -> None:
-        """It is over."""
+        """Forget a start that is over."""
         self._starts.pop(replica_id, None)
 
     def _keep(self, launch: str, known: Known) -> None:

@@ -90,7 +90,7 @@ def mapped_inodes(pids: Collection[int]) -> set[int]:
 
 
 def calm_thread() -> None:
-    """This thread's reads and cycles come after everybody else's."""
+    """Give this thread the lowest priority, for reads and for cycles."""
     thread = threading.get_native_id()
     with contextlib.suppress(OSError):
         os.setpriority(os.PRIO_PROCESS, thread, _NICE)

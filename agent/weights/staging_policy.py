@@ -36,10 +36,12 @@ class Seen(Struct, frozen=True):
 
     @property
     def weights_bytes(self) -> int:
+        """Bytes of all weights files."""
         return sum(f.size_bytes for f in self.files)
 
     @property
     def resident_bytes(self) -> int:
+        """Bytes of them that are in the page cache."""
         return sum(f.resident_bytes for f in self.files)
 
 

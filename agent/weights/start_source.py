@@ -92,16 +92,16 @@ class StartSources:
     async def ready(
         self, replica_id: str, weights_s: float | None, log_text: Callable[[], str]
     ) -> None:
-        """It serves: learn how long its weights took, and share what it compiled."""
+        """Learn how long the weights took of a replica that serves, and share what it compiled."""
         self._formats.measured(replica_id, weights_s)
         await self._compiled.after(replica_id, log_text)
 
     def failed(self, replica_id: str, words: str) -> bool:
-        """It died while it started; whether another start may go better for a choice of ours."""
+        """Learn that a start died; whether another may go better for a choice of ours."""
         return self._formats.failed(replica_id, words)
 
     def forget(self, replica_id: str) -> None:
-        """It is over."""
+        """Forget a start that is over."""
         self._formats.forget(replica_id)
         self._compiled.forget(replica_id)
 

@@ -125,16 +125,17 @@ class Manifest(Struct, frozen=True, kw_only=True):
 
     @property
     def model_id(self) -> str:
-        """Its name on disk: letters, digits and '-', the same on every node."""
+        """The name on disk: letters, digits and '-', the same on every node."""
         return model_id(self.source, self.revision)
 
     @property
     def size_bytes(self) -> int:
+        """The bytes of all its files together."""
         return sum(file.size_bytes for file in self.files)
 
 
 def model_id(source: str, revision: str) -> str:
-    """Readable and unique; fit to be a folder that engines load from."""
+    """A model's name on disk: letters, digits and '-', the same on every node."""
     readable = re.sub(r"[^A-Za-z0-9]+", "-", source).strip("-")[-80:]
     unique = hashlib.sha256(f"{source}@{revision}".encode()).hexdigest()[:12]
     return f"{readable}-{unique}"

@@ -68,7 +68,7 @@ ANY = Scope()
 
 
 class Tenant(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Whom keys belong to. A tenant that nobody described has no limits and weight 1."""
+    """The owner of keys. A tenant that nobody described has no limits and weight 1."""
 
     name: TenantName
     weight: Annotated[

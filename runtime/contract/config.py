@@ -261,7 +261,7 @@ class Config(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         return Path(self.registry.file or Path(self.state_dir) / "registry.db")
 
     def node_id(self) -> str:
-        """This node's name in the cluster."""
+        """The name of this node in the cluster."""
         return self.agent.node_id or socket.gethostname()
 
 

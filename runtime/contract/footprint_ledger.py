@@ -30,7 +30,7 @@ class Key(Struct, frozen=True):
     device_kind: str
 
     def path(self) -> str:
-        """Its place below `<prefix>/footprints/` in the registry."""
+        """The entry's place below `<prefix>/footprints/` in the registry."""
         version = re.sub(r"[^A-Za-z0-9.+-]", "_", self.engine_version)  # an agent's word
         return f"{self.model}/{self.launch_key}-{self.engine}-{version}-{self.device_kind}"
 
@@ -42,6 +42,7 @@ class Times(Struct, frozen=True, kw_only=True):
 
     @property
     def last_s(self) -> float:
+        """The newest sample."""
         return self.samples[-1]
 
     def percentile_s(self, share: float) -> float:
@@ -50,6 +51,7 @@ class Times(Struct, frozen=True, kw_only=True):
         return ordered[max(0, math.ceil(share * len(ordered)) - 1)]
 
     def plus(self, seconds: float) -> Times:
+        """A copy with one more sample; the oldest goes where there are KEPT already."""
         return Times(samples=(*self.samples, round(seconds, 4))[-KEPT:])
 
 

@@ -175,7 +175,7 @@ class Activity:
         self.in_flight += 1
 
     def end(self) -> None:
-        """It is over: answered, failed, or its client left."""
+        """Count a request as over: answered, failed, or its client left."""
         self.in_flight -= 1
         self.served += 1
         self._last_end = self._clock()

@@ -99,6 +99,7 @@ class ConsulRegistry:
         self._made: Any = None
 
     async def register(self, service: Service, ttl_s: float) -> None:
+        """Register with the Consul agent, with a TTL check that passes for `ttl_s`."""
         check = {
             "CheckID": _check_id(service.service_id),
             "TTL": f"{ttl_s:.3f}s",
@@ -118,6 +119,8 @@ class ConsulRegistry:
         )
 
     async def keep_alive(self, service_id: str) -> bool:
+        """Pass the service's TTL check; False: the Consul agent does not know the service."""
+
         async def request(client: Any) -> bool:
             try:
                 return bool(await client.agent.check.ttl_pass(_check_id(service_id)))
@@ -129,6 +132,8 @@ class ConsulRegistry:
         return await self._ask(f"keep {service_id} alive", request)
 
     async def deregister(self, service_id: str) -> None:
+        """Take the service off the Consul agent; one that it does not know is success."""
+
         async def request(client: Any) -> None:
             try:
                 await client.agent.service.deregister(service_id)
@@ -141,6 +146,7 @@ class ConsulRegistry:
     async def services(
         self, name: str, index: int = 0, wait_s: float = 0.0
     ) -> tuple[tuple[Service, ...], int]:
+        """The passing services of that name, and the index to wait from next."""
         found, current = await self._read(
             f"list the services {name}",
             lambda client, **waiting: client.health.service(name, passing=True, **waiting),
@@ -150,12 +156,14 @@ class ConsulRegistry:
         return tuple(sorted(map(_service, found or ()), key=lambda s: s.service_id)), current
 
     async def get(self, key: str) -> Entry | None:
+        """The value of a key; None: the key has none."""
         found, _ = await self._read(f"get {key}", lambda client: client.kv.get(key))
         return _entry(found) if found else None
 
     async def list(
         self, prefix: str, index: int = 0, wait_s: float = 0.0
     ) -> tuple[tuple[Entry, ...], int]:
+        """The values below a prefix, by key, and the index to wait from next."""
         found, current = await self._read(
             f"list {prefix}",
             lambda client, **waiting: client.kv.get(prefix, recurse=True, **waiting),
@@ -165,6 +173,7 @@ class ConsulRegistry:
         return tuple(sorted(map(_entry, found or ()), key=lambda e: e.key)), current
 
     async def put(self, key: str, value: bytes, version: int | None = None) -> bool:
+        """Write a value, with `version` only where the key has that still; whether it did."""
         # Consul keeps the version when nothing changes, so that of two who write the same value
         # with the same version both would win. Flags nobody reads make every write a change.
         flags = secrets.randbits(63)
@@ -174,6 +183,7 @@ class ConsulRegistry:
         return bool(written)
 
     async def delete(self, key: str, version: int | None = None) -> bool:
+        """Delete a key, with `version` only where the key still has that; whether it is gone."""
         if version == 0:
             return await self.get(key) is None
         if version is None:
@@ -183,6 +193,7 @@ class ConsulRegistry:
         )
 
     async def acquire(self, key: str, holder: bytes, ttl_s: float) -> ConsulLock | None:
+        """Take the lock of `key` with a new session; None: somebody else has it."""
         what = f"lock {key}"
         found, _ = await self._read(what, lambda client: client.kv.get(key))
         if found and found.get("Session"):
@@ -227,6 +238,7 @@ class ConsulRegistry:
         )
 
     async def close(self) -> None:
+        """Close the connections."""
         if self._made is not None:
             await self._made.close()
             self._made = None
@@ -291,9 +303,11 @@ class ConsulLock:
 
     @property
     def held(self) -> bool:
+        """Whether the lock is surely ours still, by this host's clock."""
         return not self._over and time.monotonic() < self._expires
 
     async def renew(self) -> bool:
+        """Renew the session; where that fails, the lock is released. Whether it is held."""
         asked = time.monotonic()
         if self.held and await self._ask(f"renew the lock {self._key}", self._renew):
             self._expires = asked + self._ttl_s
@@ -302,6 +316,7 @@ class ConsulLock:
         return self.held
 
     async def release(self) -> None:
+        """Destroy the session, and with it the lock."""
         self._over = True
         await self._ask(
             f"release the lock {self._key}", lambda client: client.session.destroy(self._session)

@@ -74,17 +74,22 @@ class EmbeddedRegistry:
         self._closed = False
 
     async def register(self, service: Service, ttl_s: float) -> None:
+        """Register a service, which counts as alive for `ttl_s`."""
         await self._run(f"register {service.service_id}", lambda db: _register(db, service, ttl_s))
 
     async def keep_alive(self, service_id: str) -> bool:
+        """Extend a service's time by its TTL; False: it has expired."""
         return await self._run(f"keep {service_id} alive", lambda db: _keep_alive(db, service_id))
 
     async def deregister(self, service_id: str) -> None:
+        """Remove a service."""
         await self._run(f"deregister {service_id}", lambda db: _deregister(db, service_id))
 
     async def services(
         self, name: str, index: int = 0, wait_s: float = 0.0
     ) -> tuple[tuple[Service, ...], int]:
+        """The living services of that name, and the index to wait from next."""
+
         def index_of(db: sqlite3.Connection) -> int:
             _expire_services(db)
             return _one(db, "SELECT version FROM names WHERE name = ?", (name,)) or 1
@@ -97,6 +102,8 @@ class EmbeddedRegistry:
         return await self._watch(f"list the services {name}", index_of, rows, index, wait_s)
 
     async def get(self, key: str) -> Entry | None:
+        """The value of a key; None: the key has none."""
+
         def read(db: sqlite3.Connection) -> Entry | None:
             query = "SELECT value, version FROM kv WHERE key = ? AND value IS NOT NULL"
             row = db.execute(query, (key,)).fetchone()
@@ -107,6 +114,7 @@ class EmbeddedRegistry:
     async def list(
         self, prefix: str, index: int = 0, wait_s: float = 0.0
     ) -> tuple[tuple[Entry, ...], int]:
+        """The values below a prefix, by key, and the index to wait from next."""
         bound = {"prefix": prefix}
 
         def index_of(db: sqlite3.Connection) -> int:
@@ -123,17 +131,21 @@ class EmbeddedRegistry:
         return await self._watch(f"list {prefix}", index_of, rows, index, wait_s)
 
     async def put(self, key: str, value: bytes, version: int | None = None) -> bool:
+        """Write a value, with `version` only where the key has that still; whether it did."""
         return await self._run(f"put {key}", lambda db: _put(db, key, value, version))
 
     async def delete(self, key: str, version: int | None = None) -> bool:
+        """Delete a key, with `version` only where the key still has that; whether it is gone."""
         return await self._run(f"delete {key}", lambda db: _delete(db, key, version))
 
     async def acquire(self, key: str, holder: bytes, ttl_s: float) -> EmbeddedLock | None:
+        """Take the lock of `key`; None: somebody else has it."""
         lock = EmbeddedLock(self._run, key, ttl_s)
         taken = await self._run(f"lock {key}", lambda db: lock.take(db, holder))
         return lock if taken else None
 
     async def open_to(self, key: str) -> str | None:
+        """Who else may write the file, with the fix; None: nobody."""
         for path in (self._path, self._path.parent):
             with contextlib.suppress(OSError):  # it is made with the first call
                 if path.stat().st_mode & stat.S_IWOTH:
@@ -141,6 +153,7 @@ class EmbeddedRegistry:
         return None
 
     async def close(self) -> None:
+        """Close the file and end its thread."""
         self._closed = True
         with contextlib.suppress(RuntimeError):  # closed twice
             await asyncio.get_running_loop().run_in_executor(self._thread, self._close)
@@ -201,14 +214,17 @@ class EmbeddedLock:
 
     @property
     def held(self) -> bool:
+        """Whether the lock is surely ours still."""
         return not self._over and time.time() < self._expires
 
     async def renew(self) -> bool:
+        """Extend the lock by its TTL; whether it is still held."""
         if not await self._run(f"renew the lock {self._key}", self._renew):
             self._over = True
         return self.held
 
     async def release(self) -> None:
+        """Give the lock up."""
         self._over = True
         await self._run(f"release the lock {self._key}", self._release)
 

@@ -40,7 +40,8 @@ class Lock(Protocol):
     """A held leader lock. `held` turns False when it is lost or released."""
 
     @property
-    def held(self) -> bool: ...
+    def held(self) -> bool:
+        """Whether the lock is surely ours still."""
 
     async def renew(self) -> bool:
         """Extend it by its ttl; False (and `held` False) if it is lost. Call about every ttl/3."""

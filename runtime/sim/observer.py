@@ -43,7 +43,7 @@ class Witness(Protocol):
     def memory_changed(
         self, node_id: str, replica_id: str, model: str, device_ids: tuple[str, ...], held: int
     ) -> None:
-        """It really holds so many bytes on each of these devices now."""
+        """Note how many bytes a replica really holds on each of these devices now."""
 
     def cut_off(self, node_id: str, replica_id: str, in_flight: int, why: str) -> None:
         """An engine was told to end while it had requests."""

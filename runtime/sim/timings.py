@@ -59,6 +59,7 @@ class Timings:
         return None
 
     def canary_s(self, spec: ModelSpec) -> float:
+        """Seconds of a start's canary: as measured, else the profile's."""
         entry = self.ledger.get(spec.name)
         measured = entry.median_s(f"{self._start(spec.name)}.canary") if entry else None
         return p.CANARY_S if measured is None else measured
@@ -84,6 +85,7 @@ class Timings:
         return {"wake": p.WAKE_S + copy_s, "canary": p.CANARY_S}
 
     def sleep_s(self, spec: ModelSpec, level: int) -> float:
+        """Seconds that going to sleep takes: as measured, else by the bytes to copy."""
         entry = self.ledger.get(spec.name)
         measured = entry.median_s(f"sleep-{level}") if entry else None
         if measured is not None:
@@ -100,9 +102,11 @@ class Timings:
         return min(booked, p.RESIDUE_BYTES if measured is None else measured)
 
     def step_s(self, spec: ModelSpec, batch: int) -> float:
+        """Seconds of one decoding step of a batch."""
         return p.step_s(self.gpu, self.of(spec), spec.tensor_parallel_size, batch)
 
     def prefill_s(self, spec: ModelSpec, tokens: int) -> float:
+        """Seconds of reading a prompt of that many tokens."""
         return p.prefill_s(self.gpu, self.of(spec), spec.tensor_parallel_size, tokens)
 
     def _phases(self, model: str, step: str, but: tuple[str, ...] = ()) -> dict[str, float]:

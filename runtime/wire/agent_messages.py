@@ -119,6 +119,8 @@ class Heartbeat(Struct, frozen=True, kw_only=True):
 
 
 class HeartbeatReply(Struct, frozen=True, kw_only=True):
+    """The scheduler's answer to a heartbeat."""
+
     term: int  # the leader's epoch, so that an agent can fence an older one
     # Of models that have replicas on this node: adapter -> source, all that each has now.
     adapters: dict[str, dict[str, str]] = {}

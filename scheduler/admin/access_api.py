@@ -46,6 +46,8 @@ class KeyView(Struct, frozen=True, kw_only=True):
 
 
 class Keys(Struct, frozen=True, kw_only=True):
+    """The answer to GET /admin/keys."""
+
     keys: tuple[KeyView, ...]
 
 
@@ -63,6 +65,8 @@ class RotateBody(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 
 class Tenants(Struct, frozen=True, kw_only=True):
+    """The answer to GET /admin/tenants."""
+
     tenants: tuple[Tenant, ...]
 
 
@@ -85,6 +89,8 @@ class TokenView(Struct, frozen=True, kw_only=True):
 
 
 class Tokens(Struct, frozen=True, kw_only=True):
+    """The answer to GET /admin/tokens."""
+
     tokens: tuple[TokenView, ...]
 
 
@@ -106,6 +112,8 @@ class AccountUse(Struct, frozen=True, kw_only=True):
 
 
 class Use(Struct, frozen=True, kw_only=True):
+    """The answer to GET /admin/usage: one day, by account."""
+
     day: str
     accounts: tuple[AccountUse, ...]
 
@@ -119,19 +127,23 @@ class AccessApi:
     # ------------------------------------------------------------------------------- keys
 
     async def list_keys(self, _: web.Request) -> web.Response:
+        """List the API keys, by tenant."""
         keys = sorted(self._access.keys.values(), key=lambda k: (k.spec.tenant, k.created_at))
         return reply(Keys(keys=tuple(map(_key_view, keys))))
 
     async def create_key(self, request: web.Request) -> web.Response:
+        """Make an API key; its secret is told this once."""
         spec = _checked(await read_body(request, KeySpec))
         key, token = await self._access.create_key(spec)
         request[SUBJECT] = f"{request.path}/{key.key_id}"
         return reply(NewKey(key=_key_view(key), token=token), 201)
 
     async def show_key(self, request: web.Request) -> web.Response:
+        """Show an API key."""
         return reply(_key_view(self._key(request)))
 
     async def put_key(self, request: web.Request) -> web.Response:
+        """Change what an API key may."""
         key = self._key(request)
         spec = _checked(await read_body(request, KeySpec))
         changed = msgspec.structs.replace(key, spec=spec)
@@ -139,6 +151,7 @@ class AccessApi:
         return reply(_key_view(changed))
 
     async def rotate_key(self, request: web.Request) -> web.Response:
+        """Give an API key a new secret; the old one counts for `grace_s` more."""
         key = self._key(request)
         body = await read_body(request, RotateBody)
         if not 0 <= body.grace_s <= 30 * DAY_S:
@@ -147,6 +160,7 @@ class AccessApi:
         return reply(NewKey(key=_key_view(rotated), token=token))
 
     async def delete_key(self, request: web.Request) -> web.Response:
+        """Revoke an API key."""
         await self._access.delete_key(self._key(request).key_id)
         return web.Response(status=204)
 
@@ -159,12 +173,14 @@ class AccessApi:
     # ------------------------------------------------------------------------------- tenants
 
     async def list_tenants(self, _: web.Request) -> web.Response:
+        """List the tenants, also those that only keys name."""
         described = self._access.tenants
         implied = {k.spec.tenant for k in self._access.keys.values()} - described.keys()
         found = [*described.values(), *(Tenant(name=name) for name in implied)]
         return reply(Tenants(tenants=tuple(sorted(found, key=lambda t: t.name))))
 
     async def put_tenant(self, request: web.Request) -> web.Response:
+        """Describe a tenant."""
         tenant = await read_body(request, Tenant)
         if tenant.name != request.match_info["name"]:
             fix = f"use {request.match_info['name']!r}, or the other address"
@@ -174,6 +190,7 @@ class AccessApi:
         return reply(tenant)
 
     async def delete_tenant(self, request: web.Request) -> web.Response:
+        """Forget a tenant that has no keys."""
         name = request.match_info["name"]
         if name not in self._access.tenants:
             raise unknown("tenant", name, list(self._access.tenants))
@@ -187,10 +204,12 @@ class AccessApi:
     # ------------------------------------------------------------------------------- tokens
 
     async def list_tokens(self, _: web.Request) -> web.Response:
+        """List the admin tokens."""
         tokens = sorted(self._access.tokens.values(), key=lambda t: (t.name, t.created_at))
         return reply(Tokens(tokens=tuple(map(_token_view, tokens))))
 
     async def create_token(self, request: web.Request) -> web.Response:
+        """Make an admin token; its secret is told this once."""
         body = await read_body(request, TokenBody)
         if not body.name.strip() or len(body.name) > 96 or not body.name.isprintable():
             fix = "say whose it is, in at most 96 printable characters"
@@ -204,6 +223,7 @@ class AccessApi:
         return reply(NewToken(info=_token_view(stored), token=token), 201)
 
     async def delete_token(self, request: web.Request) -> web.Response:
+        """Revoke an admin token."""
         token_id = request.match_info["id"]
         if token_id not in self._access.tokens:
             raise unknown("token", token_id, list(self._access.tokens))
@@ -213,6 +233,7 @@ class AccessApi:
     # ------------------------------------------------------------------------------- use
 
     async def show_use(self, request: web.Request) -> web.Response:
+        """Show what keys and tenants used of a day."""
         day = request.query.get("day", "") or time.strftime("%Y-%m-%d", time.gmtime())
         if not re.fullmatch(r"\d{4}-\d{2}-\d{2}", day):
             raise AdminError(400, f"day: must be a date as in 2026-11-25, UTC's (got {day!r})")

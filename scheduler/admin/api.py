@@ -137,6 +137,7 @@ class Api:
 
     @web.middleware
     async def guard(self, request: web.Request, handler: Any) -> web.StreamResponse:
+        """Check the token and the lead before a handler, and write the audit trail after it."""
         resource = request.match_info.route.resource
         path = resource.canonical if resource is not None else ""
         if (request.method, path) not in self._open and resource is not None:
@@ -191,6 +192,7 @@ class Api:
     # ------------------------------------------------------------------------------- internal
 
     async def heartbeat(self, request: web.Request) -> web.Response:
+        """Take an agent's heartbeat."""
         heartbeat = decode_body(await request.read(), Heartbeat)
         await self.driver.hear_epoch(heartbeat.epoch)
         self.driver.apply(m.HeartbeatSeen(now=self.driver.now(), heartbeat=heartbeat))
@@ -200,12 +202,14 @@ class Api:
         )
 
     async def demand(self, request: web.Request) -> web.Response:
+        """Take a router's demand report."""
         report = decode_body(await request.read(), DemandReport)
         self.driver.apply(m.DemandSeen(now=self.driver.now(), report=report))
         self.driver.rules.heard(report)
         return web.Response(status=204)
 
     async def routes(self, request: web.Request) -> web.Response:
+        """Give a router the route table, as soon as it is newer than `since`."""
         since = whole_number(request, "since", 0)
         wait_s = min(number(request, "wait_s", 0.0), MAX_WAIT_S)
         table = await self.driver.routes_after(since, wait_s)
@@ -214,6 +218,7 @@ class Api:
         return reply(table) if table is not None else web.Response(status=204)
 
     async def keys(self, request: web.Request) -> web.Response:
+        """Give a router the key table, as soon as it is newer than `since`."""
         since = whole_number(request, "since", 0)
         wait_s = min(number(request, "wait_s", 0.0), MAX_WAIT_S)
         table = await self.driver.access.table_after(since, wait_s)
@@ -222,17 +227,21 @@ class Api:
         return reply(table) if table is not None else web.Response(status=204)
 
     async def usage(self, request: web.Request) -> web.Response:
+        """Take a router's usage report; answers what the other routers used."""
         return reply(self.driver.access.tell(decode_body(await request.read(), RouterUsage)))
 
     # ------------------------------------------------------------------------------- models
 
     async def list_models(self, _: web.Request) -> web.Response:
+        """List the models."""
         return reply(view_builders.models(self.core, self.driver.now()))
 
     async def show_model(self, request: web.Request) -> web.Response:
+        """Show a model."""
         return self._model_reply(self._model(request))
 
     async def create_model(self, request: web.Request) -> web.Response:
+        """Add a model."""
         spec = await _spec(request)
         if spec.name in self.core.state.models:
             how = "PUT to its address, or `stoker model add` without --new, changes it"
@@ -241,6 +250,7 @@ class Api:
         return await self._save(spec)
 
     async def put_model(self, request: web.Request) -> web.Response:
+        """Add or change a model."""
         spec = await _spec(request)
         if spec.name != request.match_info["name"]:
             problem = SpecProblem(
@@ -275,6 +285,7 @@ class Api:
         return reply(saved, 201 if created else 200)
 
     async def delete_model(self, request: web.Request) -> web.Response:
+        """Remove a model, draining its replicas."""
         name = self._model(request).spec.name
         async with self.driver.rules.lock:
             self.driver.rules.refuse_removal(name)
@@ -282,6 +293,7 @@ class Api:
         return web.Response(status=204)
 
     async def load_model(self, request: web.Request) -> web.Response:
+        """Start replicas ahead of requests."""
         model = self._model(request)
         body = await read_body(request, v.LoadBody)
         if not 1 <= body.replicas <= model.spec.max_replicas:
@@ -295,18 +307,21 @@ class Api:
         return self._model_reply(model, 202)
 
     async def unload_model(self, request: web.Request) -> web.Response:
+        """Drain and stop a model's replicas."""
         model = self._model(request)
         self._refuse_unload(model, model.replicas)
         self.driver.apply(m.UnloadAsked(now=self.driver.now(), model=model.spec.name))
         return self._model_reply(model, 202)
 
     async def pin_model(self, request: web.Request) -> web.Response:
+        """Keep a model running, or stop to."""
         model = self._model(request)
         body = await read_body(request, v.PinBody)
         await self.driver.pin_model(model.spec.name, body.pinned)
         return self._model_reply(model)
 
     async def prewarm_model(self, request: web.Request) -> web.Response:
+        """Have a model warm by a time, for a while."""
         model = self._model(request)
         body = await read_body(request, v.PrewarmBody)
         ask = _ask(body, time.time())
@@ -314,7 +329,7 @@ class Api:
         return self._model_reply(model, 202)
 
     def _refuse_unload(self, model: Model, stopped: Collection[str]) -> None:
-        """It would be started again at once: say what to change instead."""
+        """Refuse to stop what would be started again at once; says what to change instead."""
         left = sum(r.replica_id not in stopped for r in model.coming())
         if model.pinned and left < 1:
             raise AdminError(409, f"model {model.spec.name!r} is pinned: unpin it first")
@@ -342,13 +357,16 @@ class Api:
     # ------------------------------------------------------------------------------- replicas
 
     async def list_replicas(self, _: web.Request) -> web.Response:
+        """List the replicas."""
         return reply(view_builders.replicas(self.core, self.driver.now()))
 
     async def show_replica(self, request: web.Request) -> web.Response:
+        """Show a replica."""
         replica = self._replica(request)
         return reply(view_builders.replica(self.core, replica, self.driver.now()))
 
     async def unload_replica(self, request: web.Request) -> web.Response:
+        """Drain and stop one replica."""
         replica = self._replica(request)
         model = self.core.state.models.get(replica.model)
         if model is not None:
@@ -399,18 +417,22 @@ class Api:
     # ------------------------------------------------------------------------------- nodes
 
     async def list_nodes(self, _: web.Request) -> web.Response:
+        """List the nodes."""
         return reply(view_builders.nodes(self.core, self.driver.now()))
 
     async def cordon_node(self, request: web.Request) -> web.Response:
+        """Place nothing new on a node."""
         return await self._set_cordon(request, cordoned=True)
 
     async def drain_node(self, request: web.Request) -> web.Response:
+        """Cordon a node and move off what it runs, or stop it at the deadline."""
         body = await read_body(request, v.DrainBody)
         if not 0 <= body.deadline_s <= 86400:
             raise bad("deadline_s", body.deadline_s, "is out of range", "use 0 to 86400 seconds")
         return await self._set_cordon(request, cordoned=True, drain_s=body.deadline_s)
 
     async def uncordon_node(self, request: web.Request) -> web.Response:
+        """Use a node again."""
         return await self._set_cordon(request, cordoned=False)
 
     async def _set_cordon(
@@ -421,6 +443,7 @@ class Api:
         return reply(view_builders.node(node, self.driver.now()))
 
     async def quarantine_device(self, request: web.Request) -> web.Response:
+        """Use a device no more and move off what it runs."""
         node, device_id = self._device(request)
         body = await read_body(request, v.QuarantineBody)
         if not body.reason.strip():
@@ -428,6 +451,7 @@ class Api:
         return self._set_quarantine(node, device_id, body.reason)
 
     async def release_device(self, request: web.Request) -> web.Response:
+        """Use a quarantined device again."""
         node, device_id = self._device(request)
         if device_id not in node.quarantine:
             raise AdminError(409, f"device {device_id!r} of node {node.node_id} is not quarantined")
@@ -446,6 +470,7 @@ class Api:
         return node, device_id
 
     async def plan(self, request: web.Request) -> web.Response:
+        """Say what would be decided, without doing it."""
         body = await _plan_body(request)
         if body.add is None and body.load is None and body.remove_node is None:
             raise bad("body", None, "asks nothing", "give one of add, load, remove_node")
@@ -477,17 +502,21 @@ class Api:
         return node
 
     async def list_devices(self, _: web.Request) -> web.Response:
+        """List the devices."""
         return reply(view_builders.devices(self.core))
 
     async def show_queue(self, _: web.Request) -> web.Response:
+        """Show the requests that wait and are in flight, by model."""
         return reply(view_builders.queue(self.core))
 
     # ------------------------------------------------------------------------------- caches
 
     async def show_caches(self, request: web.Request) -> web.Response:
+        """Show the model caches of the nodes."""
         return reply(await self._caches.view(self._cache_nodes(request)))
 
     async def pull_model(self, request: web.Request) -> web.Response:
+        """Have nodes fetch a model before it is needed."""
         body = await read_body(request, CachePullBody)
         _check_source(body.model)
         nodes = [self._known_node(node_id) for node_id in body.nodes] or self._caches.live_nodes()
@@ -502,10 +531,12 @@ class Api:
         return reply(await self._caches.pull(body, nodes), 202)
 
     async def remove_cached(self, request: web.Request) -> web.Response:
+        """Remove a model from caches."""
         nodes = self._cache_nodes(request)
         return reply(await self._caches.remove(_cached_model(request), nodes))
 
     async def verify_cached(self, request: web.Request) -> web.Response:
+        """Have a cached model read again and checked."""
         nodes = self._cache_nodes(request)
         return reply(await self._caches.verify(_cached_model(request), nodes))
 
@@ -519,14 +550,17 @@ class Api:
         return node_id
 
     async def list_cold_starts(self, request: web.Request) -> web.Response:
+        """List the post-mortems of cold starts and wakes."""
         limit = whole_number(request, "limit", 50)
         model = request.query.get("model")
         return reply(view_builders.cold_starts(self.core, self.driver.now(), limit, model))
 
     async def show_footprint(self, request: web.Request) -> web.Response:
+        """Show what a model was declared, estimated and measured to take."""
         return reply(view_builders.footprints(self._model(request)))
 
     async def list_decisions(self, request: web.Request) -> web.Response:
+        """List what was decided, and why."""
         limit = whole_number(request, "limit", 100)
         model = request.query.get("model")
         return reply(view_builders.decisions(self.core, self.driver.now(), limit, model))
@@ -534,12 +568,15 @@ class Api:
     # ------------------------------------------------------------------------------- open
 
     async def spec_schema(self, _: web.Request) -> web.Response:
+        """Give the JSON Schema of a model spec."""
         return web.json_response(json_schema())
 
     async def healthz(self, _: web.Request) -> web.Response:
+        """Say how this process is; 200 while it is alive."""
         return reply(self._health())
 
     async def readyz(self, _: web.Request) -> web.Response:
+        """Say whether this scheduler leads and knows its nodes; 503 where it does not."""
         health = self._health()
         return reply(health, 200 if health.status == "ok" else 503)
 
@@ -556,10 +593,12 @@ class Api:
         )
 
     async def metrics(self, _: web.Request) -> web.Response:
+        """Give the metrics in Prometheus' format."""
         text = generate_latest(self._metrics)
         return web.Response(body=text, content_type="text/plain", charset="utf-8")
 
     async def openapi(self, _: web.Request) -> web.Response:
+        """Give the OpenAPI document."""
         return web.Response(body=self._openapi, content_type="application/json")
 
 

@@ -32,6 +32,8 @@ class NodeCache(Struct, frozen=True, kw_only=True):
 
 
 class Caches(Struct, frozen=True, kw_only=True):
+    """The answer to a look at caches: one entry a node."""
+
     nodes: tuple[NodeCache, ...]
 
 
@@ -53,10 +55,14 @@ class NodePull(Struct, frozen=True, kw_only=True):
 
 
 class Pulls(Struct, frozen=True, kw_only=True):
+    """The answer to a pull: one entry a node."""
+
     nodes: tuple[NodePull, ...]
 
 
 class NodeRemoval(Struct, frozen=True, kw_only=True):
+    """What one node removed, or why it did not."""
+
     node_id: str
     freed_bytes: int = 0
     error: str | None = None
@@ -64,10 +70,14 @@ class NodeRemoval(Struct, frozen=True, kw_only=True):
 
 
 class Removals(Struct, frozen=True, kw_only=True):
+    """The answer to a removal: one entry a node."""
+
     nodes: tuple[NodeRemoval, ...]
 
 
 class NodeVerdict(Struct, frozen=True, kw_only=True):
+    """What one node's check found, or why there was none."""
+
     node_id: str
     report: VerifyReport | None = None
     error: str | None = None
@@ -75,6 +85,8 @@ class NodeVerdict(Struct, frozen=True, kw_only=True):
 
 
 class Verdicts(Struct, frozen=True, kw_only=True):
+    """The answer to a check: one entry a node."""
+
     nodes: tuple[NodeVerdict, ...]
 
 
@@ -104,10 +116,13 @@ class CacheClient:
         self._driver = driver
 
     def live_nodes(self) -> list[str]:
+        """The ids of the nodes that report."""
         nodes = self._driver.core.state.nodes.values()
         return sorted(node.node_id for node in nodes if node.live)
 
     async def view(self, nodes: Sequence[str]) -> Caches:
+        """Ask these nodes what their caches hold."""
+
         async def one(node_id: str) -> NodeCache:
             body, failed = await self._ask("GET", node_id)
             cache = outside.decode(body, CacheView) if body else None
@@ -116,6 +131,7 @@ class CacheClient:
         return Caches(nodes=tuple(await asyncio.gather(*map(one, nodes))))
 
     async def pull(self, body: CachePullBody, nodes: Sequence[str]) -> Pulls:
+        """Have these nodes begin to fetch a model."""
         data = msgspec.json.encode(PullBody(model=body.model, refresh=body.refresh))
 
         async def one(node_id: str) -> NodePull:
@@ -126,6 +142,8 @@ class CacheClient:
         return Pulls(nodes=tuple(await asyncio.gather(*map(one, nodes))))
 
     async def remove(self, model: str, nodes: Sequence[str]) -> Removals:
+        """Have these nodes remove a model."""
+
         async def one(node_id: str) -> NodeRemoval:
             answer, failed = await self._ask("DELETE", node_id, query={"model": model})
             freed = outside.decode(answer, _Freed).freed_bytes if answer else 0
@@ -139,6 +157,8 @@ class CacheClient:
         return Removals(nodes=tuple(await asyncio.gather(*map(one, nodes))))
 
     async def verify(self, model: str, nodes: Sequence[str]) -> Verdicts:
+        """Have these nodes read a model again and check it."""
+
         async def one(node_id: str) -> NodeVerdict:
             answer, failed = await self._ask(
                 "POST", node_id, "verify", query={"model": model}, limit_s=VERIFY_S

@@ -45,6 +45,7 @@ class AdminError(Exception):
 
 
 def reply(body: msgspec.Struct, status: int = 200) -> web.Response:
+    """A JSON answer."""
     return web.Response(
         body=msgspec.json.encode(body), status=status, content_type="application/json"
     )
@@ -56,6 +57,7 @@ def refusal(error: Refused) -> AdminError:
 
 
 def decode_body(data: bytes, kind: type[S]) -> S:
+    """The bytes of a body as `kind`. Raises AdminError (400)."""
     try:
         return outside.decode(data, kind)
     except OutsideError as error:
@@ -63,6 +65,7 @@ def decode_body(data: bytes, kind: type[S]) -> S:
 
 
 async def read_json(request: web.Request) -> Any:
+    """The body's JSON, {} for an empty one. Raises AdminError (400)."""
     try:
         return outside.json_document(await request.read() or b"{}")
     except OutsideError as error:
@@ -70,6 +73,7 @@ async def read_json(request: web.Request) -> Any:
 
 
 async def read_body(request: web.Request, kind: type[S]) -> S:
+    """The body as `kind`. Raises AdminError (400, 422) naming each wrong field."""
     raw = await read_json(request)
     try:
         return check(raw, kind)
@@ -88,6 +92,7 @@ def whole_number(request: web.Request, name: str, default: int) -> int:
 
 
 def number(request: web.Request, name: str, default: float) -> float:
+    """A number of at least 0 in the query. Raises AdminError (400)."""
     text = request.query.get(name, "")
     try:
         value = float(text) if text else default

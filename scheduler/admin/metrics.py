@@ -37,6 +37,7 @@ class ColdStartTimes:
         )
 
     def observe(self, record: ColdStart) -> None:
+        """Count one cold start or wake."""
         self._total.labels(record.rung, record.outcome).observe(record.total_s)
         if mismatch(record) is not None:
             self._mismatches.inc()
@@ -51,6 +52,7 @@ class StateCollector(Collector):
         self.driver = driver
 
     def collect(self) -> Iterator[Metric]:
+        """Read all figures from the state."""
         state = self.driver.core.state
         yield GaugeMetricFamily(
             "stoker_scheduler_leader", "1 where this scheduler leads", int(self.driver.leads)

@@ -28,13 +28,16 @@ class RouteApi:
         self._book = driver.rules
 
     async def list_routes(self, _: web.Request) -> web.Response:
+        """List the routes."""
         views = [self._view(stored) for _, stored in sorted(self._book.routes.items())]
         return reply(v.Routes(routes=tuple(views)))
 
     async def show_route(self, request: web.Request) -> web.Response:
+        """Show a route and where it stands."""
         return self._shown(request)
 
     async def put_route(self, request: web.Request) -> web.Response:
+        """Add or change a route, which begins its canary, if it has one."""
         name, raw = request.match_info["name"], await read_json(request)
         try:
             rule = parse_rule(raw)
@@ -48,27 +51,32 @@ class RouteApi:
         return self._shown(request, 201 if created else 200)
 
     async def delete_route(self, request: web.Request) -> web.Response:
+        """Remove a route; its models stay."""
         await self._book.remove(request.match_info["name"], _who(request))
         return web.Response(status=204)
 
     async def switch_route(self, request: web.Request) -> web.Response:
+        """Warm a target, then send it everything."""
         name, body = request.match_info["name"], await read_body(request, v.SwitchBody)
         await self._book.switch(name, body.to, body.deadline_s, _who(request))
         return self._shown(request, 202)
 
     async def promote_route(self, request: web.Request) -> web.Response:
+        """Send everything to the canary."""
         name, body = request.match_info["name"], await read_body(request, v.ReasonBody)
         await self._book.promote(name, _who(request), body.reason)
         await self._driver.routers_follow()
         return self._shown(request)
 
     async def roll_back_route(self, request: web.Request) -> web.Response:
+        """Send nothing to the canary any more, or call a pending switch off."""
         name, body = request.match_info["name"], await read_body(request, v.ReasonBody)
         await self._book.rollback(name, _who(request), body.reason)
         await self._driver.routers_follow()
         return self._shown(request)
 
     async def list_audit(self, request: web.Request) -> web.Response:
+        """List who changed which route, the newest first."""
         limit, route = whole_number(request, "limit", 100), request.query.get("route")
         entries = reversed(self._book.audit.entries)
         found = [e for e in entries if route is None or e.subject == f"route {route}"]

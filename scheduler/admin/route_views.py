@@ -56,6 +56,8 @@ class RouteView(Struct, frozen=True, kw_only=True):
 
 
 class Routes(Struct, frozen=True, kw_only=True):
+    """The answer to GET /admin/routes."""
+
     routes: tuple[RouteView, ...]
 
 
@@ -75,4 +77,6 @@ class ReasonBody(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 
 class Audit(Struct, frozen=True, kw_only=True):
+    """The answer to GET /admin/audit, the newest first."""
+
     audit: tuple[AuditEntry, ...]

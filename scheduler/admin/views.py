@@ -158,6 +158,8 @@ class ColdStartView(Struct, frozen=True, kw_only=True):
 
 
 class ColdStarts(Struct, frozen=True, kw_only=True):
+    """The answer to GET /admin/coldstarts."""
+
     cold_starts: tuple[ColdStartView, ...]
 
 
@@ -198,30 +200,44 @@ class Footprints(Struct, frozen=True, kw_only=True):
 
 
 class Models(Struct, frozen=True, kw_only=True):
+    """The answer to GET /admin/models."""
+
     models: tuple[ModelView, ...]
 
 
 class Replicas(Struct, frozen=True, kw_only=True):
+    """The answer to GET /admin/replicas."""
+
     replicas: tuple[ReplicaView, ...]
 
 
 class Nodes(Struct, frozen=True, kw_only=True):
+    """The answer to GET /admin/nodes."""
+
     nodes: tuple[NodeView, ...]
 
 
 class Devices(Struct, frozen=True, kw_only=True):
+    """The answer to GET /admin/devices."""
+
     devices: tuple[DeviceView, ...]
 
 
 class Queue(Struct, frozen=True, kw_only=True):
+    """The answer to GET /admin/queue."""
+
     queue: tuple[QueueView, ...]
 
 
 class Decisions(Struct, frozen=True, kw_only=True):
+    """The answer to GET /admin/decisions."""
+
     decisions: tuple[DecisionView, ...]
 
 
 class Health(Struct, frozen=True, kw_only=True):
+    """How this scheduler is: `recovering` until it knows its nodes."""
+
     status: Literal["ok", "recovering", "standby"]
     leader: bool
     term: int
@@ -241,6 +257,8 @@ class Saved(Struct, frozen=True, kw_only=True):
 
 
 class ErrorBody(Struct, frozen=True, kw_only=True):
+    """What is wrong: a sentence, and each wrong field."""
+
     message: str
     problems: tuple[SpecProblem, ...] = ()
     close: tuple[str, ...] = ()  # known names that may have been meant
@@ -248,10 +266,14 @@ class ErrorBody(Struct, frozen=True, kw_only=True):
 
 
 class Error(Struct, frozen=True, kw_only=True):
+    """The answer to a request that failed."""
+
     error: ErrorBody
 
 
 class LoadBody(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The body of POST /admin/models/{name}/load."""
+
     replicas: int = 1
 
 
@@ -307,4 +329,6 @@ class Plan(Struct, frozen=True, kw_only=True):
 
 
 class PinBody(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The body of POST /admin/models/{name}/pin."""
+
     pinned: bool

@@ -31,7 +31,7 @@ Rank = tuple[bool, int, int, float]
 
 
 def standing(state: ClusterState, model: Model) -> int:
-    """Its priority, raised by how long its oldest request has waited.
+    """A model's priority, raised by how long its oldest request has waited.
 
     Worked example: priority 0, waiting for 65 s with AGING_S 30: 2.
     """
@@ -130,7 +130,7 @@ def rank(state: ClusterState, descent: Descent, now: float, need: int, least_s: 
 
 
 def wait_s(descent: Descent, need: int) -> float:
-    """Its expected waiting, for all of `need` bytes at the price of those that it frees."""
+    """Expected waiting of a descent, for all of `need` bytes at the price of those it frees."""
     share = min(1.0, descent.frees / max(1, need))
     return max(descent.cost, 0.1) / max(share, 1e-3)
 

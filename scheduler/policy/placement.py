@@ -69,7 +69,7 @@ class Fit:
 
 @dataclass(frozen=True, slots=True)
 class NotNow:
-    """It fits this cluster, but what is in its place is busy, pinned or too fresh to go."""
+    """The model fits this cluster, but what is in its place is busy, pinned or too fresh to go."""
 
     reason: str
 

@@ -26,6 +26,7 @@ class Counts(NamedTuple):
     first_byte_s: float = 0.0  # the sum over these
 
     def plus(self, other: Counts) -> Counts:
+        """The sum of both."""
         return Counts(
             self.requests + other.requests,
             self.errors + other.errors,
@@ -34,6 +35,7 @@ class Counts(NamedTuple):
         )
 
     def mean_ttft_s(self) -> float:
+        """Mean seconds to the first byte; 0 where there was none."""
         return self.first_byte_s / self.first_bytes if self.first_bytes else 0.0
 
 

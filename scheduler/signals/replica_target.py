@@ -100,6 +100,7 @@ class ScaleHistory:
         self.held_until = max(self.held_until, until)
 
     def panicking(self, now: float) -> bool:
+        """Whether a burst was seen so lately that nothing goes down."""
         return now < self.panic_until
 
 

@@ -89,6 +89,7 @@ class Changes:
     made: deque[tuple[float, int]] = field(default_factory=lambda: deque(maxlen=MAX_CHANGES))
 
     def add(self, at: float, amount: int) -> None:
+        """Note a change by `amount`."""
         self.made.append((at, amount))
 
     def prune(self, now: float, longest_s: float) -> None:

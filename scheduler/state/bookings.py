@@ -47,6 +47,7 @@ class Index:
 
     @property
     def open_count(self) -> int:
+        """Nodes that take new replicas."""
         return len(self._by_room)
 
     def sample(self, count: int) -> list[str]:
@@ -87,20 +88,20 @@ class Books:
         self.index.touched.add(self.node_id)
 
     def add(self, replica: Replica) -> None:
-        """It books here from now on."""
+        """Book a replica here from now on."""
         replica.books = self
         self.replicas[replica.replica_id] = replica
         self.moved(replica)
 
     def drop(self, replica: Replica) -> None:
-        """It books nothing any more."""
+        """Take a replica off the books."""
         self.replicas.pop(replica.replica_id, None)
         self.index.plans.pop(replica.replica_id, None)
         self.index.unrouting.pop(replica.replica_id, None)
         self.touch()
 
     def moved(self, replica: Replica) -> None:
-        """It entered another stage."""
+        """Note that a replica entered another stage."""
         plans, unrouting = self.index.plans, self.index.unrouting
         plans.pop(replica.replica_id, None)
         unrouting.pop(replica.replica_id, None)
@@ -130,7 +131,7 @@ class Books:
         return self._host
 
     def climbing(self, device_id: str) -> list[Replica]:
-        """Those that start or wake on one device, or wait for their turn to."""
+        """Replicas that start or wake on one device, or wait for their turn to."""
         if self._stale:
             self._count()
         return self._climbing.get(device_id, [])

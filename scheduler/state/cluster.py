@@ -74,21 +74,24 @@ class Model:
 
     @property
     def name(self) -> str:
+        """The name in its spec."""
         return self.spec.name
 
     def forgive(self) -> None:
-        """Its failed starts count no more: it serves, or deserves a fresh try."""
+        """Forget failed starts: the model serves, or deserves a fresh try."""
         self.failures, self.blocked_until, self.spares_s = 0, 0.0, 0.0
         self.problem, self.problem_final = None, False
 
     def coming(self) -> list[Replica]:
-        """Those that serve or will; one that must leave its place is counted out already."""
+        """Replicas that serve or will; one that must leave its place is counted out already."""
         return [r for r in self.replicas.values() if r.stage in COMING and r.doomed_at is None]
 
     def ready(self) -> list[Replica]:
+        """Replicas that serve."""
         return [r for r in self.replicas.values() if r.stage is Stage.READY]
 
     def asleep(self) -> list[Replica]:
+        """Replicas that sleep, less those that must leave their place."""
         return [
             r for r in self.replicas.values() if r.stage is Stage.ASLEEP and r.doomed_at is None
         ]
@@ -195,6 +198,7 @@ class ClusterState:
         return known
 
     def demand(self, model: str) -> Demand:
+        """The requests for a model, summed over all routers."""
         waiting = in_flight = ending = background = 0
         oldest = 0.0
         known = self.models.get(model)
@@ -223,18 +227,21 @@ class ClusterState:
         return max(routed, replica.report.in_flight if replica.report else 0)
 
     def add(self, replica: Replica) -> None:
+        """Add a replica to its node and its model."""
         self.replicas[replica.replica_id] = replica
         self.node(replica.node_id).books.add(replica)
         if replica.model in self.models:
             self.models[replica.model].replicas[replica.replica_id] = replica
 
     def drop(self, replica: Replica) -> None:
+        """Remove a replica from its node and its model."""
         self.replicas.pop(replica.replica_id, None)
         self.nodes[replica.node_id].books.drop(replica)
         if replica.model in self.models:
             self.models[replica.model].replicas.pop(replica.replica_id, None)
 
     def schedulable_nodes(self) -> Iterable[Node]:
+        """The nodes that may get new replicas."""
         return (node for node in self.nodes.values() if node.schedulable)
 
     def refresh_index(self) -> None:

@@ -44,7 +44,7 @@ class StoredModel(Struct, frozen=True, kw_only=True):
 
 
 class Elected(Struct, frozen=True, kw_only=True):
-    """This scheduler leads now. `known_nodes` are those the registry knows to be alive."""
+    """A scheduler's own election. `known_nodes` are those the registry knows to be alive."""
 
     now: float
     term: int
@@ -60,26 +60,36 @@ class Elected(Struct, frozen=True, kw_only=True):
 
 
 class HeartbeatSeen(Struct, frozen=True, kw_only=True):
+    """A node's report."""
+
     now: float
     heartbeat: Heartbeat
 
 
 class DemandSeen(Struct, frozen=True, kw_only=True):
+    """A router's report."""
+
     now: float
     report: DemandReport
 
 
 class ModelPut(Struct, frozen=True, kw_only=True):
+    """A model that was added or changed."""
+
     now: float
     model: StoredModel
 
 
 class ModelRemoved(Struct, frozen=True, kw_only=True):
+    """A model that an operator removed."""
+
     now: float
     name: str
 
 
 class LoadAsked(Struct, frozen=True, kw_only=True):
+    """An operator's request to start replicas of a model."""
+
     now: float
     model: str
     replicas: int = 1
@@ -94,6 +104,8 @@ class UnloadAsked(Struct, frozen=True, kw_only=True):
 
 
 class PinSet(Struct, frozen=True, kw_only=True):
+    """An operator's pin of a model, or its end."""
+
     now: float
     model: str
     pinned: bool
@@ -151,6 +163,8 @@ class CommandDone(Struct, frozen=True, kw_only=True):
 
 
 class Tick(Struct, frozen=True, kw_only=True):
+    """The passing of time."""
+
     now: float
 
 

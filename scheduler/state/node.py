@@ -70,10 +70,12 @@ class Node:
 
     @property
     def replicas(self) -> dict[str, Replica]:
+        """The replicas on it, by id."""
         return self.books.replicas
 
     @property
     def live(self) -> bool:
+        """Whether it reports."""
         return self.heartbeat is not None and not self.lost
 
     @property
@@ -99,9 +101,11 @@ class Node:
 
     @property
     def preemptible(self) -> bool:
+        """Whether its provider may take it away."""
         return self.heartbeat is not None and self.heartbeat.preemptible
 
     def on_device(self, device_id: str) -> Iterator[Replica]:
+        """The replicas on one device."""
         return (r for r in self.replicas.values() if device_id in r.device_ids)
 
     def usable(self, device_id: str) -> bool:
@@ -126,9 +130,11 @@ class Node:
         return self.rooms().capacity.get(device_id, 0)
 
     def committed(self, device_id: str) -> int:
+        """Bytes spoken for on one device, now and later."""
         return self.books.committed(device_id)
 
     def physical(self, device_id: str) -> int:
+        """Bytes that may be in use on one device now."""
         return self.books.physical(device_id)
 
     def most_room(self) -> int | None:

@@ -20,15 +20,18 @@ class Prewarms:
     open: dict[str, tuple[float, int]] = field(default_factory=dict)  # replica: since, bytes
 
     def begin(self, replica_id: str, now: float, held_bytes: int) -> None:
+        """Count a prewarm that holds `held_bytes`, once a replica."""
         if replica_id not in self.open:
             self.open[replica_id] = (now, max(0, held_bytes))
             self.started += 1
 
     def called(self, replica_id: str) -> None:
+        """Count a hit: the replica was called."""
         if self.open.pop(replica_id, None) is not None:
             self.hits += 1
 
     def gone(self, replica_id: str, now: float) -> None:
+        """Count a miss: the replica went without a call."""
         since, held_bytes = self.open.pop(replica_id, (None, 0))
         if since is not None:
             self.misses += 1

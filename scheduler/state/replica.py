@@ -26,7 +26,7 @@ class Booked(Protocol):
         """Something that is booked there changed."""
 
     def moved(self, replica: Replica) -> None:
-        """It entered another stage."""
+        """Note that a replica entered another stage."""
 
 
 ENGINE_LATE_S = 3.0  # what an engine says of its last use may be so much too late
@@ -117,7 +117,7 @@ class Replica:
             self._touch()
 
     def shrink(self) -> None:
-        """It will never take more again than it holds asleep."""
+        """Book only what it holds asleep: it will never take more again."""
         self.bytes = self.residue
         self._touch()
 
@@ -171,6 +171,7 @@ class Replica:
 
     @property
     def is_unrouting(self) -> bool:
+        """Whether it is out of the table and not all routers have confirmed that."""
         return self.stage is Stage.UNROUTING
 
     def rungs(self) -> tuple[int, ...]:

@@ -46,12 +46,15 @@ class Message(Struct):
     content: str | list[dict[str, Any]] | None = None
 
     def text(self) -> str:
+        """The content as one string."""
         if isinstance(self.content, list):
             return " ".join(str(part.get("text", "")) for part in self.content)
         return self.content or ""
 
 
 class StreamOptions(Struct):
+    """`stream_options` of a request: whether usage comes at the end, and with each chunk."""
+
     include_usage: bool | None = False
     continuous_usage_stats: bool | None = False
 
@@ -64,25 +67,35 @@ class _Generation(Struct, kw_only=True):
 
 
 class ChatRequest(_Generation, kw_only=True):
+    """The body of /v1/chat/completions."""
+
     messages: Annotated[list[Message], Meta(min_length=1)]
     max_completion_tokens: Tokens | None = None
 
 
 class CompletionRequest(_Generation, kw_only=True):
+    """The body of /v1/completions."""
+
     prompt: str | list[str | int]
 
 
 class EmbeddingRequest(Struct, kw_only=True):
+    """The body of /v1/embeddings."""
+
     model: str
     input: str | list[str | int | list[int]]
     encoding_format: str = "float"
 
 
 class UnloadRequest(Struct, kw_only=True):
+    """The body of /v1/unload_lora_adapter."""
+
     lora_name: str
 
 
 class TokenizeRequest(Struct, kw_only=True):
+    """The body of /tokenize: a prompt or messages."""
+
     model: str | None = None
     prompt: str | None = None
     messages: list[Message] = []
@@ -111,6 +124,7 @@ class Answer(Struct, frozen=True, kw_only=True):
         }
 
     def body(self, choices: list[dict[str, Any]], chunk: bool = False) -> dict[str, Any]:
+        """The JSON object that carries `choices`; `chunk`: one event of a stream."""
         kind = "chat.completion" if self.chat else "text_completion"
         return {
             "id": self.id,
@@ -150,6 +164,7 @@ class Api:
         self.gibberish = False  # its weights are not the model's any more, and it can't know
 
     def routes(self) -> list[web.RouteDef]:
+        """The paths that the stub serves, each with its handler."""
         return [
             web.get("/v1/models", self._models),
             web.post("/v1/chat/completions", checked(ChatRequest, self._chat)),

@@ -53,6 +53,7 @@ class StubSleep:
         return self._paused or bool(self._asleep)
 
     def routes(self) -> list[web.RouteDef]:
+        """The paths of vLLM's sleep mode, each with its handler."""
         return [
             web.post("/sleep", _whole(self._sleep)),
             web.post("/wake_up", _whole(self._wake_up)),

@@ -240,7 +240,7 @@ class Admission:
         return self._release_model(request.model, state, now) if state and state.waiting else []
 
     def failed(self, request_id: str, now: float, reason: str, delivered: bool) -> Decision:
-        """Its replica failed before the answer's first byte; says what happens to it next.
+        """Note that its replica failed before the answer's first byte; what happens to it next.
 
         `delivered`: the request may have reached the replica. `reason` is shown to the caller.
         """
@@ -542,7 +542,7 @@ class Admission:
             load.full = endpoint.full
 
     def _grow(self, replica_id: str) -> bool:
-        """It has begun an answer; whether it may have one request more for that."""
+        """Let a replica that has begun an answer have one request more; whether it may."""
         load = self._loads[replica_id]
         if load.full or load.limit >= self._max_in_flight:
             return False

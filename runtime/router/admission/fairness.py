@@ -39,13 +39,15 @@ BACKGROUND = -1000  # this priority and below: only what nobody else wants
 
 
 class Waiter(Protocol):
-    """What waits."""
+    """A request that waits."""
 
     @property
-    def seq(self) -> int: ...
+    def seq(self) -> int:
+        """Number by arrival."""
 
     @property
-    def profile(self) -> RequestProfile: ...
+    def profile(self) -> RequestProfile:
+        """What it asks for, and for whom."""
 
 
 W = TypeVar("W", bound=Waiter)
@@ -84,7 +86,7 @@ class FairQueue(Generic[W]):
         )
 
     def add(self, waiter: W, deadline: float) -> None:
-        """It waits, at most until `deadline`."""
+        """Add a request, which waits at most until `deadline`."""
         profile = waiter.profile
         others = {t for lanes in self._lanes.values() for t in lanes} - {profile.tenant}
         least = min((self._given[t] for t in others), default=0.0)
@@ -96,7 +98,7 @@ class FairQueue(Generic[W]):
         heapq.heappush(self._deadlines, (deadline, waiter.seq))
 
     def remove(self, waiter: W) -> None:
-        """It does not wait any more. It must have waited."""
+        """Take a request out; it must be in the queue."""
         del self._seqs[waiter.seq]
         _take(self._all, waiter)
         profile = waiter.profile
@@ -153,7 +155,7 @@ class FairQueue(Generic[W]):
         heapq.heapify(self._deadlines)
 
     def late(self, now: float) -> list[W]:
-        """Those that have waited long enough, still in the queue."""
+        """The requests that have waited long enough; they stay in the queue."""
         found = {}  # what came back is in the heap for each time it waited
         while (deadline := self.next_deadline()) is not None and deadline <= now:
             seq = heapq.heappop(self._deadlines)[1]

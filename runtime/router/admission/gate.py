@@ -73,7 +73,7 @@ class Gate:
         return self._noting_wait(decision, model)
 
     def failed(self, request_id: str, model: str, reason: str, delivered: bool) -> Decision:
-        """Its replica failed before the first byte of an answer."""
+        """Note that its replica failed before the first byte of an answer."""
         now = self.loop.time()
         decision = self._admission.failed(request_id, now, reason, delivered)
         return self._noting_wait(decision, model)

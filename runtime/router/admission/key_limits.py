@@ -63,6 +63,7 @@ class Bucket:
 
     @property
     def full_in_s(self) -> float:
+        """Seconds until the bucket is full again."""
         return (self.limit - self.level) * 60.0 / self.limit
 
 
@@ -88,7 +89,7 @@ class Account:
 
     @property
     def used(self) -> Used:
-        """This router's own use."""
+        """What this router itself let through."""
         return Used(self.requests, self.tokens, self.gpu_ms, self.in_flight)
 
     def limit(self, limits: Limits, now: float) -> None:
@@ -145,7 +146,7 @@ class Account:
         self._pay(new, tokens)
 
     def end(self, expected: int, tokens: int, gpu_ms: int) -> None:
-        """It is over: it took `tokens`, where `expected` were paid for."""
+        """End a request that took `tokens`, where `expected` were paid for."""
         self.tokens += tokens
         self.gpu_ms += gpu_ms
         self.in_flight -= 1
@@ -232,7 +233,7 @@ class GpuShare:
         return clock[0]
 
     def end(self, replica_id: str, reading: float, devices: int, now: float) -> float:
-        """It is over; GPU-seconds."""
+        """End a request; the GPU-seconds that it took."""
         clock = self._clocks[replica_id]
         _advance(clock, now)
         charged = (clock[0] - reading) * devices

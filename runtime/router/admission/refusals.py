@@ -51,7 +51,7 @@ def meant(model: str, known: Iterable[str]) -> str:
 
 
 def removed(request_id: str, model: str) -> Refused:
-    """It was there when the request came."""
+    """The refusal of a request whose model was removed while it waited."""
     message = f"model {model!r} was removed while the request waited"
     return Refused(request_id, 404, UNKNOWN, message, None, "model", final=True)
 
@@ -74,7 +74,7 @@ def queue_full(request_id: str, route: ModelRoute) -> Refused:
 
 
 def shed(request_id: str, route: ModelRoute) -> Refused:
-    """It left a full queue for one that goes before it."""
+    """The refusal of a request that left a full queue for one that goes before it."""
     message = (
         f"{route.max_queue} requests wait for model {route.name!r}, its max_queue, and others go "
         "before this one; try again later"
@@ -83,7 +83,7 @@ def shed(request_id: str, route: ModelRoute) -> Refused:
 
 
 def not_in_time(request_id: str, route: ModelRoute, profile: RequestProfile) -> Refused:
-    """It is known at once that it would wait longer than it may."""
+    """The refusal of a request that would surely wait longer than it may."""
     message = (
         f"model {route.name!r} will take about {route.eta_s:.0f}s to be ready, and this request "
         f"may wait {_limit(route, profile)}; it is being made ready for a later one"
@@ -92,14 +92,14 @@ def not_in_time(request_id: str, route: ModelRoute, profile: RequestProfile) -> 
 
 
 def held_too_long(request_id: str, route: ModelRoute, profile: RequestProfile) -> Refused:
-    """It waited as long as it may."""
+    """The refusal of a request that waited as long as it may."""
     state = f" ({route.waiting_for})" if route.waiting_for else ""
     message = f"model {route.name!r} was not ready within {_limit(route, profile)}{state}"
     return Refused(request_id, 504, "hold_timeout", message, _back_in_s(route))
 
 
 def no_budget(request_id: str, model: str, reason: str) -> Refused:
-    """Its replica failed, and so did too many others'."""
+    """The refusal of a request whose replica failed, as too many others' did."""
     message = (
         f"model {model!r}: {reason}; not tried again, too many requests already were in "
         "the last seconds"

@@ -123,7 +123,7 @@ def _openai(failure: Failure) -> dict[str, Any]:
 
 
 def _anthropic(failure: Failure, request_id: str) -> dict[str, Any]:
-    """Its types are its own, so the status says which: engines have other names for them."""
+    """Anthropic's error types: the status chooses, as engines have other names for them."""
     default = "api_error" if failure.status >= 500 else "invalid_request_error"
     kind = _ANTHROPIC_KINDS.get(failure.status, default)
     return {

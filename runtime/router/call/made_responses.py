@@ -57,7 +57,7 @@ class Stored:
         return len(self._made)
 
     def keep(self, response_id: str, made: Made) -> None:
-        """That replica made it."""
+        """Remember which replica made a response."""
         known = self._made.get(response_id)
         if known is not None and known.tenant != made.tenant:
             return

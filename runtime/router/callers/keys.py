@@ -162,14 +162,14 @@ class Keys:
             account.begin(tokens, again or counted)
 
     def end(self, caller: Caller, expected: int, tokens: int, gpu_s: float) -> None:
-        """It is over, and took `tokens` where `expected` were paid for."""
+        """End a call that took `tokens`, where `expected` were paid for."""
         for account in caller.accounts:
             account.end(expected, tokens, round(gpu_s * 1000))
 
     # ------------------------------------------------------------------------------- other routers
 
     def day(self, day: str, left_s: float, now: float) -> None:
-        """It is that day (UTC), for `left_s` more seconds."""
+        """Count for this day (UTC), which lasts `left_s` more seconds."""
         self._day_ends_at = now + min(left_s, DAY_S)
         if day != self._day:
             self._day = day

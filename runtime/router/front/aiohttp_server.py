@@ -65,14 +65,16 @@ class OddConnection(web.RequestHandler):
 
     @property
     def idle(self) -> bool:
-        """It waits for a request, or for the rest of a request's head."""
+        """Whether it waits for a request, or for the rest of a request's head."""
         return self._waiter is not None and not self._messages
 
     def pause_writing(self) -> None:
+        """Note since when the caller does not read."""
         super().pause_writing()
         self._stopped_at = self._loop.time()
 
     def resume_writing(self) -> None:
+        """Note that the caller reads again."""
         super().resume_writing()
         self._stopped_at = None
 
@@ -83,6 +85,7 @@ class OddConnection(web.RequestHandler):
             self.transport.abort()
 
     def data_received(self, data: bytes) -> None:
+        """Give aiohttp the bytes, unless they break a request that is being read."""
         if self._refused:
             return
         count = self._request_count

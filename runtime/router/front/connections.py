@@ -107,7 +107,7 @@ class Front:
         return self._odd()
 
     def forget(self, connection: PlainConnection) -> None:
-        """It is served elsewhere, or closed."""
+        """Drop a connection that is served elsewhere, or closed."""
         self.connections.discard(connection)
         if not self.connections:
             self._idle.set()

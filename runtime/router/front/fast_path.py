@@ -75,7 +75,7 @@ class Front(Protocol):
         """Who serves it from now on."""
 
     def forget(self, connection: PlainConnection) -> None:
-        """It is served elsewhere, or closed."""
+        """Drop a connection that is served elsewhere, or closed."""
 
 
 class PlainConnection(asyncio.Protocol):
@@ -124,12 +124,14 @@ class PlainConnection(asyncio.Protocol):
     # -- called by the event loop
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Keep the socket and make a parser for it."""
         self._transport = cast(asyncio.Transport, transport)  # uvloop's has another base class
         self._address = address_of(transport)
         self._parser = httptools.HttpRequestParser(self)
         self._front.opened(self)
 
     def data_received(self, data: bytes) -> None:
+        """Parse the bytes, or keep them while a request is being answered."""
         size, memory = len(data), self._front.memory
         self._taken += size
         memory.used += size
@@ -155,6 +157,7 @@ class PlainConnection(asyncio.Protocol):
             self._hand_over()
 
     def connection_lost(self, exc: Exception | None) -> None:
+        """Give back what was taken and cancel the answer."""
         self._transport = None
         self._parser = None  # it holds us: break the cycle
         self._give_back()
@@ -165,12 +168,14 @@ class PlainConnection(asyncio.Protocol):
             self._task.cancel()
 
     def pause_writing(self) -> None:
+        """Stop reading the engine while the caller does not read."""
         self._stopped = True
         self._stopped_at = self._front.loop.time()
         if self._reply is not None:
             self._reply.pause()
 
     def resume_writing(self) -> None:
+        """Read the engine again: the caller reads."""
         self._stopped = False
         if self._reply is not None:
             self._reply.resume()
@@ -180,16 +185,20 @@ class PlainConnection(asyncio.Protocol):
     # -- called by the parser
 
     def on_message_begin(self) -> None:
+        """Note a second request in the bytes of one read."""
         if self._whole:
             self._more = True
 
     def on_url(self, url: bytes) -> None:
+        """Keep a piece of the request target."""
         self._url += url
 
     def on_header(self, name: bytes, value: bytes) -> None:
+        """Keep a header."""
         self._fields.append((name, value))
 
     def on_headers_complete(self) -> None:
+        """Decide whether the request is plain."""
         parser = self._parser
         assert parser is not None
         path = PLAIN_PATHS.get(self._url)
@@ -206,10 +215,12 @@ class PlainConnection(asyncio.Protocol):
         self._path = path
 
     def on_body(self, data: bytes) -> None:
+        """Keep a piece of a plain request's body."""
         if self._plain:
             self._body.append(data)
 
     def on_message_complete(self) -> None:
+        """Note that the request is whole."""
         self._whole = True
 
     def _headers_are_plain(self) -> bool:
@@ -347,6 +358,7 @@ class PlainConnection(asyncio.Protocol):
         self._head = b"\r\n".join(lines)
 
     async def write(self, data: bytes) -> None:
+        """Send bytes; returns when the caller reads. Raises ConnectionResetError."""
         if self._transport is None:
             raise ConnectionResetError("the client hung up")
         self.feed(data)
@@ -355,6 +367,7 @@ class PlainConnection(asyncio.Protocol):
             await self._writable
 
     async def relay(self, reply: Reply, first: bytes) -> None:
+        """Send `first` and the rest of an engine's reply as it comes."""
         self._reply = reply
         self.feed(first)
         if not reply.complete:
@@ -392,6 +405,7 @@ class PlainConnection(asyncio.Protocol):
         return self._since if self._task is None else None
 
     def close_if_idle(self) -> None:
+        """Close the socket where nothing is being read or answered."""
         if self._task is None and not self._raw and self._transport is not None:
             self._transport.close()
 

@@ -206,7 +206,7 @@ class Batches:
             self._wake()
 
     async def _failed(self, row: BatchRow) -> None:
-        """Its validation failed for no reason that is known: after a few tries it is refused."""
+        """Count a validation that failed for no known reason; after a few, refuse the batch."""
         self._failures[row.seq] += 1
         await asyncio.sleep(1.0)
         if self._failures[row.seq] < _TRIES:

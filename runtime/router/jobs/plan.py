@@ -162,7 +162,7 @@ class Plan:
         return self._models.setdefault((item.tenant, item.model), _Model(self._first_window))
 
     def _rest(self, model: _Model, now: float, retry_after_s: float) -> None:
-        """Those that were in flight together are refused together: they count once."""
+        """Pause a model. Pieces in flight together are refused together: they count once."""
         if model.rests_until > now:
             return
         pause_s = min(REST_S * 2**model.refusals, REST_MAX_S)

@@ -56,6 +56,7 @@ class PublicResolver(AbstractResolver):
     async def resolve(
         self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_INET
     ) -> list[ResolveResult]:
+        """A host's public addresses. Raises OSError where it has none."""
         found = await self._inner.resolve(host, port, family)
         public = [result for result in found if signing.is_public(result["host"])]
         if not public:
@@ -63,6 +64,7 @@ class PublicResolver(AbstractResolver):
         return public
 
     async def close(self) -> None:
+        """Close the system's resolver."""
         await self._inner.close()
 
 

@@ -84,7 +84,7 @@ class Tracer:
         return self._tracer.start_span(name, context=set_span_in_context(parent), kind=kind)
 
     def routes(self, table: RouteTable) -> None:
-        """Those who are held learn what they wait for."""
+        """Tell the traces of held calls what they wait for."""
         if self._held:
             reasons = {route.name: route.waiting_for for route in table.models}
             for trace in self._held:
@@ -115,7 +115,7 @@ class Trace:
 
     @property
     def model(self) -> str:
-        """Whom it is for."""
+        """The model that the call is for."""
         return self._outcome.model
 
     @property
@@ -126,14 +126,14 @@ class Trace:
     # -- waiting
 
     def hold(self, reason: str | None) -> None:
-        """It waits for a replica from now on; `reason` is what the table says of it."""
+        """Begin a wait for a replica; `reason` is what the table says of it."""
         self._hold = self._tracer.child(self._span, "hold", SpanKind.INTERNAL)
         self._span.set_attribute("stoker.cold_start", True)
         self._tracer.holds(self, True)
         self.waits_for(reason)
 
     def waits_for(self, reason: str | None) -> None:
-        """It is this that it waits for now."""
+        """Note what the call waits for now."""
         if self._hold is not None and reason is not None and reason != self._reason:
             self._reason = reason
             self._hold.add_event(
@@ -142,7 +142,7 @@ class Trace:
             )
 
     def let_go(self) -> None:
-        """It waits no more."""
+        """End the wait."""
         self._tracer.holds(self, False)
         if self._hold is not None:
             self._hold.end()
@@ -151,7 +151,7 @@ class Trace:
     # -- at a replica
 
     def sent(self, lines: list[bytes], endpoint: Endpoint) -> list[bytes]:
-        """It is sent to a replica with these header lines, and our traceparent for the caller's."""
+        """Note that it is sent with these header lines; the lines with our traceparent."""
         span = self._engine = self._tracer.child(self._span, "POST", SpanKind.CLIENT)
         where = urlsplit(endpoint.base_url)
         span.set_attributes(

@@ -111,10 +111,12 @@ class Exchange:
         outcome.ttft_s = self._loop.time() - self.began_at
 
     def rate_headers(self) -> Headers:
+        """The header lines that say what is left of the caller's limits."""
         caller = self.call.caller
         return [] if caller is ANONYMOUS else rate_headers(caller, self._loop.time())
 
     async def run(self, decision: Decision) -> None:
+        """Carry the call: wait, send, and try again until it is answered or refused."""
         send = self._timed if self._means.keys.any else self._forward
         while True:
             if isinstance(decision, Held):
@@ -396,6 +398,7 @@ class Exchange:
         self.keep(headers.get(b"content-type", b"application/json"), body, self.wanted)
 
     def keep(self, content_type: bytes, body: bytes, asked: Wanted) -> None:
+        """Keep an answer in the response cache."""
         assert self.cache_rule is not None
         kept = Kept(content_type, body, self._loop.time(), self.cache_rule.ttl_s)
         self._means.cache.keep(asked, kept)

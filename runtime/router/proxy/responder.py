@@ -59,11 +59,13 @@ class Collected:
         self.body = bytearray()
 
     async def begin(self, status: int, headers: Headers) -> None:
+        """Keep the answer's status and headers."""
         self.begun = True
         self.status = status
         self.headers = headers
 
     async def write(self, data: bytes) -> None:
+        """Keep more of the body. Raises ConnectionResetError where it may not grow."""
         if len(self.body) + len(data) > MAX_ANSWER_BYTES:
             self.too_large = True
             raise ConnectionResetError("the answer is too large to be kept")
@@ -76,17 +78,19 @@ class Collected:
         self.body += data
 
     def close(self) -> None:
-        """It is kept no more."""
+        """Give the memory of the answer back."""
         self._memory.give(self._taken)
         self._taken = 0
 
     async def relay(self, reply: Reply, first: bytes) -> None:
+        """Keep `first` and the rest of an engine's reply."""
         data = first
         while data:
             await self.write(data)
             data = await reply.read()
 
     def break_off(self) -> None:
+        """Note that the answer ended early."""
         self.whole = False
 
 
@@ -99,9 +103,11 @@ class AiohttpClient:
 
     @property
     def begun(self) -> bool:
+        """Whether the caller has been told a status."""
         return self.response is not None
 
     async def begin(self, status: int, headers: Headers) -> None:
+        """Send the status and the headers."""
         shown: CIMultiDict[str] = CIMultiDict(
             (n.decode("latin-1"), v.decode("utf-8", "replace")) for n, v in headers
         )
@@ -111,16 +117,19 @@ class AiohttpClient:
         await self.response.prepare(self._request)
 
     async def write(self, data: bytes) -> None:
+        """Send more of the body."""
         assert self.response is not None
         await self.response.write(data)
 
     async def relay(self, reply: Reply, first: bytes) -> None:
+        """Send `first` and the rest of an engine's reply."""
         data = first
         while data:
             await self.write(data)
             data = await reply.read()
 
     def break_off(self) -> None:
+        """Close the connection in the middle of the answer."""
         if self.response is not None:
             cut_off(self._request, self.response)
 

@@ -148,6 +148,7 @@ class Recorder(Meter):
         self._body: list[bytes] = []
 
     def feed(self, data: bytes) -> bytes:
+        """Take more of the answer and keep it while it is small enough."""
         given = super().feed(data)
         if self.size <= ENTRY_BYTES:
             self._body.append(given)
@@ -156,6 +157,7 @@ class Recorder(Meter):
         return given
 
     def rest(self) -> bytes:
+        """Take and keep what was held back until the end."""
         given = super().rest()
         self._body.append(given)
         return given

@@ -175,6 +175,7 @@ class Reply:
     # -- called by the connection
 
     def feed(self, data: bytes) -> None:
+        """Take more of the body from the socket."""
         if self._error is None:
             self._chunks.append(data)
             self._size += len(data)
@@ -196,18 +197,20 @@ class Reply:
         self._wake()
 
     def _died(self, word: bytes) -> None:
-        """Its engine's last `word` is not passed on, nor what comes after it."""
+        """End the reply before the engine's last `word`, which is not passed on."""
         del self._chunks[self._chunks.index(word) :]
         self._error = UpstreamError("the replica's engine died at work", delivered=True)
         self.flush()
         self._wake()
 
     def end(self) -> None:
+        """Note the end of the body."""
         self.flush()
         self.complete = self._error is None
         self._wake()
 
     def fail(self, error: UpstreamError) -> None:
+        """Note why the body ends early."""
         if not self.complete:
             self.flush()
             self._error = error

@@ -111,7 +111,7 @@ def validated(db: sqlite3.Connection, batch: int, total: int, now: float) -> Non
 
 
 def refuse(db: sqlite3.Connection, batch: int, errors: list[dict[str, Any]], now: float) -> None:
-    """Its file is wrong: no line is sent."""
+    """End a batch whose file is wrong: no line is sent."""
     db.execute("UPDATE batches SET errors = ? WHERE seq = ?", (_text(errors), batch))
     begin_lines(db, batch)
     if _enter(db, batch, "failed", now, only="validating"):
@@ -158,7 +158,7 @@ def end(
     db: sqlite3.Connection, batch: int, status: str, now: float, output_id: str, error_id: str,
     why: str,
 ) -> int:  # fmt: skip
-    """It is over as `status`; lines without a result get `why`. Returns how many these were."""
+    """End a batch as `status`; lines without a result get `why`. Returns how many these were."""
     row = by_seq(db, batch)
     if "in_progress" not in row.stamps:
         begin_lines(db, batch)  # a validation that was broken off

@@ -21,7 +21,7 @@ class _Counted(NamedTuple):
 
 
 def _text(column: str) -> str:
-    """Its bytes: of a TEXT, SQLite's `length` is the characters before the first NUL."""
+    """The bytes of a column: SQLite's `length` of a TEXT counts up to the first NUL."""
     return f"ifnull(length(CAST({{row}}.{column} AS BLOB)), 0)"
 
 

@@ -34,5 +34,5 @@ def due(db: sqlite3.Connection, limit: int) -> list[HookRow]:
 
 
 def delete(db: sqlite3.Connection, hook_id: str) -> None:
-    """It was delivered, or given up on."""
+    """Remove a webhook that was delivered or given up on."""
     db.execute("DELETE FROM hooks WHERE id = ?", (hook_id,))

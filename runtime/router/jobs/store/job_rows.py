@@ -63,7 +63,7 @@ def waiting(db: sqlite3.Connection, tenant: str) -> int:
 
 
 def start(db: sqlite3.Connection, job: int, now: float) -> bytes | None:
-    """It is sent now; its body, or None where it has ended."""
+    """Mark a job as sent; its body, or None where it has ended."""
     query = "UPDATE jobs SET status = 'running', started_at = ? WHERE seq = ? AND ended_at IS NULL"
     if not db.execute(query, (now, job)).rowcount:
         return None
@@ -72,7 +72,7 @@ def start(db: sqlite3.Connection, job: int, now: float) -> bytes | None:
 
 
 def put_back(db: sqlite3.Connection, job: int, why: str) -> None:
-    """It was refused and will be sent again."""
+    """Queue a job again that was refused and will be sent again."""
     db.execute(
         "UPDATE jobs SET status = 'queued', waits_for = ? WHERE seq = ? AND ended_at IS NULL",
         (why, job),
@@ -83,7 +83,7 @@ def end(
     db: sqlite3.Connection, job: int, status: str, code: int | None, answer: bytes | None,
     now: float, keep_s: float,
 ) -> bool:  # fmt: skip
-    """It is over; False where it was before."""
+    """Mark a job as over; False where it was before."""
     done = db.execute(
         "UPDATE jobs SET status = ?, code = ?, answer = ?, body = NULL, ended_at = ?,"
         " expires_at = ? WHERE seq = ? AND ended_at IS NULL",
