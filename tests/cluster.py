@@ -16,7 +16,8 @@ from typing import Any
 import psutil
 import requests
 
-ROOT = Path(__file__).parent.parent
+from tests.kits.checkout import ROOT
+
 # A model's first save imports vLLM to check its arguments: 10 s alone, over 30 s on a busy host.
 ADMIN_S = 150  # the scheduler waits for 120 s (INSPECT_TIMEOUT_S)
 

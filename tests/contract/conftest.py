@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
@@ -12,9 +11,7 @@ import pytest
 from runtime.registry.consul import ConsulRegistry
 from runtime.registry.embedded import EmbeddedRegistry
 from runtime.registry.protocol import Registry
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from consul_server import MISSING, consul_is_installed, consul_server
+from tests.consul_server import MISSING, consul_is_installed, consul_server
 
 
 @pytest.fixture(scope="session")

@@ -6,25 +6,23 @@ import json
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from consul_server import MISSING, bootstrap_token, consul_is_installed, consul_server
-from test_registry_services import service
 
 from runtime.registry.consul import ConsulRegistry
 from runtime.registry.protocol import RegistryError
+from tests.consul_server import MISSING, bootstrap_token, consul_is_installed, consul_server
+from tests.contract.test_registry_services import service
+from tests.kits.checkout import ROOT
 
 pytestmark = [
     pytest.mark.consul,
     pytest.mark.skipif(not consul_is_installed(), reason=MISSING),
 ]
 
-RULES = yaml.safe_load(
-    (Path(__file__).parents[2] / "ansible/roles/consul/vars/main.yml").read_text()
-)["consul_rules"]
+RULES = yaml.safe_load((ROOT / "ansible/roles/consul/vars/main.yml").read_text())["consul_rules"]
 NODE = "test"  # as consul_server names it
 TTL_S = 10
 

@@ -6,10 +6,10 @@ import asyncio
 from collections.abc import Awaitable, Callable
 
 import pytest
-from registry_kit import eventually, still_waits
-from test_registry_services import service
 
 from runtime.registry.protocol import Registry
+from tests.contract.registry_kit import eventually, still_waits
+from tests.contract.test_registry_services import service
 
 Change = Callable[[Registry, str], Awaitable[object]]
 

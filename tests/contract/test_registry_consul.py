@@ -8,15 +8,15 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 
 import pytest
 from aiohttp import web
-from consul_server import MISSING, bootstrap_token, consul_is_installed, consul_server
-from registry_kit import eventually, still_waits
-from test_registry_services import service
 
 import runtime.registry.consul
 from runtime.contract.config import Config, RegistryConfig
 from runtime.registry.consul import ConsulRegistry
 from runtime.registry.open import open_registry
 from runtime.registry.protocol import Registry, RegistryError
+from tests.consul_server import MISSING, bootstrap_token, consul_is_installed, consul_server
+from tests.contract.registry_kit import eventually, still_waits
+from tests.contract.test_registry_services import service
 
 needs_consul = pytest.mark.skipif(not consul_is_installed(), reason=MISSING)
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
-from registry_kit import eventually
-
 from runtime.registry.protocol import Lock, Registry
+from tests.contract.registry_kit import eventually
 
 # Consul frees a dead holder's lock after 10 to 20 s, for every ttl up to 10 s (see consul.py).
 FREE_AGAIN_S = 45.0

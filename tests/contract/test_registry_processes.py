@@ -10,17 +10,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from registry_kit import eventually
 
 from runtime.registry.embedded import EmbeddedRegistry
 from runtime.registry.protocol import Lock
+from tests.contract.registry_kit import eventually
 
-WORKER = Path(__file__).with_name("registry_worker.py")
+WORKER = "tests.contract.registry_worker"
 
 
 @contextlib.contextmanager
 def workers(count: int, mode: str, *args: object) -> Iterator[list[subprocess.Popen[str]]]:
-    command = [sys.executable, str(WORKER), mode, *map(str, args)]
+    command = [sys.executable, "-m", WORKER, mode, *map(str, args)]
     started = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(count)]
     try:
         yield started

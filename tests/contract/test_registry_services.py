@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import asyncio
 
-from registry_kit import eventually
-
 from runtime.registry.protocol import Registry, Service
+from tests.contract.registry_kit import eventually
 
 
 def service(base: str, suffix: str = "1", **changes: object) -> Service:

@@ -6,12 +6,12 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import pytest
-from consul_server import free_ports
-from test_registry_services import service
 
 from runtime.registry.consul import ConsulRegistry
 from runtime.registry.embedded import EmbeddedRegistry
 from runtime.registry.protocol import Registry, RegistryError
+from tests.consul_server import free_ports
+from tests.contract.test_registry_services import service
 
 CALLS: dict[str, Callable[[Registry], Awaitable[object]]] = {
     "register the-name-1": lambda r: r.register(service("the-name"), 10),

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster import ROOT
+from tests.kits.checkout import ROOT
 
 pytestmark = [
     pytest.mark.vllm,

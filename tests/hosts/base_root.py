@@ -17,7 +17,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-REPO = Path(__file__).parents[2]
+from tests.kits.checkout import ROOT
 
 _PACKAGES = (
     "systemd,systemd-sysv,libpam-systemd,dbus,openssh-server,iproute2,ca-certificates,"
@@ -41,7 +41,7 @@ def missing() -> str | None:
 
 def base_root() -> Path:
     """The root to lay under each host's own files. Raises CannotMake, with the last words."""
-    installer = REPO / "scripts/install_consul.sh"
+    installer = ROOT / "scripts/install_consul.sh"
     name = _digest(_PACKAGES.encode(), installer.read_bytes())
     with _once(f"root-{name}") as (folder, new):
         if new:
@@ -63,9 +63,9 @@ def base_root() -> Path:
 
 def wheelhouse(engine: str = "base") -> Path:
     """The packages of requirements/base.txt or cpu.txt, so that no host needs a package index."""
-    lists = [REPO / "requirements" / f"{engine}.txt"]
+    lists = [ROOT / "requirements" / f"{engine}.txt"]
     if engine == "cpu":
-        lists.append(REPO / "requirements/torch-cpu.txt")
+        lists.append(ROOT / "requirements/torch-cpu.txt")
     with _once(f"wheels-{_digest(*(each.read_bytes() for each in lists))}") as (folder, new):
         if new:
             pip = [sys.executable, "-m", "pip", "-q", "download", "--no-deps", "-d", str(folder)]

@@ -6,9 +6,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from base_root import CannotMake, missing, wheelhouse
-from machines import Machines, machines
-from playbook import make_wheel
+
+from tests.hosts.base_root import CannotMake, missing, wheelhouse
+from tests.hosts.machines import Machines, machines
+from tests.hosts.playbook import make_wheel
 
 
 @pytest.fixture(scope="module")

@@ -12,8 +12,9 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from base_root import REPO, wheelhouse
-from machines import Machine
+from tests.hosts.base_root import wheelhouse
+from tests.hosts.machines import Machine
+from tests.kits.checkout import ROOT
 
 SETTINGS: dict[str, object] = {
     "stoker_cluster_token": 'a-test\'s "own" token, 0123',
@@ -92,7 +93,7 @@ class Site:
         began = time.monotonic()
         done = subprocess.run(
             command,
-            cwd=ansible or REPO / "ansible",
+            cwd=ansible or ROOT / "ansible",
             env={**os.environ, **environ},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
@@ -108,9 +109,9 @@ def make_wheel(folder: Path, version: str = "") -> Path:
     checkout = folder / "checkout"
     ignored = shutil.ignore_patterns("__pycache__", "*.egg-info")
     for name in ("runtime", "scheduler", "agent", "cli"):
-        shutil.copytree(REPO / name, checkout / name, ignore=ignored)
+        shutil.copytree(ROOT / name, checkout / name, ignore=ignored)
     for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(REPO / name, checkout / name)
+        shutil.copy(ROOT / name, checkout / name)
     if version:
         project = checkout / "pyproject.toml"
         text = re.sub(r'^version = ".*"', f'version = "{version}"', project.read_text(), flags=re.M)

@@ -7,9 +7,10 @@ import uuid
 from pathlib import Path
 
 import pytest
-from callers import Callers, call
-from machines import Machine, Machines
-from playbook import SETTINGS, Site, wheels
+
+from tests.hosts.callers import Callers, call
+from tests.hosts.machines import Machine, Machines
+from tests.hosts.playbook import SETTINGS, Site, wheels
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 

@@ -11,9 +11,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from callers import Callers, call
-from machines import Machine, Machines
-from playbook import SETTINGS, Site, make_wheel, wheels
+
+from tests.hosts.callers import Callers, call
+from tests.hosts.machines import Machine, Machines
+from tests.hosts.playbook import SETTINGS, Site, make_wheel, wheels
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 

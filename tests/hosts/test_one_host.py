@@ -8,8 +8,9 @@ import uuid
 from pathlib import Path
 
 import pytest
-from machines import Machine, Machines
-from playbook import SETTINGS, Site, make_wheel, wheels
+
+from tests.hosts.machines import Machine, Machines
+from tests.hosts.playbook import SETTINGS, Site, make_wheel, wheels
 
 pytestmark = pytest.mark.timeout(900)
 

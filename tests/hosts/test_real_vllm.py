@@ -9,10 +9,10 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-from machines import Machine, Machines
-from playbook import SETTINGS, Site, wheels
 
 from runtime.checkpoints.tiny_models import write_model
+from tests.hosts.machines import Machine, Machines
+from tests.hosts.playbook import SETTINGS, Site, wheels
 
 pytestmark = [pytest.mark.slow, pytest.mark.vllm, pytest.mark.timeout(1800)]
 

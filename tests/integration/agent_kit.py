@@ -28,13 +28,14 @@ from runtime.wire.agent_messages import (
     StopReplica,
 )
 from runtime.wire.model_spec import ModelSpec
+from tests.kits.checkout import ROOT
 
 DEADLINE_S = 60.0  # far more than a calm machine needs: a busy one shall not fail a test
 TOKEN = "the-cluster-token"
 SCRAPER = "a-scrapers-token"
 NODE = "test-node"
 DEVICE = f"simulated:{NODE}:0"
-RUN_AGENT = Path(__file__).with_name("run_agent.py")
+RUN_AGENT = "tests.integration.run_agent"
 
 
 async def until(condition, what: str, deadline_s: float = DEADLINE_S):
@@ -178,11 +179,11 @@ class AgentProcess:
         file.write_bytes(msgspec.json.encode(config))
         self.log = (folder / "agent.log").open("ab")
         self.popen = subprocess.Popen(
-            [sys.executable, str(RUN_AGENT), str(file)],
+            [sys.executable, "-m", RUN_AGENT, str(file)],
             stdout=subprocess.PIPE,
             stderr=self.log,
             env={**os.environ, "STOKER_CLUSTER_TOKEN": TOKEN, **(env or {})},
-            cwd=Path(__file__).parents[2],
+            cwd=ROOT,
         )
         self.url = ""
 

@@ -15,7 +15,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-REPO = Path(__file__).parents[2]
+from tests.kits.checkout import ROOT
 
 _ENTER = """
 set -e
@@ -110,14 +110,14 @@ def fill(root: Root, scratch: Path) -> None:
     checkout, source = scratch / "checkout", root.path / "src"
     ignored = shutil.ignore_patterns("__pycache__", "*.egg-info")
     for name in ("runtime", "scheduler", "agent", "cli"):
-        shutil.copytree(REPO / name, checkout / name, ignore=ignored)
+        shutil.copytree(ROOT / name, checkout / name, ignore=ignored)
     for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(REPO / name, checkout / name)
+        shutil.copy(ROOT / name, checkout / name)
     for name in ("ansible", "requirements", "scripts"):
-        shutil.copytree(REPO / name, source / name, ignore=ignored)
+        shutil.copytree(ROOT / name, source / name, ignore=ignored)
     _pip("wheel", "--no-deps", "-w", str(source / "dist"), str(checkout))
     wheelhouse = str(root.path / "wheelhouse")
-    base = REPO / "requirements" / "base.txt"
+    base = ROOT / "requirements" / "base.txt"
     _pip("download", "--no-deps", "-d", wheelhouse, "-r", str(base))
     _pip("download", "-d", wheelhouse, "ansible-core>=2.19")
     root.checked("python3", "-m", "venv", "/ansible")

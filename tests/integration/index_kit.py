@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-from tests.cluster import ROOT
+from tests.kits.checkout import ROOT
 
 # What builds the project: a backend of its own, so that no index must have setuptools.
 _BACKEND = """

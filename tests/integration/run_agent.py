@@ -1,4 +1,4 @@
-"""`python run_agent.py CONFIG.json`: a node agent as a process of its own, for tests.
+"""`python -m tests.integration.run_agent CONFIG.json`: a node agent as a process of its own.
 
 Prints its URL once it answers. With STOKER_TEST_FAMILY set, its stub engine has a child that
 ignores SIGTERM and outlives it, as vLLM's EngineCore does when its API server is killed.

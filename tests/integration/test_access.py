@@ -17,13 +17,14 @@ from pathlib import Path
 import openai
 import pytest
 import requests
-import router_kit as kit
 import uvloop
 from openai import AsyncOpenAI
-from router_kit import Stack, eventually, unary
 
 from runtime.contract.access import KEY_PREFIX, KeySpec, Limits, Scope, StoredKey, Tenant, digest
-from tests.cluster import ROOT, Cluster, running, wait_until
+from tests.cluster import Cluster, running, wait_until
+from tests.integration import router_kit as kit
+from tests.integration.router_kit import Stack, eventually, unary
+from tests.kits.checkout import ROOT
 
 CHAT = "/v1/chat/completions"
 TOKEN = KEY_PREFIX + "aaaaaaaaaa-" + "s" * 43

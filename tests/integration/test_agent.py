@@ -16,7 +16,16 @@ import aiohttp
 import msgspec
 import psutil
 import pytest
-from agent_kit import (
+
+import agent.driver
+from agent.devices.inventory import open_devices
+from agent.driver import run_agent
+from agent.engines.process import Owner
+from runtime import outside
+from runtime.registry.embedded import EmbeddedRegistry
+from runtime.registry.protocol import RegistryError
+from runtime.wire.agent_messages import Inspection
+from tests.integration.agent_kit import (
     DEVICE,
     NODE,
     SCRAPER,
@@ -35,15 +44,6 @@ from agent_kit import (
     stop,
     until,
 )
-
-import agent.driver
-from agent.devices.inventory import open_devices
-from agent.driver import run_agent
-from agent.engines.process import Owner
-from runtime import outside
-from runtime.registry.embedded import EmbeddedRegistry
-from runtime.registry.protocol import RegistryError
-from runtime.wire.agent_messages import Inspection
 from tests.port_ranges import free_range
 
 

@@ -7,7 +7,11 @@ import asyncio
 import aiohttp
 import msgspec
 import pytest
-from agent_kit import (
+
+from runtime.checkpoints.model_files import CacheView
+from runtime.registry.embedded import EmbeddedRegistry
+from runtime.wire.agent_messages import Inspection, SleepReplica, WakeReplica
+from tests.integration.agent_kit import (
     TOKEN,
     AgentProcess,
     Client,
@@ -20,11 +24,7 @@ from agent_kit import (
     stop,
     until,
 )
-from hub_kit import FakeHub
-
-from runtime.checkpoints.model_files import CacheView
-from runtime.registry.embedded import EmbeddedRegistry
-from runtime.wire.agent_messages import Inspection, SleepReplica, WakeReplica
+from tests.integration.hub_kit import FakeHub
 from tests.lora_kit import write_adapter
 
 QUICK = {"start_s": 0.0, "ttft_s": 0.0, "sleep_s": 0.0, "wake_1_s": 0.0, "wake_2_s": 0.0}

@@ -9,7 +9,10 @@ import signal
 
 import aiohttp
 import pytest
-from agent_kit import (
+
+from runtime.registry.embedded import EmbeddedRegistry
+from runtime.wire.agent_messages import SleepReplica, WakeReplica
+from tests.integration.agent_kit import (
     DEVICE,
     TOKEN,
     AgentProcess,
@@ -25,9 +28,6 @@ from agent_kit import (
     stop,
     until,
 )
-
-from runtime.registry.embedded import EmbeddedRegistry
-from runtime.wire.agent_messages import SleepReplica, WakeReplica
 
 GIB = 2**30
 QUICK = {"start_s": 0.0, "ttft_s": 0.0, "sleep_s": 0.0, "wake_1_s": 0.0, "wake_2_s": 0.0}

@@ -8,7 +8,11 @@ import signal
 
 import aiohttp
 import pytest
-from agent_kit import (
+
+from runtime.checkpoints.tiny_models import write_model
+from runtime.registry.embedded import EmbeddedRegistry
+from runtime.wire.model_spec import ModelSpec
+from tests.integration.agent_kit import (
     NODE,
     AgentProcess,
     Client,
@@ -21,10 +25,6 @@ from agent_kit import (
     stop,
     until,
 )
-
-from runtime.checkpoints.tiny_models import write_model
-from runtime.registry.embedded import EmbeddedRegistry
-from runtime.wire.model_spec import ModelSpec
 
 pytestmark = [
     pytest.mark.vllm,

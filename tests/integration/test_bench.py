@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 from agent.devices.nvml import NvmlSource, NvmlUnavailable
 from bench.lib.report import Row, print_report
+from tests.kits.checkout import ROOT
 
-ROOT = Path(__file__).parents[2]
 KEYS = {"metric", "ours", "baseline", "baseline_name", "ratio", "target", "met"}
 
 

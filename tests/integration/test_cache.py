@@ -9,7 +9,12 @@ import threading
 from pathlib import Path
 
 import pytest
-from cache_kit import (
+
+from agent.cache import fetch
+from agent.cache import store as store_file
+from agent.cache.errors import CacheError, SourceError
+from agent.cache.sources import FolderSource
+from tests.integration.cache_kit import (
     Nodes,
     committed,
     leftovers,
@@ -18,11 +23,6 @@ from cache_kit import (
     until,
     write_model,
 )
-
-from agent.cache import fetch
-from agent.cache import store as store_file
-from agent.cache.errors import CacheError, SourceError
-from agent.cache.sources import FolderSource
 
 MB = 10**6
 

@@ -8,7 +8,11 @@ from hashlib import sha256
 import aiohttp
 import msgspec
 import pytest
-from agent_kit import (
+
+from runtime.checkpoints.model_files import CacheView, VerifyReport
+from runtime.contract.config import RegistryConfig
+from runtime.registry.embedded import EmbeddedRegistry
+from tests.integration.agent_kit import (
     DEVICE,
     TOKEN,
     AgentProcess,
@@ -22,11 +26,7 @@ from agent_kit import (
     stop,
     until,
 )
-from hub_kit import FakeHub
-
-from runtime.checkpoints.model_files import CacheView, VerifyReport
-from runtime.contract.config import RegistryConfig
-from runtime.registry.embedded import EmbeddedRegistry
+from tests.integration.hub_kit import FakeHub
 
 MODEL = "hf:org/m"
 FILES = {"config.json": b"not json", "model.safetensors": os.urandom(2_000_000)}

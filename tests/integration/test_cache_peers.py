@@ -7,20 +7,20 @@ import os
 
 import pytest
 from aiohttp import web
-from cache_kit import (
-    Nodes,
-    leftovers,
-    read_model,
-    sha256,
-    until,
-)
-from hub_kit import LFS_BYTES, FakeHub
 from huggingface_hub import constants
 
 from agent.cache import fetch
 from agent.cache.errors import CacheError
 from runtime.checkpoints.model_files import model_id
 from runtime.registry.protocol import RegistryError
+from tests.integration.cache_kit import (
+    Nodes,
+    leftovers,
+    read_model,
+    sha256,
+    until,
+)
+from tests.integration.hub_kit import LFS_BYTES, FakeHub
 
 MB = 10**6
 RANGE = 2**20

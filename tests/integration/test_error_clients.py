@@ -10,11 +10,12 @@ from pathlib import Path
 import anthropic
 import openai
 import pytest
-import router_kit as kit
 import uvloop
 from anthropic import AsyncAnthropic
 from openai import AsyncOpenAI
-from router_kit import Stack, unary
+
+from tests.integration import router_kit as kit
+from tests.integration.router_kit import Stack, unary
 
 MESSAGES = [{"role": "user", "content": "hi"}]
 TOO_LONG = (

@@ -11,11 +11,11 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
-import router_kit as kit
 import uvloop
-from router_kit import Stack, sse, unary
 
 from runtime.wire.routes import RouteRule, RouteTarget
+from tests.integration import router_kit as kit
+from tests.integration.router_kit import Stack, sse, unary
 
 CHAT, RESPONSES, MESSAGES = "/v1/chat/completions", "/v1/responses", "/v1/messages"
 COUNT = "/v1/messages/count_tokens"

@@ -7,9 +7,10 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
-import router_kit as kit
 import uvloop
-from router_kit import Engine, Received, Stack, eventually, never, unary
+
+from tests.integration import router_kit as kit
+from tests.integration.router_kit import Engine, Received, Stack, eventually, never, unary
 
 EMBED = "/v1/embeddings"
 

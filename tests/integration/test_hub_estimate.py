@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hub_kit import FakeHub, hub_in_a_thread
 from huggingface_hub import constants
 
 from agent.cache.errors import SourceError
@@ -19,7 +18,9 @@ from agent.cache.hub import HubSource
 from agent.weights import skeleton
 from runtime.engine.vllm import memory_estimate
 from runtime.wire.model_spec import ModelSpec
-from tests.cluster import ROOT, running
+from tests.cluster import running
+from tests.integration.hub_kit import FakeHub, hub_in_a_thread
+from tests.kits.checkout import ROOT
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "num_hidden_layers": 2,

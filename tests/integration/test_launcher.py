@@ -14,16 +14,6 @@ from pathlib import Path
 import aiohttp
 import psutil
 import pytest
-from agent_kit import (
-    TOKEN,
-    AgentProcess,
-    Client,
-    FakeScheduler,
-    bearer,
-    kill_all,
-    make_config,
-    start,
-)
 
 import agent.engines.launcher
 from agent.engines import process
@@ -35,10 +25,20 @@ from runtime.engine.contract import Launch, LaunchContext, Preload
 from runtime.engine.select import get_engine
 from runtime.registry.embedded import EmbeddedRegistry
 from runtime.wire.model_spec import ModelSpec
+from tests.integration.agent_kit import (
+    TOKEN,
+    AgentProcess,
+    Client,
+    FakeScheduler,
+    bearer,
+    kill_all,
+    make_config,
+    start,
+)
+from tests.kits.checkout import ROOT
 
-HERE = Path(__file__).parent
-ROOT = HERE.parents[1]
 DEADLINE_S = 30.0
+FORK_REPORT = "tests.integration.fork_report"
 
 
 async def until(condition, what: str):
@@ -63,7 +63,7 @@ class World:
         self.launcher = Launcher(folder / "logs", base, folder)
 
     def launch(self, *argv: str, preload: str = "runtime.engine.stub.server", **env: str) -> Launch:
-        shared = {"PYTHONPATH": f"{ROOT}:{HERE}:{self.folder}", **env}
+        shared = {"PYTHONPATH": f"{ROOT}:{self.folder}", **env}
         return Launch(
             argv=(sys.executable, "-m", *argv), env={**shared, "OWN": "1"}, health_path="/health",
             preload=Preload(module=preload, python=sys.executable, env=shared),
@@ -86,7 +86,7 @@ class World:
         return json.loads(file.read_text())
 
     def reporting(self, name, then="wait", **options):
-        return self.launch("fork_report", str(self.folder / name), then, **options)
+        return self.launch(FORK_REPORT, str(self.folder / name), then, **options)
 
     async def parent(self) -> int:
         await until(lambda: self.launcher.ready, "a launcher")
@@ -291,10 +291,9 @@ async def test_parents_end_with_the_agent_and_children_do_not(world):
 
 async def test_a_parent_ends_when_its_agent_just_vanishes(tmp_path):
     code = f"""
-import asyncio, os, sys
-sys.path.insert(0, {str(HERE)!r})
+import asyncio, os
 from pathlib import Path
-from test_launcher import World
+from tests.integration.test_launcher import World
 async def main():
     world = World(Path({str(tmp_path)!r}))
     world.launcher.prepare(world.reporting("x").preload)

@@ -2,14 +2,12 @@
 
 import os
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-from nvml_stub import Reader, build, compiler
+from tests.nvml_stub import Reader, build, compiler
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason="needs a C compiler (cc)")
 

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import router_kit as kit
 import uvloop
-from router_kit import Engine, Stack, unary
 
 from runtime.router.call.paths import JSON_PATHS
 from runtime.router.jobs import batches as batch_work
+from tests.integration import router_kit as kit
+from tests.integration.router_kit import Engine, Stack, unary
 
 MIB = 2**20
 CHAT = "/v1/chat/completions"
@@ -58,7 +58,13 @@ async def said(stack: Stack, path: str, body: bytes, **headers: str) -> tuple[in
 
 @pytest.mark.parametrize(
     "path",
-    [*JSON_PATHS, "/v1/systemone", "/invoke/m", "/models/m/v1/chat/completions", "/v1/batches"],
+    [
+        *sorted(JSON_PATHS),
+        "/v1/systemone",
+        "/invoke/m",
+        "/models/m/v1/chat/completions",
+        "/v1/batches",
+    ],
 )
 async def test_a_body_nested_too_deep_is_a_400_that_names_the_depth(
     stack: Stack, path: str

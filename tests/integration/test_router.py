@@ -15,13 +15,14 @@ from pathlib import Path
 import aiohttp
 import psutil
 import pytest
-import router_kit as kit
 import uvloop
-from router_kit import KEY, Engine, Stack, eventually, never, sse, unary
 
 from runtime.engine import guard
 from runtime.router.control import saved_tables
 from runtime.wire.routes import RouteTable
+from tests.integration import router_kit as kit
+from tests.integration.router_kit import KEY, Engine, Stack, eventually, never, sse, unary
+from tests.kits.checkout import ROOT
 
 CHAT = "/v1/chat/completions"
 
@@ -793,10 +794,9 @@ async def test_it_registers_and_withdraws(stack: Stack) -> None:
 
 @contextlib.asynccontextmanager
 async def router_process(state_dir: Path) -> AsyncIterator[tuple[asyncio.subprocess.Process, str]]:
-    root = Path(__file__).parents[2]
     process = await asyncio.create_subprocess_exec(
-        sys.executable, str(Path(kit.__file__)), str(state_dir),
-        stdout=asyncio.subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(root)},
+        sys.executable, "-m", kit.__name__, str(state_dir),
+        stdout=asyncio.subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(ROOT)}, cwd=ROOT,
     )  # fmt: skip
     try:
         async with asyncio.timeout(kit.DEADLINE_S):

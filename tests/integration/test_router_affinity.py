@@ -6,8 +6,9 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
-import router_kit as kit
-from router_kit import Engine, Stack, unary
+
+from tests.integration import router_kit as kit
+from tests.integration.router_kit import Engine, Stack, unary
 
 CHAT = "/v1/chat/completions"
 SESSIONS = [f"session-{index}" for index in range(12)]

@@ -16,11 +16,9 @@ from typing import Any
 import aiohttp
 import openai
 import pytest
-import router_kit as kit
 import uvloop
 from openai import AsyncOpenAI
 from openai.types import Batch
-from router_kit import Engine, Received, Stack, eventually
 
 from runtime.router.admission.fairness import BACKGROUND
 from runtime.router.call.request import Caller
@@ -32,6 +30,9 @@ from runtime.router.jobs.store import file_rows
 from runtime.router.jobs.store.rows import FileRow
 from runtime.router.proxy.serving import Proxy
 from runtime.wire.routes import RouteTable
+from tests.integration import router_kit as kit
+from tests.integration.router_kit import Engine, Received, Stack, eventually
+from tests.kits.checkout import ROOT
 
 CHAT = "/v1/chat/completions"
 ENDED = ("completed", "failed", "cancelled", "expired")
@@ -438,10 +439,9 @@ async def test_what_is_kept_long_enough_is_removed(
 @contextlib.asynccontextmanager
 async def router_process(state_dir: Path) -> AsyncIterator[tuple[asyncio.subprocess.Process, str]]:
     """A router as a process of its own; it is killed at the end."""
-    root = Path(__file__).parents[2]
     process = await asyncio.create_subprocess_exec(
-        sys.executable, str(Path(kit.__file__)), str(state_dir), stdout=asyncio.subprocess.PIPE,
-        env={**os.environ, "PYTHONPATH": str(root)}, cwd=root,
+        sys.executable, "-m", kit.__name__, str(state_dir), stdout=asyncio.subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": str(ROOT)}, cwd=ROOT,
     )  # fmt: skip
     try:
         assert process.stdout is not None

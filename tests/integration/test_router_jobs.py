@@ -14,17 +14,17 @@ from typing import Any
 
 import openai
 import pytest
-import router_kit as kit
 import uvloop
 from aiohttp import web
 from openai import AsyncOpenAI
-from router_kit import Stack, eventually, never, unary
 
 from runtime.contract.schema import SchemaError
 from runtime.router.call.request import Caller
 from runtime.router.front.api import Api
 from runtime.router.jobs import webhooks
 from runtime.router.jobs.webhooks import PublicResolver
+from tests.integration import router_kit as kit
+from tests.integration.router_kit import Stack, eventually, never, unary
 
 LATER = {"Prefer": "respond-async"}
 MASTER = bytes(range(32))

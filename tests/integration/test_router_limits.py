@@ -15,12 +15,13 @@ from pathlib import Path
 import aiohttp
 import psutil
 import pytest
-import router_kit as kit
 import uvloop
-from router_kit import Engine, eventually, never, sse, unary
 
 from runtime.router.control import saved_tables
 from runtime.wire.routes import RouteTable
+from tests.integration import router_kit as kit
+from tests.integration.router_kit import Engine, eventually, never, sse, unary
+from tests.kits.checkout import ROOT
 
 CHAT = "/v1/chat/completions"
 
@@ -253,15 +254,14 @@ async def workers(
 
     `output` gets what it printed after its ready line, at the end.
     """
-    root = Path(__file__).parents[2]
     env = {
-        **os.environ, "PYTHONPATH": str(root), "STOKER_STATE_DIR": str(state_dir),
+        **os.environ, "PYTHONPATH": str(ROOT), "STOKER_STATE_DIR": str(state_dir),
         "STOKER_CLUSTER_TOKEN": kit.TOKEN, "STOKER_ROUTER_WORKERS": str(count),
         "STOKER_ROUTER_PORT": "0", "STOKER_ROUTER_ACCESS_LOG": access_log,
     }  # fmt: skip
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "cli.main", "router", "--json",
-        stdout=asyncio.subprocess.PIPE, env=env, cwd=root,
+        stdout=asyncio.subprocess.PIPE, env=env, cwd=ROOT,
     )  # fmt: skip
     try:
         async with asyncio.timeout(60):

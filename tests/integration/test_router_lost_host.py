@@ -9,8 +9,9 @@ from urllib.parse import urlsplit
 
 import aiohttp
 import pytest
-import router_kit as kit
-from router_kit import Engine, Stack, eventually, never, sse, unary
+
+from tests.integration import router_kit as kit
+from tests.integration.router_kit import Engine, Stack, eventually, never, sse, unary
 
 CHAT = "/v1/chat/completions"
 DEADLINE_S = 20.0

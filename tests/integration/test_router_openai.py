@@ -14,12 +14,13 @@ from pathlib import Path
 import httpx
 import openai
 import pytest
-import router_kit as kit
 import uvloop
 from openai import AsyncOpenAI
-from router_kit import Received, Stack
 
 from runtime.wire.routes import Endpoint, ModelRoute
+from tests.integration import router_kit as kit
+from tests.integration.router_kit import Received, Stack
+from tests.kits.checkout import ROOT
 
 
 def piece(delta: dict) -> bytes:
@@ -181,7 +182,7 @@ async def stub_engine(name: str) -> AsyncIterator[Endpoint]:
     args = ["--port", str(port), "--names", name, "--args", '{"start_s": 0.1}']
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "runtime.engine.stub.server", *args,
-        cwd=Path(__file__).parents[2],
+        cwd=ROOT,
         env={**os.environ, "STOKER_ROUTE_KEY": kit.KEY, "STOKER_CONTROL_KEY": "control"},
     )  # fmt: skip
     base_url = f"http://127.0.0.1:{port}"

@@ -8,11 +8,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import router_kit as kit
 from openapi_spec_validator import validate
-from router_kit import unary
 
 from runtime.router.call.paths import PLAIN_PATHS
+from tests.integration import router_kit as kit
+from tests.integration.router_kit import unary
 
 CHECKS = (
     "not_a_server_error,status_code_conformance,content_type_conformance,"

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-import router_kit as kit
 import uvloop
-from router_kit import Stack, unary
-from test_router_tenants import token
+
+from tests.integration import router_kit as kit
+from tests.integration.router_kit import Stack, unary
+from tests.integration.test_router_tenants import token
 
 if sys.version_info >= (3, 14):
     from compression import zstd

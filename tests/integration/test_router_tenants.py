@@ -11,15 +11,15 @@ from typing import Any
 
 import aiohttp
 import pytest
-import router_kit as kit
 import uvloop
-from router_kit import Stack, eventually, unary
 
 from runtime.contract.access import KEY_PREFIX, KeySpec, Limits, Scope, StoredKey, Used, digest
 from runtime.router.jobs import invokes
 from runtime.router.jobs.store import file_rows, held_rows
 from runtime.router.jobs.store.database import Store
 from runtime.router.jobs.store.tenants import Owner
+from tests.integration import router_kit as kit
+from tests.integration.router_kit import Stack, eventually, unary
 
 LATER = {"Prefer": "respond-async"}
 LINE = {

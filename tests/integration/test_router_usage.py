@@ -11,13 +11,13 @@ from typing import Any
 
 import aiohttp
 import pytest
-import router_kit as kit
 import uvloop
-from router_kit import Received, Stack, chunk, eventually
-from test_router_tenants import key, token
 
 from runtime.contract.access import Limits, Used
 from runtime.wire.routes import CacheRule
+from tests.integration import router_kit as kit
+from tests.integration.router_kit import Received, Stack, chunk, eventually
+from tests.integration.test_router_tenants import key, token
 
 CHAT, COMPLETIONS, MESSAGES = "/v1/chat/completions", "/v1/completions", "/v1/messages"
 RESPONSES = "/v1/responses"

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import aiohttp
 import pytest
-import router_kit as kit
-from router_kit import Engine, Stack, eventually, never, sse, unary
 
 from runtime.contract.access import KEY_PREFIX, KeySpec, Limits, Scope, StoredKey, digest
 from runtime.router.control import saved_tables
 from runtime.router.proxy.route_serving import MIRRORS_AT_ONCE
 from runtime.wire.routes import CacheRule, Mirror, RouteRule, RouteTable, RouteTarget
+from tests.integration import router_kit as kit
+from tests.integration.router_kit import Engine, Stack, eventually, never, sse, unary
 
 CHAT = "/v1/chat/completions"
 

@@ -8,7 +8,12 @@ from collections.abc import AsyncIterator
 import aiohttp
 import msgspec
 import pytest
-from test_scheduler import (
+
+from runtime.registry.embedded import EmbeddedRegistry
+from runtime.registry.protocol import RegistryError
+from runtime.wire.routes import DemandReport, RouteTable, TargetCounts
+from scheduler import audit
+from tests.integration.test_scheduler import (
     A,
     Agent,
     Client,
@@ -19,11 +24,6 @@ from test_scheduler import (
     session,
     until,
 )
-
-from runtime.registry.embedded import EmbeddedRegistry
-from runtime.registry.protocol import RegistryError
-from runtime.wire.routes import DemandReport, RouteTable, TargetCounts
-from scheduler import audit
 
 __all__ = ["agent", "registry", "session"]  # fixtures
 RULE = {"name": "r", "targets": [{"model": "a"}, {"model": "b", "weight": 0}]}

@@ -11,7 +11,13 @@ import threading
 import aiohttp
 import msgspec
 import pytest
-from agent_kit import (
+
+from agent.weights import page_cache
+from agent.weights.disk_models import look_at
+from runtime.checkpoints.model_files import CacheConfig
+from runtime.registry.embedded import EmbeddedRegistry
+from runtime.wire.agent_messages import StageModels, Staging
+from tests.integration.agent_kit import (
     DEVICE,
     TOKEN,
     AgentProcess,
@@ -24,12 +30,6 @@ from agent_kit import (
     start,
     until,
 )
-
-from agent.weights import page_cache
-from agent.weights.disk_models import look_at
-from runtime.checkpoints.model_files import CacheConfig
-from runtime.registry.embedded import EmbeddedRegistry
-from runtime.wire.agent_messages import StageModels, Staging
 
 MIB = 2**20
 WEIGHTS = 40 * MIB

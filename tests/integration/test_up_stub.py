@@ -16,7 +16,8 @@ from typing import Any
 
 import pytest
 
-from tests.cluster import ROOT, Cluster, alive, running, wait_until
+from tests.cluster import Cluster, alive, running, wait_until
+from tests.kits.checkout import ROOT
 
 MODELS = """
 models:

@@ -11,8 +11,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from tests.kits.checkout import ROOT
+
 HERE = Path(__file__).parent
-REPO = HERE.parent.parent
 
 
 def compiler() -> str | None:
@@ -36,7 +37,7 @@ class Reader:
             **os.environ,
             "LD_LIBRARY_PATH": str(library),
             "NVML_STUB_STATE": str(state),
-            "PYTHONPATH": str(REPO),
+            "PYTHONPATH": str(ROOT),
         }
         self._process = subprocess.Popen(
             [sys.executable, str(HERE / "reader.py"), setting],

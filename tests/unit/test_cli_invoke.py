@@ -16,7 +16,7 @@ from collections.abc import Iterator
 import pytest
 from aiohttp import web
 
-from tests.cluster import ROOT
+from tests.kits.checkout import ROOT
 from tests.unit.cli_kit import FakeServer, error, serving, sse, stoker
 
 CHAT = "POST /v1/chat/completions"

@@ -13,6 +13,7 @@ from aiohttp import web
 from runtime.wire.agent_messages import MemoryEstimate, SpecProblem
 from runtime.wire.model_spec import ModelSpec
 from scheduler.admin import views
+from tests.kits.checkout import ROOT
 from tests.unit.cli_kit import SPEC, FakeServer, error, model, replica, serving, stoker
 
 
@@ -277,7 +278,7 @@ def test_logs_that_can_not_be_had(fake: FakeServer) -> None:
     assert done.stderr == "Error: node gpu-1 does not answer\n"
 
 
-@pytest.mark.parametrize("path", sorted((Path(__file__).parents[2] / "examples").glob("*.yaml")))
+@pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.yaml")))
 def test_the_examples_are_right(path: Path) -> None:
     done = stoker(None, "model", "check", str(path))
     assert done.exit_code == 0, done.output

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
+from tests.kits.checkout import ROOT
 from tests.unit.rules.product import sources
 
-ROOT = Path(__file__).parents[2]
 OURS = {"runtime", "scheduler", "agent", "cli", "bench", "tests"}
 MAY_IMPORT = {
     "runtime": {"runtime"},

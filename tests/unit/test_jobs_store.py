@@ -18,8 +18,8 @@ from runtime.router.jobs.store.database import ShareFull, Store, StoreError, Sto
 from runtime.router.jobs.store.file_rows import CHUNK_BYTES, ERROR, OK
 from runtime.router.jobs.store.rows import BatchRow, FileRow, LineRow
 from runtime.router.jobs.store.tenants import Owner
+from tests.kits.checkout import ROOT
 
-ROOT = Path(__file__).parents[2]
 NOW = 1000.0
 FIRST_FORMAT = Path(__file__).parent / "jobs_format_1.sql"
 

@@ -1,7 +1,8 @@
 """Anthropic's Python client."""
 
 from anthropic import AsyncAnthropic
-from speak import serve
+
+from tests.outside.clients.speak import serve
 
 
 async def call(asked):

@@ -5,7 +5,8 @@ import json
 import instructor
 from openai import AsyncOpenAI
 from pydantic import BaseModel
-from speak import serve
+
+from tests.outside.clients.speak import serve
 
 
 class Words(BaseModel):

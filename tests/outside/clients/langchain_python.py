@@ -2,7 +2,8 @@
 
 from langchain_anthropic import ChatAnthropic
 from langchain_openai import ChatOpenAI
-from speak import serve
+
+from tests.outside.clients.speak import serve
 
 
 async def call(asked):

@@ -1,7 +1,8 @@
 """LiteLLM as a library, towards an OpenAI-compatible server."""
 
 import litellm
-from speak import serve
+
+from tests.outside.clients.speak import serve
 
 litellm.telemetry = False
 litellm.suppress_debug_info = True

@@ -2,7 +2,8 @@
 
 from llama_index.core.llms import ChatMessage
 from llama_index.llms.openai_like import OpenAILike
-from speak import serve
+
+from tests.outside.clients.speak import serve
 
 
 async def call(asked):

@@ -1,7 +1,8 @@
 """OpenAI's Python client: `api` is chat, completions or responses."""
 
 from openai import AsyncOpenAI
-from speak import serve
+
+from tests.outside.clients.speak import serve
 
 
 async def call(asked):

@@ -6,7 +6,8 @@ from pydantic_ai.models.anthropic import AnthropicModel
 from pydantic_ai.models.openai import OpenAIChatModel
 from pydantic_ai.providers.anthropic import AnthropicProvider
 from pydantic_ai.providers.openai import OpenAIProvider
-from speak import serve
+
+from tests.outside.clients.speak import serve
 
 
 async def call(asked):

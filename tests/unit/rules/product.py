@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from tests.kits.checkout import ROOT
 
-_ROOT = Path(__file__).parents[3]
 PARTS = ("runtime", "scheduler", "agent", "cli")
 
 
 def sources(*folders: str, but: str = "") -> list[str]:
     """The paths of all Python files below these folders, or of all parts; not the file `but`."""
-    files = (path for folder in folders or PARTS for path in (_ROOT / folder).rglob("*.py"))
-    return sorted({path.relative_to(_ROOT).as_posix() for path in files} - {but})
+    files = (path for folder in folders or PARTS for path in (ROOT / folder).rglob("*.py"))
+    return sorted({path.relative_to(ROOT).as_posix() for path in files} - {but})
 
 
 def text(path: str) -> str:
     """What a file holds, by its path from `sources`."""
-    return (_ROOT / path).read_text(encoding="utf-8")
+    return (ROOT / path).read_text(encoding="utf-8")

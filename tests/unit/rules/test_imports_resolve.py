@@ -5,13 +5,11 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterator
 from functools import cache
-from pathlib import Path
 
 import pytest
 
+from tests.kits.checkout import ROOT
 from tests.unit.rules.product import PARTS, sources, text
-
-ROOT = Path(__file__).parents[3]
 
 
 @cache
