@@ -11,7 +11,7 @@ import pytest
 from runtime.registry.consul import ConsulRegistry
 from runtime.registry.embedded import EmbeddedRegistry
 from runtime.registry.protocol import Registry
-from tests.consul_server import MISSING, consul_is_installed, consul_server
+from tests.kits.consul_server import MISSING, consul_is_installed, consul_server
 
 
 @pytest.fixture(scope="session")

@@ -8,8 +8,8 @@ from collections.abc import Awaitable, Callable
 import pytest
 
 from runtime.registry.protocol import Registry
-from tests.contract.registry_kit import eventually, still_waits
 from tests.contract.test_registry_services import service
+from tests.kits.registry_waits import eventually, still_waits
 
 Change = Callable[[Registry, str], Awaitable[object]]
 

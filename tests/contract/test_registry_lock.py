@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable
 
 from runtime.registry.protocol import Lock, Registry
-from tests.contract.registry_kit import eventually
+from tests.kits.registry_waits import eventually
 
 # Consul frees a dead holder's lock after 10 to 20 s, for every ttl up to 10 s (see consul.py).
 FREE_AGAIN_S = 45.0

@@ -13,9 +13,9 @@ import pytest
 
 from runtime.registry.embedded import EmbeddedRegistry
 from runtime.registry.protocol import Lock
-from tests.contract.registry_kit import eventually
+from tests.kits.registry_waits import eventually
 
-WORKER = "tests.contract.registry_worker"
+WORKER = "tests.kits.registry_worker"
 
 
 @contextlib.contextmanager

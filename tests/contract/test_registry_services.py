@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 
 from runtime.registry.protocol import Registry, Service
-from tests.contract.registry_kit import eventually
+from tests.kits.registry_waits import eventually
 
 
 def service(base: str, suffix: str = "1", **changes: object) -> Service:

@@ -10,8 +10,8 @@ import pytest
 import requests
 
 from runtime.checkpoints.tiny_models import write_model
-from tests.cluster import alive, running, wait_until
-from tests.lora_kit import write_adapter
+from tests.kits.cluster import alive, running, wait_until
+from tests.kits.lora_adapter import write_adapter
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(420)]
 

@@ -22,7 +22,7 @@ from runtime.engine.select import get_engine
 from runtime.engine.vllm.memory_estimate import estimate
 from runtime.wire.model_spec import ModelSpec
 from runtime.wire.routes import Endpoint, ModelRoute
-from tests.integration import router_kit as kit
+from tests.kits import router_stack as kit
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(420)]
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.hosts.base_root import CannotMake, missing, wheelhouse
-from tests.hosts.machines import Machines, machines
-from tests.hosts.playbook import make_wheel
+from tests.kits.hosts.base_root import CannotMake, missing, wheelhouse
+from tests.kits.hosts.machines import Machines, machines
+from tests.kits.hosts.playbook import make_wheel
 
 
 @pytest.fixture(scope="module")

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.hosts.callers import Callers, call
-from tests.hosts.machines import Machine, Machines
-from tests.hosts.playbook import SETTINGS, Site, wheels
+from tests.kits.hosts.callers import Callers, call
+from tests.kits.hosts.machines import Machine, Machines
+from tests.kits.hosts.playbook import SETTINGS, Site, wheels
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.hosts.callers import Callers, call
-from tests.hosts.machines import Machine, Machines
-from tests.hosts.playbook import SETTINGS, Site, make_wheel, wheels
+from tests.kits.hosts.callers import Callers, call
+from tests.kits.hosts.machines import Machine, Machines
+from tests.kits.hosts.playbook import SETTINGS, Site, make_wheel, wheels
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.hosts.machines import Machine, Machines
-from tests.hosts.playbook import SETTINGS, Site, make_wheel, wheels
+from tests.kits.hosts.machines import Machine, Machines
+from tests.kits.hosts.playbook import SETTINGS, Site, make_wheel, wheels
 
 pytestmark = pytest.mark.timeout(900)
 

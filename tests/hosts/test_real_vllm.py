@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from runtime.checkpoints.tiny_models import write_model
-from tests.hosts.machines import Machine, Machines
-from tests.hosts.playbook import SETTINGS, Site, wheels
+from tests.kits.hosts.machines import Machine, Machines
+from tests.kits.hosts.playbook import SETTINGS, Site, wheels
 
 pytestmark = [pytest.mark.slow, pytest.mark.vllm, pytest.mark.timeout(1800)]
 

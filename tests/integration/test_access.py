@@ -21,10 +21,10 @@ import uvloop
 from openai import AsyncOpenAI
 
 from runtime.contract.access import KEY_PREFIX, KeySpec, Limits, Scope, StoredKey, Tenant, digest
-from tests.cluster import Cluster, running, wait_until
-from tests.integration import router_kit as kit
-from tests.integration.router_kit import Stack, eventually, unary
+from tests.kits import router_stack as kit
 from tests.kits.checkout import ROOT
+from tests.kits.cluster import Cluster, running, wait_until
+from tests.kits.router_stack import Stack, eventually, unary
 
 CHAT = "/v1/chat/completions"
 TOKEN = KEY_PREFIX + "aaaaaaaaaa-" + "s" * 43

@@ -11,8 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import requests
 
-from tests.cluster import alive, running, wait_until
-from tests.lora_kit import write_adapter
+from tests.kits.cluster import alive, running, wait_until
+from tests.kits.lora_adapter import write_adapter
 
 QUICK = {"start_s": 0.0, "ttft_s": 0.0, "token_s": 0.0, "sleep_s": 0.0, "wake_2_s": 0.0}
 

@@ -25,7 +25,7 @@ from runtime import outside
 from runtime.registry.embedded import EmbeddedRegistry
 from runtime.registry.protocol import RegistryError
 from runtime.wire.agent_messages import Inspection
-from tests.integration.agent_kit import (
+from tests.kits.agent_process import (
     DEVICE,
     NODE,
     SCRAPER,
@@ -44,7 +44,7 @@ from tests.integration.agent_kit import (
     stop,
     until,
 )
-from tests.port_ranges import free_range
+from tests.kits.port_ranges import free_range
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import pytest
 from runtime.checkpoints.model_files import CacheView
 from runtime.registry.embedded import EmbeddedRegistry
 from runtime.wire.agent_messages import Inspection, SleepReplica, WakeReplica
-from tests.integration.agent_kit import (
+from tests.kits.agent_process import (
     TOKEN,
     AgentProcess,
     Client,
@@ -24,8 +24,8 @@ from tests.integration.agent_kit import (
     stop,
     until,
 )
-from tests.integration.hub_kit import FakeHub
-from tests.lora_kit import write_adapter
+from tests.kits.fake_hub import FakeHub
+from tests.kits.lora_adapter import write_adapter
 
 QUICK = {"start_s": 0.0, "ttft_s": 0.0, "sleep_s": 0.0, "wake_1_s": 0.0, "wake_2_s": 0.0}
 SQL = "hf:org/sql"

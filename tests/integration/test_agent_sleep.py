@@ -12,7 +12,7 @@ import pytest
 
 from runtime.registry.embedded import EmbeddedRegistry
 from runtime.wire.agent_messages import SleepReplica, WakeReplica
-from tests.integration.agent_kit import (
+from tests.kits.agent_process import (
     DEVICE,
     TOKEN,
     AgentProcess,

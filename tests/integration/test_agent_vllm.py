@@ -12,7 +12,7 @@ import pytest
 from runtime.checkpoints.tiny_models import write_model
 from runtime.registry.embedded import EmbeddedRegistry
 from runtime.wire.model_spec import ModelSpec
-from tests.integration.agent_kit import (
+from tests.kits.agent_process import (
     NODE,
     AgentProcess,
     Client,

@@ -15,7 +15,7 @@ import tomllib
 
 import pytest
 
-from tests.integration.ansible_root import CannotMake, Root, fill, missing
+from tests.kits.ansible_root import CannotMake, Root, fill, missing
 from tests.kits.checkout import ROOT
 
 pytestmark = [
@@ -188,7 +188,7 @@ def test_engines_outlive_the_agent_by_what_its_unit_says(applied: Root) -> None:
 
 
 def test_the_services_start_serve_hand_over_and_end(applied: Root) -> None:
-    script = ROOT / "tests/integration/ansible_services.py"
+    script = ROOT / "tests/kits/ansible_services.py"
     shutil.copy(script, applied.path / "src/services.py")
     done = applied.run("python3", "/src/services.py", network=False)
     assert done.returncode == 0, done.stdout[-6000:]

@@ -14,7 +14,7 @@ from agent.cache import fetch
 from agent.cache import store as store_file
 from agent.cache.errors import CacheError, SourceError
 from agent.cache.sources import FolderSource
-from tests.integration.cache_kit import (
+from tests.kits.cache_nodes import (
     Nodes,
     committed,
     leftovers,

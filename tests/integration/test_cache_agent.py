@@ -12,7 +12,7 @@ import pytest
 from runtime.checkpoints.model_files import CacheView, VerifyReport
 from runtime.contract.config import RegistryConfig
 from runtime.registry.embedded import EmbeddedRegistry
-from tests.integration.agent_kit import (
+from tests.kits.agent_process import (
     DEVICE,
     TOKEN,
     AgentProcess,
@@ -26,7 +26,7 @@ from tests.integration.agent_kit import (
     stop,
     until,
 )
-from tests.integration.hub_kit import FakeHub
+from tests.kits.fake_hub import FakeHub
 
 MODEL = "hf:org/m"
 FILES = {"config.json": b"not json", "model.safetensors": os.urandom(2_000_000)}

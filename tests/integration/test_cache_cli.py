@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster import Cluster, running, wait_until
+from tests.kits.cluster import Cluster, running, wait_until
 
 
 @pytest.fixture

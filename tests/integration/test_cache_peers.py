@@ -13,14 +13,8 @@ from agent.cache import fetch
 from agent.cache.errors import CacheError
 from runtime.checkpoints.model_files import model_id
 from runtime.registry.protocol import RegistryError
-from tests.integration.cache_kit import (
-    Nodes,
-    leftovers,
-    read_model,
-    sha256,
-    until,
-)
-from tests.integration.hub_kit import LFS_BYTES, FakeHub
+from tests.kits.cache_nodes import Nodes, leftovers, read_model, sha256, until
+from tests.kits.fake_hub import LFS_BYTES, FakeHub
 
 MB = 10**6
 RANGE = 2**20

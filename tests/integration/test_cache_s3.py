@@ -8,7 +8,7 @@ import pytest
 
 from agent.cache.errors import CacheError
 from agent.cache.s3 import S3Source
-from tests.integration.cache_kit import Nodes, read_model
+from tests.kits.cache_nodes import Nodes, read_model
 
 boto3 = pytest.importorskip("boto3", reason="boto3 is not installed")
 server = pytest.importorskip("moto.server", reason="moto[server] is not installed")

@@ -14,8 +14,8 @@ import uvloop
 from anthropic import AsyncAnthropic
 from openai import AsyncOpenAI
 
-from tests.integration import router_kit as kit
-from tests.integration.router_kit import Stack, unary
+from tests.kits import router_stack as kit
+from tests.kits.router_stack import Stack, unary
 
 MESSAGES = [{"role": "user", "content": "hi"}]
 TOO_LONG = (

@@ -14,8 +14,8 @@ import pytest
 import uvloop
 
 from runtime.wire.routes import RouteRule, RouteTarget
-from tests.integration import router_kit as kit
-from tests.integration.router_kit import Stack, sse, unary
+from tests.kits import router_stack as kit
+from tests.kits.router_stack import Stack, sse, unary
 
 CHAT, RESPONSES, MESSAGES = "/v1/chat/completions", "/v1/responses", "/v1/messages"
 COUNT = "/v1/messages/count_tokens"

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import uvloop
 
-from tests.integration import router_kit as kit
-from tests.integration.router_kit import Engine, Received, Stack, eventually, never, unary
+from tests.kits import router_stack as kit
+from tests.kits.router_stack import Engine, Received, Stack, eventually, never, unary
 
 EMBED = "/v1/embeddings"
 

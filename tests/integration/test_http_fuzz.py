@@ -22,9 +22,9 @@ import pytest
 
 from runtime.router.admission import breaker, decisions
 from runtime.wire.routes import Endpoint
-from tests.integration import http_fuzz_cases as cases
-from tests.integration import http_fuzz_judge as judge
-from tests.integration import router_kit as kit
+from tests.kits import http_fuzz_cases as cases
+from tests.kits import http_fuzz_judge as judge
+from tests.kits import router_stack as kit
 
 SEED = int(os.environ.get("STOKER_FUZZ_SEED", "9"))
 COUNT = int(os.environ.get("STOKER_FUZZ_COUNT", "300"))

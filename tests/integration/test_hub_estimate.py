@@ -18,9 +18,9 @@ from agent.cache.hub import HubSource
 from agent.weights import skeleton
 from runtime.engine.vllm import memory_estimate
 from runtime.wire.model_spec import ModelSpec
-from tests.cluster import running
-from tests.integration.hub_kit import FakeHub, hub_in_a_thread
 from tests.kits.checkout import ROOT
+from tests.kits.cluster import running
+from tests.kits.fake_hub import FakeHub, hub_in_a_thread
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "num_hidden_layers": 2,

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import requests
 
-from tests.cluster import Cluster, running, wait_until
+from tests.kits.cluster import Cluster, running, wait_until
 
 
 @pytest.fixture

@@ -25,7 +25,7 @@ from runtime.engine.contract import Launch, LaunchContext, Preload
 from runtime.engine.select import get_engine
 from runtime.registry.embedded import EmbeddedRegistry
 from runtime.wire.model_spec import ModelSpec
-from tests.integration.agent_kit import (
+from tests.kits.agent_process import (
     TOKEN,
     AgentProcess,
     Client,
@@ -38,7 +38,7 @@ from tests.integration.agent_kit import (
 from tests.kits.checkout import ROOT
 
 DEADLINE_S = 30.0
-FORK_REPORT = "tests.integration.fork_report"
+FORK_REPORT = "tests.kits.fork_report"
 
 
 async def until(condition, what: str):

@@ -13,8 +13,8 @@ import uvloop
 
 from runtime.contract.access import KEY_PREFIX, KeySpec, Limits, StoredKey, digest
 from runtime.wire.model_spec import Batching
-from tests.integration import router_kit as kit
-from tests.integration.router_kit import Received, Stack, eventually, unary
+from tests.kits import router_stack as kit
+from tests.kits.router_stack import Received, Stack, eventually, unary
 
 EMBED = "/v1/embeddings"
 RULE = Batching(max_batch_size=8, max_wait_ms=100)

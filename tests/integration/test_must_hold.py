@@ -15,8 +15,8 @@ import psutil
 import pytest
 import requests
 
-from tests.cluster import Cluster, alive, running, wait_until
-from tests.consul_server import MISSING, consul_is_installed, consul_server
+from tests.kits.cluster import Cluster, alive, running, wait_until
+from tests.kits.consul_server import MISSING, consul_is_installed, consul_server
 
 CYCLES = int(os.environ.get("STOKER_TEST_CYCLES", "60"))
 

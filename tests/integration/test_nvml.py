@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.nvml_stub import Reader, build, compiler
+from tests.kits.nvml_stub import Reader, build, compiler
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason="needs a C compiler (cc)")
 

@@ -17,8 +17,8 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.integration import router_kit as kit
-from tests.integration.router_kit import KEY, TOKEN, Stack, eventually, never, sse, unary
+from tests.kits import router_stack as kit
+from tests.kits.router_stack import KEY, TOKEN, Stack, eventually, never, sse, unary
 
 CHAT, EMBEDDINGS, MESSAGES = "/v1/chat/completions", "/v1/embeddings", "/v1/messages"
 SECRET, PROMPT, ANSWER = "sk-caller-secret", "the-prompt-itself", "the-answer-itself"

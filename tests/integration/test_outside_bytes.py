@@ -14,8 +14,8 @@ import uvloop
 
 from runtime.router.call.paths import JSON_PATHS
 from runtime.router.jobs import batches as batch_work
-from tests.integration import router_kit as kit
-from tests.integration.router_kit import Engine, Stack, unary
+from tests.kits import router_stack as kit
+from tests.kits.router_stack import Engine, Stack, unary
 
 MIB = 2**20
 CHAT = "/v1/chat/completions"

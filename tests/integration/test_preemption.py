@@ -13,7 +13,7 @@ from aiohttp import web
 from agent.devices import preemption
 from agent.devices.preemption import Preemption, read_notice
 from runtime.contract.config import AgentConfig
-from tests.integration.agent_kit import until
+from tests.kits.agent_process import until
 
 NOW = datetime(2026, 11, 25, 2, 0, tzinfo=UTC)
 

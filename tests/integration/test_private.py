@@ -8,7 +8,7 @@ from pathlib import Path
 
 import requests
 
-from tests.cluster import running
+from tests.kits.cluster import running
 
 
 def test_nothing_in_the_state_dir_is_for_others(tmp_path: Path) -> None:

@@ -12,8 +12,8 @@ import uvloop
 
 from runtime.contract.access import KEY_PREFIX, KeySpec, StoredKey, digest
 from runtime.wire.routes import CacheRule
-from tests.integration import router_kit as kit
-from tests.integration.router_kit import Stack, sse, unary
+from tests.kits import router_stack as kit
+from tests.kits.router_stack import Stack, sse, unary
 
 CHAT = "/v1/chat/completions"
 RULE = CacheRule(ttl_s=60.0, shared=False, revision="r1")

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration import router_kit as kit
-from tests.integration.router_kit import Engine, Stack, unary
+from tests.kits import router_stack as kit
+from tests.kits.router_stack import Engine, Stack, unary
 
 CHAT = "/v1/chat/completions"
 SESSIONS = [f"session-{index}" for index in range(12)]

@@ -30,9 +30,9 @@ from runtime.router.jobs.store import file_rows
 from runtime.router.jobs.store.rows import FileRow
 from runtime.router.proxy.serving import Proxy
 from runtime.wire.routes import RouteTable
-from tests.integration import router_kit as kit
-from tests.integration.router_kit import Engine, Received, Stack, eventually
+from tests.kits import router_stack as kit
 from tests.kits.checkout import ROOT
+from tests.kits.router_stack import Engine, Received, Stack, eventually
 
 CHAT = "/v1/chat/completions"
 ENDED = ("completed", "failed", "cancelled", "expired")

@@ -23,8 +23,8 @@ from runtime.router.call.request import Caller
 from runtime.router.front.api import Api
 from runtime.router.jobs import webhooks
 from runtime.router.jobs.webhooks import PublicResolver
-from tests.integration import router_kit as kit
-from tests.integration.router_kit import Stack, eventually, never, unary
+from tests.kits import router_stack as kit
+from tests.kits.router_stack import Stack, eventually, never, unary
 
 LATER = {"Prefer": "respond-async"}
 MASTER = bytes(range(32))

@@ -19,9 +19,9 @@ import uvloop
 
 from runtime.router.control import saved_tables
 from runtime.wire.routes import RouteTable
-from tests.integration import router_kit as kit
-from tests.integration.router_kit import Engine, eventually, never, sse, unary
+from tests.kits import router_stack as kit
 from tests.kits.checkout import ROOT
+from tests.kits.router_stack import Engine, eventually, never, sse, unary
 
 CHAT = "/v1/chat/completions"
 

@@ -10,8 +10,8 @@ from urllib.parse import urlsplit
 import aiohttp
 import pytest
 
-from tests.integration import router_kit as kit
-from tests.integration.router_kit import Engine, Stack, eventually, never, sse, unary
+from tests.kits import router_stack as kit
+from tests.kits.router_stack import Engine, Stack, eventually, never, sse, unary
 
 CHAT = "/v1/chat/completions"
 DEADLINE_S = 20.0

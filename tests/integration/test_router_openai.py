@@ -18,9 +18,9 @@ import uvloop
 from openai import AsyncOpenAI
 
 from runtime.wire.routes import Endpoint, ModelRoute
-from tests.integration import router_kit as kit
-from tests.integration.router_kit import Received, Stack
+from tests.kits import router_stack as kit
 from tests.kits.checkout import ROOT
+from tests.kits.router_stack import Received, Stack
 
 
 def piece(delta: dict) -> bytes:

@@ -11,8 +11,8 @@ from pathlib import Path
 from openapi_spec_validator import validate
 
 from runtime.router.call.paths import PLAIN_PATHS
-from tests.integration import router_kit as kit
-from tests.integration.router_kit import unary
+from tests.kits import router_stack as kit
+from tests.kits.router_stack import unary
 
 CHECKS = (
     "not_a_server_error,status_code_conformance,content_type_conformance,"

@@ -18,10 +18,10 @@ from runtime.contract.access import KeyTable, Limits, Scope
 from runtime.engine import guard
 from runtime.router.control import saved_tables
 from runtime.wire.routes import Endpoint, ModelRoute, RouteTable
-from tests.integration import router_kit as kit
-from tests.integration.router_kit import Stack, eventually
 from tests.integration.test_router_limits import workers
 from tests.integration.test_router_tenants import ask, key, token
+from tests.kits import router_stack as kit
+from tests.kits.router_stack import Stack, eventually
 
 RESPONSES = "/v1/responses"
 ASKED = {"model": "m", "input": "one two", "max_output_tokens": 2}

@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 import pytest
 import uvloop
 
-from tests.integration import router_kit as kit
-from tests.integration.router_kit import Stack, unary
 from tests.integration.test_router_tenants import token
+from tests.kits import router_stack as kit
+from tests.kits.router_stack import Stack, unary
 
 if sys.version_info >= (3, 14):
     from compression import zstd

@@ -18,8 +18,8 @@ from runtime.router.jobs import invokes
 from runtime.router.jobs.store import file_rows, held_rows
 from runtime.router.jobs.store.database import Store
 from runtime.router.jobs.store.tenants import Owner
-from tests.integration import router_kit as kit
-from tests.integration.router_kit import Stack, eventually, unary
+from tests.kits import router_stack as kit
+from tests.kits.router_stack import Stack, eventually, unary
 
 LATER = {"Prefer": "respond-async"}
 LINE = {

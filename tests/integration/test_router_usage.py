@@ -15,9 +15,9 @@ import uvloop
 
 from runtime.contract.access import Limits, Used
 from runtime.wire.routes import CacheRule
-from tests.integration import router_kit as kit
-from tests.integration.router_kit import Received, Stack, chunk, eventually
 from tests.integration.test_router_tenants import key, token
+from tests.kits import router_stack as kit
+from tests.kits.router_stack import Received, Stack, chunk, eventually
 
 CHAT, COMPLETIONS, MESSAGES = "/v1/chat/completions", "/v1/completions", "/v1/messages"
 RESPONSES = "/v1/responses"

@@ -14,8 +14,8 @@ from runtime.contract.access import KEY_PREFIX, KeySpec, Limits, Scope, StoredKe
 from runtime.router.control import saved_tables
 from runtime.router.proxy.route_serving import MIRRORS_AT_ONCE
 from runtime.wire.routes import CacheRule, Mirror, RouteRule, RouteTable, RouteTarget
-from tests.integration import router_kit as kit
-from tests.integration.router_kit import Engine, Stack, eventually, never, sse, unary
+from tests.kits import router_stack as kit
+from tests.kits.router_stack import Engine, Stack, eventually, never, sse, unary
 
 CHAT = "/v1/chat/completions"
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.index_kit import Checkout, index, pin, torch, wheel
 from tests.kits.checkout import ROOT
+from tests.kits.package_index import Checkout, index, pin, torch, wheel
 
 Clone = Callable[..., Checkout]
 NOBODY = "http://127.0.0.1:9"  # the discard port: refused at once

@@ -17,7 +17,7 @@ from agent.weights.disk_models import look_at
 from runtime.checkpoints.model_files import CacheConfig
 from runtime.registry.embedded import EmbeddedRegistry
 from runtime.wire.agent_messages import StageModels, Staging
-from tests.integration.agent_kit import (
+from tests.kits.agent_process import (
     DEVICE,
     TOKEN,
     AgentProcess,

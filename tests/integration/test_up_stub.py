@@ -16,8 +16,8 @@ from typing import Any
 
 import pytest
 
-from tests.cluster import Cluster, alive, running, wait_until
 from tests.kits.checkout import ROOT
+from tests.kits.cluster import Cluster, alive, running, wait_until
 
 MODELS = """
 models:

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import requests
 
-from tests.cluster import Cluster, running, wait_until
+from tests.kits.cluster import Cluster, running, wait_until
 
 
 @pytest.fixture(scope="module")

@@ -13,8 +13,8 @@ from typing import NamedTuple
 
 import pytest
 
-from tests.cluster import wait_until
 from tests.kits.checkout import ROOT
+from tests.kits.cluster import wait_until
 
 _WORD = "proxy_read_timeout 1h;"  # of the documented settings, after which others may stand
 _MAIN = """

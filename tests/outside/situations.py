@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from tests.cluster import Cluster, wait_until
+from tests.kits.cluster import Cluster, wait_until
 from tests.outside.talk import Asked, Told
 
 ANSWERS, REFUSALS, FAILURES = "Answers", "Refusals", "Failures, and a caller who hangs up"

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from tests.cluster import running
+from tests.kits.cluster import running
 
 LIMIT_S = 120.0
 BODY = json.dumps({"model": "parrot", "prompt": "one two", "max_tokens": 2})

@@ -18,8 +18,8 @@ from typing import NamedTuple
 
 import pytest
 
-from tests.cluster import Cluster, running
 from tests.kits.checkout import ROOT
+from tests.kits.cluster import Cluster, running
 from tests.outside.situations import SITUATIONS
 from tests.outside.table import NOT_TRIED, Cell, written
 from tests.outside.talk import CLIENTS, Script

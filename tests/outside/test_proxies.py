@@ -17,7 +17,7 @@ from requests.adapters import HTTPAdapter
 from runtime.contract.config import RouterConfig
 from runtime.router.front.fast_path import KEEP_ALIVE_S
 from runtime.wire.model_spec import ModelSpec
-from tests.cluster import Cluster, running, wait_until
+from tests.kits.cluster import Cluster, running, wait_until
 from tests.outside.nginx import Fronts, documented, in_front_of
 
 MIB = 2**20

@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 
 from runtime.checkpoints.tiny_models import write_model
-from tests.cluster import Cluster, running
 from tests.kits.checkout import ROOT
+from tests.kits.cluster import Cluster, running
 
 OUTSIDE = Path(os.environ.get("STOKER_OUTSIDE_VENV", ROOT / ".venv-outside"))
 BODY = {"model": "parrot", "prompt": "one two three", "max_tokens": 3}

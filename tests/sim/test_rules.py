@@ -15,7 +15,7 @@ from scheduler.sim.policy import Policy
 from scheduler.sim.rule_checker import Violation
 from scheduler.sim.simulator import Fault, Simulation
 from scheduler.state import messages as m
-from tests.sim.sim_kit import GIB, Arrival, NodePlan, scenario, sized
+from tests.kits.scenarios import GIB, Arrival, NodePlan, scenario, sized
 
 
 class Rewriting:

@@ -12,17 +12,7 @@ from scheduler.core.replica_moves import Settings
 from scheduler.sim import faults as f
 from scheduler.sim.network import Weather
 from scheduler.sim.simulator import Fault
-from tests.sim.sim_kit import (
-    GB,
-    GIB,
-    Arrival,
-    Host,
-    NodePlan,
-    Simulation,
-    run,
-    scenario,
-    sized,
-)
+from tests.kits.scenarios import GB, GIB, Arrival, Host, NodePlan, Simulation, run, scenario, sized
 
 GPU = p.GPUS["H100"]
 STARTED = p.FORK_S + p.INIT_S + p.CUDA_S + p.KV_S + p.COMPILE_S + p.GRAPHS_S + 0.05  # HEALTH_S

@@ -22,8 +22,8 @@ from runtime.wire.model_spec import ModelSpec
 from runtime.wire.routes import Endpoint, ModelRoute, RouteTable
 from scheduler.policy.model_routes import adapters_on
 from scheduler.state.messages import StoredModel
-from tests.lora_kit import write_adapter
-from tests.unit.scheduler_world import FakeNode, World, spec
+from tests.kits.lora_adapter import write_adapter
+from tests.kits.scheduler_world import FakeNode, World, spec
 
 CONFIG = {
     "hidden_size": 256, "num_hidden_layers": 2, "num_attention_heads": 8,

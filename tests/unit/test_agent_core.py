@@ -19,7 +19,7 @@ from agent.core.messages import (
 from agent.core.replica import EDGES
 from agent.core.transitions import backoff_s
 from runtime.wire.agent_messages import ReplicaPhase
-from tests.unit.agent_harness import SPEC, Harness, adopt, of, saved_of, start, stop
+from tests.kits.agent_core_harness import SPEC, Harness, adopt, of, saved_of, start, stop
 
 
 @pytest.fixture

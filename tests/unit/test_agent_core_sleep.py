@@ -19,7 +19,17 @@ from agent.core.messages import (
     StatusSeen,
     WakeEngine,
 )
-from tests.unit.agent_harness import SPEC, Harness, adopt, of, saved_of, sleep, start, stop, wake
+from tests.kits.agent_core_harness import (
+    SPEC,
+    Harness,
+    adopt,
+    of,
+    saved_of,
+    sleep,
+    start,
+    stop,
+    wake,
+)
 
 
 @pytest.fixture

@@ -24,7 +24,7 @@ from agent.core.messages import (
     WakeEngine,
 )
 from agent.core.state_machine import AgentCore
-from tests.unit.agent_harness import of, sleep, start, stop, wake
+from tests.kits.agent_core_harness import of, sleep, start, stop, wake
 
 
 class AgentWalk(RuleBasedStateMachine):

@@ -17,7 +17,7 @@ import pytest
 from aiohttp import web
 
 from tests.kits.checkout import ROOT
-from tests.unit.cli_kit import FakeServer, error, serving, sse, stoker
+from tests.kits.cli_runner import FakeServer, error, serving, sse, stoker
 
 CHAT = "POST /v1/chat/completions"
 

@@ -14,7 +14,7 @@ from runtime.wire.agent_messages import MemoryEstimate, SpecProblem
 from runtime.wire.model_spec import ModelSpec
 from scheduler.admin import views
 from tests.kits.checkout import ROOT
-from tests.unit.cli_kit import SPEC, FakeServer, error, model, replica, serving, stoker
+from tests.kits.cli_runner import SPEC, FakeServer, error, model, replica, serving, stoker
 
 
 @pytest.fixture

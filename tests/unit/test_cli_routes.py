@@ -12,7 +12,7 @@ import pytest
 
 from runtime.wire.routes import Canary, Mirror, RouteRule, RouteTarget
 from scheduler.admin import route_views as views
-from tests.unit.cli_kit import FakeServer, error, serving, stoker
+from tests.kits.cli_runner import FakeServer, error, serving, stoker
 
 RULE = RouteRule(
     name="r",

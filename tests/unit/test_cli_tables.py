@@ -16,7 +16,7 @@ from cli.main import stoker as group
 from cli.tables import fitting, table
 from cli.text import plain
 from scheduler.admin import views
-from tests.unit.cli_kit import FakeServer, device, node, replica, serving, stoker
+from tests.kits.cli_runner import FakeServer, device, node, replica, serving, stoker
 
 COLUMNS = ("MODEL", "?REPLICA", "!STATE", "?>IDLE", "~NOTE")
 LONG = "kept by min_replicas or a floor, and waits for its turn on the device after two others"

@@ -16,7 +16,7 @@ from cli.upfiles import check_port, claim, make_config, toml_text, write_config
 from runtime.contract.config import AgentConfig, Config, RegistryConfig, RouterConfig, load
 from runtime.wire.agent_messages import DeviceReport
 from runtime.wire.names import NODE_PATTERN
-from tests.unit.cli_kit import GIB, stoker
+from tests.kits.cli_runner import GIB, stoker
 
 text = st.text(st.characters(exclude_categories=["Cs"]), max_size=30)
 

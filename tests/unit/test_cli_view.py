@@ -16,7 +16,7 @@ from cli.main import COMMANDS
 from cli.main import stoker as group
 from cli.text import age, size
 from scheduler.admin import views
-from tests.unit.cli_kit import (
+from tests.kits.cli_runner import (
     GIB,
     TOKEN,
     FakeServer,

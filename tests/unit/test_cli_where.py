@@ -14,7 +14,7 @@ from cli.cluster import UP_FILE, UpFile
 from runtime.contract.config import Config, RegistryConfig
 from runtime.registry.open import open_registry
 from scheduler.admin import views
-from tests.unit.cli_kit import TOKEN, FakeServer, replica, serving, stoker
+from tests.kits.cli_runner import TOKEN, FakeServer, replica, serving, stoker
 
 
 @pytest.fixture

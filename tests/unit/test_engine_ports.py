@@ -9,7 +9,7 @@ import pytest
 from agent.engines.ports import NoFreePort, Ports, free_port
 from runtime.contract.config import AgentConfig, load
 from runtime.contract.schema import SchemaError
-from tests.port_ranges import HOST, free_range, listening
+from tests.kits.port_ranges import HOST, free_range, listening
 
 
 def test_without_a_range_it_is_any_free_port_and_never_one_given_before():

@@ -12,7 +12,7 @@ from runtime.contract.spec_file import parse_specs
 from runtime.wire.model_spec import Prewarm, PrewarmWindow
 from scheduler.state import messages as m
 from scheduler.state.cluster import Stage
-from tests.unit.scheduler_world import GIB, FakeNode, World, spec
+from tests.kits.scheduler_world import GIB, FakeNode, World, spec
 
 
 def at(text: str) -> float:

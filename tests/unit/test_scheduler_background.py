@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.unit.scheduler_world import GIB, FakeNode, World, spec
+from tests.kits.scheduler_world import GIB, FakeNode, World, spec
 
 
 def one_gpu() -> FakeNode:

@@ -11,7 +11,7 @@ from runtime.wire.agent_messages import CachedModel
 from runtime.wire.model_spec import Placement
 from scheduler.state import messages as m
 from scheduler.state.cluster import Stage
-from tests.unit.scheduler_world import GIB, FakeNode, World, spec
+from tests.kits.scheduler_world import GIB, FakeNode, World, spec
 
 SCENARIOS = 300
 

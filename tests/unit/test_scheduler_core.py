@@ -9,7 +9,7 @@ from runtime.wire.routes import DemandReport, ModelDemand
 from scheduler.admin import view_builders
 from scheduler.state import messages as m
 from scheduler.state.cluster import Replica, Stage
-from tests.unit.scheduler_world import GIB, FakeNode, World, spec
+from tests.kits.scheduler_world import GIB, FakeNode, World, spec
 
 
 def one_gpu(gib: int = 24) -> FakeNode:

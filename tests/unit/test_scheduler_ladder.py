@@ -8,7 +8,7 @@ from runtime.wire.agent_messages import SleepReplica, StopReplica, WakeReplica
 from scheduler.policy.ladder import call_chance
 from scheduler.state import messages as m
 from scheduler.state.cluster import Stage
-from tests.unit.scheduler_world import GIB, FakeNode, World, spec
+from tests.kits.scheduler_world import GIB, FakeNode, World, spec
 
 
 def sleepy(gib: int = 24, **fields: object) -> FakeNode:

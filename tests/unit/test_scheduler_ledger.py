@@ -11,7 +11,7 @@ from runtime.wire.model_spec import ModelSpec
 from scheduler.policy.learning import finished, mismatch
 from scheduler.state import messages as m
 from scheduler.state.cluster import Climb, Model
-from tests.unit.scheduler_world import GIB, FakeNode, World, spec
+from tests.kits.scheduler_world import GIB, FakeNode, World, spec
 
 
 def node(**fields: object) -> FakeNode:

@@ -11,7 +11,7 @@ from scheduler.admin.views import PlanBody
 from scheduler.admin.what_if import questions, what_if
 from scheduler.state import messages as m
 from scheduler.state.cluster import Stage
-from tests.unit.scheduler_world import GIB, FakeNode, World, spec
+from tests.kits.scheduler_world import GIB, FakeNode, World, spec
 
 
 def two_nodes(**fields: object) -> World:

@@ -9,7 +9,7 @@ import pytest
 from runtime.wire.model_spec import Autoscale, ScalePolicy, ScaleRules
 from runtime.wire.routes import DemandReport, ModelDemand
 from scheduler.state import messages as m
-from tests.unit.scheduler_world import GIB, FakeNode, World, spec
+from tests.kits.scheduler_world import GIB, FakeNode, World, spec
 
 PERIOD_S = 200.0
 

@@ -35,7 +35,7 @@ import yaml
 
 from runtime.checkpoints.tiny_models import write_model
 from runtime.engine.vllm.arguments import to_flags
-from tests.cluster import running
+from tests.kits.cluster import running
 
 HERE = Path(__file__).parent
 EXPECTED = HERE / "expected.yaml"

@@ -1,4 +1,4 @@
-"""`python -m tests.integration.run_agent CONFIG.json`: a node agent as a process of its own.
+"""`python -m tests.kits.run_agent CONFIG.json`: a node agent as a process of its own.
 
 Prints its URL once it answers. With STOKER_TEST_FAMILY set, its stub engine has a child that
 ignores SIGTERM and outlives it, as vLLM's EngineCore does when its API server is killed.

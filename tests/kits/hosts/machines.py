@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from tests.hosts.base_root import CannotMake, base_root
+from tests.kits.hosts.base_root import CannotMake, base_root
 
 _BOOT_S = 90.0
 _CLEAR_S = 10.0

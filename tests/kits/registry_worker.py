@@ -1,8 +1,9 @@
 """A process of its own at the embedded registry, for test_registry_processes.py.
 
-registry_worker.py count FILE KEY TIMES    add 1 to KEY, TIMES times; prints the versions it won
-registry_worker.py turns FILE KEY TIMES    take the lock KEY, add 1 to the plain file FILE.turns
-registry_worker.py hold FILE KEY TTL_S     take the lock, print "held", renew it until killed
+python -m tests.kits.registry_worker:
+    count FILE KEY TIMES    add 1 to KEY, TIMES times; prints the versions it won
+    turns FILE KEY TIMES    take the lock KEY, add 1 to the plain file FILE.turns
+    hold FILE KEY TTL_S     take the lock, print "held", renew it until killed
 """
 
 from __future__ import annotations

@@ -12,9 +12,9 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from tests.hosts.base_root import wheelhouse
-from tests.hosts.machines import Machine
 from tests.kits.checkout import ROOT
+from tests.kits.hosts.base_root import wheelhouse
+from tests.kits.hosts.machines import Machine
 
 SETTINGS: dict[str, object] = {
     "stoker_cluster_token": 'a-test\'s "own" token, 0123',

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import h11
 
-from tests.integration.http_fuzz_cases import HEAD_BYTES, STRAY, Answer, Case
+from tests.kits.http_fuzz_cases import HEAD_BYTES, STRAY, Answer, Case
 
 OWN_5XX = (501, 505)  # that a bad request may get
 

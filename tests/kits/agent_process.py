@@ -35,7 +35,7 @@ TOKEN = "the-cluster-token"
 SCRAPER = "a-scrapers-token"
 NODE = "test-node"
 DEVICE = f"simulated:{NODE}:0"
-RUN_AGENT = "tests.integration.run_agent"
+RUN_AGENT = "tests.kits.run_agent"
 
 
 async def until(condition, what: str, deadline_s: float = DEADLINE_S):

@@ -1,4 +1,4 @@
-"""Waiting for what a registry will say. Not in conftest.py: other folders have one of that name."""
+"""Waiting for what a registry will say."""
 
 from __future__ import annotations
 

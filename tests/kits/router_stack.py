@@ -1,7 +1,7 @@
 """What the router's tests stand it on: a registry, a scheduler and engines that do as told.
 
 Run as a program it is one router without scheduler and registry, which serves by its last table:
-`python router_kit.py STATE_DIR` prints its URL.
+`python -m tests.kits.router_stack STATE_DIR` prints its URL.
 """
 
 from __future__ import annotations

@@ -1,0 +1,1 @@
+"""Hosts with systemd to apply the playbook to: a root, machines booted from it, who calls them."""
