@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from tests.unit.test_engine_stub import running
+from tests.unit.runtime.engine.test_stub import running
 
 PROMPT = {"role": "user", "content": "alpha beta"}
 
