@@ -1,4 +1,4 @@
-"""The host's RAM and declared devices; GPUs are in tests/integration/test_nvml.py."""
+"""The host's RAM and declared devices; GPUs are in tests/integration/agent/test_nvml.py."""
 
 import os
 import subprocess

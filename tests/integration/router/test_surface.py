@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import pytest
 import uvloop
 
-from tests.integration.test_router_tenants import token
+from tests.integration.router.test_tenants import token
 from tests.kits import router_stack as kit
 from tests.kits.router_stack import Stack, unary
 

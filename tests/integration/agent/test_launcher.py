@@ -293,7 +293,7 @@ async def test_a_parent_ends_when_its_agent_just_vanishes(tmp_path):
     code = f"""
 import asyncio, os
 from pathlib import Path
-from tests.integration.test_launcher import World
+from tests.integration.agent.test_launcher import World
 async def main():
     world = World(Path({str(tmp_path)!r}))
     world.launcher.prepare(world.reporting("x").preload)

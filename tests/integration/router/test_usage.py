@@ -15,7 +15,7 @@ import uvloop
 
 from runtime.contract.access import Limits, Used
 from runtime.wire.routes import CacheRule
-from tests.integration.test_router_tenants import key, token
+from tests.integration.router.test_tenants import key, token
 from tests.kits import router_stack as kit
 from tests.kits.router_stack import Received, Stack, chunk, eventually
 

@@ -13,7 +13,7 @@ from runtime.registry.embedded import EmbeddedRegistry
 from runtime.registry.protocol import RegistryError
 from runtime.wire.routes import DemandReport, RouteTable, TargetCounts
 from scheduler import audit
-from tests.integration.test_scheduler import (
+from tests.integration.scheduler.test_scheduler import (
     A,
     Agent,
     Client,

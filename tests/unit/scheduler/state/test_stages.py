@@ -11,7 +11,7 @@ from runtime.wire.agent_messages import Heartbeat, ReplicaPhase, StartReplica
 from scheduler.state import messages as m
 from scheduler.state.cluster import ClusterState, Replica, Stage
 from scheduler.state.stages import EDGES, FOUND, LEAVING, SAID
-from tests.unit.scheduler_world import GIB, FakeNode, FakeReplica, World, spec
+from tests.kits.scheduler_world import GIB, FakeNode, FakeReplica, World, spec
 
 ID = "a-1-99"
 Edge = tuple[Stage, Stage | None]

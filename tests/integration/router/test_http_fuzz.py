@@ -1,6 +1,6 @@
 """Odd requests and odd engine answers, on the fast path and behind aiohttp, from a seed.
 
-    STOKER_FUZZ_COUNT=20000 STOKER_FUZZ_SEED=7 python -m pytest tests/integration/test_http_fuzz.py
+    STOKER_FUZZ_COUNT=20000 STOKER_FUZZ_SEED=7 pytest tests/integration/router/test_http_fuzz.py
 
 tries more; a failure names the seed and the case, and the same seed makes the same case again.
 """
