@@ -24,6 +24,7 @@ from aiohttp import web
 from agent.address import Address, advertised_host
 from agent.cache.model_cache import open_cache
 from agent.core.messages import ShutdownRequested, TermSeen, Tick
+from agent.core.periods import TICK_S
 from agent.devices.inventory import open_devices
 from agent.link import SchedulerLink
 from agent.node import Node
@@ -38,7 +39,6 @@ from runtime.wire.agent_messages import HeartbeatReply
 
 log = logging.getLogger("stoker.agent")
 
-_TICK_S = 0.1
 _ROTATE_S = 5.0
 _LAUNCHER_S = 2.0
 _LOOPBACK = {"127.0.0.1", "::1", "localhost"}
@@ -125,7 +125,7 @@ class _Agent:
             node.apply(Tick(now=time.monotonic()))
 
         return [
-            _every(_TICK_S, tick),
+            _every(TICK_S, tick),
             _every(self._config.agent.heartbeat_s, node.host.devices.read),
             _every(_ROTATE_S, node.rotate_logs),
             _every(_LAUNCHER_S, node.keep_launcher),

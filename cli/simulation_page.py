@@ -15,7 +15,7 @@ import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from runtime.sim.profile import GIB
+from runtime.sizes import GIB
 from scheduler.sim.report import Report
 from scheduler.sim.rule_checker import Segment
 

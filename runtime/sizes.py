@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-_MIB, _GIB = 2**20, 2**30
+MIB, GIB = 2**20, 2**30
 _DIGITS = 9  # after the point: a byte of a GiB shows
 
 
 def size(count: int) -> str:
     """12884901888 -> "12.0 GiB"; below 1 GiB in MiB."""
-    return f"{count / _MIB:.0f} MiB" if count < _GIB else f"{count / _GIB:.1f} GiB"
+    return f"{count / MIB:.0f} MiB" if count < GIB else f"{count / GIB:.1f} GiB"
 
 
 def sizes_apart(first: int, second: int) -> tuple[str, str]:
@@ -18,7 +18,7 @@ def sizes_apart(first: int, second: int) -> tuple[str, str]:
     """
     if first == second or size(first) != size(second):
         return size(first), size(second)
-    unit, name = (_MIB, "MiB") if first < _GIB else (_GIB, "GiB")
+    unit, name = (MIB, "MiB") if first < GIB else (GIB, "GiB")
     for digits in range(1, _DIGITS + 1):
         shown = f"{first / unit:.{digits}f}", f"{second / unit:.{digits}f}"
         if shown[0] != shown[1]:

@@ -14,6 +14,7 @@ from typing import Any
 
 import aiohttp
 
+SILENT_S = 2.0  # without a byte: below the time after which a node is called lost
 GONE_S = 10  # as long as the scheduler waits for a heartbeat (scheduler.node_timeout_s)
 _PROBES = (("TCP_KEEPIDLE", 4), ("TCP_KEEPINTVL", 2), ("TCP_KEEPCNT", 3))  # GONE_S in all
 

@@ -20,7 +20,7 @@ import tenacity
 from runtime import places
 from runtime.contract.config import Config
 from runtime.contract.footprint_ledger import Footprint, Key
-from runtime.contract.prewarm import Ask, floor_at
+from runtime.contract.prewarm import Ask
 from runtime.outside import decode
 from runtime.registry.protocol import Entry, Lock, Registry, RegistryError
 from runtime.sockets import tcp_connector
@@ -29,7 +29,7 @@ from runtime.wire.routes import RouteTable
 from scheduler.access import Access
 from scheduler.core.decisions import Core
 from scheduler.core.replica_moves import Settings
-from scheduler.policy.ladder import climb_s
+from scheduler.policy.floors import changed_floors
 from scheduler.policy.learning import mismatch
 from scheduler.route_book import RuleBook
 from scheduler.signals.forecast import StoredArrivals
@@ -39,10 +39,8 @@ from scheduler.store import Store
 log = logging.getLogger("stoker.scheduler")
 
 LEADER_TTL_S = 6.0  # Consul's shortest is 10 s: the registry rounds up
-TICK_S = 0.5
 COMMAND_TIMEOUT_S = 5.0
 SAVE_S = 5.0
-PREWARM_LEAD = 1.5  # a scheduled climb begins this many expected climbs before its time
 
 
 def _readable(entries: Iterable[Entry]) -> Iterator[Footprint]:
@@ -266,14 +264,8 @@ class Driver:
 
     def set_floors(self) -> None:
         """Tell the core which models may not be colder than what, as the clock stands now."""
-        wall_s = time.time()
-        for name, model in list(self.core.state.models.items()):
-            prewarm, asks = model.spec.prewarm, self._asks.get(name, ())
-            if not (asks or prewarm.min_warm or prewarm.schedule or model.floor):
-                continue
-            floor = floor_at(prewarm, asks, wall_s, PREWARM_LEAD * climb_s(model, 0))
-            if floor != model.floor:
-                self.apply(m.FloorSet(now=self.now(), model=name, floor=floor))
+        for name, floor in changed_floors(self.core.state.models, self._asks, time.time()):
+            self.apply(m.FloorSet(now=self.now(), model=name, floor=floor))
 
     async def cordon_node(self, node_id: str, cordoned: bool, drain_s: float | None = None) -> None:
         """`drain_s`: what it runs moves off, or stops after so long."""
@@ -414,7 +406,7 @@ class Driver:
         renewed_at = self.now()
         try:
             while lock.held and not self._outranked:
-                await asyncio.sleep(TICK_S)
+                await asyncio.sleep(m.TICK_S)
                 self.apply(m.Tick(now=self.now()))
                 self.set_floors()
                 if self.now() - renewed_at >= LEADER_TTL_S / 3:

@@ -20,10 +20,9 @@ Rules this file keeps: pure; a setting that can't be is an error that names it.
 
 from __future__ import annotations
 
-from runtime.sizes import sizes_apart
+from runtime.sizes import GIB, sizes_apart
 from runtime.wire.agent_messages import DeviceKind, DeviceReport
 
-GIB = 2**30
 _LEAST_RESERVE_BYTES = 2 * GIB
 
 

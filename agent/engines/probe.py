@@ -14,16 +14,14 @@ import aiohttp
 from msgspec import Struct
 
 from agent.core.messages import HealthChanged, StatusSeen
+from agent.core.periods import DRAIN_PROBE_S, READY_PROBE_S, START_PROBE_S
 from agent.engines.reported_load import EngineLoad, read_load
 from runtime import outside
 from runtime.wire.agent_messages import ReplicaPhase
 
 _STATUS_PATH = "/stoker/status"
-_START_PAUSE_S = 0.04  # half of it is what every start waits for longer than it must
 _METRICS_PATH = "/metrics"
 _LOAD_PAUSE_S = 2.0  # between looks at its metrics, while it has requests
-_READY_PAUSE_S = 1.0  # asleep too
-_DRAIN_PAUSE_S = 0.1
 _TIMEOUT = aiohttp.ClientTimeout(total=5.0)
 
 _FAILURES = (aiohttp.ClientError, TimeoutError, OSError, ValueError)
@@ -82,18 +80,18 @@ class Prober:
             phase = self._phase()
             if phase == "starting":
                 await self._probe_start()
-                pause_s = _START_PAUSE_S
+                pause_s = START_PROBE_S
             elif phase == "ready":
                 await asyncio.gather(self._probe_health(), self._probe_status(), self._probe_load())
-                pause_s = _READY_PAUSE_S
+                pause_s = READY_PROBE_S
             elif phase == "draining":
                 await self._probe_status()
-                pause_s = _DRAIN_PAUSE_S
+                pause_s = DRAIN_PROBE_S
             elif phase == "asleep":
                 await self._probe_health()
-                pause_s = _READY_PAUSE_S
+                pause_s = READY_PROBE_S
             elif phase in ("sleeping", "waking"):
-                pause_s = _READY_PAUSE_S  # it is busy; the core has a limit for that
+                pause_s = READY_PROBE_S  # it is busy; the core has a limit for that
             else:
                 return
             with contextlib.suppress(TimeoutError):

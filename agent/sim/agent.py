@@ -12,13 +12,14 @@ import math
 from collections.abc import Callable
 
 from agent.core import messages as m
+from agent.core.periods import TICK_S
 from agent.core.replica import Replica
 from agent.core.state_machine import HUNG_S, SLEEP_S, STATUS_S, WAKE_S, AgentCore
+from runtime.contract.config import AgentConfig
 from runtime.sim.loop import Loop
 from runtime.wire.model_spec import ModelSpec
 
-TICK_S = 0.1  # agent/driver.py
-START_TIMEOUT_S, MAX_RESTARTS = 600.0, 3  # runtime/contract/config.py
+_CONFIG = AgentConfig()  # what an operator gets who sets nothing
 
 
 class Agent:
@@ -53,8 +54,8 @@ class Agent:
             return () if spec.sleep == "off" else rungs
 
         return AgentCore(
-            start_timeout_s=START_TIMEOUT_S, max_restarts=MAX_RESTARTS, epoch=epoch,
-            rungs=levels, disabled=disabled,
+            start_timeout_s=_CONFIG.start_timeout_s, max_restarts=_CONFIG.max_restarts,
+            epoch=epoch, rungs=levels, disabled=disabled,
         )  # fmt: skip
 
     def restart(self) -> None:
@@ -120,7 +121,7 @@ def _deadline(r: Replica, now: float) -> float:
         case "ready" | "asleep":
             return math.inf if r.unhealthy_since is None else r.unhealthy_since + HUNG_S
         case "starting":
-            return r.spawned_at + START_TIMEOUT_S if r.tree else math.inf
+            return r.spawned_at + _CONFIG.start_timeout_s if r.tree else math.inf
         case "draining":
             return r.deadline if now < r.deadline else r.deadline + STATUS_S
         case "stopping":

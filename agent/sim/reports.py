@@ -10,6 +10,7 @@ from __future__ import annotations
 from msgspec.structs import replace
 
 from agent.core import messages as m
+from agent.core.periods import DRAIN_PROBE_S
 from agent.core.replica import launch_name
 from agent.core.replica import report as report_of
 from agent.core.state_machine import AgentCore
@@ -20,7 +21,6 @@ from runtime.sim import profile as p
 from runtime.sim.loop import Loop
 from runtime.wire.agent_messages import ReplicaReport
 
-LOOK_S = 0.1  # how long a drained engine's last answer goes unseen (agent/engines/probe.py)
 VERSIONS = {"vllm": "0.32.0", "stub": "1"}  # of the engines it says it has
 _START_RUNGS = ("staged", "cached", "remote")
 
@@ -45,7 +45,7 @@ class Statuses:
 
     def drain_began(self, replica_id: str) -> None:
         """Its requests are looked at soon."""
-        self._loop.after(LOOK_S / 10, self._look, replica_id, self._agent.core)
+        self._loop.after(DRAIN_PROBE_S / 10, self._look, replica_id, self._agent.core)
 
     def requests_changed(self, engine: Engine) -> None:
         """A request of it began or ended."""
@@ -54,7 +54,7 @@ class Statuses:
         replica_id = engine.command.replica_id
         r = self._agent.core.replicas.get(replica_id)
         if r is not None and r.phase == "draining":
-            self._loop.after(LOOK_S, self._look, replica_id, self._agent.core)
+            self._loop.after(DRAIN_PROBE_S, self._look, replica_id, self._agent.core)
 
     def _look(self, replica_id: str, core: AgentCore) -> None:
         engine = self._memory.engines.get(replica_id)

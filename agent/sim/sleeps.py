@@ -74,8 +74,8 @@ class Sleeps:
         began = self._loop.now
 
         def loaded() -> None:
-            phases = {"reload": self._loop.now - began, "wake": p.WAKE_S, "canary": p.CANARY_S}
-            wait_s = p.WAKE_S + p.CANARY_S
+            phases = {"reload": self._loop.now - began, "wake": p.MAP_S, "canary": p.CANARY_S}
+            wait_s = p.MAP_S + p.CANARY_S
             self._loop.after(wait_s, self._woken, replica_id, engine, core, phases)
 
         def on_disk() -> None:

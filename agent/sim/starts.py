@@ -15,7 +15,7 @@ from agent.sim.reports import Statuses
 from runtime.sim.loop import Loop
 from runtime.sim.timings import Timings
 
-HEALTH_S = 0.05  # how long a start's end goes unseen, on average (agent/engines/probe.py)
+HEALTH_S = 0.05  # [as] from a start's end until the answer of a probe that saw it
 _BEFORE_WEIGHTS = ("fork", "init", "import")
 
 

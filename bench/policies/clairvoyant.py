@@ -22,11 +22,12 @@ from bench.policies.base import Baseline
 from scheduler.core.replica_moves import Settings
 from scheduler.policy.ladder import EVICT_S, Descent, climb_s, expected_residue
 from scheduler.policy.placement import Fit
+from scheduler.policy.warm_value import LEAD
 from scheduler.sim.traces import Arrival
 from scheduler.state.cluster import Model, Node, Replica, Stage
 
 SLACK_S = 2.0  # how much sooner than needed: climbs vary, ticks come each half second
-AHEAD_S = 15.0  # when it begins to look for room, beside 1.5 starts
+AHEAD_S = 15.0  # when it begins to look for room, beside LEAD starts
 KEPT_S = 30.0  # a model that was warmed for a call is kept for so long after it
 
 
@@ -59,7 +60,7 @@ class Clairvoyant(Baseline):
         due = []
         for model in self.state.models.values():
             at = self.next_call(model.name, now)
-            ahead_s = 1.5 * climb_s(model, 0, "cached") + AHEAD_S
+            ahead_s = LEAD * climb_s(model, 0, "cached") + AHEAD_S
             if at - now < ahead_s and not model.coming() and model.blocked_until <= now:
                 due.append((at, model.name))
         for at, name in sorted(due):

@@ -13,7 +13,7 @@ from scheduler.policy.placement import Fit
 from scheduler.signals.windows import Mean
 from scheduler.state.cluster import Model, Replica, Stage
 
-EVICT_S = 1.0  # what a stop adds to a start: TERM and reaping
+STOP_S = 1.0  # what a stop adds to a start in this world: TERM and reaping
 
 
 def _used_at(replica: Replica) -> float:
@@ -67,7 +67,7 @@ class Locality(Baseline):
                 fits.append((wait_s, 0.0, Fit(node.node_id, devices, rung=rung, wait_s=wait_s)))
             cleared = self._cleared(node, model, now, _used_at)
             if cleared is not None and cleared[1]:
-                wait_s = load_s + self._turn_s(node, cleared[0], now) + EVICT_S
+                wait_s = load_s + self._turn_s(node, cleared[0], now) + STOP_S
                 fit = Fit(node.node_id, cleared[0], cleared[1], rung=rung, wait_s=wait_s)
                 fits.append((wait_s, cleared[2], fit))
         best = min(fits, key=lambda f: (round(f[0], 1), f[1]), default=None)

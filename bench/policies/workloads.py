@@ -30,7 +30,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
-from runtime.sim.profile import GIB
+from runtime.sizes import GIB
 from scheduler.sim import trace_files, traces
 from scheduler.sim.catalog import sized
 from scheduler.sim.traces import Rate, Workload
@@ -103,14 +103,14 @@ def _servegen(folder: Path, random: Random, duration_s: float, quick: bool) -> W
     clients = sorted(of)
     if quick:
         clients = random.sample(clients, 100)
-    windows = math.ceil(duration_s / traces.WINDOW_S)
+    windows = math.ceil(duration_s / traces.RATE_WINDOW_S)
     turned = []
     for client in clients:
         begins = random.choice(sorted(of[client]))
         for i in range(windows):
-            found = of[client].get(begins + i * traces.WINDOW_S)
+            found = of[client].get(begins + i * traces.RATE_WINDOW_S)
             if found is not None:
-                turned.append(found._replace(start_s=i * traces.WINDOW_S))
+                turned.append(found._replace(start_s=i * traces.RATE_WINDOW_S))
     total = sum(rate.rate for rate in turned) / windows
     wanted = 0.6 if quick else 1.2
     return traces.from_servegen(

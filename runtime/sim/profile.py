@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-GIB = 2**30
+from runtime.sizes import GIB
+
 GB = 10**9
 
 # Seconds of one forked start that do not depend on the model's size.
@@ -21,8 +22,8 @@ KV_S = 1.6  # [facts] KV cache and warm-up
 COMPILE_S = 7.0  # [log] torch.compile from its cache: 6.97, 7.35 s (vllm-project/speculators#166)
 GRAPHS_S = 3.3  # [log] 67 CUDA graphs of about 0.05 s each (vllm-project/vllm#23184)
 CANARY_S = 0.1  # [as] one token, and the calls around it
-SLEEP_S = 0.3  # [as] beside copying: unmapping device memory, seeing it free by NVML
-WAKE_S = 0.3  # [as] beside copying: mapping device memory
+UNMAP_S = 0.3  # [as] beside copying: unmapping device memory, seeing it free by NVML
+MAP_S = 0.3  # [as] beside copying: mapping device memory
 TERM_S = 0.5  # [as] from SIGTERM to the exit of an engine without requests
 REAP_S = 0.3  # [as] from SIGKILL until the memory is seen free
 RESIDUE_BYTES = GIB  # [facts] about 1 GB a GPU stays behind in a sleeping engine

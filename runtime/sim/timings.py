@@ -82,7 +82,7 @@ class Timings:
         if level == 2:
             return None
         copy_s = self.of(spec).weights_bytes / (self.gpu.pcie_rate * spec.tensor_parallel_size)
-        return {"wake": p.WAKE_S + copy_s, "canary": p.CANARY_S}
+        return {"wake": p.MAP_S + copy_s, "canary": p.CANARY_S}
 
     def sleep_s(self, spec: ModelSpec, level: int) -> float:
         """Seconds that going to sleep takes: as measured, else by the bytes to copy."""
@@ -91,9 +91,9 @@ class Timings:
         if measured is not None:
             return measured
         if level == 2:
-            return p.SLEEP_S
+            return p.UNMAP_S
         rate = self.gpu.pcie_rate * spec.tensor_parallel_size
-        return p.SLEEP_S + self.of(spec).weights_bytes / rate
+        return p.UNMAP_S + self.of(spec).weights_bytes / rate
 
     def residue_bytes(self, spec: ModelSpec, booked: int) -> int:
         """Held on each device while asleep."""

@@ -111,6 +111,9 @@ class TargetCounts(Struct, frozen=True, kw_only=True):
     first_byte_s: float = 0.0  # from sent to the first byte of a body: the sum over these
 
 
+REPORT_S = 1.0  # between a router's reports, while nothing is urgent
+
+
 class DemandReport(Struct, frozen=True, kw_only=True):
     """A router's whole demand. `routes_version` is the table it routes by now (its ack)."""
 

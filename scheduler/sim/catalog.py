@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from random import Random
 
-from runtime.sim.profile import GIB, ModelFacts
+from runtime.sim.profile import ModelFacts
+from runtime.sizes import GIB
 from runtime.wire.agent_messages import MemoryEstimate
 from runtime.wire.model_spec import ModelSpec
 from scheduler.state.messages import StoredModel

@@ -16,7 +16,6 @@ from collections.abc import Callable, Mapping
 from typing import Protocol
 
 from runtime.contract.footprint_ledger import Footprint, Key
-from runtime.contract.prewarm import floor_at
 from runtime.sim.loop import Loop
 from runtime.wire.agent_messages import (
     AgentCommand,
@@ -26,15 +25,14 @@ from runtime.wire.agent_messages import (
     StageModels,
 )
 from runtime.wire.routes import DemandReport, RouteTable
+from scheduler.policy.floors import changed_floors
 from scheduler.signals.forecast import StoredArrivals
 from scheduler.sim.network import Network
 from scheduler.sim.policy import Policy, PolicyFactory
 from scheduler.state import messages as m
+from scheduler.state.cluster import ClusterState
 
-TICK_S = 0.5  # scheduler/driver.py
-POLL_S = 25.0  # runtime/router/control/scheduler_link.py
 WALL_S = 1_700_000_000.0  # the wall clock at time 0, for schedules (2023-11-14 22:13:20 UTC)
-PREWARM_LEAD_S = 60.0
 
 
 class Agent(Protocol):
@@ -57,7 +55,6 @@ class Leader:
         self.queues: dict[str, deque[AgentCommand]] = {}
         self.busy: set[str] = set()
         self.polls: dict[str, tuple[int, Callable[[RouteTable | None], object]]] = {}
-        self.floors: dict[str, object] = {}
 
 
 class Control:
@@ -148,19 +145,16 @@ class Control:
     def _tick(self, leader: Leader) -> None:
         if not leader.leads:
             return
-        self._set_floors(leader)
         self.tell(m.Tick(now=self._loop.now), leader)
-        self._loop.after(TICK_S, self._tick, leader)
+        self._set_floors(leader)
+        self._loop.after(m.TICK_S, self._tick, leader)
 
     def _set_floors(self, leader: Leader) -> None:
-        for name, stored in self.models.items():
-            prewarm = stored.spec.prewarm
-            if not (prewarm.min_warm or prewarm.schedule or leader.floors.get(name)):
-                continue
-            floor = floor_at(prewarm, (), WALL_S + self._loop.now, PREWARM_LEAD_S)
-            if floor != leader.floors.get(name):
-                leader.floors[name] = floor
-                self.tell(m.FloorSet(now=self._loop.now, model=name, floor=floor), leader)
+        """As the driver does; a policy without the production state gets no floors."""
+        state, now = getattr(leader.policy, "state", None), self._loop.now
+        if isinstance(state, ClusterState):
+            for name, floor in changed_floors(state.models, {}, WALL_S + now):
+                self.tell(m.FloorSet(now=now, model=name, floor=floor), leader)
 
     # -------------------------------------------------------------------- what operators do
 

@@ -14,15 +14,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol
 
+from runtime.contract.config import AgentConfig
 from runtime.sim.loop import Loop
 from runtime.wire.agent_messages import Heartbeat, HeartbeatReply
-from runtime.wire.routes import DemandReport, RouteTable
+from runtime.wire.routes import REPORT_S, DemandReport, RouteTable
 from scheduler.sim.control_plane import Control, Leader
 from scheduler.sim.network import Network
 
-HEARTBEAT_S = 1.0  # runtime/contract/config.py
-REPORT_S = 1.0  # runtime/router/control/scheduler_link.py
-RETRY_S = 0.2  # between attempts of a router (there: random, 0.05 to 1 s)
+HEARTBEAT_S = AgentConfig().heartbeat_s
+LINK_RETRY_S = 0.2  # [as] between a router's attempts, where production waits 0.05 to 1 s by chance
 
 
 class Node(Protocol):
@@ -160,7 +160,7 @@ class RouterLink:
         call = self._poll_call
         leader = self._find()
         if leader is None:
-            self._loop.after(RETRY_S, self._poll, call)
+            self._loop.after(LINK_RETRY_S, self._poll, call)
             return
         since = self._since
 
@@ -179,7 +179,7 @@ class RouterLink:
             return
         if table is None:
             self._failed()
-            self._loop.after(RETRY_S, self._poll, call)
+            self._loop.after(LINK_RETRY_S, self._poll, call)
             return
         if self._leader is leader and not (since and table.version <= since):
             self._since = table.version
@@ -196,7 +196,7 @@ class RouterLink:
         call = self._report_call
         leader = self._find()
         if leader is None:
-            self._loop.after(RETRY_S, self._report, call)
+            self._loop.after(LINK_RETRY_S, self._report, call)
             return
         self._reporting, self._due = True, False
         self._seq += 1
@@ -217,7 +217,7 @@ class RouterLink:
         self._reporting = False
         if not taken:
             self._failed()
-            self._loop.after(RETRY_S, self._report, call)
+            self._loop.after(LINK_RETRY_S, self._report, call)
             return
         self._loop.after(0.0 if self._due else REPORT_S, self._report, call)
 

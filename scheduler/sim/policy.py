@@ -11,7 +11,8 @@ The contract of a policy (bench/ writes its baselines against it):
 - Nobody else frees memory: a start before its room is really free is an over-commitment, which
   the world reports as a violation.
 - `Decided` and `ColdStart` are optional; evictions are counted by `Decided.action == "evict"`.
-- `state` is looked at only where it is the production ClusterState (its invariants are checked).
+- `state` is looked at only where it is the production ClusterState: its invariants are checked, and
+  floors (FloorSet) are worked out from its models, as the driver does.
 """
 
 from __future__ import annotations

@@ -20,15 +20,13 @@ from runtime.router.admission.decisions import Admission, Decision, Forward, Hel
 from runtime.router.admission.refusals import Refused
 from runtime.sim.loop import Loop
 from runtime.sim.observer import Job
+from runtime.sockets import GONE_S, SILENT_S
 from runtime.wire.routes import DemandReport, RouteTable
 from scheduler.sim.control_plane import Control
 from scheduler.sim.links import RouterLink
 from scheduler.sim.network import Network
 
 Answer = Literal["taken", "refused", "closed", "silent"]
-
-GONE_S = 10.0  # runtime/sockets.py
-SILENT_S = 2.0  # runtime/router/proxy/upstream.py
 
 
 class Target(Protocol):

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 from random import Random
 
-from runtime.sim.profile import GB, GIB, Host
+from runtime.sim.profile import GB, Host
+from runtime.sizes import GIB
 from scheduler.core.replica_moves import Settings
 from scheduler.sim import faults as f
 from scheduler.sim.catalog import facts, sized

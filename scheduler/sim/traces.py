@@ -21,8 +21,10 @@ from datetime import datetime
 from random import Random
 from typing import NamedTuple
 
+from scheduler.signals.forecast import DAY_S
+
 BURST_GAP_S = 1.0
-WINDOW_S = 600.0  # of ServeGen's rates
+RATE_WINDOW_S = 600.0  # of ServeGen's rates
 CHAT = (1024, 256)  # tokens of prompt and answer where a trace has none: an assumption
 
 
@@ -120,7 +122,7 @@ def servegen(lines: Iterable[str], from_s: float, duration_s: float) -> list[Rat
     for number, row in _rows(lines, columns):
         try:
             start_s = float(row["start_s"])
-            if not from_s - WINDOW_S < start_s < from_s + duration_s:
+            if not from_s - RATE_WINDOW_S < start_s < from_s + duration_s:
                 continue
             rate, shape = float(row["rate_rps"]), float(row["p1"])
         except ValueError as error:
@@ -222,7 +224,8 @@ def from_servegen(
     kept = set(busiest)
     streams = (
         _renewal(
-            rate.client, random, max(0.0, rate.start_s), min(duration_s, rate.start_s + WINDOW_S),
+            rate.client, random, max(0.0, rate.start_s),
+            min(duration_s, rate.start_s + RATE_WINDOW_S),
             rate.rate * rate_scale, _gaps(rate.dist, rate.shape), tokens,
         )
         for rate in rates
@@ -234,7 +237,7 @@ def from_servegen(
 
 def generate(
     models: int, rate: float, random: Random, *, duration_s: float, cv: float = 1.0,
-    exponent: float = 1.0, diurnal: float = 0.0, day_s: float = 86400.0,
+    exponent: float = 1.0, diurnal: float = 0.0, day_s: float = DAY_S,
     tokens: Tokens = lognormal_tokens,
 ) -> Workload:  # fmt: skip
     """`rate` requests a second over all models, by power-law popularity.

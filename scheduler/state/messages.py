@@ -162,6 +162,9 @@ class CommandDone(Struct, frozen=True, kw_only=True):
     seq: int = 0
 
 
+TICK_S = 0.5  # between two Ticks
+
+
 class Tick(Struct, frozen=True, kw_only=True):
     """The passing of time."""
 

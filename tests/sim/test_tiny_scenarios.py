@@ -84,7 +84,7 @@ def test_a_sleeper_wakes_in_the_time_that_its_weights_take_over_pcie() -> None:
     calls = [Arrival(1.0, "m", 10, 1), Arrival(100.0, "m", 10, 1)]
     report = run([sized("m", 8, idle_s=20.0)], calls)
     assert report.climbs == {"asleep-1": 1, "cached": 1}
-    wake_s = p.WAKE_S + 16 / 50 + p.CANARY_S
+    wake_s = p.MAP_S + 16 / 50 + p.CANARY_S
     assert report.ttft[1] == pytest.approx(wake_s + first_token_s(8, 10), abs=HEARD)
 
 

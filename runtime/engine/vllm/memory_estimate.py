@@ -43,10 +43,10 @@ from msgspec import Struct
 from runtime import outside
 from runtime.checkpoints import weight_headers
 from runtime.engine.vllm.arguments import flat_args, human_int
+from runtime.sizes import GIB
 from runtime.wire.agent_messages import DeviceKind, MemoryEstimate
 from runtime.wire.model_spec import ModelSpec
 
-GIB = 2**30
 BLOCK_TOKENS = 128  # vLLM's CPU default, and a multiple of the GPU one
 TYPICAL_TOKENS = 2048  # prompt and answer of an ordinary request
 CPU_PROCESSES_BYTES = 2 * GIB

@@ -31,12 +31,11 @@ from runtime.router.admission.key_limits import DAY_S
 from runtime.router.callers.keys import Keys
 from runtime.router.control import saved_tables
 from runtime.sockets import tcp_connector
-from runtime.wire.routes import DemandReport, RouteTable
+from runtime.wire.routes import REPORT_S, DemandReport, RouteTable
 
 log = logging.getLogger("stoker.router")
 
 POLL_S = 25.0
-REPORT_S = 1.0
 USED_WITHIN_S = 60.0  # replicas that were used since are told of in every report
 TIMEOUT_S = 5.0  # for an answer that is due at once
 

@@ -25,11 +25,10 @@ from urllib.parse import urlsplit
 import httptools
 
 from runtime.router.call.error_shapes import BEGINNINGS, core_died
-from runtime.sockets import notice_silence
+from runtime.sockets import SILENT_S, notice_silence
 
 BUFFER_BYTES = 256 * 1024
 HEAD_BYTES = 64 * 1024
-SILENT_S = 2.0  # without a byte: below the time after which a node is called lost
 _LAST_PIECES = 2  # of a stream whose engine dies: its last words, and vLLM's [DONE]
 IDLE_S = 3.5  # with the sweep's second below the 5 s after which uvicorn drops an idle connection
 

@@ -15,9 +15,10 @@ from runtime.engine.adapter_index import Index, NotYet
 from runtime.engine.contract import LaunchContext
 from runtime.engine.select import get_engine
 from runtime.engine.vllm import lora
-from runtime.engine.vllm.memory_estimate import GIB, estimate
+from runtime.engine.vllm.memory_estimate import estimate
 from runtime.router.admission.decisions import Admission, Forward
 from runtime.router.admission.refusals import Refused
+from runtime.sizes import GIB
 from runtime.wire.model_spec import ModelSpec
 from runtime.wire.routes import Endpoint, ModelRoute, RouteTable
 from scheduler.policy.model_routes import adapters_on

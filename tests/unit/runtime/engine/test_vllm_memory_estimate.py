@@ -7,7 +7,8 @@ import pytest
 
 from runtime.checkpoints import weight_headers
 from runtime.engine.vllm import memory_estimate
-from runtime.engine.vllm.memory_estimate import GIB, estimate, kv_shape, weights_bytes
+from runtime.engine.vllm.memory_estimate import estimate, kv_shape, weights_bytes
+from runtime.sizes import GIB
 from runtime.wire.model_spec import ModelSpec
 
 LLAMA_8B = {
