@@ -80,3 +80,10 @@ def test_there_is_a_checklist_for_what_is_added_most() -> None:
     titles = " ".join(words.splitlines()[0] for words in CHECKLISTS)
     for thing in ("route of the router", "message", "setting", "engine", "policy"):
         assert thing in titles
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_lines_are_under_120_characters(page: str) -> None:
+    """But for tables, whose rows can't be broken."""
+    long = [line for line in text(page).splitlines() if len(line) >= 120 and line[0] != "|"]
+    assert long == []
