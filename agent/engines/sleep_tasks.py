@@ -35,15 +35,19 @@ _LOG_POLL_S = 0.1
 
 
 class KnownReplicas(Protocol):
-    """What is needed of the node's replicas."""
+    """The parts of the node's replicas that sleep tasks use."""
 
-    def get(self, replica_id: str) -> Replica | None: ...
+    def get(self, replica_id: str) -> Replica | None:
+        """A replica of the node; None: it is over."""
 
-    def controls(self, replica_id: str) -> sleep.Controls: ...
+    def controls(self, replica_id: str) -> sleep.Controls:
+        """The sleep controls of a replica's engine."""
 
-    def canary(self, replica_id: str) -> WakeCanary | None: ...
+    def canary(self, replica_id: str) -> WakeCanary | None:
+        """The canary that was recorded of a replica."""
 
-    def keep_canary(self, replica_id: str, canary: WakeCanary) -> None: ...
+    def keep_canary(self, replica_id: str, canary: WakeCanary) -> None:
+        """Record the canary of a replica."""
 
 
 def levels(spec: ModelSpec, kind: DeviceKind) -> tuple[int, ...]:
@@ -101,14 +105,14 @@ class SleepTasks:
         forked_at: float,
         before: Mapping[str, float],
     ) -> None:
-        """Its process is there: hear how its start goes, and then its canary.
+        """Follow the start of a process that is there, and then its canary.
 
         `before`: seconds of the phases that came before its process was asked for.
         """
         self._next(replica_id, self._follow(replica_id, log_file, position, forked_at, before))
 
     async def end(self, replica_id: str) -> None:
-        """Its engine is about to be killed: nothing of it is asked any more."""
+        """Ask nothing more of an engine that is about to be killed."""
         if task := self._tasks.pop(replica_id, None):
             task.cancel()
             await asyncio.wait([task])

@@ -62,7 +62,7 @@ class Ends:
         self._agent.apply(m.Gone(now=self._loop.now, replica_id=replica_id))
 
     def crash(self, replica_id: str, kind: str) -> None:
-        """Its process dies, if there is one."""
+        """Have the replica's process die, if there is one."""
         engine = self._memory.engines.get(replica_id)
         if engine is not None and engine.alive:
             self._memory.die(replica_id, engine)

@@ -77,7 +77,7 @@ class Engine:
         return "taken"
 
     def drop(self, job: Job) -> None:
-        """Its caller hung up."""
+        """Forget a request whose caller hung up."""
         if job in self._queue:
             self._queue.remove(job)
         for number, (active, _) in list(self._active.items()):
@@ -101,7 +101,7 @@ class Engine:
             job.broken(None)
 
     def fall_silent(self) -> None:
-        """Its host vanishes."""
+        """Lose every request without a word: the host vanishes."""
         jobs = [*(job for job, _ in self._active.values()), *self._queue]
         self._active, self._queue = {}, deque()
         for job in jobs:

@@ -59,7 +59,7 @@ class Files:
         return self._told
 
     def add(self, source: str, size: int) -> None:
-        """It is on the disk now."""
+        """Put a model on the disk."""
         self._told = None
         self.disk.pop(source, None)
         self.disk[source] = size
@@ -111,7 +111,7 @@ class Files:
         return self.disk_pipe, self.disk_pipe.send(size, was_read)
 
     def touch(self, source: str, size: int) -> None:
-        """Its weights were read just now."""
+        """Note that a model's weights were read just now."""
         self._told = None
         self.resident.pop(source, None)
         self.resident[source] = size

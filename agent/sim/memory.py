@@ -58,13 +58,13 @@ class Memory:
         return engine.alive and self.engines.get(replica_id) is engine
 
     def die(self, replica_id: str, engine: Engine) -> None:
-        """Its processes end; what they hold is not free yet."""
+        """End an engine's processes; what they hold is not free yet."""
         engine.die()
         for pipe, transfer in self._reads.pop(replica_id, ()):
             pipe.cancel(transfer)
 
     def end(self, replica_id: str, engine: Engine) -> None:
-        """It is dead and its memory is free."""
+        """End an engine and free its memory."""
         self.die(replica_id, engine)
         self.hold(replica_id, engine, 0)
         engine.offloaded = 0
@@ -95,7 +95,7 @@ class Memory:
     # -------------------------------------------------------------------- bytes
 
     def hold(self, replica_id: str, engine: Engine, held: int) -> None:
-        """It holds so many bytes on each of its devices from now on."""
+        """Have an engine hold so many bytes on each of its devices from now on."""
         more = held - engine.held
         if not more:
             return
@@ -115,7 +115,7 @@ class Memory:
         )
 
     def offload(self, engine: Engine) -> None:
-        """Its weights go to host memory."""
+        """Move an engine's weights to host memory."""
         engine.offloaded = self._timings.of(engine.command.spec).weights_bytes
         self.check_host()
 

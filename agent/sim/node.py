@@ -181,14 +181,14 @@ class SimNode:
         return engine.submit(job) if engine is not None and self.up else "refused"
 
     def drop(self, replica_id: str, job: Job) -> None:
-        """Its caller hung up."""
+        """Forget a request whose caller hung up."""
         if engine := self._memory.engines.get(replica_id):
             engine.drop(job)
 
     # -------------------------------------------------------------------- what happens to it
 
     def lose(self) -> None:
-        """It is off, or cut off for good: its engines die with it."""
+        """Turn the node off, or cut it off for good: its engines die with it."""
         self._agent.end()
         for replica_id, engine in list(self._memory.engines.items()):
             self._memory.end(replica_id, engine)
@@ -197,7 +197,7 @@ class SimNode:
         self._files.reboot()
 
     def vanish(self) -> None:
-        """It loses its power or its link without a word to those who are connected."""
+        """Lose power or link without a word to those who are connected."""
         self._silent = True
         for engine in self._memory.engines.values():
             engine.fall_silent()
@@ -258,7 +258,7 @@ class SimNode:
         self._files.disk_pipe.set_rate(rate)
 
     def has_on_disk(self, source: str, size: int) -> None:
-        """Its files came by another way."""
+        """Put a model on the disk that came by another way."""
         self._files.add(source, size)
 
     # -------------------------------------------------------------------- what its agent does

@@ -46,7 +46,7 @@ class DiskModels:
         )
 
     def seen(self, source: str) -> Seen:
-        """That model as last measured; all zero for one that is not on the disk."""
+        """A model as last measured; all zero for one that is not on the disk."""
         return self._seen.get(source, Seen())
 
     def resident_bytes(self, source: str) -> int:

@@ -39,9 +39,11 @@ class Agent(Protocol):
     """What a leader needs of a node."""
 
     @property
-    def up(self) -> bool: ...
+    def up(self) -> bool:
+        """Whether the node is on."""
 
-    def command(self, command: AgentCommand) -> CommandReply | None: ...
+    def command(self, command: AgentCommand) -> CommandReply | None:
+        """Carry out a command; None: no answer."""
 
 
 class Leader:
@@ -164,23 +166,28 @@ class Control:
         self.tell(m.ModelPut(now=self._loop.now, model=stored))
 
     def remove(self, name: str) -> None:
+        """Remove a model."""
         self.models.pop(name, None)
         self.pinned.discard(name)
         self.footprints = {k: f for k, f in self.footprints.items() if k.model != name}
         self.tell(m.ModelRemoved(now=self._loop.now, name=name))
 
     def load(self, name: str, replicas: int) -> None:
+        """Start replicas of a model ahead of requests."""
         self.loaded.add(name)
         self.tell(m.LoadAsked(now=self._loop.now, model=name, replicas=replicas))
 
     def unload(self, name: str) -> None:
+        """Drain and stop a model's replicas."""
         self.tell(m.UnloadAsked(now=self._loop.now, model=name))
 
     def pin(self, name: str, pinned: bool) -> None:
+        """Keep a model running, or stop to."""
         (self.pinned.add if pinned else self.pinned.discard)(name)
         self.tell(m.PinSet(now=self._loop.now, model=name, pinned=pinned))
 
     def cordon(self, node_id: str, cordoned: bool, drain: bool = False) -> None:
+        """Place nothing new on a node, or allow it again; `drain`: move off what it runs."""
         (self.cordoned.add if cordoned else self.cordoned.discard)(node_id)
         event = m.CordonSet(now=self._loop.now, node_id=node_id, cordoned=cordoned, drain=drain)
         self.tell(event)

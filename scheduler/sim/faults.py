@@ -1,4 +1,4 @@
-"""What may befall a simulated cluster: each maker gives what one Fault does. Pure."""
+"""The faults that are injected into a simulated cluster: each maker gives what one does. Pure."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ def lose_node(node_id: str) -> Act:
 
 
 def vanish_node(node_id: str) -> Act:
-    """It goes down without a word: routers learn it from the scheduler, or from TCP's own limit."""
+    """The node goes down without a word: routers learn it from the scheduler or TCP's limit."""
     return lambda sim: sim.vanish_node(node_id)
 
 
 def return_node(node_id: str) -> Act:
-    """It boots again; its agent finds the records of engines that are dead."""
+    """The node boots again; its agent finds the records of engines that are dead."""
 
     def act(sim: Simulation) -> None:
         if not sim.nodes[node_id].up:
@@ -100,7 +100,7 @@ def starts_fail(model: str, kind: str | None) -> Act:
 
 
 def bad_canary(model: str) -> Act:
-    """Its next wake fails, on every node."""
+    """The model's next wake fails, on every node."""
 
     def act(sim: Simulation) -> None:
         for node in sim.nodes.values():
@@ -110,7 +110,7 @@ def bad_canary(model: str) -> Act:
 
 
 def device_fault(node_id: str, index: int, reason: str | None) -> Act:
-    """One of its devices shows an error; None: it is well again."""
+    """A device of the node shows an error; None: it is well again."""
 
     def act(sim: Simulation) -> None:
         node = sim.nodes[node_id]
@@ -121,7 +121,7 @@ def device_fault(node_id: str, index: int, reason: str | None) -> Act:
 
 
 def preempt(node_id: str, grace_s: float) -> Act:
-    """It is told to go within `grace_s`, and goes then, unless that was called off by then."""
+    """The node is told to go within `grace_s`, and goes then, unless that was called off."""
 
     def act(sim: Simulation) -> None:
         node = sim.nodes[node_id]

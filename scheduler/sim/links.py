@@ -26,14 +26,17 @@ LINK_RETRY_S = 0.2  # [as] between a router's attempts, where production waits 0
 
 
 class Node(Protocol):
-    """What a link needs of a node."""
+    """The parts of a node that a link uses."""
 
     @property
-    def up(self) -> bool: ...
+    def up(self) -> bool:
+        """Whether the node is on."""
 
-    def heartbeat(self) -> Heartbeat: ...
+    def heartbeat(self) -> Heartbeat:
+        """The heartbeat that the agent would send now."""
 
-    def see_term(self, term: int) -> bool: ...
+    def see_term(self, term: int) -> bool:
+        """Note the term of a scheduler that answered; False: it leads no more."""
 
 
 class NodeLink:

@@ -1,4 +1,4 @@
-"""A router of the mind: the production Admission, and the life of each request. Pure.
+"""A simulated router: the production Admission, and the life of each request. Pure.
 
 It does what runtime/router/{gate,proxy}.py do with sockets.
 
@@ -30,11 +30,13 @@ Answer = Literal["taken", "refused", "closed", "silent"]
 
 
 class Target(Protocol):
-    """What a router needs of a node."""
+    """The parts of a node that a router uses."""
 
-    def submit(self, replica_id: str, job: Job) -> Answer: ...
+    def submit(self, replica_id: str, job: Job) -> Answer:
+        """Send a request to a replica."""
 
-    def drop(self, replica_id: str, job: Job) -> None: ...
+    def drop(self, replica_id: str, job: Job) -> None:
+        """Hang up on a request."""
 
 
 class Request:
@@ -133,7 +135,7 @@ class Router:
         return request
 
     def failed(self, request: Request, reason: str, delivered: bool) -> None:
-        """Its replica failed before the first token."""
+        """Note that a request's replica failed before the first token."""
         if request.ended is None:
             request.replica_id = request.silent_since = None
             decision = self.admission.failed(request.name, self._loop.now, reason, delivered)
@@ -149,7 +151,7 @@ class Router:
             request.broken(request.begun_by(self._loop.now))
 
     def leave(self, request: Request, outcome: str) -> None:
-        """It is over."""
+        """End a request with this outcome."""
         if request.ended is None:
             released = self.admission.finished(request.name, self._loop.now)
             self._end(request, outcome)

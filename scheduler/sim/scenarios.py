@@ -73,7 +73,7 @@ def run_random(seed: int, nodes: NodeFactory, policy: PolicyFactory | None = Non
         if request.ended not in EXPLAINED:
             simulation.truth.violated(
                 f"all was well, yet a request for {name} that came at {began:.1f} s"
-                f" {f'ended as {request.ended}' if request.ended else 'waits for ever'}"
+                f" {f'ended as {request.ended}' if request.ended else 'waits forever'}"
             )
     return simulation.finish()
 
@@ -186,10 +186,12 @@ def _trouble(random: Random, at_s: float, nodes: list[NodePlan], names: list[str
             return [Fault(at_s, f"{model} wakes badly", f.bad_canary(model))]
         case 11:
             index = random.randrange(node.devices)
-            act, mend = (f.device_fault(node.node_id, index, reason) for reason in ("XID 79", None))
+            act, repair = (
+                f.device_fault(node.node_id, index, reason) for reason in ("XID 79", None)
+            )
             return [
                 Fault(at_s, f"device {index} of {node.node_id} fails", act),
-                Fault(later, f"device {index} of {node.node_id} is well", mend),
+                Fault(later, f"device {index} of {node.node_id} is well", repair),
             ]
         case 12:
             drain = random.random() < 0.5
@@ -233,7 +235,7 @@ def _all_well(sim: Simulation) -> None:
 
 
 def _without_minimum(stored: StoredModel) -> StoredModel:
-    """So that no model keeps another from its last call for ever."""
+    """So that no model keeps another from its last call forever."""
     fields = {name: getattr(stored.spec, name) for name in stored.spec.__struct_fields__}
     spec = type(stored.spec)(**(fields | {"min_replicas": 0, "hold_s": 300.0}))
     return StoredModel(spec=spec, estimate=stored.estimate)

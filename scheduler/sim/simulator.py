@@ -98,42 +98,59 @@ class SimulatedNode(Protocol):
     preempted_at: float | None
 
     @property
-    def up(self) -> bool: ...
+    def up(self) -> bool:
+        """Whether the node is on."""
 
     @property
-    def failing(self) -> dict[str, str]: ...
+    def failing(self) -> dict[str, str]:
+        """Models whose starts fail here, and how."""
 
     @property
-    def bad_canary(self) -> set[str]: ...
+    def bad_canary(self) -> set[str]:
+        """Models whose next wake fails here."""
 
     @property
-    def devices(self) -> tuple[str, ...]: ...
+    def devices(self) -> tuple[str, ...]:
+        """The ids of its devices."""
 
-    def command(self, command: AgentCommand) -> CommandReply | None: ...
+    def command(self, command: AgentCommand) -> CommandReply | None:
+        """Carry out a command; None: no answer."""
 
-    def heartbeat(self) -> Heartbeat: ...
+    def heartbeat(self) -> Heartbeat:
+        """The heartbeat that the agent would send now."""
 
-    def see_term(self, term: int) -> bool: ...
+    def see_term(self, term: int) -> bool:
+        """Note the term of a scheduler that answered; False: it leads no more."""
 
-    def submit(self, replica_id: str, job: Job) -> Answer: ...
+    def submit(self, replica_id: str, job: Job) -> Answer:
+        """Send a request to a replica."""
 
-    def drop(self, replica_id: str, job: Job) -> None: ...
+    def drop(self, replica_id: str, job: Job) -> None:
+        """Hang up on a request."""
 
-    def lose(self) -> None: ...
+    def lose(self) -> None:
+        """Turn the node off: its engines die with it."""
 
-    def vanish(self) -> None: ...
+    def vanish(self) -> None:
+        """Turn the node off without breaking its connections."""
 
-    def restart_agent(self) -> None: ...
+    def restart_agent(self) -> None:
+        """Start the agent again."""
 
-    def crash(self, replica_id: str, kind: str = "crash") -> None: ...
+    def crash(self, replica_id: str, kind: str = "crash") -> None:
+        """Have a replica's process die."""
 
-    def fault(self, device_id: str, reason: str | None) -> None: ...
+    def fault(self, device_id: str, reason: str | None) -> None:
+        """Have a device show an error; None: it is well again."""
 
-    def set_disk_rate(self, rate: float) -> None: ...
+    def set_disk_rate(self, rate: float) -> None:
+        """Read the disk at so many bytes per second from now on."""
 
-    def has_on_disk(self, source: str, size: int) -> None: ...
+    def has_on_disk(self, source: str, size: int) -> None:
+        """Put a model on the disk that came by another way."""
 
-    def replicas(self) -> tuple[str, ...]: ...
+    def replicas(self) -> tuple[str, ...]:
+        """The ids of its replicas."""
 
 
 class NodeFactory(Protocol):
@@ -229,7 +246,7 @@ class Simulation:
         for router in self.routers:
             router.link.start()
         for fault in scenario.faults:
-            self._later(fault.at_s, self._befall, fault)
+            self._later(fault.at_s, self._inject, fault)
         self._sample(max(1.0, scenario.duration_s / SAMPLES))
         self._next_arrival()
 
@@ -253,7 +270,7 @@ class Simulation:
         if link is not None:
             link.poke()
 
-    def _befall(self, fault: Fault) -> None:
+    def _inject(self, fault: Fault) -> None:
         fault.act(self)
 
     def _next_arrival(self) -> None:
@@ -286,19 +303,19 @@ class Simulation:
     # -------------------------------------------------------------------- what faults do
 
     def lose_node(self, node_id: str) -> None:
-        """It is off."""
+        """Turn a node off."""
         node = self.nodes[node_id]
         if node.up:
             node.lose()
 
     def vanish_node(self, node_id: str) -> None:
-        """It is off, and its connections do not break."""
+        """Turn a node off without breaking its connections."""
         node = self.nodes[node_id]
         if node.up:
             node.vanish()
 
     def return_node(self, node_id: str) -> None:
-        """Its agent starts: after a loss without engines, else it adopts those that run."""
+        """Start a node's agent: after a loss without engines, else it adopts those that run."""
         node = self.nodes[node_id]
         node.restart_agent()
         self._links[node_id].start(0.0)

@@ -73,7 +73,7 @@ def azure_llm(lines: Iterable[str]) -> list[Call]:
             tokens = int(row["ContextTokens"]), max(1, int(row["GeneratedTokens"]))
             calls.append(Call(seconds, *tokens))
         except ValueError as error:
-            raise ValueError(f"line {number} is no row of an Azure LLM trace: {error}") from None
+            raise ValueError(f"line {number} is not a row of an Azure LLM trace: {error}") from None
     return sorted(calls)
 
 
@@ -88,7 +88,7 @@ def mooncake(lines: Iterable[str]) -> list[Call]:
             tokens = int(row["input_length"]), max(1, int(row["output_length"]))
             calls.append(Call(row["timestamp"] / 1000, *tokens))
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"line {number} is no row of a Mooncake trace: {error!r}") from None
+            raise ValueError(f"line {number} is not a row of a Mooncake trace: {error!r}") from None
     return sorted(calls)
 
 
@@ -99,7 +99,7 @@ def azure_functions(lines: Iterable[str]) -> dict[str, list[float]]:
         try:
             at = float(row["end_timestamp"]) - float(row["duration"])
         except ValueError as error:
-            raise ValueError(f"line {number} is no row of a functions trace: {error}") from None
+            raise ValueError(f"line {number} is not a row of a functions trace: {error}") from None
         found.setdefault(row["func"], []).append(max(0.0, at))
     return {name: sorted(times) for name, times in found.items()}
 
@@ -126,7 +126,7 @@ def servegen(lines: Iterable[str], from_s: float, duration_s: float) -> list[Rat
                 continue
             rate, shape = float(row["rate_rps"]), float(row["p1"])
         except ValueError as error:
-            raise ValueError(f"line {number} is no row of ServeGen's rates: {error}") from None
+            raise ValueError(f"line {number} is not a row of ServeGen's rates: {error}") from None
         if row["dist"] not in ("Gamma", "Weibull"):
             raise ValueError(f"line {number}: dist is {row['dist']!r}, not Gamma or Weibull")
         client = f"{row['model']}-{row['client']}"
@@ -216,7 +216,7 @@ def from_servegen(
     rates: Sequence[Rate], random: Random, *, duration_s: float, rate_scale: float = 1.0,
     models: int | None = None, tokens: Tokens = lognormal_tokens,
 ) -> Workload:  # fmt: skip
-    """Each client a model, its gaps drawn anew in each window; `models`: the busiest ones only."""
+    """Each client a model, its gaps drawn again in each window; `models`: the busiest ones only."""
     volume: dict[str, float] = {}
     for rate in rates:
         volume[rate.client] = volume.get(rate.client, 0.0) + rate.rate
