@@ -95,13 +95,13 @@ class Node:
 
     # ------------------------------------------------------------------ events and effects
 
-    def apply(self, event: messages.Event) -> messages.Refused | None:
+    def apply(self, event: messages.Event) -> messages.CommandRefused | None:
         """Give the core an event and do what it says; a command may be refused."""
         refused = None
         if isinstance(event, messages.PhasesSeen):
             self._starts.ready(event)
         for effect in self.core.handle(event):
-            if isinstance(effect, messages.Refused):
+            if isinstance(effect, messages.CommandRefused):
                 refused = effect
             else:
                 self._execute(effect)
@@ -119,7 +119,7 @@ class Node:
                 self._reaper.kill(replica_id)
             case messages.SleepEngine() | messages.WakeEngine():
                 self._sleeps.carry_out(effect)
-            case messages.Stage(models):
+            case messages.StageWeights(models):
                 self.stager.wish(models)
             case messages.SaveDisabled():
                 self._records.save_disabled(self.core.disabled)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from agent.sim.node import NodeSpec, SimNode
 from runtime.sim.loop import Loop
-from runtime.sim.observer import Witness
+from runtime.sim.observer import Observer
 from runtime.sim.timings import Timings
 from scheduler.sim.policy import PolicyFactory
 from scheduler.sim.report import Report
@@ -18,7 +18,7 @@ def make_node(
     loop: Loop,
     plan: NodePlan,
     timings: Timings,
-    witness: Witness,
+    observer: Observer,
     poke: Callable[[SimulatedNode], object],
     check: bool,
 ) -> SimulatedNode:
@@ -26,7 +26,7 @@ def make_node(
     spec = NodeSpec(
         plan.node_id, plan.devices, plan.rungs, dict(plan.labels), plan.preemptible, check
     )
-    return SimNode(loop, spec, timings, witness, poke)
+    return SimNode(loop, spec, timings, observer, poke)
 
 
 def simulate(scenario: Scenario, policy: PolicyFactory | None = None) -> Report:

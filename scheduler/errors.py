@@ -11,7 +11,7 @@ from runtime.contract.schema import close_names
 from runtime.wire.agent_messages import SpecProblem
 
 
-class Refused(Exception):
+class ChangeRefused(Exception):
     """A change that is not made. `problems`: each wrong field; `close`: names that may be meant."""
 
     def __init__(
@@ -22,15 +22,15 @@ class Refused(Exception):
         self.close = close
 
 
-class NotFound(Refused):
+class NotFound(ChangeRefused):
     """A name that is not known."""
 
 
-class Conflict(Refused):
+class Conflict(ChangeRefused):
     """A change that would be right at another time: something that is there now is in its way."""
 
 
-class Invalid(Refused):
+class Invalid(ChangeRefused):
     """A change that can't be right."""
 
 

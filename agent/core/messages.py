@@ -197,7 +197,7 @@ class WakeEngine(Struct, frozen=True):
     level: int
 
 
-class Stage(Struct, frozen=True):
+class StageWeights(Struct, frozen=True):
     """Hold these models' weights in the page cache, and no others'."""
 
     models: tuple[Staging, ...]
@@ -229,7 +229,7 @@ class SendHeartbeatNow(Struct, frozen=True):
     """Something changed that the scheduler waits for."""
 
 
-class Refused(Struct, frozen=True):
+class CommandRefused(Struct, frozen=True):
     """The command was not carried out. `stale`: it came from an earlier leader."""
 
     error: str
@@ -241,11 +241,11 @@ Effect = (
     | Signal
     | SleepEngine
     | WakeEngine
-    | Stage
+    | StageWeights
     | SaveRecord
     | ForgetRecord
     | SaveEpoch
     | SaveDisabled
     | SendHeartbeatNow
-    | Refused
+    | CommandRefused
 )

@@ -23,13 +23,13 @@ from agent.core import replica as state
 from agent.core.messages import (
     Adopted,
     CommandReceived,
+    CommandRefused,
     Effect,
     Event,
     Gone,
     HealthChanged,
     PhasesSeen,
     ProcessExited,
-    Refused,
     Saved,
     SaveEpoch,
     SendHeartbeatNow,
@@ -37,7 +37,7 @@ from agent.core.messages import (
     SleepEnded,
     SleepEngine,
     Spawn,
-    Stage,
+    StageWeights,
     StatusSeen,
     TermSeen,
     Tick,
@@ -117,11 +117,11 @@ class AgentCore(Transitions):
     def _on_command(self, command: AgentCommand, now: float) -> None:
         if command.epoch < self.epoch:
             error = f"epoch {command.epoch} is older than {self.epoch}: another scheduler leads now"
-            self._out.append(Refused(error, stale=True))
+            self._out.append(CommandRefused(error, stale=True))
             return
         self._see_epoch(command.epoch)
         if isinstance(command, StageModels):
-            self._out += [Stage(command.models), SendHeartbeatNow()]
+            self._out += [StageWeights(command.models), SendHeartbeatNow()]
             return
         replica = self.replicas.get(command.replica_id)
         match command:
@@ -133,7 +133,7 @@ class AgentCore(Transitions):
                 else:
                     self._remember_ended(command.replica_id)
             case _ if replica is None:
-                self._out.append(Refused(f"{command.replica_id} is not on this node"))
+                self._out.append(CommandRefused(f"{command.replica_id} is not on this node"))
             case SleepReplica():
                 self._sleep(replica, command, now)
             case WakeReplica():
@@ -148,14 +148,18 @@ class AgentCore(Transitions):
         replica_id = command.replica_id
         known = self.replicas.get(replica_id)
         if self.shutting_down:
-            self._out.append(Refused(f"{replica_id}: this agent is shutting down"))
+            self._out.append(CommandRefused(f"{replica_id}: this agent is shutting down"))
         elif known and known.stop:
-            self._out.append(Refused(f"{replica_id} is {known.phase}; start a new replica id"))
+            self._out.append(
+                CommandRefused(f"{replica_id} is {known.phase}; start a new replica id")
+            )
         elif replica_id in self._ended:
-            self._out.append(Refused(f"{replica_id} was stopped before; start a new replica id"))
+            self._out.append(
+                CommandRefused(f"{replica_id} was stopped before; start a new replica id")
+            )
         elif not REPLICA_ID.fullmatch(replica_id):
             self._out.append(
-                Refused(f"{replica_id!r} is not a replica id: use {REPLICA_ID.pattern}")
+                CommandRefused(f"{replica_id!r} is not a replica id: use {REPLICA_ID.pattern}")
             )
         elif not known:
             self.replicas[replica_id] = Replica(command, "starting", now)
@@ -299,7 +303,7 @@ class AgentCore(Transitions):
         elif r.phase == "draining" and r.sleep:
             return
         elif words := self._why_not(r, command.level):
-            self._out.append(Refused(f"{r.command.replica_id} {words}"))
+            self._out.append(CommandRefused(f"{r.command.replica_id} {words}"))
         else:
             r.sleep, r.reason = command, command.reason
             r.deadline = now + command.grace_s
@@ -327,7 +331,7 @@ class AgentCore(Transitions):
             self._serve_on(r, None, now)
         elif r.phase in ("draining", "stopping", "failed"):
             words = f"{r.command.replica_id} is {r.phase} and cannot be woken; start a new one"
-            self._out.append(Refused(words))
+            self._out.append(CommandRefused(words))
 
     def _on_slept(self, r: Replica, event: SleepEnded, began_at: float) -> None:
         now = event.now

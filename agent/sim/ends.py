@@ -1,6 +1,6 @@
 """The ends of a simulated node's engines: told to end, killed, crashed, gone. Pure.
 
-Rules this file keeps: requests that an end cuts off are told to the witness.
+Rules this file keeps: requests that an end cuts off are told to the observer.
 """
 
 from __future__ import annotations
@@ -8,24 +8,24 @@ from __future__ import annotations
 from agent.core import messages as m
 from agent.core.state_machine import AgentCore
 from agent.sim.agent import Agent
-from agent.sim.engine import Engine
+from agent.sim.engine import SimEngine
 from agent.sim.memory import Memory
 from runtime.sim import profile as p
 from runtime.sim.loop import Loop
-from runtime.sim.observer import Witness
+from runtime.sim.observer import Observer
 
 
 class Ends:
     """The ends of one node's engines."""
 
     def __init__(
-        self, loop: Loop, node_id: str, agent: Agent, memory: Memory, witness: Witness
+        self, loop: Loop, node_id: str, agent: Agent, memory: Memory, observer: Observer
     ) -> None:
         self._loop = loop
         self._node_id = node_id
         self._agent = agent
         self._memory = memory
-        self._witness = witness
+        self._observer = observer
 
     def terminate(self, replica_id: str) -> None:
         """SIGTERM: it ends after a while."""
@@ -33,11 +33,11 @@ class Ends:
         if engine.in_flight:
             r = self._agent.core.replicas[replica_id]
             why = r.stop.cause if r.stop else ""
-            self._witness.cut_off(self._node_id, replica_id, engine.in_flight, why)
+            self._observer.cut_off(self._node_id, replica_id, engine.in_flight, why)
         engine.listens = False
         self._loop.after(p.TERM_S, self._terminated, replica_id, engine)
 
-    def _terminated(self, replica_id: str, engine: Engine) -> None:
+    def _terminated(self, replica_id: str, engine: SimEngine) -> None:
         if engine.alive:
             self._memory.die(replica_id, engine)
             self.exited(replica_id, "stopped", "it ended as it was told")
@@ -50,11 +50,11 @@ class Ends:
                 r = core.replicas[replica_id]
                 if r.stop is not None:
                     why = r.stop.cause
-                    self._witness.cut_off(self._node_id, replica_id, engine.in_flight, why)
+                    self._observer.cut_off(self._node_id, replica_id, engine.in_flight, why)
             self._memory.die(replica_id, engine)
         self._loop.after(p.REAP_S, self._gone, replica_id, engine, core)
 
-    def _gone(self, replica_id: str, engine: Engine | None, core: AgentCore) -> None:
+    def _gone(self, replica_id: str, engine: SimEngine | None, core: AgentCore) -> None:
         if not self._agent.asks(core):
             return
         if engine is not None and self._memory.engines.get(replica_id) is engine:

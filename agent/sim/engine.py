@@ -22,7 +22,7 @@ from runtime.wire.agent_messages import StartReplica
 Answer = Literal["taken", "refused", "closed", "silent"]
 
 
-class Engine:
+class SimEngine:
     """`held`: bytes on each of its devices; `offloaded`: weights in host memory."""
 
     def __init__(
@@ -30,7 +30,7 @@ class Engine:
         loop: Loop,
         timings: Timings,
         command: StartReplica,
-        changed: Callable[[Engine], object],
+        changed: Callable[[SimEngine], object],
     ) -> None:
         """`changed` is called when a request began or ended."""
         self.command = command

@@ -1,7 +1,7 @@
 """The engines of a simulated node, and the memory that they really hold. Pure.
 
 Rules this file keeps:
-- the truth goes to the witness as it happens: what is held, and where more is held than there is;
+- the truth goes to the observer as it happens: what is held, and where more is held than there is;
 - a read of weights that an engine waits for ends with that engine.
 """
 
@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from agent.sim.engine import Engine
+from agent.sim.engine import SimEngine
 from agent.sim.files import Files
 from runtime.sim import profile as p
 from runtime.sim.loop import Loop
-from runtime.sim.observer import Witness
+from runtime.sim.observer import Observer
 from runtime.sim.pipe import Pipe, Transfer
 from runtime.sim.timings import Timings
 from runtime.wire.agent_messages import DeviceReport, StartReplica
@@ -29,41 +29,41 @@ class Memory:
         node_id: str,
         devices: int,
         timings: Timings,
-        witness: Witness,
+        observer: Observer,
         changed: set[str],
     ) -> None:
         """`changed` gets the replicas whose memory changed."""
-        self.engines: dict[str, Engine] = {}
+        self.engines: dict[str, SimEngine] = {}
         self.devices = _devices(node_id, devices, timings)
         self.used = dict.fromkeys(self.devices, 0)
         self.files = Files(loop, timings.host, self.host_held, self._needed)
         self._loop = loop
         self._node_id = node_id
         self._timings = timings
-        self._witness = witness
+        self._observer = observer
         self._changed = changed
         self._reads: dict[str, list[tuple[Pipe, Transfer]]] = {}
 
     # -------------------------------------------------------------------- engines
 
-    def begin(self, command: StartReplica, changed: Callable[[Engine], object]) -> Engine:
-        """A new engine, which has nothing yet; `changed` as in Engine."""
-        engine = Engine(self._loop, self._timings, command, changed)
+    def begin(self, command: StartReplica, changed: Callable[[SimEngine], object]) -> SimEngine:
+        """A new engine, which has nothing yet; `changed` as in SimEngine."""
+        engine = SimEngine(self._loop, self._timings, command, changed)
         self.engines[command.replica_id] = engine
         self._reads[command.replica_id] = []
         return engine
 
-    def is_there(self, replica_id: str, engine: Engine) -> bool:
+    def is_there(self, replica_id: str, engine: SimEngine) -> bool:
         """Whether it runs, and is still that replica's engine."""
         return engine.alive and self.engines.get(replica_id) is engine
 
-    def die(self, replica_id: str, engine: Engine) -> None:
+    def die(self, replica_id: str, engine: SimEngine) -> None:
         """End an engine's processes; what they hold is not free yet."""
         engine.die()
         for pipe, transfer in self._reads.pop(replica_id, ()):
             pipe.cancel(transfer)
 
-    def end(self, replica_id: str, engine: Engine) -> None:
+    def end(self, replica_id: str, engine: SimEngine) -> None:
         """End an engine and free its memory."""
         self.die(replica_id, engine)
         self.hold(replica_id, engine, 0)
@@ -73,7 +73,7 @@ class Memory:
     # -------------------------------------------------------------------- weights
 
     def read_weights(
-        self, replica_id: str, engine: Engine, rung: str, done: Callable[[], object]
+        self, replica_id: str, engine: SimEngine, rung: str, done: Callable[[], object]
     ) -> None:
         """Read the weights onto the devices, through the page cache; both go on at once."""
         spec = engine.command.spec
@@ -94,7 +94,7 @@ class Memory:
 
     # -------------------------------------------------------------------- bytes
 
-    def hold(self, replica_id: str, engine: Engine, held: int) -> None:
+    def hold(self, replica_id: str, engine: SimEngine, held: int) -> None:
         """Have an engine hold so many bytes on each of its devices from now on."""
         more = held - engine.held
         if not more:
@@ -106,15 +106,15 @@ class Memory:
             self.used[device_id] += more
             total = self.devices[device_id].memory_total_bytes
             if self.used[device_id] > total:
-                self._witness.violated(
+                self._observer.violated(
                     f"{device_id} really holds {self.used[device_id]} of"
                     f" {total} bytes, {replica_id} the last"
                 )
-        self._witness.memory_changed(
+        self._observer.memory_changed(
             self._node_id, replica_id, command.spec.name, command.device_ids, held
         )
 
-    def offload(self, engine: Engine) -> None:
+    def offload(self, engine: SimEngine) -> None:
         """Move an engine's weights to host memory."""
         engine.offloaded = self._timings.of(engine.command.spec).weights_bytes
         self.check_host()
@@ -133,7 +133,7 @@ class Memory:
         budget = self.host_budget()
         sleepers = sum(e.offloaded for e in self.engines.values())
         if sleepers > budget:
-            self._witness.violated(
+            self._observer.violated(
                 f"{self._node_id} holds {sleepers} bytes of sleepers, its budget is {budget}"
             )
         # A stage command that was lost or is still on its way: the kernel takes clean pages back.

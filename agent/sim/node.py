@@ -5,7 +5,7 @@ It does what agent/node.py does, and here the world happens to it: it is lost, c
 Rules this file keeps:
 - what decides is AgentCore itself; the parts here do only what its driver and the world do;
 - what costs time is an entry of the loop;
-- the truth (phases, memory held, requests cut off) goes to the witness as it happens.
+- the truth (phases, memory held, requests cut off) goes to the observer as it happens.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from agent.core import messages as m
 from agent.core.state_machine import AgentCore
 from agent.sim.agent import Agent
 from agent.sim.ends import Ends
-from agent.sim.engine import Answer, Engine
+from agent.sim.engine import Answer, SimEngine
 from agent.sim.memory import Memory
 from agent.sim.reports import VERSIONS, Reports, Statuses
 from agent.sim.sleeps import Sleeps
 from agent.sim.starts import Starts
 from runtime.sim.loop import Loop
-from runtime.sim.observer import Job, Witness
+from runtime.sim.observer import Job, Observer
 from runtime.sim.timings import Timings
 from runtime.wire.agent_messages import AgentCommand, CommandReply, DeviceReport, Heartbeat
 
@@ -50,7 +50,7 @@ class SimNode:
         loop: Loop,
         spec: NodeSpec,
         timings: Timings,
-        witness: Witness,
+        observer: Observer,
         poke: Callable[[SimNode], object],
     ) -> None:
         self.node_id = spec.node_id
@@ -60,7 +60,7 @@ class SimNode:
         self.preempted_at: float | None = None
         self._silent = False  # it vanished, and whoever calls hears nothing
         self._loop = loop
-        self._witness = witness
+        self._observer = observer
         self._poke = poke
         self._seq = 0
         self._records: dict[str, m.Saved] = {}
@@ -71,11 +71,11 @@ class SimNode:
         self._agent = agent = Agent(
             loop, spec.rungs, check=spec.check, changed=changed, execute=self._execute
         )
-        self._memory = memory = Memory(loop, spec.node_id, spec.devices, timings, witness, changed)
+        self._memory = memory = Memory(loop, spec.node_id, spec.devices, timings, observer, changed)
         self._files = memory.files
         self._statuses = Statuses(loop, agent, memory)
         self._reports = Reports(spec.node_id, agent, memory, changed)
-        self._ends = Ends(loop, spec.node_id, agent, memory, witness)
+        self._ends = Ends(loop, spec.node_id, agent, memory, observer)
         self._starts = Starts(loop, timings, agent, memory, self._statuses, self._ends, changed)
         self._sleeps = Sleeps(loop, timings, agent, memory)
 
@@ -113,12 +113,12 @@ class SimNode:
     def command(self, command: AgentCommand) -> CommandReply | None:
         """Obey; None: it came from an older leader (HTTP 409)."""
         effects = self._agent.apply(m.CommandReceived(now=self._loop.now, command=command))
-        refused = next((e for e in effects if isinstance(e, m.Refused)), None)
+        refused = next((e for e in effects if isinstance(e, m.CommandRefused)), None)
         if refused is not None and refused.stale:
             return None
         if command.epoch < self._obeyed:
             words = f"{self.node_id} obeyed epoch {command.epoch} after {self._obeyed}"
-            self._witness.violated(words)
+            self._observer.violated(words)
         self._obeyed = max(self._obeyed, command.epoch)
         return CommandReply(
             ok=refused is None,
@@ -222,7 +222,7 @@ class SimNode:
         self._poke(self)
 
     def _adopt(self, replica_id: str, saved: m.Saved) -> None:
-        engine: Engine | None = self._memory.engines.get(replica_id)
+        engine: SimEngine | None = self._memory.engines.get(replica_id)
         if engine is not None and not engine.process:
             self._memory.end(replica_id, engine)  # the old agent still fetched its files
             engine = None
@@ -275,7 +275,7 @@ class SimNode:
                 self._sleeps.sleep(replica_id, level)
             case m.WakeEngine(replica_id, level):
                 self._sleeps.wake(replica_id, level)
-            case m.Stage(models):
+            case m.StageWeights(models):
                 wish = [(s.source, s.bytes) for s in models]
                 self._files.stage(wish, lambda: self._poke(self))
                 self._memory.check_host()
@@ -290,7 +290,7 @@ class SimNode:
                 self._poke(self)
 
     def _phase_seen(self, replica_id: str) -> None:
-        """Tell the witness of a replica's phase, where it changed."""
+        """Tell the observer of a replica's phase, where it changed."""
         r = self.core.replicas[replica_id]
         if self._phases.get(replica_id) == r.phase:
             return
@@ -298,12 +298,12 @@ class SimNode:
         engine = self._memory.engines.get(replica_id)
         level = r.sleep.level if r.sleep else 0
         rung = engine.rung if engine else ""
-        self._witness.phase_changed(self.node_id, r.command, r.phase, level, rung)
+        self._observer.phase_changed(self.node_id, r.command, r.phase, level, rung)
         if r.phase == "draining":
             self._statuses.drain_began(replica_id)
 
     def _over(self, replica_id: str) -> None:
-        """Tell the witness that a replica is no more."""
+        """Tell the observer that a replica is no more."""
         if self._phases.pop(replica_id, None) is not None:
             command = self._records[replica_id].command
-            self._witness.phase_changed(self.node_id, command, None, 0, "")
+            self._observer.phase_changed(self.node_id, command, None, 0, "")

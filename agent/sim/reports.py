@@ -15,7 +15,7 @@ from agent.core.replica import launch_name
 from agent.core.replica import report as report_of
 from agent.core.state_machine import AgentCore
 from agent.sim.agent import Agent
-from agent.sim.engine import Engine
+from agent.sim.engine import SimEngine
 from agent.sim.memory import Memory
 from runtime.sim import profile as p
 from runtime.sim.loop import Loop
@@ -32,7 +32,7 @@ class Statuses:
         self._loop = loop
         self._agent = agent
         self._memory = memory
-        self._told: dict[str, tuple[Engine, int, float | None]] = {}
+        self._told: dict[str, tuple[SimEngine, int, float | None]] = {}
 
     def forget(self) -> None:
         """Tell all of them again: another agent process asks."""
@@ -44,10 +44,10 @@ class Statuses:
             self._tell(replica_id, engine)
 
     def drain_began(self, replica_id: str) -> None:
-        """Its requests are looked at soon."""
+        """Look at a replica's requests soon."""
         self._loop.after(DRAIN_PROBE_S / 10, self._look, replica_id, self._agent.core)
 
-    def requests_changed(self, engine: Engine) -> None:
+    def requests_changed(self, engine: SimEngine) -> None:
         """A request of it began or ended."""
         if engine.in_flight:
             return
@@ -61,7 +61,7 @@ class Statuses:
         if self._agent.asks(core) and engine is not None and engine.listens:
             self._tell(replica_id, engine, again=True)
 
-    def _tell(self, replica_id: str, engine: Engine, again: bool = False) -> None:
+    def _tell(self, replica_id: str, engine: SimEngine, again: bool = False) -> None:
         """What a probe would find, where that changed."""
         if not engine.listens:
             return

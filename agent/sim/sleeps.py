@@ -10,7 +10,7 @@ from __future__ import annotations
 from agent.core import messages as m
 from agent.core.state_machine import AgentCore
 from agent.sim.agent import Agent
-from agent.sim.engine import Engine
+from agent.sim.engine import SimEngine
 from agent.sim.memory import Memory
 from runtime.sim import profile as p
 from runtime.sim.loop import Loop
@@ -40,7 +40,9 @@ class Sleeps:
         seconds = self._timings.sleep_s(engine.command.spec, level)
         self._loop.after(seconds, self._slept, replica_id, engine, core, None)
 
-    def _slept(self, replica_id: str, engine: Engine, core: AgentCore, error: str | None) -> None:
+    def _slept(
+        self, replica_id: str, engine: SimEngine, core: AgentCore, error: str | None
+    ) -> None:
         if not engine.alive:
             return
         residue = self._timings.residue_bytes(engine.command.spec, engine.command.device_bytes)
@@ -69,7 +71,7 @@ class Sleeps:
         else:
             self._reload(replica_id, engine, core)
 
-    def _reload(self, replica_id: str, engine: Engine, core: AgentCore) -> None:
+    def _reload(self, replica_id: str, engine: SimEngine, core: AgentCore) -> None:
         """Read its weights again, then go on waking it."""
         began = self._loop.now
 
@@ -85,12 +87,12 @@ class Sleeps:
         self._memory.fetch(engine.command.spec, on_disk)  # the disk may have forgotten it
 
     def _woken_after(
-        self, replica_id: str, engine: Engine, core: AgentCore, phases: dict[str, float]
+        self, replica_id: str, engine: SimEngine, core: AgentCore, phases: dict[str, float]
     ) -> None:
         self._loop.after(sum(phases.values()), self._woken, replica_id, engine, core, phases)
 
     def _woken(
-        self, replica_id: str, engine: Engine, core: AgentCore, phases: dict[str, float]
+        self, replica_id: str, engine: SimEngine, core: AgentCore, phases: dict[str, float]
     ) -> None:
         if not engine.alive:
             return

@@ -9,7 +9,7 @@ from __future__ import annotations
 from agent.core import messages as m
 from agent.sim.agent import Agent
 from agent.sim.ends import Ends
-from agent.sim.engine import Engine
+from agent.sim.engine import SimEngine
 from agent.sim.memory import Memory
 from agent.sim.reports import Statuses
 from runtime.sim.loop import Loop
@@ -58,7 +58,7 @@ class Starts:
 
         self._memory.fetch(command.spec, on_disk)
 
-    def _fork(self, replica_id: str, engine: Engine, phases: dict[str, float]) -> None:
+    def _fork(self, replica_id: str, engine: SimEngine, phases: dict[str, float]) -> None:
         spec = engine.command.spec
         rest = self._timings.start_s(spec)
         first = {name: rest.pop(name) for name in _BEFORE_WEIGHTS if name in rest}
@@ -70,13 +70,13 @@ class Starts:
             return
         self._loop.after(sum(first.values()), self._load, replica_id, engine, phases, rest)
 
-    def _fails(self, replica_id: str, engine: Engine, kind: str) -> None:
+    def _fails(self, replica_id: str, engine: SimEngine, kind: str) -> None:
         if self._memory.is_there(replica_id, engine):
             engine.die()
             self._ends.exited(replica_id, kind, "it was told to fail")
 
     def _load(
-        self, replica_id: str, engine: Engine, phases: dict[str, float], rest: dict[str, float]
+        self, replica_id: str, engine: SimEngine, phases: dict[str, float], rest: dict[str, float]
     ) -> None:
         if not engine.alive:
             return
@@ -93,7 +93,7 @@ class Starts:
 
         self._memory.read_weights(replica_id, engine, engine.rung, loaded)
 
-    def _started(self, replica_id: str, engine: Engine, phases: dict[str, float]) -> None:
+    def _started(self, replica_id: str, engine: SimEngine, phases: dict[str, float]) -> None:
         if not engine.alive:
             return
         engine.listens = True
@@ -107,7 +107,7 @@ class Starts:
             phases["canary"] = canary_s
         self._loop.after(canary_s, self._tell_phases, replica_id, engine, phases)
 
-    def _tell_phases(self, replica_id: str, engine: Engine, phases: dict[str, float]) -> None:
+    def _tell_phases(self, replica_id: str, engine: SimEngine, phases: dict[str, float]) -> None:
         if engine.alive and self._agent.up:
             rounded = {name: round(seconds, 3) for name, seconds in phases.items()}
             self._agent.apply(

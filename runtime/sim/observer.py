@@ -1,6 +1,6 @@
 """Who sees what really happens in a simulated cluster. Pure.
 
-The parts under test know only what they are told; a witness is told the truth.
+The parts under test know only what they are told; an observer is told the truth.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Job(Protocol):
         """The engine's host vanished: nothing more comes, and nobody says so."""
 
 
-class Witness(Protocol):
+class Observer(Protocol):
     """Told of every change of a node's truth."""
 
     def phase_changed(

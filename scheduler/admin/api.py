@@ -55,7 +55,7 @@ from scheduler.admin.route_table import ADMIN
 from scheduler.admin.spec_inspection import inspect_spec
 from scheduler.admin.what_if import questions, what_if
 from scheduler.driver import Driver
-from scheduler.errors import Refused, bad, unknown
+from scheduler.errors import ChangeRefused, bad, unknown
 from scheduler.policy.model_routes import adapters_on
 from scheduler.state import messages as m
 from scheduler.state.cluster import Model, Node, Replica
@@ -93,7 +93,7 @@ async def _errors(request: web.Request, handler: Any) -> web.StreamResponse:
     try:
         response: web.StreamResponse = await handler(request)
         return response
-    except Refused as refused:
+    except ChangeRefused as refused:
         error = refusal(refused)
         return reply(error.body, error.status)
     except AdminError as error:

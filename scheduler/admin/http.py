@@ -15,14 +15,14 @@ from runtime.contract.schema import SchemaError, check
 from runtime.outside import OutsideError
 from runtime.wire.agent_messages import SpecProblem
 from scheduler.admin import views as v
-from scheduler.errors import Conflict, Invalid, NotFound, Refused
+from scheduler.errors import ChangeRefused, Conflict, Invalid, NotFound
 
 S = TypeVar("S", bound=msgspec.Struct)
 WHO = web.RequestKey("who", str)  # the name of the token that was sent
 SUBJECT = web.RequestKey("subject", str)  # the address of what was made, for the audit trail
 
 
-_STATUS: dict[type[Refused], int] = {NotFound: 404, Conflict: 409, Invalid: 422}
+_STATUS: dict[type[ChangeRefused], int] = {NotFound: 404, Conflict: 409, Invalid: 422}
 
 
 class AdminError(Exception):
@@ -51,7 +51,7 @@ def reply(body: msgspec.Struct, status: int = 200) -> web.Response:
     )
 
 
-def refusal(error: Refused) -> AdminError:
+def refusal(error: ChangeRefused) -> AdminError:
     """The answer that says it."""
     return AdminError(_STATUS[type(error)], str(error), problems=error.problems, close=error.close)
 

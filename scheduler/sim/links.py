@@ -25,7 +25,7 @@ HEARTBEAT_S = AgentConfig().heartbeat_s
 LINK_RETRY_S = 0.2  # [as] between a router's attempts, where production waits 0.05 to 1 s by chance
 
 
-class Node(Protocol):
+class LinkedNode(Protocol):
     """The parts of a node that a link uses."""
 
     @property
@@ -42,7 +42,7 @@ class Node(Protocol):
 class NodeLink:
     """Heartbeats: each second, and soon after `poke`."""
 
-    def __init__(self, loop: Loop, network: Network, control: Control, node: Node) -> None:
+    def __init__(self, loop: Loop, network: Network, control: Control, node: LinkedNode) -> None:
         self._loop, self._network, self._control, self._node = loop, network, control, node
         self._leader: Leader | None = None
         self._call = 0  # the heartbeat under way, or the timer of the next one

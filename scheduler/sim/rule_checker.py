@@ -59,7 +59,7 @@ class _Seen:
 
 
 class Truth:
-    """The witness of one run (runtime.sim.observer.Witness)."""
+    """The observer of one run (runtime.sim.observer.Observer)."""
 
     def __init__(
         self, loop: Loop, *, min_dwell_s: float, keep_segments: bool = True, strict: bool = True
@@ -107,7 +107,7 @@ class Truth:
         level: int,
         rung: str,
     ) -> None:
-        """As runtime.sim.observer.Witness."""
+        """As runtime.sim.observer.Observer."""
         now, key = self._loop.now, (node_id, command.replica_id)
         seen = self._seen.pop(key, None)
         if seen is not None:
@@ -148,7 +148,7 @@ class Truth:
     def memory_changed(
         self, node_id: str, replica_id: str, model: str, device_ids: tuple[str, ...], held: int
     ) -> None:
-        """As runtime.sim.observer.Witness."""
+        """As runtime.sim.observer.Observer."""
         now = self._loop.now
         more = held - self._held.get(replica_id, 0)
         self._held[replica_id] = held
@@ -165,7 +165,7 @@ class Truth:
         self._used_since[device_id] = now
 
     def cut_off(self, node_id: str, replica_id: str, in_flight: int, why: str) -> None:
-        """As runtime.sim.observer.Witness."""
+        """As runtime.sim.observer.Observer."""
         self.cut += in_flight
         last = self._last_action.get(replica_id)
         if last is not None and (last.action in PROTECTED or last.cause in PROTECTED_CAUSES):
@@ -175,7 +175,7 @@ class Truth:
             )
 
     def violated(self, words: str) -> None:
-        """As runtime.sim.observer.Witness."""
+        """As runtime.sim.observer.Observer."""
         words = f"at {self._loop.now:.3f} s: {words}"
         self.violations.append(words)
         if self._strict:

@@ -17,7 +17,7 @@ from typing import Literal, Protocol
 
 from runtime.contract.footprint_ledger import Footprint
 from runtime.sim.loop import Loop
-from runtime.sim.observer import Job, Witness
+from runtime.sim.observer import Job, Observer
 from runtime.sim.profile import Host, ModelFacts, gpu
 from runtime.sim.timings import Timings, by_model
 from runtime.wire.agent_messages import AgentCommand, CommandReply, Heartbeat
@@ -161,7 +161,7 @@ class NodeFactory(Protocol):
         loop: Loop,
         plan: NodePlan,
         timings: Timings,
-        witness: Witness,
+        observer: Observer,
         poke: Callable[[SimulatedNode], object],
         check: bool,
     ) -> SimulatedNode: ...

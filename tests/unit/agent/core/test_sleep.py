@@ -7,9 +7,9 @@ import pytest
 
 from agent.core import state_machine
 from agent.core.messages import (
+    CommandRefused,
     ForgetRecord,
     PhasesSeen,
-    Refused,
     SaveDisabled,
     SendHeartbeatNow,
     ShutdownRequested,
@@ -146,7 +146,7 @@ def test_a_wake_that_comes_before_the_memory_is_touched_cancels_the_sleep(h):
     h.ready()
     h.status(1)
     h.command(sleep())
-    assert not of(h.command(wake()), Refused)
+    assert not of(h.command(wake()), CommandRefused)
     report = h.report()
     assert (report.phase, report.in_flight, report.reason) == ("ready", 1, None)
     assert not of(h.status(0), SleepEngine)
@@ -185,10 +185,10 @@ def test_what_cannot_sleep_is_refused_with_words_and_serves_on():
     assert "no sleep level 2" in refused.error
     assert "1" in refused.error
     h.ready("b", devices=("d1",), spec=msgspec.structs.replace(SPEC, sleep="off"))
-    (refused,) = of(h.command(sleep("b")), Refused)
+    (refused,) = of(h.command(sleep("b")), CommandRefused)
     assert "sleep: off" in refused.error
     h.command(start("c", devices=("d2",)))
-    (refused,) = of(h.command(sleep("c")), Refused)
+    (refused,) = of(h.command(sleep("c")), CommandRefused)
     assert "starting" in refused.error
     assert [h.phase(x) for x in "abc"] == ["ready", "ready", "starting"]
     assert (h.report("a").rungs, h.report("b").rungs) == ((1,), ())
@@ -196,7 +196,7 @@ def test_what_cannot_sleep_is_refused_with_words_and_serves_on():
 
 @pytest.mark.parametrize("command", [sleep("x"), wake("x")])
 def test_an_unknown_replica_neither_sleeps_nor_wakes(h, command):
-    (refused,) = of(h.command(command), Refused)
+    (refused,) = of(h.command(command), CommandRefused)
     assert not refused.stale
     assert "x is not on this node" in refused.error
 
@@ -209,7 +209,7 @@ def test_one_that_stops_or_failed_neither_sleeps_nor_wakes(h):
     h.exited("b", kind="bad_model")
     for replica_id in "ab":
         for command in (sleep(replica_id), wake(replica_id)):
-            assert of(h.command(command), Refused), command
+            assert of(h.command(command), CommandRefused), command
     assert [h.phase(x) for x in "ab"] == ["draining", "failed"]
 
 
@@ -273,13 +273,13 @@ def test_a_rung_that_fails_costs_a_restart_and_is_not_used_again(h, what, how):
     assert expected in report.disabled["asleep-1"]
     assert of(h.gone(), Spawn)
     h.healthy()
-    (refused,) = of(h.command(sleep(level=1)), Refused)
+    (refused,) = of(h.command(sleep(level=1)), CommandRefused)
     assert report.disabled["asleep-1"] in refused.error
-    assert not of(h.command(sleep(level=2)), Refused)
+    assert not of(h.command(sleep(level=2)), CommandRefused)
     successor = Harness(disabled=h.core.disabled)
     successor.ready("z")
     assert successor.report("z").disabled == report.disabled
-    assert of(successor.command(sleep("z")), Refused)
+    assert of(successor.command(sleep("z")), CommandRefused)
     successor.ready("y", devices=("d1",), spec=msgspec.structs.replace(SPEC, source="elsewhere"))
     assert successor.report("y").disabled == {}
 

@@ -7,8 +7,8 @@ import typing
 import pytest
 
 from agent.core.messages import (
+    CommandRefused,
     ForgetRecord,
-    Refused,
     SaveEpoch,
     SendHeartbeatNow,
     ShutdownRequested,
@@ -64,24 +64,24 @@ def test_an_older_epoch_is_refused_for_starts_and_stops(h):
 def test_a_start_of_an_id_that_stops_or_was_stopped_is_refused(h):
     h.ready()
     h.command(stop())
-    (refused,) = of(h.command(start()), Refused)
+    (refused,) = of(h.command(start()), CommandRefused)
     assert not refused.stale
     assert "draining" in refused.error
     h.status(0)
     h.gone()
-    (refused,) = of(h.command(start()), Refused)
+    (refused,) = of(h.command(start()), CommandRefused)
     assert "was stopped" in refused.error
 
 
 def test_a_stop_that_overtook_its_start_wins(h):
     assert h.command(stop()) == [SaveEpoch(1)]
-    assert of(h.command(start()), Refused)
+    assert of(h.command(start()), CommandRefused)
     assert h.phase() is None
 
 
 @pytest.mark.parametrize("replica_id", ["../x", "", "a/b", "a b", "x" * 201])
 def test_an_id_that_is_no_file_name_is_refused(h, replica_id):
-    assert of(h.command(start(replica_id)), Refused)
+    assert of(h.command(start(replica_id)), CommandRefused)
     assert h.core.replicas == {}
 
 
@@ -305,7 +305,7 @@ def test_shutdown_drains_all_and_takes_no_start(h):
     h.command(start("b", devices=("d1",)))
     effects = h(ShutdownRequested, grace_s=30.0)
     assert of(effects, Signal) == [Signal("b", "KILL")]
-    assert of(h.command(start("c")), Refused)
+    assert of(h.command(start("c")), CommandRefused)
     h.gone("b")
     h.status(0, "a")
     assert not h.core.finished
