@@ -9,7 +9,11 @@ PORT ?= 8080
 SCENARIOS ?= 10000
 SEED ?= 0
 DEMO_FLAGS = --port $(PORT) $(if $(filter-out 0,$(EXIT)),--exit)
-TESTS = tests/unit tests/sim tests/contract tests/integration tests/hosts tests/e2e tests/outside tests/gpu
+# Tests of one process each, run side by side; and those that start whole parts, hosts and engines.
+WORKERS ?= 3
+SIDE_BY_SIDE = -n $(WORKERS) --dist loadgroup
+QUICK_TESTS = tests/unit tests/sim tests/contract
+WHOLE_TESTS = tests/integration tests/hosts tests/e2e tests/outside tests/gpu
 TOOLS = debootstrap iproute2 systemd-container openssh-client curl wrk apache2-utils nginx-light
 PYTEST_FLAGS ?=
 VLLM_SOURCE ?=
@@ -37,7 +41,7 @@ demo-stub: ## The same in seconds with the stub engine on a simulated device. EX
 	scripts/setup.sh base
 	$(BIN)/stoker demo --engine stub $(DEMO_FLAGS)
 
-test: setup ## Every check and every test; says at the end what was skipped, and why.
+test: setup ## Every check and every test; says what was skipped, and why. WORKERS=3: quick tests at once.
 	@scripts/install_consul.sh || printf '\n%s\n%s\n\n' \
 	  '*** THERE IS NO CONSUL: the tests marked "consul" will be SKIPPED. ***' \
 	  '*** The line above says why it could not be installed.            ***'
@@ -45,7 +49,10 @@ test: setup ## Every check and every test; says at the end what was skipped, and
 	  '*** A PACKAGE IS MISSING: tests of the Ansible playbook (tests/hosts too) will be SKIPPED. ***' \
 	  '*** The line above says which, and why it could not be installed.                     ***'
 	$(MAKE) --no-print-directory lint
-	$(BIN)/python -m pytest $(TESTS) -m "not slow" -ra $(PYTEST_FLAGS)
+	@failed=0; \
+	$(BIN)/python -m pytest $(QUICK_TESTS) -m "not slow" -q -ra $(SIDE_BY_SIDE) $(PYTEST_FLAGS) || failed=1; \
+	$(BIN)/python -m pytest $(WHOLE_TESTS) -m "not slow" -ra $(PYTEST_FLAGS) || failed=1; \
+	exit $$failed
 
 outside: setup ## What others wrote: clients, tools, hosts; with VLLM_SOURCE=DIR vLLM's own tests too.
 	scripts/setup.sh outside
@@ -60,7 +67,7 @@ lint: ## ruff and mypy.
 	$(BIN)/mypy
 
 unit: ## The quick tests only.
-	$(BIN)/python -m pytest tests/unit -q $(PYTEST_FLAGS)
+	$(BIN)/python -m pytest tests/unit -q $(SIDE_BY_SIDE) $(PYTEST_FLAGS)
 
 coverage: setup-light ## What the tests within one process reach; triples their time, so not in make test.
 	$(BIN)/python -m pytest tests/unit tests/sim -q --cov --cov-report=term $(PYTEST_FLAGS)

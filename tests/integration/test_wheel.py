@@ -8,9 +8,8 @@ import sys
 import zipfile
 from pathlib import Path
 
+from tests.kits.checkout import ROOT
 from tests.unit.rules.product import PARTS, sources
-
-ROOT = Path(__file__).parents[2]
 
 
 def test_the_wheel_is_whole(tmp_path: Path) -> None:
