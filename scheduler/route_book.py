@@ -162,7 +162,7 @@ class RuleBook:
             await self._store.registry.delete(self._store.key("routes", name))
             del self.routes[name]
             self._in_force()
-            self._begin_anew(name)
+            self._restart_counts(name)
             await self.audit.note(who, "remove", f"route {name}", "removed", old.rule)
 
     async def promote(self, name: str, who: str, reason: str) -> None:
@@ -306,12 +306,12 @@ class RuleBook:
         await self._store.registry.put(self._store.key("routes", name), msgspec.json.encode(stored))
         self.routes[name] = stored
         self._in_force()
-        self._begin_anew(name)
+        self._restart_counts(name)
         self.changed_at[name] = self._cluster.now()
         old_rule = old.rule if old else None
         await self.audit.note(who, action, f"route {name}", reason, old_rule, stored.rule)
 
-    def _begin_anew(self, name: str) -> None:
+    def _restart_counts(self, name: str) -> None:
         table = self._cluster.table
         self.observed.restart(name, table.version if table else 0)
         for known in (self.verdicts, self.changed_at, self._asked_at):

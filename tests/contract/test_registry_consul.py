@@ -43,7 +43,7 @@ async def answering(
 @pytest.mark.parametrize(
     "url", ["127.0.0.1:8500", "ftp://host", "http://", "http://host:port", "http://host/consul", ""]
 )
-def test_a_url_that_is_none(url: str):
+def test_an_invalid_url_is_refused(url: str):
     with pytest.raises(RegistryError, match=r"registry\.consul_url: .*write it as http"):
         ConsulRegistry(url)
 

@@ -86,7 +86,7 @@ def end(process: subprocess.Popen[bytes], number: signal.Signals) -> int:
 
 
 def engines() -> set[int]:
-    """Pids of processes of the service user that are none of the parts."""
+    """Pids of processes of the service user that are not a part."""
     found = set()
     for folder in Path("/proc").glob("[0-9]*"):
         try:

@@ -229,11 +229,11 @@ def after_fork(argv: Sequence[str]) -> None:
     _forget_devices()
     if "--numa-bind" in argv:
         return  # vLLM puts numactl in front of what it spawns
-    _mend()
+    _patch()
     _open_nursery()  # last, since it passes on what this process is now
 
 
-def _mend() -> None:
+def _patch() -> None:
     # The API server's `spawn`, which on CPU vLLM insists on, would import everything again, 10 s
     # for EngineCore and 10 s for the workers. The original is still called, for what else it does.
     original = importlib.import_module("vllm.utils.system_utils").get_mp_context
@@ -250,10 +250,10 @@ def _mend() -> None:
     # The first start of an architecture asks a fresh interpreter about the model's class: 10 s.
     registry = importlib.import_module("vllm.model_executor.models.registry")
     vars(registry)["_run_in_subprocess"] = _run_in_nursery
-    _mend_compiled_loading()
+    _patch_compiled_loading()
 
 
-def _mend_compiled_loading() -> None:
+def _patch_compiled_loading() -> None:
     """Let vLLM load on CPU what it compiled and saved there.
 
     `compilation/decorators.py` calls `finalize_loading` on every function that it loads, but only
@@ -275,8 +275,8 @@ def _mend_compiled_loading() -> None:
 
     compiler["load_compiled_function"] = load_compiled_function
     os.environ["VLLM_USE_AOT_COMPILE"] = "1"
-    _mend_warm_up()
-    _mend_probe()
+    _patch_warm_up()
+    _patch_probe()
 
 
 SHORT_TOKENS = 16  # in the batch of a warm-up that has nothing to compile
@@ -286,7 +286,7 @@ class _OtherSize(Exception):
     """The warm-up's batch is too large, or too small, for what was found on the disk."""
 
 
-def _mend_warm_up() -> None:
+def _patch_warm_up() -> None:
     """Warm up with a short batch where what was compiled came from the disk.
 
     On CPU the warm-up computes the largest batch (seconds) to have it compiled, and to see what
@@ -331,7 +331,7 @@ def _mend_warm_up() -> None:
     runner.profile_run = run
 
 
-def _mend_probe() -> None:
+def _patch_probe() -> None:
     """Try here whether a library for the CPU's vector instructions loads; torch asks a fresh
     interpreter each time, 0.5 s of CPU for each kind of instructions."""
     isa = importlib.import_module("torch._inductor.cpu_vec_isa").VecISA

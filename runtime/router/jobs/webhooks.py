@@ -48,7 +48,7 @@ class NotDelivered(Exception):
 
 
 class PublicResolver(AbstractResolver):
-    """Names as the system has them, less the addresses that are none of the public internet's."""
+    """Names as the system has them, without those that are not public."""
 
     def __init__(self) -> None:
         self._inner = ThreadedResolver()

@@ -93,7 +93,7 @@ async def test_a_url_that_answers_is_a_notice_that_counts_down(monkeypatch):
         assert told == [1, 1]
 
 
-async def test_a_notice_without_a_time_does_not_begin_anew_when_it_is_heard_again(monkeypatch):
+async def test_a_notice_without_a_time_does_not_begin_again_when_it_is_heard_again(monkeypatch):
     async with (
         Metadata() as cloud,
         watching(monkeypatch, preemption_url=cloud.url, preemption_grace_s=0.2) as (one, _),
@@ -122,7 +122,7 @@ async def test_a_file_that_appears_is_a_notice(monkeypatch, tmp_path):
         assert told == [1, 1]
 
 
-async def test_an_address_that_is_none_is_refused():
+async def test_an_invalid_address_is_refused():
     async with aiohttp.ClientSession() as session:
         with pytest.raises(ValueError, match=r"agent\.preemption_url = 'ftp:x'"):
             Preemption(AgentConfig(preemption_url="ftp:x"), session, lambda: None)

@@ -260,7 +260,7 @@ async def test_stop_while_asleep_leaves_nothing(launch, scheduler, client):
     assert list((node.config.registry_file().parent / "replicas").iterdir()) == []
 
 
-async def test_an_engine_that_dies_asleep_is_reported_and_not_started_anew(
+async def test_an_engine_that_dies_asleep_is_reported_and_not_started_again(
     launch, scheduler, client
 ):
     node = await launch()

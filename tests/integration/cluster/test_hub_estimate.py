@@ -145,7 +145,7 @@ async def test_a_hub_that_hangs_is_given_up(hub, monkeypatch) -> None:
     ("name", "data"),
     [("model.safetensors", b"\xff" * 2000), ("config.json", b"[]"), ("config.json", b"{" * 5000)],
 )
-async def test_files_that_are_none_are_a_reason_and_not_a_crash(hub, name, data) -> None:
+async def test_invalid_files_are_a_reason_and_not_a_crash(hub, name, data) -> None:
     hub.add("org/m", one_file(**{name: data}))
     spec = ModelSpec(name="m", source="hf:org/m")
     with pytest.raises(ValueError, match=name.replace(".", r"\.")):

@@ -65,7 +65,7 @@ async def test_a_stream_that_falls_silent_is_broken_off(tmp_path: Path) -> None:
 
 
 async def test_a_stream_that_never_ends_is_broken_off(tmp_path: Path) -> None:
-    async def for_ever(received: kit.Received, writer: asyncio.StreamWriter) -> None:
+    async def without_end(received: kit.Received, writer: asyncio.StreamWriter) -> None:
         writer.write(kit.SSE_HEAD)
         while True:
             writer.write(kit.chunk(b"data: x\n\n"))
@@ -73,7 +73,7 @@ async def test_a_stream_that_never_ends_is_broken_off(tmp_path: Path) -> None:
             await asyncio.sleep(0.02)
 
     async with kit.stack(tmp_path, total_timeout_s=0.8, idle_timeout_s=0.4) as stack:
-        await stack.serve("m", await stack.engine(for_ever))
+        await stack.serve("m", await stack.engine(without_end))
         async with stack.post(CHAT, {"model": "m", "stream": True}) as response:
             with pytest.raises(aiohttp.ClientPayloadError):
                 await response.content.read()

@@ -220,7 +220,7 @@ async def test_a_trusted_proxy_says_whose_call_it_is(tmp_path, odd, trusted, cli
     assert [line["client"] for line in lines_of(path)] == [client] * 2
 
 
-async def test_a_log_that_was_moved_away_is_begun_anew(tmp_path) -> None:
+async def test_a_log_that_was_moved_away_is_begun_again(tmp_path) -> None:
     path, old = tmp_path / "access.log", tmp_path / "access.log.1"
     async with kit.stack(tmp_path, access_log=str(path)) as stack:
         await stack.serve("m", await stack.engine(unary(WHOLE)))

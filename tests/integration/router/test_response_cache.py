@@ -83,7 +83,7 @@ async def test_errors_are_not_kept(stack: Stack) -> None:
     assert len(engine.received) == 2
 
 
-async def test_a_changed_model_answers_anew_and_no_rule_keeps_nothing(stack: Stack) -> None:
+async def test_a_changed_model_is_asked_again_and_no_rule_keeps_nothing(stack: Stack) -> None:
     engine = await stack.engine(unary())
     await stack.serve("m", engine, cache=RULE)
     await ask(stack)

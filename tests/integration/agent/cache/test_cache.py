@@ -121,7 +121,7 @@ async def test_a_cached_model_needs_no_shared_store(nodes, shared) -> None:
     assert await node.cache.ensure("m") == folder
 
 
-async def test_a_changed_shared_model_is_pulled_anew_when_asked_to(nodes, shared) -> None:
+async def test_a_changed_shared_model_is_pulled_again_when_asked_to(nodes, shared) -> None:
     model = write_model(shared / "m", a=b"old", b=b"same")
     node = await nodes.start(shared_dir=str(shared))
     old = await node.cache.ensure("m")

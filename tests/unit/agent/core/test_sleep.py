@@ -57,7 +57,7 @@ def test_a_sleep_waits_for_what_is_in_flight_then_sleeps(h):
     assert (report.sleep_s, report.phase_age_s) == (3.0, 0.0)
 
 
-def test_a_sleep_counts_what_is_in_flight_anew(h):
+def test_a_sleep_counts_what_is_in_flight_again(h):
     h.ready()
     h.status(0)
     asked_at = h.now

@@ -149,7 +149,7 @@ def test_draining_waits_for_what_is_in_flight(h):
     assert h.report().reason == "idle"
 
 
-def test_draining_looks_anew_even_where_nothing_was_in_flight(h):
+def test_draining_looks_again_even_where_nothing_was_in_flight(h):
     h.ready()
     h.status(0)
     assert not of(h.command(stop()), Signal)
@@ -258,7 +258,7 @@ def test_a_minute_of_being_ready_forgives_earlier_crashes(h):
 
 
 @pytest.mark.parametrize("kind", ["bad_argument", "bad_model"])
-def test_what_a_restart_cannot_mend_is_never_restarted(h, kind):
+def test_what_a_restart_cannot_fix_is_never_restarted(h, kind):
     h.command(start())
     h.exited(kind=kind, words="no such thing")
     h.gone()

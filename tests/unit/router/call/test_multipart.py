@@ -54,7 +54,7 @@ def test_a_form_of_any_size_is_read(size: int, first: str) -> None:
         b'Content-Disposition: Form-Data;name="model"',
     ],
 )
-def test_the_model_is_written_anew(head: bytes) -> None:
+def test_the_model_is_rewritten(head: bytes) -> None:
     empty = (b'Content-Disposition: form-data; name="z"', b"")
     read = read_form(form((FILE, b"x"), (head, b" old\r\n"), empty), KIND)
     assert read.model == "old"

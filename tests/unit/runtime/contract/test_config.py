@@ -63,7 +63,7 @@ def test_a_file_that_is_not_toml_is_named(tmp_path) -> None:
         ("ein langer Schlüssel", "can't be sent in a header"),
     ],
 )
-def test_a_secret_that_is_none_is_refused_and_not_told(tmp_path, name, secret, words) -> None:
+def test_an_invalid_secret_is_refused_and_not_told(tmp_path, name, secret, words) -> None:
     path = tmp_path / "stoker.toml"
     path.write_text(f"{name} = {json.dumps(secret)}\n", encoding="utf-8")
     for load_it in (lambda: load(path, {}), lambda: load(None, {f"STOKER_{name.upper()}": secret})):
@@ -89,7 +89,7 @@ def test_a_variable_that_is_no_setting_does_not_vanish(name: str) -> None:
     assert problem.value is None, "it may be a secret"
 
 
-def test_variables_that_are_none_of_the_settings_are_let_be() -> None:
+def test_variables_that_are_not_settings_are_let_be() -> None:
     load(None, {"STOKER_ROUTER": "http://r", "STOKER_ROUTER_WORKER": "1", "STOKER_DEBUG": "1"})
 
 

@@ -43,13 +43,13 @@ def test_what_no_spec_may_set(name: str, words: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["", "a", "1A", "A=B", "A-B", "A\n", "A B", "\u00c4", "A" * 129])
-def test_a_name_that_is_none(name: str) -> None:
+def test_an_invalid_name(name: str) -> None:
     ((field, _),) = refused(env={name: "1"})
     assert field.startswith("env")
 
 
 @pytest.mark.parametrize("value", [1, True, None, "a\0b", "x" * 4097])
-def test_a_value_that_is_none(value: object) -> None:
+def test_an_invalid_value(value: object) -> None:
     ((field, _),) = refused(env={"NCCL_DEBUG": value})
     assert field == "env.NCCL_DEBUG"
 
@@ -57,7 +57,7 @@ def test_a_value_that_is_none(value: object) -> None:
 @pytest.mark.parametrize(
     "host", ["", "A.com", "a b", "http://a.com", "a.com/x", "*.com", "a.com\n", "-a", "a_b"]
 )
-def test_a_media_domain_that_is_none(host: str) -> None:
+def test_an_invalid_media_domain(host: str) -> None:
     ((field, _),) = refused(media_domains=[host])
     assert field == "media_domains[0]"
 

@@ -55,7 +55,7 @@ async def test_it_is_still_there_after_a_restart(file: Path):
     await again.close()
 
 
-async def test_who_comes_second_does_not_make_the_file_anew(file: Path):
+async def test_who_comes_second_does_not_make_the_file_again(file: Path):
     registry = EmbeddedRegistry(file)
     await registry.put("a", b"1")
     await registry.close()

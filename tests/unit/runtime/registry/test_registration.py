@@ -73,7 +73,7 @@ async def test_a_registry_that_is_down_at_first_is_tried_until_it_answers(caplog
 
 
 @pytest.mark.parametrize("down", [False, True], ids=["forgets", "forgets while it is down"])
-async def test_what_is_forgotten_is_registered_anew(down: bool) -> None:
+async def test_what_is_forgotten_is_registered_again(down: bool) -> None:
     registry = Flaky()
     async with kept(registry):
         await until(lambda: registry.known)

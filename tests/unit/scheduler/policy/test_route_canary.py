@@ -131,7 +131,7 @@ def test_a_route_that_was_taken_away_and_came_back_counts_from_nothing() -> None
     assert seen.of("r", "new").requests == 3
 
 
-def test_routers_are_added_up_and_a_step_begins_anew() -> None:
+def test_routers_are_added_up_and_a_step_begins_again() -> None:
     seen = Observed()
     for router in ("r1", "r2"):
         seen.heard(report(1, router=router))

@@ -27,7 +27,7 @@ def test_clocks_that_drift_are_followed() -> None:
         assert clock.made_at(sent_s, float(second)) == pytest.approx(second, abs=DRIFT)
 
 
-def test_a_clock_that_stood_still_is_read_anew() -> None:
+def test_a_clock_that_stood_still_is_read_again() -> None:
     clock = RemoteClock()
     clock.made_at(10.0, 110.0)
     assert clock.made_at(11.0, 171.0) == 171.0
