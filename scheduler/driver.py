@@ -44,14 +44,14 @@ SAVE_S = 5.0
 
 
 def _readable(entries: Iterable[Entry]) -> Iterator[Footprint]:
-    """A ledger entry of another version of Stoker is measured anew rather than trusted."""
+    """The entries of this version of Stoker; what another one wrote is measured again."""
     for entry in entries:
         with contextlib.suppress(ValueError):
             yield decode(entry.value, Footprint)
 
 
 def _sketches(entries: Iterable[Entry]) -> Iterator[tuple[str, StoredArrivals]]:
-    """What another version of Stoker wrote is learnt anew."""
+    """The arrivals by model that this version wrote; what another one wrote is learnt again."""
     for entry in entries:
         with contextlib.suppress(ValueError):
             yield entry.key.rsplit("/", 1)[1], decode(entry.value, StoredArrivals)
@@ -181,6 +181,7 @@ class Driver:
 
     @property
     def http(self) -> aiohttp.ClientSession:
+        """The session for calls to agents, made with the first one."""
         if self._http is None:
             headers = {"Authorization": f"Bearer {self.config.cluster_token}"}
             self._http = aiohttp.ClientSession(headers=headers, connector=tcp_connector())
@@ -237,6 +238,7 @@ class Driver:
         self.apply(m.ModelPut(now=self.now(), model=stored))
 
     async def remove_model(self, name: str) -> None:
+        """Remove a model and all that is stored of it."""
         await self.store.registry.delete(self.store.key("models", name))
         await self.store.registry.delete(self.store.key("pins", name))
         await self.store.registry.delete(self.store.key("prewarm", name))
@@ -248,6 +250,7 @@ class Driver:
         self.apply(m.ModelRemoved(now=self.now(), name=name))
 
     async def pin_model(self, name: str, pinned: bool) -> None:
+        """Store that a model is kept running, or no longer."""
         if pinned:
             await self.store.registry.put(self.store.key("pins", name), b"true")
         else:
@@ -291,7 +294,7 @@ class Driver:
             await retry(self.store.registry.put, key, told.reason.encode())
 
     async def keep_footprints(self) -> None:
-        """For ever: write what was learnt to the registry, at most once in SAVE_S."""
+        """Write what was learnt to the registry, at most once in SAVE_S, until cancelled."""
         while True:
             await self._learned.wait()
             self._learned.clear()
@@ -354,7 +357,7 @@ class Driver:
     # ------------------------------------------------------------------------------- leading
 
     async def hear_epoch(self, epoch: int) -> None:
-        """An agent has obeyed a later leader, so it would refuse this one for ever.
+        """An agent has obeyed a later leader, so it would refuse this one forever.
 
         That leader's registry may be lost: then the next term has to be higher than it.
         """
@@ -362,7 +365,7 @@ class Driver:
             return
         self._outranked = True
         log.warning(
-            "an agent knows term %d, this leader's is %d: leading anew with a higher one",
+            "an agent knows term %d, this leader's is %d: leading again with a higher one",
             epoch, self.core.state.term,
         )  # fmt: skip
         entry = await self.store.registry.get(self.store.key("term"))
@@ -371,7 +374,7 @@ class Driver:
             await self.store.registry.put(self.store.key("term"), str(epoch).encode(), version)
 
     async def lead_or_stand_by(self) -> None:
-        """For ever: take the lock, lead until it is lost, try again."""
+        """Take the lock, lead until it is lost, and try again, until cancelled."""
         while True:
             try:
                 lock = await self._campaign()
@@ -443,6 +446,7 @@ class Driver:
         task.add_done_callback(self._tasks.discard)
 
     async def close(self) -> None:
+        """End the driver's tasks and its session."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
