@@ -111,6 +111,12 @@ def create(
 
 
 def _secret(made: access_api.NewKey) -> str:
+    if made.first:
+        click.echo(
+            "it is the first key: calls without one are refused from now on, also from this host"
+            ' (router.anonymous = "on" lets them in)',
+            err=True,
+        )
     click.echo(f"key {made.key.key_id} of tenant {made.key.tenant}; this is shown once:", err=True)
     return made.token
 

@@ -52,10 +52,15 @@ class Keys(Struct, frozen=True, kw_only=True):
 
 
 class NewKey(Struct, frozen=True, kw_only=True):
-    """A key with its secret, which is shown this once."""
+    """A key with its secret, which is shown this once.
+
+    `first`: there was none before. Routers that let in callers without a key until there is one
+    (`router.anonymous = "auto"`) refuse them from now on.
+    """
 
     key: KeyView
     token: str
+    first: bool = False
 
 
 class RotateBody(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -134,9 +139,10 @@ class AccessApi:
     async def create_key(self, request: web.Request) -> web.Response:
         """Make an API key; its secret is told this once."""
         spec = _checked(await read_body(request, KeySpec))
+        first = not self._access.keys
         key, token = await self._access.create_key(spec)
         request[SUBJECT] = f"{request.path}/{key.key_id}"
-        return reply(NewKey(key=_key_view(key), token=token), 201)
+        return reply(NewKey(key=_key_view(key), token=token, first=first), 201)
 
     async def show_key(self, request: web.Request) -> web.Response:
         """Show an API key."""

@@ -347,8 +347,13 @@ def ask(url: str, token: str, model: str = "tiny") -> requests.Response:
 def test_a_keys_whole_life_by_the_cli(cluster: Cluster) -> None:
     told = (cluster.state_dir.parent / "state.up.log").read_text()
     assert "callers need an API key" in told
-    token = cluster.stoker("key", "create", "acme", "--note", "ci", "--model", "tiny").strip()
+    none_before = not json.loads(cluster.stoker("key", "ls", "--json"))["keys"]
+    options = ("--note", "ci", "--model", "tiny", "--json")
+    made = json.loads(cluster.stoker("key", "create", "acme", *options))
+    token = made["token"]
     assert token.startswith(KEY_PREFIX)
+    assert made["first"] == none_before
+    assert not json.loads(cluster.stoker("key", "create", "acme", "--json"))["first"]
     key_id = token[len(KEY_PREFIX) :][:10]
     wait_until(lambda: ask(cluster.router, token).status_code == 200, "the key opens")
     assert ask(cluster.router, token, "other").status_code == 403

@@ -1,12 +1,15 @@
-"""`stoker tenant`: what needs no cluster."""
+"""`stoker key` and `stoker tenant`: what they say."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.kits.cli_runner import stoker
+from runtime.contract.access import Limits, Scope
+from scheduler.admin.access_api import KeyView, NewKey
+from tests.kits.cli_runner import FakeServer, serving, stoker
 
 SECRET = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
 
@@ -39,3 +42,22 @@ def test_a_webhook_key_that_cannot_be_is_told(
     assert status != 0
     assert said in output
     assert "hunter2" not in output
+
+
+@pytest.fixture
+def fake() -> Iterator[FakeServer]:
+    with serving() as made:
+        yield made
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_whoever_makes_the_first_key_hears_whom_it_shuts_out(fake: FakeServer, first: bool) -> None:
+    view = KeyView(
+        key_id="aaaaaaaaaa", tenant="acme", note="", scope=Scope(), limits=Limits(),
+        priority=None, created_at=0.0, expires_at=None, rotated_until=None,
+    )  # fmt: skip
+    fake.replies["POST /admin/keys"] = (201, NewKey(key=view, token="sk-x", first=first))
+    done = stoker(fake, "key", "create", "acme")
+    assert (done.exit_code, done.stdout) == (0, "sk-x\n")
+    assert ("calls without one are refused from now on" in done.stderr) == first
+    assert ('router.anonymous = "on"' in done.stderr) == first
