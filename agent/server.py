@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import hmac
-import os
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -16,10 +15,8 @@ from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
-import msgspec
 from aiohttp import web
 from aiohttp.typedefs import Middleware
-from msgspec import Struct
 from msgspec.structs import replace
 from prometheus_client import CONTENT_TYPE_LATEST
 
@@ -28,9 +25,11 @@ from agent.cache.http import cache_routes
 from agent.cache.model_cache import ModelCache
 from agent.core.messages import CommandReceived
 from agent.engines.launch_plan import Place
+from agent.engines.supervisor import read_more
 from agent.node import Node
 from agent.weights import skeleton
 from runtime import outside
+from runtime.answers import json_answer
 from runtime.contract.adapters import with_lora_args
 from runtime.contract.engine_policy import node_problems
 from runtime.engine.select import get_engine
@@ -116,7 +115,7 @@ class _Endpoints:
             seq=self._node.heartbeats.next_seq,
             error=refused.error if refused else None,
         )
-        return _json(reply, status=409 if refused and refused.stale else 200)
+        return json_answer(reply, status=409 if refused and refused.stale else 200)
 
     async def inspect(self, request: web.Request) -> web.Response:
         try:
@@ -131,7 +130,7 @@ class _Endpoints:
         )
         async with _files_of(self._node.host.cache, spec, fetch) as files:
             found = await asyncio.to_thread(inspect, spec, self._node.host.place, files, adapters)
-        return _json(replace(found, problems=(*found.problems, *problems)))
+        return json_answer(replace(found, problems=(*found.problems, *problems)))
 
     async def logs(self, request: web.Request) -> web.StreamResponse:
         replica_id = request.match_info["replica_id"]
@@ -162,7 +161,7 @@ class _Endpoints:
         """Until the replica ends or the reader leaves."""
         while request.transport is not None and not request.transport.is_closing():
             may_grow = self._node.runs(replica_id)
-            text, position = await asyncio.to_thread(_more, path, position)
+            text, position = await asyncio.to_thread(read_more, path, position, _BLOCK_BYTES)
             if text:
                 await response.write(text)
             elif may_grow:
@@ -299,25 +298,6 @@ def _tail(path: Path, lines: int) -> tuple[bytes, int]:
             return text, file.tell()
     except FileNotFoundError:
         return b"", 0
-
-
-def _more(path: Path, position: int) -> tuple[bytes, int]:
-    """What was written since `position`, and where that ends."""
-    try:
-        with path.open("rb") as file:
-            if file.seek(0, os.SEEK_END) < position:
-                position = 0  # it was rotated
-            file.seek(position)
-            text = file.read(_BLOCK_BYTES)
-            return text, position + len(text)
-    except FileNotFoundError:
-        return b"", position
-
-
-def _json(message: Struct, status: int = 200) -> web.Response:
-    return web.Response(
-        body=msgspec.json.encode(message), status=status, content_type="application/json"
-    )
 
 
 def _refusal(status: int, message: str) -> web.Response:

@@ -8,14 +8,13 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 
-import msgspec
 from aiohttp import web
-from msgspec import Struct
 
 from agent.cache.errors import CacheError
 from agent.cache.model_cache import ModelCache
 from agent.cache.send import send_file
 from runtime import outside
+from runtime.answers import json_answer
 from runtime.checkpoints.model_files import ModelRef, PullBody
 
 _MAX_WAIT_S = 30.0
@@ -63,7 +62,7 @@ class _Endpoints:
 
     async def view(self, request: web.Request) -> web.Response:
         """CacheView"""
-        return _json(self._cache.view(self._resident_bytes))
+        return json_answer(self._cache.view(self._resident_bytes))
 
     async def remove(self, request: web.Request) -> web.Response:
         """?model= -> {"freed_bytes"}"""
@@ -74,11 +73,11 @@ class _Endpoints:
         """PullBody -> PullView with 202, or 204 where there is nothing to pull."""
         body = outside.decode(await request.read(), PullBody)
         pull = await self._cache.pull(body.model, body.refresh)
-        return _json(pull.view(), 202) if pull else web.Response(status=204)
+        return json_answer(pull.view(), 202) if pull else web.Response(status=204)
 
     async def verify(self, request: web.Request) -> web.Response:
         """?model= -> VerifyReport"""
-        return _json(await self._cache.verify(request.query.get("model", "")))
+        return json_answer(await self._cache.verify(request.query.get("model", "")))
 
     async def offer(self, request: web.Request) -> web.Response:
         """?source=&asked=&seen=&wait_s= -> Offer, or 404"""
@@ -86,7 +85,11 @@ class _Endpoints:
         ref = ModelRef(source=query.get("source", ""), asked=query.get("asked", ""))
         wait_s = min(float(query.get("wait_s", 0)), _MAX_WAIT_S)
         offer = await self._cache.offer(ref, int(query.get("seen", 0)), wait_s)
-        return _json(offer) if offer else _refusal(404, "not_found", "this node does not have it")
+        return (
+            json_answer(offer)
+            if offer
+            else _refusal(404, "not_found", "this node does not have it")
+        )
 
     async def blob(self, request: web.Request) -> web.StreamResponse:
         """A file by its sha256; ranges are served."""
@@ -109,12 +112,6 @@ def _in_words(handler: Callable[[web.Request], Awaitable[web.Response]]) -> Hand
             return _refusal(400, "bad_source", str(error))
 
     return answer
-
-
-def _json(message: Struct, status: int = 200) -> web.Response:
-    return web.Response(
-        body=msgspec.json.encode(message), status=status, content_type="application/json"
-    )
 
 
 def _refusal(status: int, kind: str, message: str) -> web.Response:

@@ -21,6 +21,7 @@ from agent.core.replica import Replica
 from agent.devices.device_watch import DeviceWatch
 from agent.engines import sleep
 from agent.engines.start_phases import StartLog
+from agent.engines.supervisor import read_more
 from agent.engines.wake_canary import WakeCanary
 from agent.metrics import Metrics
 from agent.tasks import Tasks
@@ -152,8 +153,8 @@ class SleepTasks:
         while starts:
             r = self._replicas.get(replica_id)
             starts = r is not None and r.phase == "starting"
-            text, position = await asyncio.to_thread(_more, log_file, position)
-            start_log.feed(text, time.monotonic())
+            text, position = await asyncio.to_thread(read_more, log_file, position)
+            start_log.feed(text.decode(errors="replace"), time.monotonic())
             if starts:
                 await asyncio.sleep(_LOG_POLL_S)
         if r is None or r.phase != "ready":
@@ -238,16 +239,3 @@ class SleepTasks:
             log.info("%s: %s at level %d took %.2f s", replica_id, what, level, took_s)
         else:
             log.warning("%s: %s at level %d failed: %s", replica_id, what, level, error)
-
-
-def _more(path: Path, position: int) -> tuple[str, int]:
-    """What was written since `position`, and where that ends. Blocks."""
-    try:
-        with path.open("rb") as file:
-            if file.seek(0, 2) < position:
-                position = 0  # it was rotated
-            file.seek(position)
-            data = file.read()
-    except FileNotFoundError:
-        return "", position
-    return data.decode(errors="replace"), position + len(data)

@@ -278,6 +278,22 @@ class Supervisor:
             path.with_suffix(".log.1").unlink(missing_ok=True)
 
 
+def read_more(path: Path, position: int, most_bytes: int = -1) -> tuple[bytes, int]:
+    """What a log got after `position`, at most `most_bytes` (-1: all), and where that ends.
+
+    A log that is not there has got nothing. Blocks.
+    """
+    try:
+        with path.open("rb") as file:
+            if file.seek(0, os.SEEK_END) < position:
+                position = 0  # it was rotated
+            file.seek(position)
+            text = file.read(most_bytes)
+            return text, position + len(text)
+    except FileNotFoundError:
+        return b"", position
+
+
 def _log_head(replica_id: str) -> bytes:
     """The line that parts the starts of one replica in its log."""
     return f"--- stoker starts {replica_id} ---\n".encode()

@@ -21,6 +21,7 @@ from aiohttp import web
 from msgspec import Meta, Struct
 
 from runtime import outside
+from runtime.answers import json_answer
 from runtime.engine import guard
 from runtime.engine.adapter_index import RETRY_AFTER_S, NotYet
 from runtime.engine.guard import Activity
@@ -207,7 +208,7 @@ class Api:
             {"id": name, "object": "model", "root": path, "parent": self._names[0]}
             for name, path in self._adapters.loaded.items()
         ]
-        return json_response({"object": "list", "data": [*cards, *adapters]})
+        return json_answer({"object": "list", "data": [*cards, *adapters]})
 
     async def _chat(self, request: web.Request, body: ChatRequest) -> web.StreamResponse:
         limit = body.max_completion_tokens or body.max_tokens
@@ -244,7 +245,7 @@ class Api:
         async for _ in self.paced(answer):
             pass
         whole = answer.body([answer.choice("".join(answer.words), answer.finish)])
-        return json_response({**whole, "usage": answer.usage()})
+        return json_answer({**whole, "usage": answer.usage()})
 
     def compose(
         self, model: str, limit: int | None, spoken: str, prompt_tokens: int, chat: bool
@@ -313,12 +314,12 @@ class Api:
         ]
         usage = {"prompt_tokens": count, "total_tokens": count}
         model = self._said(body.model)
-        return json_response({"object": "list", "data": data, "model": model, "usage": usage})
+        return json_answer({"object": "list", "data": data, "model": model, "usage": usage})
 
     async def _tokenize(self, request: web.Request, body: TokenizeRequest) -> web.StreamResponse:
         text = body.prompt if body.prompt is not None else " ".join(m.text() for m in body.messages)
         ids = [zlib.crc32(word.encode()) % 50_000 for word in text.split()]
-        return json_response({"count": len(ids), "max_model_len": MAX_MODEL_LEN, "tokens": ids})
+        return json_answer({"count": len(ids), "max_model_len": MAX_MODEL_LEN, "tokens": ids})
 
     async def _unload(self, request: web.Request, body: UnloadRequest) -> web.StreamResponse:
         name = body.lora_name
@@ -345,7 +346,7 @@ def error_response(
 ) -> web.Response:
     """An error in OpenAI's shape, as vLLM words them."""
     error = {"message": message, "type": kind, "param": param, "code": status}
-    return json_response({"error": error}, status)
+    return json_answer({"error": error}, status)
 
 
 def checked(
@@ -376,12 +377,6 @@ def checked(
         return response
 
     return decoded
-
-
-def json_response(body: object, status: int = 200) -> web.Response:
-    """`body` as JSON."""
-    data = msgspec.json.encode(body)
-    return web.Response(status=status, body=data, content_type="application/json")
 
 
 def _event(body: object) -> bytes:

@@ -16,6 +16,7 @@ import msgspec
 from aiohttp import web
 from msgspec import Meta, Struct
 
+from runtime.answers import json_answer
 from runtime.engine.stub.api import (
     Answer,
     Api,
@@ -23,7 +24,6 @@ from runtime.engine.stub.api import (
     Tokens,
     checked,
     error_response,
-    json_response,
 )
 
 STORE_ENV = "VLLM_ENABLE_RESPONSES_API_STORE"  # vLLM keeps responses where it is 1
@@ -98,12 +98,12 @@ class Protocols:
             return await _stream(request, _message_events(answer, self._api.paced(answer)))
         async for _ in self._api.paced(answer):
             pass
-        return json_response(_message(answer, "".join(answer.words), _STOPS[answer.finish]))
+        return json_answer(_message(answer, "".join(answer.words), _STOPS[answer.finish]))
 
     async def _count(self, request: web.Request, body: CountRequest) -> web.StreamResponse:
         if refusal := await self._api.unknown_model(body.model):
             return _anthropic(refusal)
-        return json_response({"input_tokens": _count(body.messages)})
+        return json_answer({"input_tokens": _count(body.messages)})
 
     async def _responses(self, request: web.Request, body: ResponsesRequest) -> web.StreamResponse:
         if refusal := await self._api.unknown_model(body.model):
@@ -118,7 +118,7 @@ class Protocols:
         answer = self._api.compose(body.model, limit, spoken, count, True)
         answer = msgspec.structs.replace(answer, response_id=body.request_id)
         if body.background and self._stores:
-            return json_response(self._begin(answer))
+            return json_answer(self._begin(answer))
         if body.stream:
             return await _stream(request, _response_events(answer, self._api.paced(answer)))
         async for _ in self._api.paced(answer):
@@ -126,7 +126,7 @@ class Protocols:
         whole = _response(answer, "completed", "".join(answer.words))
         if self._stores and body.store:
             self._stored[whole["id"]] = whole
-        return json_response(whole)
+        return json_answer(whole)
 
     def _begin(self, answer: Answer) -> dict[str, Any]:
         """Answer in the background."""
@@ -143,7 +143,7 @@ class Protocols:
 
     async def _retrieve(self, request: web.Request) -> web.StreamResponse:
         found = self._stored.get(request.match_info["id"])
-        return _no_response(request.match_info["id"]) if found is None else json_response(found)
+        return _no_response(request.match_info["id"]) if found is None else json_answer(found)
 
     async def _cancel(self, request: web.Request) -> web.StreamResponse:
         found = self._stored.get(request.match_info["id"])
@@ -154,7 +154,7 @@ class Protocols:
             return error_response(400, words, "invalid_request_error", "response_id")
         found["status"] = "cancelled"
         self._tasks[found["id"]].cancel()
-        return json_response(found)
+        return json_answer(found)
 
 
 # ------------------------------------------------------------------------------------ Messages
@@ -194,7 +194,7 @@ def _anthropic(refusal: web.Response) -> web.Response:
     assert isinstance(refusal.body, bytes)
     error = msgspec.json.decode(refusal.body)["error"]
     shown = {"type": error["type"], "message": error["message"]}
-    return json_response({"type": "error", "error": shown}, refusal.status)
+    return json_answer({"type": "error", "error": shown}, refusal.status)
 
 
 def _count(messages: list[Message]) -> int:

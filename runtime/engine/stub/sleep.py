@@ -19,6 +19,7 @@ import msgspec
 from aiohttp import web
 
 from runtime import outside
+from runtime.answers import json_answer
 from runtime.engine.stub.api import Api, error_response
 from runtime.engine.stub.engine import StubArgs
 from runtime.outside import OutsideError
@@ -91,7 +92,7 @@ class StubSleep:
         self._paused = False
         self.level, self._asleep = int(level), _TAGS
         self._loaded = self._loaded and self.level == 1
-        return _json({"status": "sleeping", "level": self.level})
+        return json_answer({"status": "sleeping", "level": self.level})
 
     async def _wake_up(self, request: web.Request) -> web.Response:
         tags = request.query.getall("tags", [])
@@ -105,10 +106,10 @@ class StubSleep:
             self.level = 0
             self._api.gibberish = self._api.gibberish or self._args.wake_gibberish
         status = "sleeping" if self._asleep else "awake"
-        return _json({"status": status, "tags": tags or None})
+        return json_answer({"status": status, "tags": tags or None})
 
     async def _is_sleeping(self, request: web.Request) -> web.Response:
-        return _json({"is_sleeping": self.is_sleeping})
+        return json_answer({"is_sleeping": self.is_sleeping})
 
     async def _collective_rpc(self, request: web.Request) -> web.Response:
         try:
@@ -119,7 +120,7 @@ class StubSleep:
             return error_response(500, f"{method!r} failed", "InternalServerError")
         await asyncio.sleep(self._args.wake_2_s)
         self._loaded = True
-        return _json({"results": [None]})
+        return json_answer({"results": [None]})
 
 
 def _whole(handler: Callable[[web.Request], Coroutine[Any, Any, web.Response]]) -> Handler:
@@ -127,7 +128,3 @@ def _whole(handler: Callable[[web.Request], Coroutine[Any, Any, web.Response]]) 
         return await asyncio.shield(asyncio.create_task(handler(request)))
 
     return whole
-
-
-def _json(body: object) -> web.Response:
-    return web.Response(body=msgspec.json.encode(body), content_type="application/json")

@@ -17,12 +17,11 @@ from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
 from functools import partial
 from importlib.metadata import version as installed_version
-from typing import Any
 
-import msgspec
 from aiohttp import web
 
 from runtime import outside
+from runtime.answers import json_answer
 from runtime.leftovers import drop_packed
 from runtime.router.admission.refusals import NO_TABLE
 from runtime.router.call import body as bodies
@@ -221,22 +220,22 @@ class Api:
     async def _models(self, request: web.Request) -> web.Response:
         models = self._table().models
         routes = self._proxy.gate.versions.listed(models)
-        return _json(cards.listing((*models, *routes), partial(sees, request[CALLER])))
+        return json_answer(cards.listing((*models, *routes), partial(sees, request[CALLER])))
 
     async def _model(self, request: web.Request) -> web.Response:
         name = request.match_info["model"]
-        return _json(cards.card(self._visible(request, name), name))
+        return json_answer(cards.card(self._visible(request, name), name))
 
     async def _own_models(self, request: web.Request) -> web.Response:
         own = self._visible(request, request.match_info["model"])
-        return _json(cards.listing((own,), partial(sees, request[CALLER])))
+        return json_answer(cards.listing((own,), partial(sees, request[CALLER])))
 
     async def _own_model(self, request: web.Request) -> web.Response:
         own = self._visible(request, request.match_info["model"])
         name = request.match_info["name"]
         if self._visible(request, name).name != own.name:
             raise CallError(404, "model_not_found", f"only model {own.name!r} is served here")
-        return _json(cards.card(own, name))
+        return json_answer(cards.card(own, name))
 
     def _visible(self, request: web.Request, model: str) -> ModelRoute:
         """What `model` names. Raises CallError: 403 for any name outside of the key's scope, so
@@ -289,15 +288,17 @@ class Api:
         return web.Response(status=200 if served else 503)
 
     async def _version_of(self, request: web.Request) -> web.Response:
-        return _json({"version": self._document["info"]["version"]})
+        return json_answer({"version": self._document["info"]["version"]})
 
     async def _load(self, request: web.Request) -> web.Response:
         """Requests that this worker holds or has sent, as vLLM counts its own."""
         models, _ = self._proxy.gate.demand()
-        return _json({"server_load": sum(model.waiting + model.in_flight for model in models)})
+        return json_answer(
+            {"server_load": sum(model.waiting + model.in_flight for model in models)}
+        )
 
     async def _openapi(self, request: web.Request) -> web.Response:
-        return _json(self._document)
+        return json_answer(self._document)
 
     async def _docs(self, request: web.Request) -> web.Response:
         return web.Response(body=page(self._document), content_type="text/html", charset="utf-8")
@@ -429,7 +430,3 @@ def _stream_wish(request: web.Request) -> bool | None:
         message = f"stream must be true or false, got {text!r}"
         raise CallError(400, "invalid_field", message, param="stream")
     return text.lower() in ("true", "1")
-
-
-def _json(value: Any) -> web.Response:
-    return web.Response(body=msgspec.json.encode(value), content_type="application/json")

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import asyncio
 
-import msgspec
 from aiohttp import web
 
+from runtime.answers import json_answer
 from runtime.router.call.body import Head
 from runtime.router.call.errors import CallError, no_response
 from runtime.router.call.made_responses import Made, is_id
@@ -55,7 +55,7 @@ class StoredHandlers:
         made = self._proxy.stored.seen(request.query.get("id", ""))
         if made is None:
             return web.Response(status=204)
-        return web.Response(body=msgspec.json.encode(made), content_type="application/json")
+        return json_answer(made)
 
     async def _get(self, request: web.Request) -> web.StreamResponse:
         return await self._ask(request, "GET", "")

@@ -25,7 +25,7 @@ HOUSES: Mapping[str, str] = {
         engine  registry  sim
         contract
         checkpoints
-        wire  leftovers  logs  notify  private  sockets
+        wire  answers  leftovers  logs  notify  private  sockets
         outside  places  sizes
     """,
     "runtime/router": """
