@@ -17,7 +17,6 @@ from pathlib import Path
 import openai
 import pytest
 import requests
-import uvloop
 from openai import AsyncOpenAI
 
 from runtime.contract.access import KEY_PREFIX, KeySpec, Limits, Scope, StoredKey, Tenant, digest
@@ -29,11 +28,6 @@ from tests.kits.router_stack import Stack, eventually, unary
 CHAT = "/v1/chat/completions"
 TOKEN = KEY_PREFIX + "aaaaaaaaaa-" + "s" * 43
 SECRET = "s" * 43
-
-
-@pytest.fixture(scope="module")
-def event_loop_policy() -> asyncio.AbstractEventLoopPolicy:
-    return uvloop.EventLoopPolicy()
 
 
 @pytest.fixture(params=["plain", "handed over"])

@@ -2,24 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from pathlib import Path
-
 import pytest
 
-from tests.kits import router_stack as kit
 from tests.kits.router_stack import Engine, Stack, unary
+
+pytestmark = pytest.mark.both_doors
 
 CHAT = "/v1/chat/completions"
 SESSIONS = [f"session-{index}" for index in range(12)]
-
-
-@pytest.fixture(params=["plain", "aiohttp"])
-async def stack(tmp_path: Path, request: pytest.FixtureRequest) -> AsyncIterator[Stack]:
-    async with kit.stack(tmp_path) as made:
-        if request.param == "aiohttp":
-            made.make_calls_odd()
-        yield made
 
 
 async def two(stack: Stack, **fields: str) -> list[Engine]:

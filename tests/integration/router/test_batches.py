@@ -16,7 +16,6 @@ from typing import Any
 import aiohttp
 import openai
 import pytest
-import uvloop
 from openai import AsyncOpenAI
 from openai.types import Batch
 
@@ -36,17 +35,6 @@ from tests.kits.router_stack import Engine, Received, Stack, eventually
 
 CHAT = "/v1/chat/completions"
 ENDED = ("completed", "failed", "cancelled", "expired")
-
-
-@pytest.fixture(scope="module")
-def event_loop_policy() -> asyncio.AbstractEventLoopPolicy:
-    return uvloop.EventLoopPolicy()  # what the router runs on
-
-
-@pytest.fixture
-async def stack(tmp_path: Path) -> AsyncIterator[Stack]:
-    async with kit.stack(tmp_path) as made:
-        yield made
 
 
 @contextlib.asynccontextmanager

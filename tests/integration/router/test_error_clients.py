@@ -5,12 +5,10 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable
-from pathlib import Path
 
 import anthropic
 import openai
 import pytest
-import uvloop
 from anthropic import AsyncAnthropic
 from openai import AsyncOpenAI
 
@@ -22,17 +20,6 @@ TOO_LONG = (
     b'{"error":{"message":"the prompt is too long","type":"BadRequestError","param":null,'
     b'"code":400}}'
 )
-
-
-@pytest.fixture(scope="module")
-def event_loop_policy() -> asyncio.AbstractEventLoopPolicy:
-    return uvloop.EventLoopPolicy()  # what the router runs on
-
-
-@pytest.fixture
-async def stack(tmp_path: Path) -> AsyncIterator[Stack]:
-    async with kit.stack(tmp_path) as made:
-        yield made
 
 
 @pytest.fixture

@@ -11,7 +11,6 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
-import uvloop
 
 from runtime.wire.routes import RouteRule, RouteTarget
 from tests.kits import router_stack as kit
@@ -33,11 +32,6 @@ EVENTS = {
     RESPONSES: b'event: response.created\ndata: {"type":"x","sequence_number":4}\n\n',
     MESSAGES: b'event: ping\ndata: {"type":"ping"}\n\n',
 }
-
-
-@pytest.fixture(scope="module")
-def event_loop_policy() -> asyncio.AbstractEventLoopPolicy:
-    return uvloop.EventLoopPolicy()  # what the router runs on
 
 
 @pytest.fixture(params=["plain", "handed over", "one model's URL"])

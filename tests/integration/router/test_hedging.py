@@ -3,29 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
-from pathlib import Path
 
 import pytest
-import uvloop
 
-from tests.kits import router_stack as kit
 from tests.kits.router_stack import Engine, Received, Stack, eventually, never, unary
 
+pytestmark = pytest.mark.both_doors
+
 EMBED = "/v1/embeddings"
-
-
-@pytest.fixture(scope="module")
-def event_loop_policy() -> asyncio.AbstractEventLoopPolicy:
-    return uvloop.EventLoopPolicy()
-
-
-@pytest.fixture(params=["plain", "handed over"])
-async def stack(tmp_path: Path, request: pytest.FixtureRequest) -> AsyncIterator[Stack]:
-    async with kit.stack(tmp_path) as made:
-        if request.param == "handed over":
-            made.make_calls_odd()
-        yield made
 
 
 async def ask(stack: Stack, path: str = EMBED) -> tuple[int, bytes]:

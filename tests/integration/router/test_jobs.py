@@ -14,7 +14,6 @@ from typing import Any
 
 import openai
 import pytest
-import uvloop
 from aiohttp import web
 from openai import AsyncOpenAI
 
@@ -32,17 +31,6 @@ SECRET = "whsec_" + base64.b64encode(MASTER).decode()
 KEY = hmac.digest(MASTER, b"stoker-webhook-v1\0anonymous", "sha256")  # callers have no API key
 TENANT_SECRET = "whsec_" + base64.b64encode(KEY).decode()
 PRIVATE = {"webhook_secret": SECRET, "webhook_private": True}
-
-
-@pytest.fixture(scope="module")
-def event_loop_policy() -> asyncio.AbstractEventLoopPolicy:
-    return uvloop.EventLoopPolicy()  # what the router runs on
-
-
-@pytest.fixture
-async def stack(tmp_path: Path) -> AsyncIterator[Stack]:
-    async with kit.stack(tmp_path) as made:
-        yield made
 
 
 async def submit(stack: Stack, model: str = "m", **headers: str) -> dict[str, Any]:

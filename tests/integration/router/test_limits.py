@@ -15,7 +15,6 @@ from pathlib import Path
 import aiohttp
 import psutil
 import pytest
-import uvloop
 
 from runtime.router.control import saved_tables
 from runtime.wire.routes import RouteTable
@@ -24,11 +23,6 @@ from tests.kits.checkout import ROOT
 from tests.kits.router_stack import Engine, eventually, never, sse, unary
 
 CHAT = "/v1/chat/completions"
-
-
-@pytest.fixture(scope="module")
-def event_loop_policy() -> asyncio.AbstractEventLoopPolicy:
-    return uvloop.EventLoopPolicy()
 
 
 async def code_of(response: aiohttp.ClientResponse) -> str:

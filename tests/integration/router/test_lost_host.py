@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
-from pathlib import Path
 from urllib.parse import urlsplit
 
 import aiohttp
@@ -13,18 +11,11 @@ import pytest
 from tests.kits import router_stack as kit
 from tests.kits.router_stack import Engine, Stack, eventually, never, sse, unary
 
+pytestmark = pytest.mark.both_doors
+
 CHAT = "/v1/chat/completions"
 DEADLINE_S = 20.0
 EVENTS = (b"data: 1\n\n", b"data: [DONE]\n\n")
-
-
-@pytest.fixture(params=["plain", "handed over"])
-async def stack(tmp_path: Path, request: pytest.FixtureRequest) -> AsyncIterator[Stack]:
-    """A router whose calls the front answers, or aiohttp's server: both must behave the same."""
-    async with kit.stack(tmp_path) as made:
-        if request.param == "handed over":
-            made.make_calls_odd()
-        yield made
 
 
 def call(stack: Stack, **fields: object) -> asyncio.Task[aiohttp.ClientResponse]:

@@ -4,33 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import uvloop
 
 from runtime.contract.access import KEY_PREFIX, KeySpec, Limits, StoredKey, digest
 from runtime.wire.model_spec import Batching
 from tests.kits import router_stack as kit
 from tests.kits.router_stack import Received, Stack, eventually, unary
 
+pytestmark = pytest.mark.both_doors
+
 EMBED = "/v1/embeddings"
 RULE = Batching(max_batch_size=8, max_wait_ms=100)
-
-
-@pytest.fixture(scope="module")
-def event_loop_policy() -> asyncio.AbstractEventLoopPolicy:
-    return uvloop.EventLoopPolicy()
-
-
-@pytest.fixture(params=["plain", "handed over"])
-async def stack(tmp_path: Path, request: pytest.FixtureRequest) -> AsyncIterator[Stack]:
-    async with kit.stack(tmp_path) as made:
-        if request.param == "handed over":
-            made.make_calls_odd()
-        yield made
 
 
 async def embed(received: Received, writer: asyncio.StreamWriter) -> None:

@@ -9,12 +9,10 @@ import os
 import socket
 import sys
 from collections.abc import AsyncIterator
-from pathlib import Path
 
 import httpx
 import openai
 import pytest
-import uvloop
 from openai import AsyncOpenAI
 
 from runtime.wire.routes import Endpoint, ModelRoute
@@ -61,17 +59,6 @@ async def engine_like(received: Received, writer: asyncio.StreamWriter) -> None:
         },
     }[received.target]  # fmt: skip
     await kit.unary(json.dumps(answer).encode())(received, writer)
-
-
-@pytest.fixture(scope="module")
-def event_loop_policy() -> asyncio.AbstractEventLoopPolicy:
-    return uvloop.EventLoopPolicy()  # what the router runs on
-
-
-@pytest.fixture
-async def stack(tmp_path: Path) -> AsyncIterator[Stack]:
-    async with kit.stack(tmp_path) as made:
-        yield made
 
 
 @pytest.fixture

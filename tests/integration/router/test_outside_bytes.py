@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import uvloop
 
 from runtime.router.call.paths import JSON_PATHS
 from runtime.router.jobs import batches as batch_work
@@ -22,11 +21,6 @@ CHAT = "/v1/chat/completions"
 AUDIO = "/v1/audio/transcriptions"
 FORM = "multipart/form-data; boundary=XB"
 DEEP = [b"[" * n + b"]" * n for n in (1_000, 100_000)]
-
-
-@pytest.fixture(scope="module")
-def event_loop_policy() -> asyncio.AbstractEventLoopPolicy:
-    return uvloop.EventLoopPolicy()  # what the router runs on
 
 
 @pytest.fixture

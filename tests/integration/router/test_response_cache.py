@@ -3,33 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
-from pathlib import Path
 
 import aiohttp
 import pytest
-import uvloop
 
 from runtime.contract.access import KEY_PREFIX, KeySpec, StoredKey, digest
 from runtime.wire.routes import CacheRule
 from tests.kits import router_stack as kit
 from tests.kits.router_stack import Stack, sse, unary
 
+pytestmark = pytest.mark.both_doors
+
 CHAT = "/v1/chat/completions"
 RULE = CacheRule(ttl_s=60.0, shared=False, revision="r1")
-
-
-@pytest.fixture(scope="module")
-def event_loop_policy() -> asyncio.AbstractEventLoopPolicy:
-    return uvloop.EventLoopPolicy()
-
-
-@pytest.fixture(params=["plain", "handed over"])
-async def stack(tmp_path: Path, request: pytest.FixtureRequest) -> AsyncIterator[Stack]:
-    async with kit.stack(tmp_path) as made:
-        if request.param == "handed over":
-            made.make_calls_odd()
-        yield made
 
 
 async def ask(stack: Stack, path: str = CHAT, token: str = "", **fields: object) -> tuple:

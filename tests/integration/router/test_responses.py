@@ -12,7 +12,6 @@ from typing import Any
 
 import aiohttp
 import pytest
-import uvloop
 
 from runtime.contract.access import KeyTable, Limits, Scope
 from runtime.engine import guard
@@ -25,11 +24,6 @@ from tests.kits.router_stack import Stack, eventually
 
 RESPONSES = "/v1/responses"
 ASKED = {"model": "m", "input": "one two", "max_output_tokens": 2}
-
-
-@pytest.fixture(scope="module")
-def event_loop_policy() -> asyncio.AbstractEventLoopPolicy:
-    return uvloop.EventLoopPolicy()
 
 
 @pytest.fixture

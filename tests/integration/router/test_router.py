@@ -15,7 +15,6 @@ from pathlib import Path
 import aiohttp
 import psutil
 import pytest
-import uvloop
 
 from runtime.engine import guard
 from runtime.router.control import saved_tables
@@ -24,21 +23,9 @@ from tests.kits import router_stack as kit
 from tests.kits.checkout import ROOT
 from tests.kits.router_stack import KEY, Engine, Stack, eventually, never, sse, unary
 
+pytestmark = pytest.mark.both_doors
+
 CHAT = "/v1/chat/completions"
-
-
-@pytest.fixture(scope="module")
-def event_loop_policy() -> asyncio.AbstractEventLoopPolicy:
-    return uvloop.EventLoopPolicy()  # what the router runs on
-
-
-@pytest.fixture(params=["plain", "handed over"])
-async def stack(tmp_path: Path, request: pytest.FixtureRequest) -> AsyncIterator[Stack]:
-    """A router whose calls the front answers, or aiohttp's server: both must behave the same."""
-    async with kit.stack(tmp_path) as made:
-        if request.param == "handed over":
-            made.make_calls_odd()
-        yield made
 
 
 async def error_of(response: aiohttp.ClientResponse) -> dict:

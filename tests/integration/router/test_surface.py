@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-import uvloop
 
 from tests.integration.router.test_tenants import token
 from tests.kits import router_stack as kit
@@ -24,11 +23,6 @@ else:
 
 CHAT = "/v1/chat/completions"
 PAGE = "https://chat.example.com"
-
-
-@pytest.fixture(scope="module")
-def event_loop_policy() -> asyncio.AbstractEventLoopPolicy:
-    return uvloop.EventLoopPolicy()  # what the router runs on
 
 
 @pytest.fixture

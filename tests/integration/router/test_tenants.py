@@ -11,7 +11,6 @@ from typing import Any
 
 import aiohttp
 import pytest
-import uvloop
 
 from runtime.contract.access import KEY_PREFIX, KeySpec, Limits, Scope, StoredKey, Used, digest
 from runtime.router.jobs import invokes
@@ -26,11 +25,6 @@ LINE = {
     "custom_id": "1", "method": "POST", "url": "/v1/chat/completions",
     "body": {"model": "alpha", "messages": []},
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def event_loop_policy() -> asyncio.AbstractEventLoopPolicy:
-    return uvloop.EventLoopPolicy()
 
 
 def token(name: str) -> str:

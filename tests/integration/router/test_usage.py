@@ -11,7 +11,6 @@ from typing import Any
 
 import aiohttp
 import pytest
-import uvloop
 
 from runtime.contract.access import Limits, Used
 from runtime.wire.routes import CacheRule
@@ -40,11 +39,6 @@ OTHERS = {
         b'"sequence_number":9,"type":"response.completed"}\n\n'
     ),
 }
-
-
-@pytest.fixture(scope="module")
-def event_loop_policy() -> asyncio.AbstractEventLoopPolicy:
-    return uvloop.EventLoopPolicy()
 
 
 class Vllm:

@@ -17,16 +17,9 @@ from runtime.wire.routes import CacheRule, Mirror, RouteRule, RouteTable, RouteT
 from tests.kits import router_stack as kit
 from tests.kits.router_stack import Engine, Stack, eventually, never, sse, unary
 
+pytestmark = pytest.mark.both_doors
+
 CHAT = "/v1/chat/completions"
-
-
-@pytest.fixture(params=["plain", "handed over"])
-async def stack(tmp_path: Path, request: pytest.FixtureRequest) -> AsyncIterator[Stack]:
-    """A router whose calls the front answers, or aiohttp's server: both must behave the same."""
-    async with kit.stack(tmp_path) as made:
-        if request.param == "handed over":
-            made.make_calls_odd()
-        yield made
 
 
 def rule(*models: str, **fields: object) -> RouteRule:
