@@ -374,6 +374,17 @@ async def stack(state_dir: Path, **settings: Any) -> AsyncIterator[Stack]:
         await made.close()
 
 
+async def error_of(response: aiohttp.ClientResponse) -> dict[str, Any]:
+    """The error a call was refused with, in OpenAI's shape; it holds no key and no address."""
+    body = await response.json()
+    assert set(body) == {"error"}
+    assert set(body["error"]) == {"message", "type", "param", "code"}
+    assert KEY not in body["error"]["message"]
+    assert "127.0.0.1" not in body["error"]["message"]
+    told: dict[str, Any] = body["error"]
+    return told
+
+
 def main() -> None:
     registry = MemoryRegistry()
     registry.down = True
