@@ -36,9 +36,10 @@ from bench.policies.simple import Dedicated, Knative, Locality, Lru
 from cli.simulation import make_node
 from runtime.wire.model_spec import Autoscale, ScaleRules
 from scheduler.core.decisions import Core
-from scheduler.core.replica_moves import Settings
+from scheduler.core.turn import Settings
 from scheduler.policy import eviction
 from scheduler.policy.ladder import Descent
+from scheduler.policy.production import Production
 from scheduler.sim.catalog import facts
 from scheduler.sim.policy import PolicyFactory
 from scheduler.sim.report import OBJECTIVE_S, Report, percentile
@@ -74,14 +75,11 @@ def _no_stand_by(one: w.Case) -> PolicyFactory:
 
 
 def _all_warm(one: w.Case) -> PolicyFactory:
-    return lambda: Clairvoyant(one.workload.arrivals, LEAD_S, Settings())
+    return lambda: Core(choices=Clairvoyant(one.workload.arrivals, LEAD_S))
 
 
-class NoStaging(Core):
-    """Ours, without holding weights in the page cache."""
-
-    def _keep_staged(self, *args: object) -> None:
-        """Nobody is told to."""
+def _no_staging(one: w.Case) -> PolicyFactory:
+    return lambda: Core(choices=Production(stand_by=True, staging=False))
 
 
 def rank_by_lru(
@@ -94,23 +92,25 @@ def rank_by_lru(
 
 POLICIES: dict[str, Contender] = {
     "dedicated": Contender(
-        lambda one: lambda: Dedicated(Settings()),
+        lambda one: lambda: Core(choices=Dedicated()),
         NO_SLEEP | {"min_replicas": 1, "max_replicas": 1},
     ),
     "lru": Contender(
-        lambda one: lambda: Lru(Settings()), NO_SLEEP | {"idle_s": 300.0, "max_replicas": 1}
+        lambda one: lambda: Core(choices=Lru()), NO_SLEEP | {"idle_s": 300.0, "max_replicas": 1}
     ),
     "knative": Contender(
-        lambda one: lambda: Knative(Settings()), NO_SLEEP | {"idle_s": 60.0, "autoscale": KPA}
+        lambda one: lambda: Core(choices=Knative()), NO_SLEEP | {"idle_s": 60.0, "autoscale": KPA}
     ),
-    "locality": Contender(lambda one: lambda: Locality(Settings()), NO_SLEEP | {"idle_s": 300.0}),
+    "locality": Contender(
+        lambda one: lambda: Core(choices=Locality()), NO_SLEEP | {"idle_s": 300.0}
+    ),
     "clairvoyant": Contender(_all_warm, {"forecast": "off"}),
     "ours": Contender(_core, {}),
 }
 ABLATIONS: dict[str, Contender] = {
     "ours, no forecast": Contender(_core, {"forecast": "off"}),
     "ours, no sleep": Contender(_core, {"sleep": "off"}),
-    "ours, no staging": Contender(lambda one: lambda: NoStaging(Settings(stand_by=True)), {}),
+    "ours, no staging": Contender(_no_staging, {}),
     "ours, no stand-by": Contender(_no_stand_by, {}),
     "ours, LRU for cost": Contender(_core, {}, by_lru=True),
 }

@@ -37,10 +37,9 @@ from runtime.wire.agent_messages import (
 )
 from runtime.wire.model_spec import ModelSpec
 from runtime.wire.routes import DemandReport, ModelDemand
-from scheduler.core import planner
 from scheduler.core.decisions import Core
-from scheduler.core.replica_moves import Settings
-from scheduler.policy.placement import place
+from scheduler.policy.placement import Answer
+from scheduler.policy.production import Production
 from scheduler.state import messages as m
 from scheduler.state.cluster import ClusterState, Model
 
@@ -126,7 +125,8 @@ class Cluster:
     def __init__(self, nodes: int, models: int, seed: int = 1) -> None:
         self.random = Random(seed)
         self.now = 1000.0
-        self.core = Core(Settings())
+        self.choices = TimedProduction()
+        self.core = Core(choices=self.choices)
         self.specs = [self._spec(i) for i in range(models)]
         self.hosts = {f"n{i:04d}": self._host(f"n{i:04d}") for i in range(nodes)}
         self.calls: dict[str, float] = {}  # model -> called until
@@ -246,26 +246,33 @@ class Cluster:
 
     def play(self, seconds: int) -> None:
         """With every placement timed, and the naive one on the same state."""
-
-        def timed(state: ClusterState, model: Model, *rest: object) -> object:
-            began = time.thread_time()
-            answer = place(state, model, *rest)  # type: ignore[arg-type]
-            middle = time.thread_time()
-            naive_first_fit(state, model)
-            ended = time.thread_time()
-            self.place_s.append(middle - began)
-            self.naive_s.append(ended - middle)
-            self.handle_s -= ended - middle  # the baseline is not the core's work
-            return answer
-
-        planner.place = timed  # type: ignore[assignment]
         self.handle_s, self.events = 0.0, 0
         gc.collect()
-        try:
-            for _ in range(seconds):
-                self.second()
-        finally:
-            planner.place = place
+        self.choices.timed = self
+        for _ in range(seconds):
+            self.second()
+        self.choices.timed = None
+
+
+class TimedProduction(Production):
+    """Production's policy; placements of the `timed` cluster are measured."""
+
+    timed: Cluster | None = None
+
+    def place(
+        self, state: ClusterState, model: Model, now: float, evict: bool, extra: bool
+    ) -> Answer:
+        if self.timed is None:
+            return super().place(state, model, now, evict, extra)
+        began = time.thread_time()
+        answer = super().place(state, model, now, evict, extra)
+        middle = time.thread_time()
+        naive_first_fit(state, model)
+        ended = time.thread_time()
+        self.timed.place_s.append(middle - began)
+        self.timed.naive_s.append(ended - middle)
+        self.timed.handle_s -= ended - middle  # the baseline is not the core's work
+        return answer
 
 
 def naive_first_fit(state: ClusterState, model: Model) -> tuple[str, tuple[str, ...]] | None:

@@ -17,7 +17,7 @@ from cli.text import console, size
 from runtime import outside
 from runtime.contract.footprint_ledger import Footprint
 from runtime.sim.profile import GPUS
-from scheduler.core.replica_moves import Settings
+from scheduler.core.turn import Settings
 from scheduler.sim import catalog, faults, trace_files, traces
 from scheduler.sim.report import Report
 from scheduler.sim.rule_checker import Violation

@@ -28,7 +28,7 @@ from runtime.wire.agent_messages import AgentCommand, CommandReply, StageModels
 from runtime.wire.routes import RouteTable
 from scheduler.access import Access
 from scheduler.core.decisions import Core
-from scheduler.core.replica_moves import Settings
+from scheduler.core.turn import Settings
 from scheduler.policy.floors import changed_floors
 from scheduler.policy.learning import mismatch
 from scheduler.route_book import RuleBook

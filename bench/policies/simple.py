@@ -6,12 +6,12 @@ import math
 from dataclasses import dataclass, field
 
 from bench.policies.base import Baseline
-from scheduler.core.planner import _cause
 from scheduler.policy.autoscale import floor
+from scheduler.policy.choices import Scale
 from scheduler.policy.ladder import climb_s
 from scheduler.policy.placement import Fit
 from scheduler.signals.windows import Mean
-from scheduler.state.cluster import Model, Replica, Stage
+from scheduler.state.cluster import ClusterState, Demand, Model, Replica
 
 STOP_S = 1.0  # what a stop adds to a start in this world: TERM and reaping
 
@@ -26,8 +26,8 @@ class Dedicated(Baseline):
     bench/policy.py gives it as many devices as that takes.
     """
 
-    def _choose(self, model: Model, now: float) -> Fit | None:
-        for node in self._able(model):
+    def choose(self, state: ClusterState, model: Model, now: float) -> Fit | None:
+        for node in self._able(state, model):
             devices = self._free(node, model)
             if devices:
                 return Fit(node.node_id, devices)
@@ -39,13 +39,13 @@ class Lru(Baseline):
     after its last request (its spec's idle_s); without room the one idle longest is unloaded. One
     replica a model. Where: free room first, then where the last victim is the oldest."""
 
-    def _choose(self, model: Model, now: float) -> Fit | None:
+    def choose(self, state: ClusterState, model: Model, now: float) -> Fit | None:
         best: tuple[float, Fit] | None = None
-        for node in self._able(model):
+        for node in self._able(state, model):
             devices = self._free(node, model)
             if devices:
                 return Fit(node.node_id, devices, rung=node.start_rung(model.spec.source))
-            cleared = self._cleared(node, model, now, _used_at)
+            cleared = self._cleared(state, node, model, now, _used_at)
             if cleared is not None and (best is None or cleared[2] < best[0]):
                 best = cleared[2], Fit(node.node_id, cleared[0], cleared[1])
         return best[1] if best else None
@@ -56,18 +56,18 @@ class Locality(Baseline):
     model is loaded, from DRAM, SSD or remote, its loading queue included; keep-alive, LRU idle
     eviction, no sleep rung. Live migration of running requests is left out."""
 
-    def _choose(self, model: Model, now: float) -> Fit | None:
+    def choose(self, state: ClusterState, model: Model, now: float) -> Fit | None:
         fits = []
-        for node in self._able(model):
+        for node in self._able(state, model):
             rung = node.start_rung(model.spec.source)
             load_s = climb_s(model, 0, rung)
             devices = self._free(node, model)
             if devices:
-                wait_s = load_s + self._turn_s(node, devices, now)
+                wait_s = load_s + self._turn_s(state, node, devices, now)
                 fits.append((wait_s, 0.0, Fit(node.node_id, devices, rung=rung, wait_s=wait_s)))
-            cleared = self._cleared(node, model, now, _used_at)
+            cleared = self._cleared(state, node, model, now, _used_at)
             if cleared is not None and cleared[1]:
-                wait_s = load_s + self._turn_s(node, cleared[0], now) + STOP_S
+                wait_s = load_s + self._turn_s(state, node, cleared[0], now) + STOP_S
                 fit = Fit(node.node_id, cleared[0], cleared[1], rung=rung, wait_s=wait_s)
                 fits.append((wait_s, cleared[2], fit))
         best = min(fits, key=lambda f: (round(f[0], 1), f[1]), default=None)
@@ -93,38 +93,26 @@ class Knative(Baseline):
     that finds no room stays pending (Kubernetes evicts nobody of the same priority); to zero when a
     stable window was empty (its spec's idle_s is that)."""
 
-    def __init__(self, *args: object) -> None:
-        super().__init__(*args)  # type: ignore[arg-type]
+    def __init__(self) -> None:
+        super().__init__()
         self._kpa: dict[str, _Kpa] = {}
 
-    def _choose(self, model: Model, now: float) -> Fit | None:
-        for node in self._able(model):
+    def choose(self, state: ClusterState, model: Model, now: float) -> Fit | None:
+        for node in self._able(state, model):
             devices = self._free(node, model)
             if devices:
                 return Fit(node.node_id, devices, rung=node.start_rung(model.spec.source))
         return None
 
-    def _scale(self, model: Model, now: float) -> None:
-        demand = self.state.demand(model.name)
-        coming = model.coming()
-        wanted = max(self._wish(model, now), floor(model, now)[0])
-        if not coming and demand.waiting:
-            wanted = max(1, wanted)  # the activator asks for the first one at once
-        model.wanted, model.wanted_why = wanted, "KPA"
-        self._hungry.discard(model.name)
-        planned = [r for r in coming if r.stage is Stage.PLANNED]
-        for replica in planned[: max(0, len(coming) - max(wanted, 1 if demand.waiting else 0))]:
-            self._unplan(replica, now)
-        if 0 < wanted < len(coming):
-            self._fewer(model, wanted, "KPA", now)
-        elif wanted > len(coming) and model.blocked_until <= now:
-            for _ in range(wanted - len(coming)):
-                if not self._add_replica(model, _cause(model, demand.waiting, now), now):
-                    break
+    def scale(self, state: ClusterState, model: Model, demand: Demand, now: float) -> Scale:
+        """By the autoscaler; at once for the first one, which the activator asks for."""
+        wanted = max(self._wish(model, demand, now), floor(model, now)[0])
+        if demand.waiting:
+            wanted = max(1, wanted)
+        return Scale(wanted, "KPA", keep=wanted or None)
 
-    def _wish(self, model: Model, now: float) -> int:
+    def _wish(self, model: Model, demand: Demand, now: float) -> int:
         kpa = self._kpa.setdefault(model.name, _Kpa())
-        demand = self.state.demand(model.name)
         load = (demand.waiting + demand.in_flight) / (UTILIZATION * model.spec.target_concurrency)
         ready = max(1, len(model.ready()))
         stable = math.ceil(kpa.stable.push(now, load, STABLE_S) - 1e-9)

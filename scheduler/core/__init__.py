@@ -1,1 +1,2 @@
-"""What the scheduler does, event by event: no I/O and no clock."""
+"""What the scheduler does, event by event and whoever chooses; decisions.py lists its parts.
+No I/O and no clock."""

@@ -1,4 +1,4 @@
-"""Nodes and devices that come, go, are emptied or set aside: hands of the core. Pure.
+"""Nodes and devices that come, go, are emptied or set aside. Pure.
 
 Rules this file keeps:
 - what must leave a place is *doomed*: it counts as gone when replicas are counted, so a successor
@@ -10,7 +10,9 @@ Rules this file keeps:
 from __future__ import annotations
 
 from runtime.wire.agent_messages import DeviceReport, Heartbeat
-from scheduler.core.page_cache_holds import Holds
+from scheduler.core.refusals import Refusals
+from scheduler.core.replica_moves import Moves
+from scheduler.core.turn import Turn
 from scheduler.policy.eviction import busy
 from scheduler.state import messages as m
 from scheduler.state.cluster import LEAVING, Drain, Model, Node, Replica, Stage
@@ -20,11 +22,17 @@ QUARANTINE_GRACE_S = 30.0
 CANARIES = 2  # models that failed their canary on one device: it is the device
 
 
-class Nodes(Holds):
-    """What happens to nodes and devices."""
+class NodeCare:
+    """Empties nodes and devices, and sets sick devices aside."""
 
-    def _cordon(self, event: m.CordonSet, now: float) -> None:
-        node = self.state.node(event.node_id)
+    def __init__(self, turn: Turn, moves: Moves, refusals: Refusals) -> None:
+        self._turn = turn
+        self._moves = moves
+        self._refusals = refusals
+
+    def cordon(self, event: m.CordonSet, now: float) -> None:
+        """Close a node to new replicas, or open it; a drain moves off what it runs."""
+        node = self._turn.state.node(event.node_id)
         node.cordoned = event.cordoned
         node.drain = None
         if event.cordoned and event.drain:
@@ -35,16 +43,16 @@ class Nodes(Holds):
         """Doom what may not stay, spare what may; all its models are looked at again."""
         node.books.touch()
         for replica in list(node.replicas.values()):
-            deadline = self._deadline(node, replica, now)
+            deadline = self.deadline(node, replica, now)
             if replica.doomed_at is None or deadline is None:
                 replica.doomed_at = deadline
             else:
                 replica.doomed_at = min(replica.doomed_at, deadline)
-            self._dirty.add(replica.model)
-        self._recheck_unfit()
-        self._empty(node, now)
+            self._turn.dirty.add(replica.model)
+        self._refusals.recheck()
+        self.empty(node, now)
 
-    def _deadline(self, node: Node, replica: Replica, now: float) -> float | None:
+    def deadline(self, node: Node, replica: Replica, now: float) -> float | None:
         """When a replica must have left its place; None if it may stay."""
         if node.drain is not None:
             return node.drain.deadline
@@ -62,7 +70,7 @@ class Nodes(Holds):
         sick = next((d for d in replica.device_ids if d in node.quarantine), "")
         return f"device {sick} is quarantined: {node.quarantine.get(sick, '')}"
 
-    def _empty(self, node: Node, now: float) -> None:
+    def empty(self, node: Node, now: float) -> None:
         """Send away the doomed that can go; models serve elsewhere first."""
         for replica in [r for r in node.replicas.values() if r.doomed_at is not None]:
             if replica.stage in LEAVING and not replica.sleep_level:
@@ -73,33 +81,33 @@ class Nodes(Holds):
                 grace_s = None if node.drain else max(0.0, replica.doomed_at - now)
                 reason = self._why_doomed(node, replica)
                 cause = "operator" if node.drain else "node"
-                self._leave(replica, reason, cause, now, "move", grace_s=grace_s)
+                self._moves.leave(replica, reason, cause, now, "move", grace_s=grace_s)
 
     def _still_needed(self, replica: Replica, now: float) -> bool:
-        model = self.state.models.get(replica.model)
+        model = self._turn.state.models.get(replica.model)
         if model is None or replica.stage is not Stage.READY:
             return False
         if any(r.doomed_at is None for r in model.ready()):
             return False  # its successor serves
-        return busy(self.state, replica) or _wanted_at_all(model, now)
+        return busy(self._turn.state, replica) or _wanted_at_all(model, now)
 
-    def _preempted(self, node: Node, before: Heartbeat | None, now: float) -> None:
-        """The machine is about to be taken away, or is not after all."""
+    def preempted(self, node: Node, before: Heartbeat | None, now: float) -> None:
+        """Doom what runs on a machine that is about to be taken away, or spare it after all."""
         assert node.heartbeat is not None
         was = before.preempted_in_s if before else None
         if (was is None) != (node.heartbeat.preempted_in_s is None):
             self._places_changed(node, now)
 
-    # ------------------------------------------------------------------------- quarantine
-
-    def _look_for_faults(self, node: Node, now: float) -> None:
+    def look_for_faults(self, node: Node, now: float) -> None:
+        """Set aside devices that report a fault."""
         for device in node.devices.values():
             fault = _fault(device)
             if fault and node.released.get(device.device_id) != fault:
                 self._set_quarantine(node, device.device_id, fault, now)
 
-    def _canary_failed(self, node: Node, replica: Replica, now: float) -> None:
-        """One model's failing canary is its own fault; several on one device are the device's."""
+    def canary_failed(self, node: Node, replica: Replica, now: float) -> None:
+        """Count a failed canary: one model's is its own fault, several on one device are the
+        device's."""
         for device_id in replica.device_ids:
             failed = node.canaries.setdefault(device_id, set())
             failed.add(replica.model)
@@ -107,8 +115,9 @@ class Nodes(Holds):
                 names = ", ".join(sorted(failed))
                 self._set_quarantine(node, device_id, f"canaries failed there: {names}", now)
 
-    def _quarantine(self, event: m.QuarantineSet, now: float) -> None:
-        node = self.state.node(event.node_id)
+    def quarantine(self, event: m.QuarantineSet, now: float) -> None:
+        """Set a device aside, or let it in again."""
+        node = self._turn.state.node(event.node_id)
         if event.reason is not None:
             self._set_quarantine(node, event.device_id, event.reason, now)
             return
@@ -130,27 +139,23 @@ class Nodes(Holds):
         self, node: Node, device_id: str, kept: str | None, words: str, now: float
     ) -> None:
         action = "quarantine" if kept else "release"
-        self._record(action, "", f"{device_id}: {words}", now, node_id=node.node_id)
+        self._turn.record(action, "", f"{device_id}: {words}", now, node_id=node.node_id)
         told = m.Quarantined(node_id=node.node_id, device_id=device_id, reason=kept)
-        self._out.append(told)
+        self._turn.out.append(told)
         self._places_changed(node, now)
 
-    # ------------------------------------------------------------------------- lost nodes
-
-    def _node_lost(self, node: Node, now: float) -> None:
+    def node_lost(self, node: Node, now: float) -> None:
+        """Take down that a node stopped reporting."""
         node.lost = True
         node.books.touch()
         for replica in list(node.replicas.values()):
-            self._dirty.add(replica.model)
+            self._turn.dirty.add(replica.model)
             if replica.stage is Stage.PLANNED:
-                self._forget(replica)
+                self._moves.forget(replica)
             elif replica.stage not in LEAVING:
                 replica.lost_from = replica.stage
                 replica.move(Stage.UNKNOWN, now)
-                self._decide("lose", replica, f"node {node.node_id} stopped reporting", now)
-
-    def _recheck_unfit(self) -> None:
-        raise NotImplementedError
+                self._turn.decide("lose", replica, f"node {node.node_id} stopped reporting", now)
 
 
 def _fault(device: DeviceReport) -> str | None:

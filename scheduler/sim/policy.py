@@ -21,7 +21,7 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from scheduler.core.decisions import Core
-from scheduler.core.replica_moves import Settings
+from scheduler.core.turn import Settings
 from scheduler.state import messages as m
 
 

@@ -13,7 +13,7 @@ from random import Random
 
 from runtime.sim.profile import GB, Host
 from runtime.sizes import GIB
-from scheduler.core.replica_moves import Settings
+from scheduler.core.turn import Settings
 from scheduler.sim import faults as f
 from scheduler.sim.catalog import facts, sized
 from scheduler.sim.network import FAIR, Weather

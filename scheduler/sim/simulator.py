@@ -21,7 +21,7 @@ from runtime.sim.observer import Job, Observer
 from runtime.sim.profile import Host, ModelFacts, gpu
 from runtime.sim.timings import Timings, by_model
 from runtime.wire.agent_messages import AgentCommand, CommandReply, Heartbeat
-from scheduler.core.replica_moves import Settings
+from scheduler.core.turn import Settings
 from scheduler.sim.control_plane import Control
 from scheduler.sim.links import NodeLink
 from scheduler.sim.network import Network

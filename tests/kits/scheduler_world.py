@@ -22,7 +22,7 @@ from runtime.wire.agent_messages import (
 from runtime.wire.model_spec import ModelSpec
 from runtime.wire.routes import DemandReport, ModelDemand
 from scheduler.core.decisions import Core
-from scheduler.core.replica_moves import Settings
+from scheduler.core.turn import Settings
 from scheduler.signals.forecast import StoredArrivals
 from scheduler.state import messages as m
 from scheduler.state.cluster import check_invariants

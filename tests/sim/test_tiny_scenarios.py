@@ -8,7 +8,7 @@ from cli.simulation import make_node
 from runtime.contract.footprint_ledger import Footprint, Key, Times
 from runtime.sim import profile as p
 from scheduler.core.decisions import Core
-from scheduler.core.replica_moves import Settings
+from scheduler.core.turn import Settings
 from scheduler.sim import faults as f
 from scheduler.sim.network import Weather
 from scheduler.sim.simulator import Fault

@@ -1,0 +1,71 @@
+"""From plans to commands: starts and wakes, one at a time on a device. Pure.
+
+Rules this file keeps: one start or wake at a time per device, and only where the memory is really
+free; a plan whose room went is taken back, and its model looked at again.
+"""
+
+from __future__ import annotations
+
+from scheduler.core.publisher import Publisher
+from scheduler.core.replica_moves import Moves
+from scheduler.core.turn import Turn
+from scheduler.policy.eviction import given_up
+from scheduler.state.cluster import BUSY, Node, Replica, Stage
+
+
+class Dispatcher:
+    """Starts and wakes what is planned."""
+
+    def __init__(self, turn: Turn, moves: Moves, publisher: Publisher) -> None:
+        self._turn = turn
+        self._moves = moves
+        self._publisher = publisher
+
+    def dispatch(self, now: float) -> None:
+        """Start and wake what is planned, where the memory is really free and no other does."""
+        state = self._turn.state
+        state.refresh_index()
+        changed, state.index.changed = state.index.changed, set()
+        for replica in list(state.index.plans.values()):
+            if replica.node_id not in changed:
+                continue
+            node = state.nodes[replica.node_id]
+            # Others may have taken what the plan counted on, or a sleeper kept more than expected.
+            if not node.schedulable or any(node.plannable(d) < 0 for d in replica.device_ids):
+                self._moves.unplan(replica, now)
+                self._turn.hungry.add(replica.model)
+                self._turn.freed = True
+            elif self._has_room(node, replica, now) and not _in_use(node, replica):
+                if replica.stage is Stage.RISING:
+                    self._moves.send_wake(replica, now)
+                else:
+                    self._moves.send_start(replica, now)
+            else:
+                self._take_turn(node, replica, now)
+                self._publisher.tell_turn(replica)
+
+    def _take_turn(self, node: Node, replica: Replica, now: float) -> None:
+        """Make a start or a long wake that nobody waits for any more give way to one that somebody
+        waits for."""
+        if not self._turn.state.demand(replica.model).waiting:
+            return
+        there = {r.replica_id: r for d in replica.device_ids for r in node.on_device(d)}
+        for other in there.values():
+            if given_up(self._turn.state, other, now):
+                way = "wake" if other.stage is Stage.WAKING else "start"
+                reason = f"nobody waits for its {way} any more, and {replica.model} needs its turn"
+                self._moves.leave(other, reason, replica.cause, now)
+
+    def _has_room(self, node: Node, replica: Replica, now: float) -> bool:
+        """Whether its memory is really free; its climb is told when that was so first."""
+        more = replica.bytes - replica.physical
+        if any(node.physical(d) + more > node.capacity(d) for d in replica.device_ids):
+            return False
+        if replica.climb is not None and replica.climb.room_at is None:
+            replica.climb.room_at = now
+        return True
+
+
+def _in_use(node: Node, replica: Replica) -> bool:
+    """Whether another one has its turn on a device of `replica`."""
+    return any(r.stage in BUSY for d in replica.device_ids for r in node.on_device(d))

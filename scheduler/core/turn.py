@@ -1,0 +1,66 @@
+"""One event's work, as the parts of the core share it. Pure.
+
+Rules this file keeps:
+- the state is read through the turn, never kept: an election replaces it as a whole;
+- every decision leaves a `Decided` with its reason and cause.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from scheduler.policy.production import MIN_DWELL_S
+from scheduler.state import messages as m
+from scheduler.state.cluster import ClusterState, Replica
+
+RESEND_S = 3.0  # a command whose effect is not seen is repeated after this
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """The core's own knobs; see runtime.contract.config.SchedulerConfig."""
+
+    node_timeout_s: float = 10.0
+    recovery_grace_s: float = 10.0
+    drain_grace_s: float = 60.0
+    min_dwell_s: float = MIN_DWELL_S
+    stand_by: bool = False  # start each new model once, into free room, and put it to sleep
+
+
+class Turn:
+    """The state, what is to be done, and what to look at again."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.state = ClusterState()
+        self.out: list[m.Command] = []
+        self.now = 0.0  # of the event being handled
+        self.dirty: set[str] = set()  # models to look at again and whose route may have changed
+        self.hungry: set[str] = set()  # models that want more replicas than they could get
+        self.freed = False  # something moved that may have made room
+        self.restage: set[str] = set()  # nodes to be told what to hold in their page cache
+        self.unrouted = False  # a router or the clock may have let an unrouted replica go
+
+    def decide(
+        self, action: str, replica: Replica, reason: str, now: float, cause: str | None = None,
+        considered: tuple[str, ...] = (),
+    ) -> None:  # fmt: skip
+        """Record what was decided of a replica; its own cause counts where none is given."""
+        self.record(
+            action, replica.model, reason, now, cause=replica.cause if cause is None else cause,
+            replica_id=replica.replica_id, node_id=replica.node_id, considered=considered,
+        )  # fmt: skip
+
+    def record(
+        self, action: str, model: str, reason: str, now: float, *, cause: str = "",
+        replica_id: str | None = None, node_id: str | None = None,
+        considered: tuple[str, ...] = (),
+    ) -> None:  # fmt: skip
+        """Record a decision, with its number."""
+        self.state.decision_count += 1
+        decided = m.Decided(
+            number=self.state.decision_count, at=now, action=action, model=model, reason=reason,
+            cause=cause, replica_id=replica_id, node_id=node_id, considered=considered,
+        )  # fmt: skip
+        self.state.decisions.append(decided)
+        self.out.append(decided)

@@ -1,0 +1,82 @@
+"""What production chooses by: placement, scaling and prewarming together. Pure policy.
+
+Rules this file keeps: one more replica beside others may cost other models little waiting, and
+never takes the room of one that is in use.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from scheduler.policy import autoscale
+from scheduler.policy.choices import Plan, Scale
+from scheduler.policy.placement import Answer, Fit, NotNow, place
+from scheduler.policy.prewarming import Prewarming
+from scheduler.signals.replica_target import Desired
+from scheduler.state.cluster import ClusterState, Demand, Model, Node, Replica
+
+MIN_DWELL_S = 5.0  # ready for less: it does not go down again
+EXTRA_S = 1.0  # expected waiting of others that one more replica beside others is worth
+
+
+class Production:
+    """The policy of `stoker scheduler`; see `Choices`."""
+
+    idle_timers = True
+
+    def __init__(
+        self, *, min_dwell_s: float = MIN_DWELL_S, stand_by: bool = False, staging: bool = True
+    ) -> None:
+        self.staging = staging
+        self._min_dwell_s = min_dwell_s
+        self._prewarming = Prewarming(min_dwell_s, stand_by)
+
+    def place(
+        self, state: ClusterState, model: Model, now: float, evict: bool, extra: bool
+    ) -> Answer:
+        """The cheapest place, in expected seconds of waiting."""
+        answer = place(state, model, now, self._min_dwell_s, evict)
+        if extra and isinstance(answer, Fit):
+            cost_s = sum(way.cost for way in answer.victims)
+            if cost_s > EXTRA_S or any(way.busy for way in answer.victims):
+                return NotNow(f"another replica would cost others {cost_s:.0f} s of waiting")
+        return answer
+
+    def scale(self, state: ClusterState, model: Model, demand: Demand, now: float) -> Scale:
+        """By demand, and by what was asked for."""
+        return scale(state, model, demand, now)
+
+    def worth_keeping(
+        self, state: ClusterState, model: Model, replica: Replica, now: float, hungry: bool
+    ) -> bool:
+        """Where a call is expected soon enough."""
+        return self._prewarming.worth_keeping(state, model, replica, now, hungry)
+
+    def look_ahead(self, state: ClusterState, now: float, hungry: bool, plan: Plan) -> None:
+        """Warm what a forecast expects to be called, then what never ran."""
+        self._prewarming.forecast(state, now, hungry, plan)
+        self._prewarming.stand_by(state, now, hungry, plan)
+
+    def also_down(self, state: ClusterState, node: Node, now: float) -> Sequence[Replica]:
+        """Nothing: sleepers give way only to what saves more."""
+        return ()
+
+
+def scale(state: ClusterState, model: Model, demand: Demand, now: float) -> Scale:
+    """By demand, and by what was asked for; see scheduler/policy/autoscale.py."""
+    desired = autoscale.decide(state, model, demand, now)
+    wanted = desired.replicas
+    # The last one goes by its own idleness, but more than the most is too many at any time.
+    keep = None if demand.waiting else wanted or model.spec.max_replicas
+    return Scale(wanted, desired.reason, keep, _look_again_s(model, desired))
+
+
+def _look_again_s(model: Model, desired: Desired) -> float:
+    """Until windows and policies, or metrics that no event tells of, may say something else."""
+    coming = len(model.coming())
+    if not coming or (model.spec.max_replicas == 1 and not model.spec.autoscale.metrics):
+        return math.inf
+    if model.spec.autoscale.metrics or (desired.limited_by or "").startswith(("up", "panic")):
+        return 1.0
+    return 5.0 if coming > 1 else math.inf  # on the way down nobody waits
