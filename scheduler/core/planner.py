@@ -189,7 +189,7 @@ class Planner:
     def _resettle(
         self, victim: Replica, node_id: str, device_ids: tuple[str, ...], for_model: str, now: float
     ) -> None:
-        """Start anew elsewhere what made room."""
+        """Start again elsewhere what made room."""
         model = self._turn.state.models[victim.model]
         node = self._turn.state.nodes[node_id]
         if any(node.plannable(d) < model.booked_bytes() for d in device_ids):

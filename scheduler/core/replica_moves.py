@@ -114,7 +114,7 @@ class Moves:
 
     def _back_to_ready(self, replica: Replica, now: float) -> None:
         replica.move(Stage.READY, now)
-        replica.ready_at = now  # its dwell time begins anew: it is not asked again at once
+        replica.ready_at = now  # its dwell time starts again: it is not asked again at once
         replica.book_sleep(0, 0, 0)
 
     def shown(self, replica: Replica) -> bool:

@@ -141,7 +141,7 @@ def _new_calls(last: Router | None, report: DemandReport, part: ModelDemand) -> 
     """Calls since the router's last report. What a new leader was not there for is not counted."""
     before = last.models.get(part.model) if last is not None else None
     if last is not None and last.boot_id != report.boot_id:
-        return part.arrived  # all since the router began anew
+        return part.arrived  # all since the router started again
     if before is not None and part.arrived:
         return part.arrived - before.arrived
     # Seen for the first time, or by a router that does not count: a quiet model is called.
