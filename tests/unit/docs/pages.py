@@ -10,7 +10,12 @@ from tests.kits.checkout import ROOT
 
 PAGES = sorted(
     path.relative_to(ROOT).as_posix()
-    for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob(".github/**/*.md")]
+    for path in [
+        *ROOT.glob("*.md"),
+        *ROOT.glob("docs/**/*.md"),
+        *ROOT.glob(".github/**/*.md"),
+        *ROOT.glob("ansible/**/*.md"),
+    ]
 )
 _FOLDERS = "runtime|scheduler|agent|cli|tests|bench|docs|scripts|ansible|examples|requirements"
 _NAMED = re.compile(rf"`((?:{_FOLDERS})/[\w./*<>{{}},-]*)(?:: ([\w.]+))?`")
