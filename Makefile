@@ -70,7 +70,7 @@ unit: ## The quick tests only.
 	$(BIN)/python -m pytest tests/unit -q $(SIDE_BY_SIDE) $(PYTEST_FLAGS)
 
 coverage: setup-light ## What the tests within one process reach; triples their time, so not in make test.
-	$(BIN)/python -m pytest tests/unit tests/sim -q --cov --cov-report=term $(PYTEST_FLAGS)
+	$(BIN)/python -m pytest tests/unit tests/sim -q --cov --cov-report=term $(SIDE_BY_SIDE) $(PYTEST_FLAGS)
 
 sim: ## Random scenarios in virtual time, all rules checked. SCENARIOS=10000, SEED=0: the first.
 	scripts/setup.sh base
