@@ -145,7 +145,7 @@ class Heartbeats:
                     self._care.canary_failed(node, replica, now)
 
     def _replica_missing(self, replica: Replica, now: float) -> None:
-        """Its node reports, but not this replica."""
+        """Judge a replica that its node no longer reports."""
         if replica.stage is Stage.PLANNED:
             return
         if replica.report is not None or self._moves.shown(replica):

@@ -314,7 +314,7 @@ class Moves:
             self.forget(replica)
 
     def forget(self, replica: Replica) -> None:
-        """It is gone; its weights may stay in the page cache."""
+        """Forget a replica that is gone; its weights may stay in the page cache."""
         self._turn.state.prewarms.gone(replica.replica_id, self._turn.now)
         self._turn.state.drop(replica)
         self._turn.dirty.add(replica.model)
