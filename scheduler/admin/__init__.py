@@ -1,1 +1,3 @@
-"""The HTTP face: what operators, agents and routers ask, and what they are shown."""
+"""The HTTP face: what operators, agents and routers ask, and what they are shown.
+
+It may import everything but `main`."""

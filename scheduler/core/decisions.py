@@ -136,6 +136,7 @@ class Core:
         )
         self._publisher.begin_term()
         self._turn.hungry.clear()
+        self._turn.restage.clear()  # the nodes it names are known again once they report
         for stored in event.models:
             self._model_put(stored, event.now)
         for name in event.pinned:

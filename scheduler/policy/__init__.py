@@ -1,1 +1,3 @@
-"""Judgements: where a model goes, who gives way, what staying warm is worth. Pure."""
+"""Judgements: where a model goes, who gives way, what staying warm is worth. Pure.
+
+It imports state and signals."""

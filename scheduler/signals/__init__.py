@@ -1,1 +1,3 @@
-"""What is learnt of callers as time goes by: when they come, how many. Pure."""
+"""What is learnt of callers as time goes by: when they come, how many. Pure.
+
+It imports nothing of the scheduler."""

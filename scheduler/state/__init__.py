@@ -1,1 +1,3 @@
-"""What is known of the cluster, and what is told about it: models, nodes, replicas. Pure."""
+"""What is known of the cluster, and what is told about it: models, nodes, replicas. Pure.
+
+It imports signals."""

@@ -9,6 +9,7 @@ from runtime.wire.agent_messages import CachedModel, MemoryEstimate, StageModels
 from runtime.wire.model_spec import Placement
 from scheduler.admin.views import PlanBody
 from scheduler.admin.what_if import questions, what_if
+from scheduler.core.decisions import Core
 from scheduler.state import messages as m
 from scheduler.state.cluster import Stage
 from tests.kits.scheduler_world import GIB, FakeNode, World, spec
@@ -435,3 +436,15 @@ def test_a_sleeper_that_is_stopped_holds_its_residue_until_it_is_seen_gone() -> 
     assert seen.physical("g0") == 2 * GIB  # told to stop, not gone
     world.run(10)
     assert seen.physical("g0") == 0
+
+
+def test_a_leader_elected_again_has_no_wish_left_for_nodes_it_has_not_heard_yet() -> None:
+    core, node = Core(), FakeNode("n1", {"g0": 24 * GIB}, staged=("/models/gone",))
+    core.handle(m.Elected(now=0.0, term=1, models=(), known_nodes=("n1", "n2")))
+    core.handle(m.HeartbeatSeen(now=1.0, heartbeat=node.heartbeat(1.0)))  # holds what nobody wants
+    core.handle(m.Elected(now=2.0, term=2, models=(), known_nodes=("n1",)))
+    commands = core.handle(m.Tick(now=60.0))  # nobody reports: it goes ahead
+    assert not core.state.recovering
+    assert not [c for c in commands if isinstance(c, m.Send)]
+    told = core.handle(m.HeartbeatSeen(now=61.0, heartbeat=node.heartbeat(61.0)))
+    assert [c.command.models for c in told if isinstance(c, m.Send)] == [()]
