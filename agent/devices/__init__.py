@@ -1,1 +1,3 @@
-"""The host: its GPUs and its memory, and word that it is about to be taken away."""
+"""The host: its GPUs and its memory, and word that it is about to be taken away.
+
+It imports core and the agent's ground; not cache or sim."""
