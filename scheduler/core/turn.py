@@ -9,22 +9,23 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from scheduler.policy.production import MIN_DWELL_S
+from runtime.contract.config import SchedulerConfig
 from scheduler.state import messages as m
 from scheduler.state.cluster import ClusterState, Replica
 
+_DEFAULTS = SchedulerConfig()
 RESEND_S = 3.0  # a command whose effect is not seen is repeated after this
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """The core's own knobs; see runtime.contract.config.SchedulerConfig."""
+    """What the core needs of SchedulerConfig, whose comments say what each is."""
 
-    node_timeout_s: float = 10.0
-    recovery_grace_s: float = 10.0
-    drain_grace_s: float = 60.0
-    min_dwell_s: float = MIN_DWELL_S
-    stand_by: bool = False  # start each new model once, into free room, and put it to sleep
+    node_timeout_s: float = _DEFAULTS.node_timeout_s
+    recovery_grace_s: float = _DEFAULTS.recovery_grace_s
+    drain_grace_s: float = _DEFAULTS.drain_grace_s
+    min_dwell_s: float = _DEFAULTS.min_dwell_s
+    stand_by: bool = _DEFAULTS.stand_by
 
 
 class Turn:

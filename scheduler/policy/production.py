@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from runtime.contract.config import SchedulerConfig
 from scheduler.policy import autoscale
 from scheduler.policy.choices import Plan, Scale
 from scheduler.policy.placement import Answer, Fit, NotNow, place
@@ -16,7 +17,7 @@ from scheduler.policy.prewarming import Prewarming
 from scheduler.signals.replica_target import Desired
 from scheduler.state.cluster import ClusterState, Demand, Model, Node, Replica
 
-MIN_DWELL_S = 5.0  # ready for less: it does not go down again
+MIN_DWELL_S = SchedulerConfig().min_dwell_s  # ready for less: it does not go down again
 EXTRA_S = 1.0  # expected waiting of others that one more replica beside others is worth
 
 
