@@ -30,6 +30,7 @@ class Gate:
         self._turns: dict[str, asyncio.Future[Forward | Refused]] = {}
         self._ids = itertools.count()
         self._timer: asyncio.TimerHandle | None = None
+        self._armed_for = 0.0  # when the timer rings
         self.on_first_wait: Callable[[], None] = lambda: None
         self.on_routes: Callable[[RouteTable], None] = lambda table: None
 
@@ -130,12 +131,13 @@ class Gate:
         """Wake up when the admission next has something to do."""
         due_at = self._admission.due_at()
         if self._timer is not None:
-            if due_at == self._timer.when() and not self._timer.cancelled():
+            # Not by its `when`: what is due already is, on uvloop, a handle without one.
+            if due_at == self._armed_for:
                 return
             self._timer.cancel()
             self._timer = None
         if due_at is not None:
-            self._timer = self.loop.call_at(due_at, self._tick)
+            self._timer, self._armed_for = self.loop.call_at(due_at, self._tick), due_at
 
     def _tick(self) -> None:
         self._timer = None
