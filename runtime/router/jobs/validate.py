@@ -59,8 +59,7 @@ async def _read(store: Store, row: BatchRow, check: Check, max_line_bytes: int) 
 
 async def _take_in(store: Store, row: BatchRow, good: list[LineRow]) -> None:
     """Raises ShareFull."""
-    await store.check_share(row.tenant)
-    await store.write(batch_rows.add_lines, row.seq, good)
+    await store.write_within(row.tenant, 0, batch_rows.add_lines, row.seq, good)
 
 
 async def _lines(

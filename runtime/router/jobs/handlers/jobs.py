@@ -77,9 +77,10 @@ class JobHandlers:
         await self._store.check_room(caller.tenant, len(call.body))
         if await self._store.read(job_rows.waiting, caller.tenant) >= most:
             raise too_many("jobs", most)
-        row = await self._store.write(
-            job_rows.insert, f"job_{secrets.token_hex(12)}", caller.tenant, caller.key_id,
-            caller.priority, call.head.model, call.path, call.body,
+        row = await self._store.write_within(
+            caller.tenant, len(call.body), job_rows.insert,
+            f"job_{secrets.token_hex(12)}", caller.tenant, caller.key_id, caller.priority,
+            call.head.model, call.path, call.body,
             request.headers.get(WEBHOOK_HEADER), time.time(), WINDOW_S,
         )  # fmt: skip
         self._metrics.job("created")

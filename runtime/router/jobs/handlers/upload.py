@@ -163,7 +163,9 @@ class _Upload:
     async def _flush(self, data: bytes) -> None:
         assert self._file is not None
         await self._store.check_room(self._maker.tenant, len(data))
-        self._chunk = await self._store.write(file_rows.add_chunks, self._file, self._chunk, data)
+        self._chunk = await self._store.write_within(
+            self._maker.tenant, len(data), file_rows.add_chunks, self._file, self._chunk, data
+        )
 
     async def end(self, fields: dict[str, str], keep_s: float) -> FileRow:
         """The file is there from now on."""

@@ -151,6 +151,19 @@ class Store:
         """`work`, all of it or nothing; on the disk when this returns. Raises StoreError."""
         return await self._run("BEGIN IMMEDIATE", lambda db: work(db, *args, **kwargs))
 
+    async def write_within(
+        self, tenant: str, size_bytes: int, work: Work[P, T], *args: P.args, **kwargs: P.kwargs
+    ) -> T:
+        """As `write`, unless that would be more than the tenant may have: looked at in the same
+        transaction, so that many at a time get no further than one. Raises ShareFull too: then
+        nothing is written."""
+
+        def checked(db: sqlite3.Connection) -> T:
+            self._look(db, tenant, size_bytes)
+            return work(db, *args, **kwargs)
+
+        return await self._run("BEGIN IMMEDIATE", checked)
+
     async def changed(self) -> bool:
         """Whether another process has written since the last call. Raises StoreError."""
         now = await self._run(None, lambda db: _figure(db, "data_version"))
@@ -169,7 +182,10 @@ class Store:
 
     async def check_share(self, tenant: str, size_bytes: int = 0) -> None:
         """Raises ShareFull where `size_bytes` more would be more than the tenant may have."""
-        held = await self._run(None, lambda db: held_rows.of(db, tenant))
+        await self._run(None, lambda db: self._look(db, tenant, size_bytes))
+
+    def _look(self, db: sqlite3.Connection, tenant: str, size_bytes: int) -> None:
+        held = held_rows.of(db, tenant)
         if held + size_bytes >= self._tenant_bytes:
             raise ShareFull(held, self._tenant_bytes)
 

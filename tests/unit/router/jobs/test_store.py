@@ -344,6 +344,28 @@ async def test_one_tenant_fills_its_share_and_not_the_store(tmp_path: Path) -> N
     await db.close()
 
 
+async def test_many_who_look_for_room_at_once_get_no_further_than_one(tmp_path: Path) -> None:
+    db = Store(tmp_path / "jobs.db", 2**20, 0.5)
+    body = b"x" * 2**17
+
+    async def one(number: int) -> bool:
+        await db.check_room("greedy", len(body))  # there is room for each of them alone
+        try:
+            await db.write_within(
+                "greedy", len(body), job_rows.insert, f"job_{number}", "greedy", None, 0, "m",
+                "/v1/completions", body, None, NOW, 60.0,
+            )  # fmt: skip
+        except ShareFull:
+            return False
+        return True
+
+    kept = await asyncio.gather(*(one(number) for number in range(8)))
+    assert sum(kept) == 3
+    assert await db.read(job_rows.waiting, "greedy") == 3
+    assert await db.overdrawn() == frozenset()
+    await db.close()
+
+
 def held(db: sqlite3.Connection) -> dict[str, int]:
     return {tenant: size for tenant, size in db.execute("SELECT * FROM held") if size}
 
