@@ -146,7 +146,7 @@ async def test_a_model_is_held_as_wished_and_let_go_again(node, model):
     await client.ok(agent.url, StageModels(epoch=1, models=()))
     await until(lambda: resident(model) == 0, "the weights to be let go")
     await until(lambda: told(scheduler, source).resident_bytes == 0, "that to be told")
-    assert scheduler.heartbeats[-1].staged == ()
+    await until(lambda: scheduler.heartbeats[-1].staged == (), "the wish to be told")
 
 
 async def test_no_more_than_was_booked_is_held(node, model):

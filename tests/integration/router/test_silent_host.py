@@ -27,7 +27,9 @@ pytestmark = [
 ]
 
 NAME = f"st{os.getpid()}"
-HOST = "10.213.77.2"
+# Four addresses of their own for each test process: two may run side by side.
+NET = f"10.213.{os.getpid() // 64 % 256}"
+US, HOST = (f"{NET}.{os.getpid() % 64 * 4 + n}" for n in (1, 2))
 # Answers posts to /quick, and nothing to /slow; of /half it sends the half. As Consul it answers
 # a read of a key, and one that waits for a change not at all.
 SERVER = """
@@ -67,7 +69,7 @@ def host() -> Iterator[str]:
     try:
         ip("link", "add", f"{NAME}a", "type", "veth", "peer", "name", f"{NAME}b")
         ip("link", "set", f"{NAME}b", "netns", NAME)
-        ip("addr", "add", "10.213.77.1/30", "dev", f"{NAME}a")
+        ip("addr", "add", f"{US}/30", "dev", f"{NAME}a")
         ip("link", "set", f"{NAME}a", "up")
         ip("-n", NAME, "addr", "add", f"{HOST}/30", "dev", f"{NAME}b")
         ip("-n", NAME, "link", "set", f"{NAME}b", "up")
