@@ -171,7 +171,7 @@ def test_engines_listen_where_the_firewall_lets_routers_in(
     assert call(installed.hosts["one"].address, key, model) == ""
     for name in engines(installed, model):
         host = installed.hosts[name]
-        pid = host.checked(f"pgrep -f '[r]untime.engine.stub .*--names {model} '").strip()
+        pid = host.checked(f"pgrep -f '[r]untime.engine.stub.server .*--names {model} '").strip()
         listening = host.checked(f"ss -Hltnp | grep 'pid={pid},'").split()[3]
         assert 20000 <= int(listening.rpartition(":")[2]) <= 20099
 
@@ -229,7 +229,7 @@ def node_states(site: Site) -> dict[object, object]:
 def engines(site: Site, model: str) -> list[str]:
     """The hosts on which a process of it really runs."""
     # The brackets: the shell that looks holds the pattern itself.
-    look = f"pgrep -f '[r]untime.engine.stub .*--names {model} ' | wc -l"
+    look = f"pgrep -f '[r]untime.engine.stub.server .*--names {model} ' | wc -l"
     return [n for n in ROLES["agent"] for _ in range(int(site.hosts[n].checked(look)))]
 
 
