@@ -169,7 +169,9 @@ def test_engines_listen_where_the_firewall_lets_routers_in(
     installed: Site, key: str, model: str
 ) -> None:
     assert call(installed.hosts["one"].address, key, model) == ""
-    for name in engines(installed, model):
+    there = engines(installed, model)
+    assert there
+    for name in there:
         host = installed.hosts[name]
         pid = host.checked(f"pgrep -f '[r]untime.engine.stub.server .*--names {model} '").strip()
         listening = host.checked(f"ss -Hltnp | grep 'pid={pid},'").split()[3]
