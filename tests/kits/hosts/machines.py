@@ -226,8 +226,9 @@ def _hierarchies() -> list[Path]:
 
 def _removed(group: Path) -> bool:
     """Whether a cgroup is gone, and all below it."""
-    below = sorted((path for path in group.rglob("*") if path.is_dir()), reverse=True)
-    for path in (*below, group):
+    # `walk` and not `rglob`: the host's last processes take folders away meanwhile.
+    below = sorted((Path(folder) for folder, _, _ in os.walk(group)), reverse=True)
+    for path in below:
         with contextlib.suppress(OSError):
             path.rmdir()
     return not group.exists()
