@@ -62,7 +62,7 @@ class Baseline(ABC):
         return False
 
     def look_ahead(self, state: ClusterState, now: float, hungry: bool, plan: Plan) -> None:  # noqa: B027
-        """Nothing is started before it is called."""
+        """Nothing is started before it is called: a policy that does otherwise says so."""
 
     def also_down(self, state: ClusterState, node: Node, now: float) -> Sequence[Replica]:
         """Nothing."""
