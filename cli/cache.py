@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from runtime.checkpoints.model_files import PullView
-    from scheduler.admin import cache_api
+    from scheduler.admin import cache_client
 
 node_option = click.option("--node", help="Only this node's; otherwise every node's.")
 
@@ -34,7 +34,7 @@ def ls(cluster: ClusterAccess, node: str | None, as_json: bool) -> None:
     show(cluster.ask(lambda admin: admin.caches(node)), as_json, _cache_table)
 
 
-def _cache_table(answer: cache_api.Caches) -> Table | str:
+def _cache_table(answer: cache_client.Caches) -> Table | str:
     columns = (
         "NODE",
         "MODEL",
@@ -49,7 +49,7 @@ def _cache_table(answer: cache_api.Caches) -> Table | str:
     return table(columns, rows) if rows else "no models are cached and none is being fetched"
 
 
-def _rows(entry: cache_api.NodeCache) -> Iterable[tuple[str, ...]]:
+def _rows(entry: cache_client.NodeCache) -> Iterable[tuple[str, ...]]:
     if entry.cache is None:
         yield (entry.node_id, "-", "", "", "", "unknown", "", entry.error or "")
         return
@@ -84,7 +84,7 @@ def pull(
     as_json: bool,
 ) -> None:  # fmt: skip
     """Fetch MODEL (hf:org/name[@revision] or s3://…) before it is needed."""
-    from scheduler.admin.cache_api import CachePullBody
+    from scheduler.admin.cache_client import CachePullBody
 
     body = CachePullBody(model=model, nodes=nodes, count=count, refresh=refresh)
     answer = cluster.ask(lambda admin: admin.cache_pull(body))
@@ -92,11 +92,11 @@ def pull(
     _fail_if(not answer.value.nodes or any(n.error for n in answer.value.nodes))
 
 
-def _pull_text(answer: cache_api.Pulls) -> str:
+def _pull_text(answer: cache_client.Pulls) -> str:
     return "\n".join(f"{n.node_id}: {_pull_state(n)}" for n in answer.nodes) or "no node is up"
 
 
-def _pull_state(node: cache_api.NodePull) -> str:
+def _pull_state(node: cache_client.NodePull) -> str:
     if node.error:
         return node.error
     return "has it already" if node.pull is None else f"{node.pull.state}; see `stoker cache ls`"
@@ -114,7 +114,7 @@ def rm(cluster: ClusterAccess, model: str, node: str | None, as_json: bool) -> N
     _fail_if(_undone(answer.value.nodes))
 
 
-def _removal_text(answer: cache_api.Removals) -> str:
+def _removal_text(answer: cache_client.Removals) -> str:
     return "\n".join(
         f"{n.node_id}: {n.error or f'freed {size(n.freed_bytes)}'}" for n in answer.nodes
     )
@@ -133,11 +133,11 @@ def verify(cluster: ClusterAccess, model: str, node: str | None, as_json: bool) 
     _fail_if(bad or _undone(answer.value.nodes))
 
 
-def _verdict_text(answer: cache_api.Verdicts) -> str:
+def _verdict_text(answer: cache_client.Verdicts) -> str:
     return "\n".join(f"{n.node_id}: {_verdict(n)}" for n in answer.nodes)
 
 
-def _verdict(node: cache_api.NodeVerdict) -> str:
+def _verdict(node: cache_client.NodeVerdict) -> str:
     if node.report is None:
         return node.error or "no answer"
     bad = node.report.bad_files
@@ -145,7 +145,7 @@ def _verdict(node: cache_api.NodeVerdict) -> str:
     return f"{checked}, BAD: {', '.join(bad)} {node.report.note}" if bad else f"{checked}, all good"
 
 
-def _undone(nodes: Sequence[cache_api.NodeRemoval | cache_api.NodeVerdict]) -> bool:
+def _undone(nodes: Sequence[cache_client.NodeRemoval | cache_client.NodeVerdict]) -> bool:
     """Whether a node that has the model failed, or none has it."""
     return all(n.missing for n in nodes) or any(n.error and not n.missing for n in nodes)
 

@@ -17,7 +17,8 @@ from runtime.places import url
 from runtime.sockets import tcp_connector
 from runtime.wire.model_spec import ModelSpec
 from runtime.wire.routes import RouteRule
-from scheduler.admin import access_api, cache_api, route_views, views
+from scheduler.admin import cache_client, route_views, views
+from scheduler.admin.handlers import access_api
 
 T = TypeVar("T")
 
@@ -134,26 +135,26 @@ class Admin:
             "GET", url("", "admin", "models", name, "footprint"), views.Footprints
         )
 
-    async def caches(self, node: str | None) -> Reply[cache_api.Caches]:
+    async def caches(self, node: str | None) -> Reply[cache_client.Caches]:
         """The model cache of one node, or of all."""
         query = {"node": node} if node else {}
-        return await self._call("GET", "/admin/cache", cache_api.Caches, query=query)
+        return await self._call("GET", "/admin/cache", cache_client.Caches, query=query)
 
-    async def cache_pull(self, body: cache_api.CachePullBody) -> Reply[cache_api.Pulls]:
+    async def cache_pull(self, body: cache_client.CachePullBody) -> Reply[cache_client.Pulls]:
         """Begin to fetch a model to nodes."""
-        return await self._call("POST", "/admin/cache/pull", cache_api.Pulls, body=body)
+        return await self._call("POST", "/admin/cache/pull", cache_client.Pulls, body=body)
 
-    async def cache_remove(self, model: str, node: str | None) -> Reply[cache_api.Removals]:
+    async def cache_remove(self, model: str, node: str | None) -> Reply[cache_client.Removals]:
         """Remove a model from the cache of one node, or of all."""
         query = {"model": model} | ({"node": node} if node else {})
-        return await self._call("DELETE", "/admin/cache", cache_api.Removals, query=query)
+        return await self._call("DELETE", "/admin/cache", cache_client.Removals, query=query)
 
-    async def cache_verify(self, model: str, node: str | None) -> Reply[cache_api.Verdicts]:
+    async def cache_verify(self, model: str, node: str | None) -> Reply[cache_client.Verdicts]:
         """Read a cached model again on one node, or on all, and check it."""
         query = {"model": model} | ({"node": node} if node else {})
         return await self._call(
-            "POST", "/admin/cache/verify", cache_api.Verdicts, query=query,
-            limit_s=cache_api.VERIFY_S + _MORE_S,
+            "POST", "/admin/cache/verify", cache_client.Verdicts, query=query,
+            limit_s=cache_client.VERIFY_S + _MORE_S,
         )  # fmt: skip
 
     async def prewarm(self, name: str, body: views.PrewarmBody) -> Reply[views.ModelView]:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from cli.client import Admin
     from runtime.contract.access import Limits, Scope, Tenant
-    from scheduler.admin import access_api
+    from scheduler.admin.handlers import access_api
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -347,7 +347,7 @@ def token_create(
     cluster: ClusterAccess, name: str, role: Any, expires: float | None, as_json: bool
 ) -> None:
     """Make a token for NAME (a person or a program) and print it, this once."""
-    from scheduler.admin.access_api import TokenBody
+    from scheduler.admin.handlers.access_api import TokenBody
 
     expires_at = time.time() + expires if expires else None
     body = TokenBody(name=name, role=role, expires_at=expires_at)

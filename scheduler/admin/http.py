@@ -5,7 +5,7 @@ Rule this file keeps: a body or a query that is refused names every field that i
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import msgspec
 from aiohttp import web
@@ -13,8 +13,10 @@ from aiohttp import web
 from runtime import outside
 from runtime.contract.schema import SchemaError, check
 from runtime.outside import OutsideError
+from runtime.registry.protocol import RegistryError
 from runtime.wire.agent_messages import SpecProblem
 from scheduler.admin import views as v
+from scheduler.driver import Driver
 from scheduler.errors import ChangeRefused, Conflict, Invalid, NotFound
 
 S = TypeVar("S", bound=msgspec.Struct)
@@ -101,3 +103,21 @@ def number(request: web.Request, name: str, default: float) -> float:
     if not 0 <= value < 2**53:
         raise AdminError(400, f"{name}: must be a number of at least 0 (got {text[:80]!r})")
     return value
+
+
+class _Leader(msgspec.Struct):
+    """Of the registry's leader key."""
+
+    url: str | None = None
+
+
+async def not_leading(driver: Driver) -> NoReturn:
+    """Raises AdminError (503): another scheduler leads, named where it is known."""
+    try:
+        entry = await driver.store.registry.get(driver.store.key("leader"))
+    except RegistryError:
+        entry = None
+    leader = outside.decode(entry.value, _Leader).url if entry else None
+    leader = None if leader == driver.url else leader
+    why = f": {driver.why_not_leading}" if driver.why_not_leading else ""
+    raise AdminError(503, f"this scheduler is not the leader{why}", leader=leader)

@@ -8,10 +8,10 @@ from typing import Any
 from runtime.contract.access import KeySpec, Role, Tenant
 from runtime.wire.model_spec import ModelSpec
 from runtime.wire.routes import RouteRule
-from scheduler.admin import access_api as a
-from scheduler.admin import cache_api as c
+from scheduler.admin import cache_client as c
 from scheduler.admin import route_views as r
 from scheduler.admin import views as v
+from scheduler.admin.handlers import access_api as a
 
 _COUNT = {"type": "integer", "minimum": 0}
 _MODEL_NODE = {"model": {"type": "string"}, "node": {"type": "string"}}
@@ -47,86 +47,97 @@ class Operation:
 
 
 ADMIN = (
-    Operation("GET", "/admin/models", "list_models", "List models", "every model", v.Models),
+    Operation("GET", "/admin/models", "models.list_models", "List models", "every model", v.Models),
     Operation(
-        "POST", "/admin/models", "create_model", "Add a model", "it was added", v.Saved,
+        "POST", "/admin/models", "models.create_model", "Add a model", "it was added", v.Saved,
         body=ModelSpec, status=201, errors=(400, 409, 422), role="admin",
     ),
     Operation(
-        "GET", "/admin/models/{name}", "show_model", "Show a model", "the model", v.ModelView,
+        "GET", "/admin/models/{name}", "models.show_model",
+        "Show a model", "the model", v.ModelView,
         errors=(404,),
     ),
     Operation(
-        "PUT", "/admin/models/{name}", "put_model", "Add or change a model", "it was changed",
+        "PUT", "/admin/models/{name}", "models.put_model",
+        "Add or change a model", "it was changed",
         v.Saved, body=ModelSpec, also_status=201, errors=(400, 409, 422), role="admin",
     ),
     Operation(
-        "DELETE", "/admin/models/{name}", "delete_model", "Remove a model, draining its replicas",
+        "DELETE", "/admin/models/{name}", "models.delete_model",
+        "Remove a model, draining its replicas",
         "it was removed", status=204, errors=(404, 409), role="admin",
     ),
     Operation(
-        "POST", "/admin/models/{name}/load", "load_model", "Start replicas ahead of requests",
+        "POST", "/admin/models/{name}/load", "models.load_model",
+        "Start replicas ahead of requests",
         "the model; watch `ready`", v.ModelView, body=v.LoadBody, status=202,
         errors=(400, 404, 422),
     ),
     Operation(
-        "POST", "/admin/models/{name}/unload", "unload_model", "Drain and stop its replicas",
+        "POST", "/admin/models/{name}/unload", "models.unload_model", "Drain and stop its replicas",
         "the model; watch `replicas`", v.ModelView, status=202, errors=(404, 409),
     ),
     Operation(
-        "POST", "/admin/models/{name}/pin", "pin_model", "Keep a model running, or stop to",
+        "POST", "/admin/models/{name}/pin", "models.pin_model", "Keep a model running, or stop to",
         "the model", v.ModelView, body=v.PinBody, errors=(400, 404, 422),
     ),
     Operation(
-        "POST", "/admin/models/{name}/prewarm", "prewarm_model", "Be warm by a time, for a while",
+        "POST", "/admin/models/{name}/prewarm", "models.prewarm_model",
+        "Be warm by a time, for a while",
         "the model; `floor` says from when on", v.ModelView, body=v.PrewarmBody, status=202,
         errors=(400, 404, 422),
     ),
     Operation(
-        "GET", "/admin/replicas", "list_replicas", "List replicas", "every replica", v.Replicas,
+        "GET", "/admin/replicas", "replicas.list_replicas",
+        "List replicas", "every replica", v.Replicas,
     ),
     Operation(
-        "GET", "/admin/replicas/{id}", "show_replica", "Show a replica", "the replica",
+        "GET", "/admin/replicas/{id}", "replicas.show_replica", "Show a replica", "the replica",
         v.ReplicaView, errors=(404,),
     ),
     Operation(
-        "POST", "/admin/replicas/{id}/unload", "unload_replica", "Drain and stop one replica",
+        "POST", "/admin/replicas/{id}/unload", "replicas.unload_replica",
+        "Drain and stop one replica",
         "the replica", v.ReplicaView, status=202, errors=(404, 409),
     ),
     Operation(
-        "GET", "/admin/replicas/{id}/logs", "replica_logs", "The engine's own output", "the log",
+        "GET", "/admin/replicas/{id}/logs", "replicas.replica_logs",
+        "The engine's own output", "the log",
         str, errors=(400, 404, 502), query={"tail": _COUNT, "follow": _FLAG},
     ),
-    Operation("GET", "/admin/nodes", "list_nodes", "List nodes", "every node", v.Nodes),
+    Operation("GET", "/admin/nodes", "nodes.list_nodes", "List nodes", "every node", v.Nodes),
     Operation(
-        "POST", "/admin/nodes/{id}/cordon", "cordon_node", "Place nothing new on a node",
+        "POST", "/admin/nodes/{id}/cordon", "nodes.cordon_node", "Place nothing new on a node",
         "the node", v.NodeView, errors=(404,),
     ),
     Operation(
-        "POST", "/admin/nodes/{id}/drain", "drain_node",
+        "POST", "/admin/nodes/{id}/drain", "nodes.drain_node",
         "Cordon a node and move off what it runs, or stop it at the deadline",
         "the node; it is empty once `replicas` is 0", v.NodeView, body=v.DrainBody,
         errors=(400, 404, 422),
     ),
     Operation(
-        "POST", "/admin/nodes/{id}/devices/{device}/quarantine", "quarantine_device",
+        "POST", "/admin/nodes/{id}/devices/{device}/quarantine", "nodes.quarantine_device",
         "Use a device no more and move off what it runs", "the node", v.NodeView,
         body=v.QuarantineBody, errors=(400, 404, 422),
     ),
     Operation(
-        "POST", "/admin/nodes/{id}/devices/{device}/release", "release_device",
+        "POST", "/admin/nodes/{id}/devices/{device}/release", "nodes.release_device",
         "Use a quarantined device again", "the node", v.NodeView, errors=(404, 409),
     ),
     Operation(
-        "POST", "/admin/plan", "plan", "What would happen if …, without doing it",
+        "POST", "/admin/plan", "models.plan", "What would happen if …, without doing it",
         "the decisions that would be made at once", v.Plan, body=v.PlanBody,
         errors=(400, 404, 422),
     ),
     Operation(
-        "POST", "/admin/nodes/{id}/uncordon", "uncordon_node", "Use a node again", "the node",
+        "POST", "/admin/nodes/{id}/uncordon", "nodes.uncordon_node", "Use a node again", "the node",
         v.NodeView, errors=(404,),
     ),
-    Operation("GET", "/admin/devices", "list_devices", "List devices", "every device", v.Devices),
+    Operation(
+        "GET", "/admin/devices", "nodes.list_devices",
+        "List devices", "every device", v.Devices,
+    ),
     Operation(
         "GET", "/admin/queue", "show_queue", "Requests waiting and in flight, by model",
         "the queue", v.Queue,
@@ -141,25 +152,28 @@ ADMIN = (
         query={"limit": _COUNT, "model": {"type": "string"}},
     ),
     Operation(
-        "GET", "/admin/models/{name}/footprint", "show_footprint",
+        "GET", "/admin/models/{name}/footprint", "models.show_footprint",
         "What it was declared, estimated and measured to take", "its footprint", v.Footprints,
         errors=(404,),
     ),
     Operation(
-        "GET", "/admin/cache", "show_caches", "The model caches of the nodes", "each node's cache",
+        "GET", "/admin/cache", "caches.show_caches",
+        "The model caches of the nodes", "each node's cache",
         c.Caches, errors=(404,), query={"node": {"type": "string"}},
     ),
     Operation(
-        "POST", "/admin/cache/pull", "pull_model", "Fetch a model to nodes before it is needed",
+        "POST", "/admin/cache/pull", "caches.pull_model",
+        "Fetch a model to nodes before it is needed",
         "each node's pull; watch them in /admin/cache", c.Pulls, body=c.CachePullBody, status=202,
         errors=(400, 404, 422),
     ),
     Operation(
-        "DELETE", "/admin/cache", "remove_cached", "Remove a model from caches",
+        "DELETE", "/admin/cache", "caches.remove_cached", "Remove a model from caches",
         "what each node freed", c.Removals, errors=(400, 404), query=_MODEL_NODE,
     ),
     Operation(
-        "POST", "/admin/cache/verify", "verify_cached", "Read a cached model again and check it",
+        "POST", "/admin/cache/verify", "caches.verify_cached",
+        "Read a cached model again and check it",
         "each node's verdict", c.Verdicts, errors=(400, 404), query=_MODEL_NODE,
     ),
     Operation("GET", "/admin/routes", "rules.list_routes", "List routes", "every route", r.Routes),

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from runtime.contract.access import Limits, Scope
-from scheduler.admin.access_api import KeyView, NewKey
+from scheduler.admin.handlers.access_api import KeyView, NewKey
 from tests.kits.cli_runner import FakeServer, serving, stoker
 
 SECRET = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
