@@ -1,8 +1,7 @@
 """Anthropic's Python client."""
 
 from anthropic import AsyncAnthropic
-
-from tests.outside.clients.speak import serve
+from speak import serve
 
 
 async def call(asked):

@@ -5,8 +5,7 @@ import json
 import instructor
 from openai import AsyncOpenAI
 from pydantic import BaseModel
-
-from tests.outside.clients.speak import serve
+from speak import serve
 
 
 class Words(BaseModel):

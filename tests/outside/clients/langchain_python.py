@@ -2,8 +2,7 @@
 
 from langchain_anthropic import ChatAnthropic
 from langchain_openai import ChatOpenAI
-
-from tests.outside.clients.speak import serve
+from speak import serve
 
 
 async def call(asked):

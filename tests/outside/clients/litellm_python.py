@@ -1,8 +1,7 @@
 """LiteLLM as a library, towards an OpenAI-compatible server."""
 
 import litellm
-
-from tests.outside.clients.speak import serve
+from speak import serve
 
 litellm.telemetry = False
 litellm.suppress_debug_info = True

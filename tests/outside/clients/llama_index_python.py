@@ -2,8 +2,7 @@
 
 from llama_index.core.llms import ChatMessage
 from llama_index.llms.openai_like import OpenAILike
-
-from tests.outside.clients.speak import serve
+from speak import serve
 
 
 async def call(asked):

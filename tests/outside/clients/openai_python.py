@@ -1,8 +1,7 @@
 """OpenAI's Python client: `api` is chat, completions or responses."""
 
 from openai import AsyncOpenAI
-
-from tests.outside.clients.speak import serve
+from speak import serve
 
 
 async def call(asked):

@@ -6,8 +6,7 @@ from pydantic_ai.models.anthropic import AnthropicModel
 from pydantic_ai.models.openai import OpenAIChatModel
 from pydantic_ai.providers.anthropic import AnthropicProvider
 from pydantic_ai.providers.openai import OpenAIProvider
-
-from tests.outside.clients.speak import serve
+from speak import serve
 
 
 async def call(asked):
