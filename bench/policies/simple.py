@@ -27,6 +27,7 @@ class Dedicated(Baseline):
     """
 
     def choose(self, state: ClusterState, model: Model, now: float) -> Fit | None:
+        """The first devices with room."""
         for node in self._able(state, model):
             devices = self._free(node, model)
             if devices:
@@ -56,7 +57,10 @@ class Locality(Baseline):
     model is loaded, from DRAM, SSD or remote, its loading queue included; keep-alive, LRU idle
     eviction, no sleep rung. Live migration of running requests is left out."""
 
+    alike_s = 0.1  # waits that differ by less are alike: then by what goes
+
     def choose(self, state: ClusterState, model: Model, now: float) -> Fit | None:
+        """The least wait; then free room, then where the last that goes is worth the least."""
         fits = []
         for node in self._able(state, model):
             rung = node.start_rung(model.spec.source)
@@ -64,14 +68,25 @@ class Locality(Baseline):
             devices = self._free(node, model)
             if devices:
                 wait_s = load_s + self._turn_s(state, node, devices, now)
-                fits.append((wait_s, 0.0, Fit(node.node_id, devices, rung=rung, wait_s=wait_s)))
-            cleared = self._cleared(state, node, model, now, _used_at)
+                fit = Fit(node.node_id, devices, rung=rung, wait_s=wait_s)
+                fits.append((wait_s, float("-inf"), fit))
+            cleared = self._cleared(state, node, model, now, lambda r: self._worth(state, r))
             if cleared is not None and cleared[1]:
-                wait_s = load_s + self._turn_s(state, node, cleared[0], now) + STOP_S
-                fit = Fit(node.node_id, cleared[0], cleared[1], rung=rung, wait_s=wait_s)
-                fits.append((wait_s, cleared[2], fit))
-        best = min(fits, key=lambda f: (round(f[0], 1), f[1]), default=None)
+                devices, ways, last = cleared
+                wait_s = load_s + self._turn_s(state, node, devices, now) + STOP_S
+                fit = Fit(node.node_id, devices, ways, rung=rung, wait_s=wait_s)
+                fits.append((wait_s, last, fit))
+        best = min(fits, key=lambda f: (round(f[0] / self.alike_s), f[1]), default=None)
+        if best is not None:
+            self._chosen(best[1])
         return best[2] if best else None
+
+    def _worth(self, state: ClusterState, replica: Replica) -> float:
+        """What idle replicas are ordered by: the smallest goes first."""
+        return replica.used_at
+
+    def _chosen(self, last: float) -> None:
+        """Take note of the worth of the last one that goes for a choice; -inf: none goes."""
 
 
 STABLE_S, PANIC_S, PANIC_AT = 60.0, 6.0, 2.0  # Knative's defaults
