@@ -1,13 +1,24 @@
-"""Scheduling policies against each other in the simulator: ours, five baselines, ablations.
+"""Scheduling policies against each other in the simulator: ours, baselines, bounds, ablations.
 
-    python bench/policy.py [--quick] [--json] [--workload NAME ...] [--policy NAME ...] [--seed N]
+    python -m bench.policy [--quick] [--json] [--workload NAME ...] [--policy NAME ...] [--seed N]
                            [--traces DIR] [--gpus-for-99]
+    python -m bench.policy --family 40 --out FILE.jsonl [--first-seed 201] [--runs 3] [--jobs 2]
+                           [--policies lru,gdsf,ours] [--ours KEY=VALUE,...]
+                           [--variant LABEL:KEY=VALUE,... ...] [--world KEY=VALUE,...]
+    python -m bench.policy --of f201,arena-4 --out FILE.jsonl ...
+    python -m bench.policy --table FILE ... [--names base,new] [--compare LABEL] [--by-workload]
 
 Every policy leads the same simulated cluster: production agents, router admission, network, H100
 nodes of 8 with 1 TiB of memory and 7 TB of disk, timings by runtime/sim/profile.py; only what
-decides differs (bench/policies/). bench/policies/workloads.py says what the workloads are. Figures
-are of requests that arrive after the warm-up; one that is never answered counts as HOLD_S.
+decides differs (bench/policies/). The first form runs four workloads
+(bench/policies/workloads.py). The second runs a family of random ones (family.py), each for three
+seeds of the simulation on small clusters of several kinds, into a file: what is there already is
+not run again. `--of` names workloads: fSEED of the family, or those of special.py. Keys are fields
+of scheduler/core/turn.py's Settings, or spec.FIELD of the models' specs: `--ours` for the policy
+`ours`, `--variant` for one more under its own label (with those of `--ours`), `--world` for the
+core of every policy. Two trees are compared by running both and giving both files to `--table`.
 
+Figures are of requests that arrive after the warm-up; one that is never answered counts as HOLD_S.
 A cold start is a replica that becomes hot, by the rung it came from: asleep-1, asleep-2 (a wake);
 staged (page cache), cached (disk), remote (a start). GPU-hours *occupied*: devices on which a
 replica starts, wakes, serves, drains or goes to sleep; *held*: bytes really held, in devices.
@@ -17,212 +28,54 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
-import time
-from bisect import bisect_left
-from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
-from unittest.mock import patch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from bench.lib import family_runs, family_table
+from bench.lib.policy_runs import ABLATIONS, DISK, POLICIES, STARTS, Cluster, Figures, run
 from bench.lib.report import Row, print_report
 from bench.policies import workloads as w
-from bench.policies.clairvoyant import Clairvoyant
-from bench.policies.simple import Dedicated, Knative, Locality, Lru
-from cli.simulation import make_node
-from runtime.wire.model_spec import Autoscale, ScaleRules
-from scheduler.core.decisions import Core
-from scheduler.core.turn import Settings
-from scheduler.policy import eviction
-from scheduler.policy.ladder import Descent
-from scheduler.policy.production import Production
-from scheduler.sim.catalog import facts
-from scheduler.sim.policy import PolicyFactory
-from scheduler.sim.report import OBJECTIVE_S, Report, percentile
-from scheduler.sim.rule_checker import OCCUPIES
-from scheduler.sim.simulator import NodePlan, Scenario, Simulation
-from scheduler.state.cluster import ClusterState
 
-HOLD_S = 300.0
-LEAD_S = 5.0
-STARTS = ("staged", "cached", "remote")
-DISK = ("cached", "remote")
 BASELINES = ("lru", "knative", "locality")  # that share the cluster: the best of them counts
-COMMON: dict[str, Any] = {"hold_s": HOLD_S, "target_concurrency": 32}
-NO_SLEEP: dict[str, Any] = {"sleep": "off", "forecast": "off"}
-KPA = Autoscale(up=ScaleRules(), down=ScaleRules())
+NAMED = [name for name in POLICIES if name not in ("gdsf", "lru-sleep", "belady")]
+FAMILY = "lru,knative,locality,gdsf,belady,ours"
 
 
-@dataclass(frozen=True)
-class Contender:
-    """A policy, and what its models' specs say beside COMMON."""
-
-    make: Callable[[w.Case], PolicyFactory]
-    spec: dict[str, Any]
-    by_lru: bool = False  # an ablation: eviction.rank replaced
-
-
-def _core(one: w.Case) -> PolicyFactory:
-    return lambda: Core(Settings(stand_by=True))
-
-
-def _no_stand_by(one: w.Case) -> PolicyFactory:
-    return lambda: Core(Settings())
-
-
-def _all_warm(one: w.Case) -> PolicyFactory:
-    return lambda: Core(choices=Clairvoyant(one.workload.arrivals, LEAD_S))
-
-
-def _no_staging(one: w.Case) -> PolicyFactory:
-    return lambda: Core(choices=Production(stand_by=True, staging=False))
-
-
-def rank_by_lru(
-    state: ClusterState, descent: Descent, now: float, need: int
-) -> tuple[bool, int, int, float]:
-    """In place of scheduler.eviction.rank: the least recently used first, whatever it costs."""
-    priority = state.models[descent.replica.model].spec.priority
-    return descent.busy, priority, 0, -(now - descent.replica.used_at)
-
-
-POLICIES: dict[str, Contender] = {
-    "dedicated": Contender(
-        lambda one: lambda: Core(choices=Dedicated()),
-        NO_SLEEP | {"min_replicas": 1, "max_replicas": 1},
-    ),
-    "lru": Contender(
-        lambda one: lambda: Core(choices=Lru()), NO_SLEEP | {"idle_s": 300.0, "max_replicas": 1}
-    ),
-    "knative": Contender(
-        lambda one: lambda: Core(choices=Knative()), NO_SLEEP | {"idle_s": 60.0, "autoscale": KPA}
-    ),
-    "locality": Contender(
-        lambda one: lambda: Core(choices=Locality()), NO_SLEEP | {"idle_s": 300.0}
-    ),
-    "clairvoyant": Contender(_all_warm, {"forecast": "off"}),
-    "ours": Contender(_core, {}),
-}
-ABLATIONS: dict[str, Contender] = {
-    "ours, no forecast": Contender(_core, {"forecast": "off"}),
-    "ours, no sleep": Contender(_core, {"sleep": "off"}),
-    "ours, no staging": Contender(_no_staging, {}),
-    "ours, no stand-by": Contender(_no_stand_by, {}),
-    "ours, LRU for cost": Contender(_core, {}, by_lru=True),
-}
-
-
-@dataclass
-class Figures:
-    """What one policy came to on one workload, of what arrived after the warm-up."""
-
-    workload: str
-    policy: str
-    gpus: int
-    requests: int
-    answered: int
-    mean_s: float
-    p50_s: float
-    p95_s: float
-    p99_s: float
-    within: float
-    by_rung: dict[str, float]  # cold starts per 1,000 requests
-    gpu_hours_occupied: float
-    gpu_hours_held: float
-    gpu_hours_there: float
-    evictions: int
-    violations: int
-    wall_s: float
-
-    def cold(self, rungs: tuple[str, ...]) -> float:
-        return sum(self.by_rung.get(rung, 0.0) for rung in rungs)
-
-
-def scenario(one: w.Case, contender: Contender, gpus: int, seed: int) -> Scenario:
-    spec = COMMON | {"max_replicas": one.max_replicas} | contender.spec
-    stored = w.models(one, **spec)
-    nodes = [
-        NodePlan(f"n{i:02d}", devices=min(w.NODE_GPUS, gpus - i * w.NODE_GPUS))
-        for i in range(-(-gpus // w.NODE_GPUS))
-    ]
-    return Scenario(
-        nodes=nodes, models=stored, arrivals=one.workload.arrivals, seed=seed, facts=facts(stored),
-        on_disk="none", duration_s=one.workload.duration_s, lead_s=LEAD_S, settle_s=HOLD_S + 30,
-        check=False, strict=False,
-    )  # fmt: skip
-
-
-def run(
-    one: w.Case, name: str, contender: Contender, seed: int, gpus: int | None = None
-) -> tuple[Figures, Report]:
-    """Simulate it."""
+def run_named(one: w.Case, name: str, seed: int, gpus: int | None = None) -> Figures:
+    """A policy on one of the four workloads, on its cluster or on so many GPUs."""
     if gpus is None:
         gpus = w.packed(one) if name == "dedicated" else one.gpus
-    began = time.perf_counter()
-    simulation = Simulation(scenario(one, contender, gpus, seed), make_node, contender.make(one))
-    if contender.by_lru:
-        with patch.object(eviction, "rank", rank_by_lru):
-            report = simulation.run()
-    else:
-        report = simulation.run()
-    return figures(one, name, gpus, report, time.perf_counter() - began), report
-
-
-def figures(one: w.Case, name: str, gpus: int, r: Report, wall_s: float) -> Figures:
-    begins = LEAD_S + one.warm_s
-    ends = LEAD_S + one.workload.duration_s
-    arrivals = one.workload.arrivals
-    requests = len(arrivals) - bisect_left(arrivals, one.warm_s, key=lambda a: a.at_s)
-    answered = [t for t, at in zip(r.ttft, r.arrived, strict=True) if at >= begins]
-    ttft = sorted([*answered, *[HOLD_S] * (requests - len(answered))])
-    climbs = Counter(rung for at, rung in r.climb_times if at >= begins)
-    seen = [used for at, used in r.memory if begins <= at <= ends]
-    held = sum(sum(u.values()) for u in seen) / max(1, len(seen)) / w.GPU_BYTES
-    hours = (ends - begins) / 3600
-    return Figures(
-        one.name, name, gpus, requests, len(answered), sum(ttft) / len(ttft),
-        percentile(ttft, 0.5), percentile(ttft, 0.95), percentile(ttft, 0.99),
-        sum(1 for t in ttft if t <= OBJECTIVE_S) / requests,
-        {rung: 1000 * n / requests for rung, n in sorted(climbs.items())},
-        _occupied_s(r, begins, ends) / 3600, held * hours, gpus * hours,
-        r.evictions, len(r.violations), wall_s,
-    )  # fmt: skip
-
-
-def _occupied_s(r: Report, begins: float, ends: float) -> float:
-    """Device-seconds between the two with at least one replica that is not asleep."""
-    edges: dict[str, list[tuple[float, int]]] = {}
-    for s in r.segments:
-        if s.state.split("-")[0] in OCCUPIES and s.to_s > begins and s.from_s < ends:
-            for device_id in s.device_ids:
-                edges.setdefault(device_id, []).append((max(begins, s.from_s), 1))
-                edges[device_id].append((min(ends, s.to_s), -1))
-    total = 0.0
-    for changes in edges.values():
-        count, since = 0, 0.0
-        for at, change in sorted(changes):
-            if count == 0:
-                since = at
-            count += change
-            if count == 0:
-                total += at - since
-    return total
+    return run(one, name, (POLICIES | ABLATIONS)[name], Cluster(gpus), seed)
 
 
 def gpus_for_99(one: w.Case, most: int, seed: int) -> Figures | None:
-    """Ours on the smallest cluster that answers 99 % within the objective, by quarters."""
-    gpus = one.gpus
-    while gpus < most:
-        found, _ = run(one, "ours", POLICIES["ours"], seed, gpus)
+    """Ours on about the smallest cluster that answers 99 % within the objective, by bisection.
+
+    None: not on `most` either. The end is known to one GPU in sixteen.
+    """
+
+    def tried(gpus: int) -> Figures:
+        found = run_named(one, "ours", seed, gpus)
         print(f"  {one.name}: {gpus} GPUs: {found.within:.4f}", file=sys.stderr, flush=True)
+        return found
+
+    best = tried(most)
+    if best.within < 0.99:
+        return None
+    too_few, enough = 0, most
+    while enough - too_few > max(1, enough // 16):
+        middle = (too_few + enough) // 2
+        found = tried(middle)
         if found.within >= 0.99:
-            return found
-        gpus += max(1, gpus // 4)
-    return None
+            best, enough = found, middle
+        else:
+            too_few = middle
+    return best
 
 
 def rows(found: dict[tuple[str, str], Figures]) -> list[Row]:
@@ -284,48 +137,117 @@ def table(found: list[Figures]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--traces", type=Path, default=Path("../shared/traces"))
-    parser.add_argument("--workload", nargs="+", choices=w.NAMES, default=list(w.NAMES))
-    parser.add_argument("--policy", nargs="+", choices=[*POLICIES, *ABLATIONS])
-    parser.add_argument(
-        "--gpus-for-99", action="store_true", help="enlarge ours until 99 %% is met"
+    """Run what the command line asks for."""
+    o = _options()
+    try:
+        if o.table:
+            _print_table(o)
+        elif o.family or o.of:
+            _family(o)
+        else:
+            _named(o)
+    except family_runs.Mistake as mistake:
+        sys.exit(f"bench/policy.py: {mistake}")
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--quick", action="store_true", help="small clusters, 10 minutes")
-    parser.add_argument("--json", action="store_true")
-    parser.add_argument("--save", type=Path, help="write all figures to this file, as JSON lines")
+    named = parser.add_argument_group("the four workloads")
+    named.add_argument("--traces", type=Path, default=Path("../shared/traces"))
+    named.add_argument("--workload", nargs="+", choices=w.NAMES, default=list(w.NAMES))
+    named.add_argument("--policy", nargs="+", choices=[*POLICIES, *ABLATIONS])
+    named.add_argument(
+        "--gpus-for-99", action="store_true", help="fewest GPUs for 99 %% within 5 s"
+    )
+    named.add_argument("--seed", type=int, default=1)
+    named.add_argument("--quick", action="store_true", help="small clusters, 10 minutes")
+    named.add_argument("--json", action="store_true")
+    named.add_argument("--save", type=Path, help="write all figures to this file, as JSON lines")
+    many = parser.add_argument_group("the family")
+    many.add_argument("--family", type=int, metavar="N", help="so many workloads")
+    many.add_argument("--first-seed", type=int, default=201)
+    many.add_argument("--of", metavar="NAME,...", help="these workloads in place of --family")
+    many.add_argument("--policies", default=FAMILY, metavar="NAME,...")
+    many.add_argument("--ours", metavar="KEY=VALUE,...")
+    many.add_argument("--variant", action="append", default=[], metavar="LABEL:KEY=VALUE,...")
+    many.add_argument("--world", default="", metavar="KEY=VALUE,...")
+    many.add_argument("--runs", type=int, default=3, help="seeds of the simulation a workload")
+    many.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
+    many.add_argument("--out", type=Path, help="the file of cells")
+    shown = parser.add_argument_group("the table of such files")
+    shown.add_argument("--table", type=Path, nargs="+", metavar="FILE")
+    shown.add_argument("--names", default="", metavar="NAME,...", help="of the files' trees")
+    shown.add_argument("--compare", metavar="LABEL", help="compare every policy with this one")
+    shown.add_argument("--by-workload", action="store_true", help="each workload's figures too")
     o = parser.parse_args()
-    chosen = {**POLICIES, **ABLATIONS}
-    names = o.policy or (list(POLICIES) if o.quick else list(chosen))
+    if (o.family or o.of) and not o.out:
+        parser.error("--family and --of need --out FILE")
+    return o
+
+
+def _family(o: argparse.Namespace) -> None:
+    seeds = range(o.first_seed, o.first_seed + (o.family or 0))
+    workloads = o.of.split(",") if o.of else [f"f{seed}" for seed in seeds]
+    for name in workloads:
+        family_runs.check_name(name)
+    found = family_runs.variants(o.policies, o.ours, o.variant)
+    world = family_runs.parse_settings(o.world)
+    family_runs.run_all(family_runs.cells(workloads, found, o.runs, world), o.out, o.jobs)
+    o.table = [o.out]
+    _print_table(o)
+
+
+def _print_table(o: argparse.Namespace) -> None:
+    """Files of one name are one tree's cells."""
+    names = o.names.split(",") if o.names else [""] * len(o.table)
+    if len(names) != len(o.table):
+        raise family_runs.Mistake(f"--names has {len(names)} names for {len(o.table)} files")
+    lines: dict[str, list[family_table.Line]] = {}
+    for name, path in zip(names, o.table, strict=True):
+        if not path.exists():
+            raise family_runs.Mistake(f"there is no file {path}")
+        lines.setdefault(name, []).extend(family_runs.read(path))
+    trees = [family_table.Named(n, family_table.Results(found)) for n, found in lines.items()]
+    print(family_table.table(trees, o.compare))
+    if o.by_workload:
+        print(family_table.by_workload(trees))
+
+
+def _named(o: argparse.Namespace) -> None:
+    names = o.policy or ([*NAMED] if o.quick else [*NAMED, *ABLATIONS])
     found: dict[tuple[str, str], Figures] = {}
     for workload in o.workload:
         one = w.case(workload, o.traces, o.seed, o.quick)
         if not o.json:
-            print(
-                f"\n{workload}: {len(one.sizes)} models, {len(one.workload.arrivals)} requests in"
-                f" {one.workload.duration_s:.0f} s, {one.gpus} GPUs; models called within 60 s take"
-                f" {100 * w.working_set(one, 60):.0f} % of the memory", flush=True,
-            )  # fmt: skip
+            print(_about(one), flush=True)
         for name in names:
-            f, _ = run(one, name, chosen[name], o.seed)
-            found[workload, name] = f
+            found[workload, name] = f = run_named(one, name, o.seed)
             print(
                 f"  {name}: {f.wall_s:.0f} s, mean {f.mean_s:.2f} p95 {f.p95_s:.2f} p99"
                 f" {f.p99_s:.1f}, violations {f.violations}", file=sys.stderr, flush=True,
             )  # fmt: skip
         if o.gpus_for_99 and (workload, "dedicated") in found:
-            most = found[workload, "dedicated"].gpus
-            if (enough := gpus_for_99(one, most, o.seed)) is not None:
+            enough = gpus_for_99(one, found[workload, "dedicated"].gpus, o.seed)
+            if enough is not None:
                 found[workload, "ours, for 99 %"] = enough
+        of_it = {policy: f for (name, policy), f in found.items() if name == workload}
         if not o.json:
-            print(table([f for (name, _), f in found.items() if name == workload]))
+            print(table(list(of_it.values())))
         if o.save:
             with o.save.open("a") as file:
-                for (name, policy), f in found.items():
-                    if name == workload:
-                        file.write(json.dumps(asdict(f) | {"policy": policy}) + "\n")
+                for policy, f in of_it.items():
+                    file.write(json.dumps(asdict(f) | {"policy": policy}) + "\n")
     print_report("bench/policy.py", rows(found), o.json)
+
+
+def _about(one: w.Case) -> str:
+    return (
+        f"\n{one.name}: {len(one.sizes)} models, {len(one.workload.arrivals)} requests in"
+        f" {one.workload.duration_s:.0f} s, {one.gpus} GPUs; models called within 60 s take"
+        f" {100 * w.working_set(one, 60):.0f} % of the memory"
+    )
 
 
 if __name__ == "__main__":

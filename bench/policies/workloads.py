@@ -88,7 +88,7 @@ def case(name: str, folder: Path, seed: int, quick: bool) -> Case:
             gpus = 8 if quick else 64
         case _:
             raise ValueError(f"there is no workload {name!r}; use {', '.join(NAMES)}")
-    sizes = _dealt(len(workload.models), random)
+    sizes = dealt(len(workload.models), random)
     return Case(name, gpus, workload, warm_s, sizes, 2 if name == "bursts" else 1)
 
 
@@ -121,7 +121,7 @@ def _servegen(folder: Path, random: Random, duration_s: float, quick: bool) -> W
 NAMES = ("servegen", "functions", "bursts", "powerlaw")
 
 
-def _dealt(count: int, random: Random) -> tuple[tuple[float, int], ...]:
+def dealt(count: int, random: Random) -> tuple[tuple[float, int], ...]:
     """A size for each of `count` models, as close to MIX as whole models come."""
     sizes = [(b, tp) for b, share, tp in MIX for _ in range(round(share * count))]
     sizes = (sizes + [(8.0, 1)] * count)[:count]
@@ -135,6 +135,12 @@ def models(one: Case, **spec: object) -> list[StoredModel]:
         sized(name, billions, tp, **spec)
         for name, (billions, tp) in zip(one.workload.models, one.sizes, strict=True)
     ]
+
+
+def replica_bytes(name: str, size: tuple[float, int]) -> int:
+    """Bytes that a replica of that size books, on all its devices together."""
+    stored = sized(name, *size)
+    return stored.effective().booked_bytes() * size[1]
 
 
 def packed(one: Case) -> int:
@@ -168,9 +174,9 @@ def working_set(one: Case, keep_s: float) -> float:
     """The share of the cluster's device memory that models called within `keep_s` would take, by
     time: what it is offered. Worked example: one model of 40 GiB, called once in 600 s, kept for 60
     s, on one GPU of 80 GiB: 60 x 40 / (600 x 80) = 0.05."""
-    size = {
-        s.spec.name: s.effective().booked_bytes() * s.spec.tensor_parallel_size for s in models(one)
-    }
+    size = dict(
+        zip(one.workload.models, map(replica_bytes, one.workload.models, one.sizes), strict=True)
+    )
     until: dict[str, float] = {}
     total = 0.0
     for arrival in one.workload.arrivals:
