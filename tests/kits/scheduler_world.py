@@ -171,6 +171,11 @@ class FakeNode:
         )  # fmt: skip
 
 
+def one_gpu(gib: int = 24) -> FakeNode:
+    """A node with one device."""
+    return FakeNode("n1", {"g0": gib * GIB})
+
+
 class World:
     """Drive it with `put`, `wait_for`, `serve`, `run`; look at `core.state` and `table`."""
 

@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.kits.scheduler_world import GIB, FakeNode, World, spec
-
-
-def one_gpu() -> FakeNode:
-    return FakeNode("n1", {"g0": 24 * GIB})
+from tests.kits.scheduler_world import World, one_gpu, spec
 
 
 def test_a_batch_takes_free_room() -> None:
