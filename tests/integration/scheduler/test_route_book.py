@@ -13,19 +13,8 @@ from runtime.registry.embedded import EmbeddedRegistry
 from runtime.registry.protocol import RegistryError
 from runtime.wire.routes import DemandReport, RouteTable, TargetCounts
 from scheduler import audit
-from tests.integration.scheduler.test_scheduler import (
-    A,
-    Agent,
-    Client,
-    agent,
-    leading,
-    registry,
-    scheduler,
-    session,
-    until,
-)
+from tests.kits.scheduler_http import A, Agent, Client, leading, scheduler, until
 
-__all__ = ["agent", "registry", "session"]  # fixtures
 RULE = {"name": "r", "targets": [{"model": "a"}, {"model": "b", "weight": 0}]}
 CANARY = {"model": "b", "steps": [10, 40], "interval_s": 0.2, "min_requests": 5}
 
