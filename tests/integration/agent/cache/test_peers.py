@@ -9,11 +9,10 @@ import pytest
 from aiohttp import web
 from huggingface_hub import constants
 
-from agent.cache import fetch
 from agent.cache.errors import CacheError
 from runtime.checkpoints.model_files import model_id
 from runtime.registry.protocol import RegistryError
-from tests.kits.cache_nodes import Nodes, leftovers, read_model, sha256, until
+from tests.kits.cache_nodes import leftovers, read_model, sha256, until
 from tests.kits.fake_hub import LFS_BYTES, FakeHub
 
 MB = 10**6
@@ -27,13 +26,6 @@ FILES = {
     ".gitattributes": b"x",
 }
 WANTED = {name: FILES[name] for name in list(FILES)[:3]}
-
-
-@pytest.fixture
-async def nodes(tmp_path, monkeypatch):
-    monkeypatch.setattr(fetch, "RANGE_BYTES", RANGE)
-    async with Nodes(tmp_path) as nodes:
-        yield nodes
 
 
 @pytest.fixture
