@@ -4,21 +4,14 @@ from __future__ import annotations
 
 import asyncio
 
-import aiohttp
 import msgspec
 import pytest
 
 from runtime.checkpoints.model_files import CacheView
-from runtime.registry.embedded import EmbeddedRegistry
 from runtime.wire.agent_messages import Inspection, SleepReplica, WakeReplica
 from tests.kits.agent_process import (
     TOKEN,
-    AgentProcess,
-    Client,
-    FakeScheduler,
     bearer,
-    kill_all,
-    make_config,
     spec,
     start,
     stop,
@@ -57,38 +50,8 @@ async def hub(tmp_path):
 
 
 @pytest.fixture
-async def client():
-    async with aiohttp.ClientSession() as session:
-        yield Client(session)
-
-
-@pytest.fixture
-async def scheduler(tmp_path):
-    (tmp_path / "state").mkdir()
-    registry = EmbeddedRegistry(make_config(tmp_path).registry_file())
-    scheduler = FakeScheduler()
-    await scheduler.open()
-    await scheduler.lead(registry)
-    yield scheduler
-    await scheduler.close()
-    await registry.close()
-
-
-@pytest.fixture
-async def launch(tmp_path, scheduler, hub):
-    """Starts agents on one state_dir; in the end no process of theirs is left."""
-    agents: list[AgentProcess] = []
-    env = {"HF_ENDPOINT": hub.url, "HF_TOKEN": hub.token}
-
-    async def launch() -> AgentProcess:
-        agents.append(AgentProcess(make_config(tmp_path), tmp_path, env))
-        return await agents[-1].ready()
-
-    yield launch
-    for one in agents:
-        one.close()
-    kill_all(make_config(tmp_path))
-    print((tmp_path / "agent.log").read_text())
+def agent_env(hub) -> dict[str, str]:
+    return {"HF_ENDPOINT": hub.url, "HF_TOKEN": hub.token}
 
 
 def model(**adapters):

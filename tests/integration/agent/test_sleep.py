@@ -7,21 +7,14 @@ import json
 import os
 import signal
 
-import aiohttp
 import pytest
 
-from runtime.registry.embedded import EmbeddedRegistry
 from runtime.wire.agent_messages import SleepReplica, WakeReplica
 from tests.kits.agent_process import (
     DEVICE,
     TOKEN,
-    AgentProcess,
-    Client,
-    FakeScheduler,
     alive,
     bearer,
-    kill_all,
-    make_config,
     processes,
     spec,
     start,
@@ -31,40 +24,6 @@ from tests.kits.agent_process import (
 
 GIB = 2**30
 QUICK = {"start_s": 0.0, "ttft_s": 0.0, "sleep_s": 0.0, "wake_1_s": 0.0, "wake_2_s": 0.0}
-
-
-@pytest.fixture
-async def client():
-    async with aiohttp.ClientSession() as session:
-        yield Client(session)
-
-
-@pytest.fixture
-async def scheduler(tmp_path):
-    (tmp_path / "state").mkdir()
-    registry = EmbeddedRegistry(make_config(tmp_path).registry_file())
-    scheduler = FakeScheduler()
-    await scheduler.open()
-    await scheduler.lead(registry)
-    yield scheduler
-    await scheduler.close()
-    await registry.close()
-
-
-@pytest.fixture
-async def launch(tmp_path, scheduler):
-    """Starts agents on one state_dir; in the end no process of theirs is left."""
-    agents: list[AgentProcess] = []
-
-    async def launch() -> AgentProcess:
-        agents.append(AgentProcess(make_config(tmp_path), tmp_path))
-        return await agents[-1].ready()
-
-    yield launch
-    for one in agents:
-        one.close()
-    kill_all(make_config(tmp_path))
-    print((tmp_path / "agent.log").read_text())
 
 
 def sleep(replica_id="m-1", level=1, grace_s=20.0):
