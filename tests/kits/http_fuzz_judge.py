@@ -1,5 +1,7 @@
-"""What is wrong with what came of a case of `http_fuzz_cases.py`, by h11's reading of all bytes:
-another parser than those of the router. Pure."""
+"""What is wrong with what came of a case of `http_fuzz_requests.py` or `http_fuzz_answers.py`.
+
+By h11's reading of all bytes: another parser than those of the router. Pure.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,8 @@ from typing import NamedTuple
 
 import h11
 
-from tests.kits.http_fuzz_cases import HEAD_BYTES, STRAY, Answer, Case
+from tests.kits.http_fuzz_answers import Answer
+from tests.kits.http_fuzz_requests import HEAD_BYTES, STRAY, Case
 
 OWN_5XX = (501, 505)  # that a bad request may get
 

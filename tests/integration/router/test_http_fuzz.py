@@ -22,9 +22,10 @@ import pytest
 
 from runtime.router.admission import breaker, decisions
 from runtime.wire.routes import Endpoint
-from tests.kits import http_fuzz_cases as cases
 from tests.kits import http_fuzz_judge as judge
 from tests.kits import router_stack as kit
+from tests.kits.http_fuzz_answers import Answer, answers, question
+from tests.kits.http_fuzz_requests import LAST, STRAY, Case, requests
 
 SEED = int(os.environ.get("STOKER_FUZZ_SEED", "9"))
 COUNT = int(os.environ.get("STOKER_FUZZ_COUNT", "300"))
@@ -39,7 +40,7 @@ _LENGTH = re.compile(rb"\r\ncontent-length: (\d+)\r\n", re.IGNORECASE)
 class RawEngine:
     """Keeps the bytes of each request; answers by `says`, or with a plain good answer."""
 
-    def __init__(self, says: list[cases.Answer] | None = None) -> None:
+    def __init__(self, says: list[Answer] | None = None) -> None:
         self.says = says
         self.seen: dict[int, list[bytes]] = defaultdict(list)
         self.lost: list[bytes] = []  # belongs to no case
@@ -142,7 +143,7 @@ async def side_by_side(work: list[Callable[[], Coroutine[Any, Any, None]]]) -> N
 
 @contextlib.asynccontextmanager
 async def serving(
-    state_dir: Path, models: list[str], says: list[cases.Answer] | None = None
+    state_dir: Path, models: list[str], says: list[Answer] | None = None
 ) -> AsyncIterator[tuple[kit.Stack, RawEngine]]:
     async with kit.stack(state_dir) as stack:
         engine = await RawEngine(says).start()
@@ -169,7 +170,7 @@ async def test_odd_requests_get_one_answer_and_reach_no_engine_unframed(
     faults: list[str] = []
     async with serving(tmp_path, ["m"]) as (stack, engine):
 
-        async def one(case: cases.Case) -> None:
+        async def one(case: Case) -> None:
             data, ended = await exchange(stack.url, case.pieces, CUT_S if case.cut else 20.0)
             wrong = judge.judge_request(case, data, engine.seen[case.number])
             if not ended and not case.cut and judge.read_requests(case.data).end != "short":
@@ -178,7 +179,7 @@ async def test_odd_requests_get_one_answer_and_reach_no_engine_unframed(
                 faults.append(f"case {case.number} {case.names}: {wrong}\n  {case.data[:600]!r}")
 
         target = path.replace(b"%b", b"m")
-        tries = [lambda case=case: one(case) for case in cases.requests(SEED, COUNT, target)]
+        tries = [lambda case=case: one(case) for case in requests(SEED, COUNT, target)]
         await side_by_side(tries)
         assert len(engine.seen) > COUNT / 10, "hardly any request reached the engine"
         assert not engine.lost, told([repr(data[:300]) for data in engine.lost])
@@ -193,16 +194,14 @@ async def test_odd_answers_arrive_whole_or_as_errors_or_break_visibly(
         monkeypatch.setattr(module, name, 0.05)  # else each that is tried again takes 8 s
     monkeypatch.setattr(breaker, "PROBE_S", 0.05)
     faults: list[str] = []
-    says = list(cases.answers(SEED, COUNT // 2))
+    says = list(answers(SEED, COUNT // 2))
     models = [f"m{answer.number}" for answer in says]
     async with serving(tmp_path, models, says) as (stack, _engine):
 
-        async def one(answer: cases.Answer) -> None:
+        async def one(answer: Answer) -> None:
             model = f"m{answer.number}"
             target = path.replace(b"%b", model.encode())
-            data, ended = await exchange(
-                stack.url, [cases.question(answer, target, model)], DEADLINE_S
-            )
+            data, ended = await exchange(stack.url, [question(answer, target, model)], DEADLINE_S)
             wrong = judge.judge_answer(answer, data) if ended else ["it hangs"]
             if wrong:
                 shown = f"\n  said {answer.data[:300]!r}\n  told {data[:500]!r}"
@@ -220,8 +219,8 @@ OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}"
 LAST_OK = b"HTTP/1.1 200 OK\r\nContent-Length: 3\r\nConnection: close\r\n\r\nok\n"
 
 
-def asked(data: bytes, *, refused: bool = False) -> cases.Case:
-    return cases.Case(0, ("planted",), data + cases.LAST, [data + cases.LAST], refused)
+def asked(data: bytes, *, refused: bool = False) -> Case:
+    return Case(0, ("planted",), data + LAST, [data + LAST], refused)
 
 
 def test_the_judge_of_requests_is_content_with_what_is_right() -> None:
@@ -244,13 +243,13 @@ def test_the_judge_of_requests_is_content_with_what_is_right() -> None:
     ],
 )
 def test_the_judge_of_requests_sees_what_is_wrong(
-    case: cases.Case, data: bytes, seen: list[bytes], fault: str
+    case: Case, data: bytes, seen: list[bytes], fault: str
 ) -> None:
     assert fault in " ".join(judge.judge_request(case, data, seen))
 
 
-def said(data: bytes, end: str = "keep") -> cases.Answer:
-    return cases.Answer(0, "good", (data,), end)
+def said(data: bytes, end: str = "keep") -> Answer:
+    return Answer(0, "good", (data,), end)
 
 
 @pytest.mark.parametrize(
@@ -262,13 +261,11 @@ def said(data: bytes, end: str = "keep") -> cases.Answer:
         (said(b"", "close"), b"", "neither an answer"),
         (said(OK[:-1], "close"), OK[:-1].replace(b": 2", b": 1") + LAST_OK, "half an answer"),
         (said(OK), OK.replace(b"200 OK", b"502 No") + LAST_OK, "a failure in no shape"),
-        (said(OK), OK + cases.STRAY, "no part of its answer"),
+        (said(OK), OK + STRAY, "no part of its answer"),
         (said(OK), OK + b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}", "second answer is"),
         (said(OK), OK.replace(b"OK\r\n", b"OK\r\nX: case-7.\r\n") + LAST_OK, "parts of others'"),
     ],
 )
-def test_the_judge_of_answers_sees_what_is_wrong(
-    answer: cases.Answer, data: bytes, fault: str
-) -> None:
+def test_the_judge_of_answers_sees_what_is_wrong(answer: Answer, data: bytes, fault: str) -> None:
     assert judge.judge_answer(answer, OK + LAST_OK) == [] or answer.data != OK
     assert fault in " ".join(judge.judge_answer(answer, data))
