@@ -13,9 +13,9 @@ import yaml
 
 from runtime.registry.consul import ConsulRegistry
 from runtime.registry.protocol import RegistryError
-from tests.contract.test_registry_services import service
 from tests.kits.checkout import ROOT
 from tests.kits.consul_server import MISSING, bootstrap_token, consul_is_installed, consul_server
+from tests.kits.registry_services import service
 
 pytestmark = [
     pytest.mark.consul,

@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable
 import pytest
 
 from runtime.registry.protocol import Registry
-from tests.contract.test_registry_services import service
+from tests.kits.registry_services import service
 from tests.kits.registry_waits import eventually, still_waits
 
 Change = Callable[[Registry, str], Awaitable[object]]

@@ -14,8 +14,8 @@ from runtime.contract.config import Config, RegistryConfig
 from runtime.registry.consul import ConsulRegistry
 from runtime.registry.open import open_registry
 from runtime.registry.protocol import Registry, RegistryError
-from tests.contract.test_registry_services import service
 from tests.kits.consul_server import MISSING, bootstrap_token, consul_is_installed, consul_server
+from tests.kits.registry_services import service
 from tests.kits.registry_waits import eventually, still_waits
 
 needs_consul = pytest.mark.skipif(not consul_is_installed(), reason=MISSING)

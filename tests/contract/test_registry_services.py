@@ -4,19 +4,9 @@ from __future__ import annotations
 
 import asyncio
 
-from runtime.registry.protocol import Registry, Service
+from runtime.registry.protocol import Registry
+from tests.kits.registry_services import service
 from tests.kits.registry_waits import eventually
-
-
-def service(base: str, suffix: str = "1", **changes: object) -> Service:
-    fields: dict[str, object] = {
-        "service_id": f"{base}-{suffix}",
-        "name": base,
-        "address": "127.0.0.1",
-        "port": 4000,
-        "meta": {"url": "http://127.0.0.1:4000/é?a=b&c", "version": "0.1.0", "empty": ""},
-    }
-    return Service(**{**fields, **changes})  # type: ignore[arg-type]
 
 
 async def test_another_client_finds_it_whole(registry: Registry, other: Registry, base: str):

@@ -10,8 +10,8 @@ import pytest
 from runtime.registry.consul import ConsulRegistry
 from runtime.registry.embedded import EmbeddedRegistry
 from runtime.registry.protocol import Registry, RegistryError
-from tests.contract.test_registry_services import service
 from tests.kits.consul_server import free_ports
+from tests.kits.registry_services import service
 
 CALLS: dict[str, Callable[[Registry], Awaitable[object]]] = {
     "register the-name-1": lambda r: r.register(service("the-name"), 10),

@@ -12,7 +12,7 @@ import pytest
 from click.testing import CliRunner
 
 from cli.main import stoker
-from tests.sim.test_traces import AZURE
+from tests.kits.azure_trace import AZURE
 
 SMALL = ["simulate", "--models", "3", "--gpus", "1", "--duration", "120", "--rate", "0.5"]
 

@@ -11,12 +11,8 @@ from random import Random
 import pytest
 
 from scheduler.sim import trace_files, traces
+from tests.kits.azure_trace import AZURE
 
-AZURE = """TIMESTAMP,ContextTokens,GeneratedTokens
-2023-11-16 18:17:03.9799600,4808,10
-2023-11-16 18:17:04.4799600,3180,8
-2023-11-16 18:17:09.9799600,110,27
-"""
 MOONCAKE = """{"timestamp": 0, "input_length": 6758, "output_length": 500, "hash_ids": [0]}
 {"timestamp": 2500, "input_length": 7322, "output_length": 490, "hash_ids": [0]}
 """

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from tests.integration.router.test_tenants import token
 from tests.kits import router_stack as kit
+from tests.kits.router_keys import token
 from tests.kits.router_stack import Stack, unary
 
 if sys.version_info >= (3, 14):

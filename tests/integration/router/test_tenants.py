@@ -12,12 +12,13 @@ from typing import Any
 import aiohttp
 import pytest
 
-from runtime.contract.access import KEY_PREFIX, KeySpec, Limits, Scope, StoredKey, Used, digest
+from runtime.contract.access import Limits, Scope, Used
 from runtime.router.jobs import invokes
 from runtime.router.jobs.store import file_rows, held_rows
 from runtime.router.jobs.store.database import Store
 from runtime.router.jobs.store.tenants import Owner
 from tests.kits import router_stack as kit
+from tests.kits.router_keys import ask, key
 from tests.kits.router_stack import Stack, eventually, unary
 
 LATER = {"Prefer": "respond-async"}
@@ -25,17 +26,6 @@ LINE = {
     "custom_id": "1", "method": "POST", "url": "/v1/chat/completions",
     "body": {"model": "alpha", "messages": []},
 }  # fmt: skip
-
-
-def token(name: str) -> str:
-    return KEY_PREFIX + name.ljust(10, "0") + "-" + "s" * 43
-
-
-def key(name: str, tenant: str, **spec: Any) -> StoredKey:
-    return StoredKey(
-        key_id=name.ljust(10, "0"), digest=digest(token(name)), created_at=0.0,
-        spec=KeySpec(tenant=tenant, **spec),
-    )  # fmt: skip
 
 
 KEYS = (
@@ -67,24 +57,6 @@ async def with_keys(stack: Stack) -> None:
     async with asyncio.timeout(kit.DEADLINE_S):
         while (await ask(stack, "acme", "GET", "/v1/models"))[0] != 200:
             await asyncio.sleep(0.02)
-
-
-async def ask(
-    stack: Stack, name: str, method: str, path: str, body: Any = None, **headers: str
-) -> tuple[int, Any, Any]:
-    """Status, body and headers of a call by the key of that name."""
-    given = {"Authorization": f"Bearer {token(name)}", **headers}
-    data = body
-    if isinstance(body, dict):
-        data = json.dumps(body)
-        given["Content-Type"] = "application/json"
-    url = stack.url + path
-    async with stack.session.request(method, url, data=data, headers=given) as response:
-        text = await response.read()
-        try:
-            return response.status, json.loads(text), response.headers
-        except ValueError:
-            return response.status, text, response.headers
 
 
 async def submit(stack: Stack, name: str, model: str = "alpha") -> tuple[int, Any, Any]:

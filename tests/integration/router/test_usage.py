@@ -14,8 +14,8 @@ import pytest
 
 from runtime.contract.access import Limits, Used
 from runtime.wire.routes import CacheRule
-from tests.integration.router.test_tenants import key, token
 from tests.kits import router_stack as kit
+from tests.kits.router_keys import key, token
 from tests.kits.router_stack import Received, Stack, chunk, eventually
 
 CHAT, COMPLETIONS, MESSAGES = "/v1/chat/completions", "/v1/completions", "/v1/messages"

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from tests.unit.runtime.engine.test_stub import running
+from tests.kits.stub_engine import running
 
 PROMPT = {"role": "user", "content": "alpha beta"}
 
