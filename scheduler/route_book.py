@@ -13,7 +13,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from typing import Protocol
 
 import msgspec
 from msgspec import Struct
@@ -29,9 +28,9 @@ from runtime.contract.route_rules import (
 from runtime.outside import decode
 from runtime.registry.protocol import RegistryError
 from runtime.wire.model_spec import ModelSpec
-from runtime.wire.routes import DemandReport, RouteRule, RouteTable
+from runtime.wire.routes import DemandReport, RouteRule
 from scheduler.audit import AuditTrail
-from scheduler.core.decisions import Core
+from scheduler.driver import Driver
 from scheduler.errors import Conflict, Invalid, bad, unknown
 from scheduler.policy.route_canary import Counts, Observed, judge
 from scheduler.state import messages as m
@@ -61,29 +60,15 @@ class StoredRoute(Struct, frozen=True, kw_only=True):
     switch: Switch | None = None
 
 
-class Cluster(Protocol):
-    """What a rule book has to do with beside the registry: the scheduler that it belongs to."""
-
-    core: Core
-    leads: bool
-    table: RouteTable | None
-
-    def now(self) -> float:
-        """The clock of all events."""
-
-    def apply(self, event: m.Event) -> None:
-        """Hand an event to the core."""
-
-
 class RuleBook:
     """All routes of the cluster; only a leader's is in use.
 
     Every change raises Refused where it can't be made, RegistryError where it was not.
     """
 
-    def __init__(self, store: Store, cluster: Cluster) -> None:
+    def __init__(self, store: Store, driver: Driver) -> None:
         self._store = store
-        self._cluster = cluster
+        self._driver = driver
         self.audit = AuditTrail(store)
         self.observed = Observed()
         self.routes: dict[str, StoredRoute] = {}
@@ -104,7 +89,7 @@ class RuleBook:
                 continue
             self.routes[stored.rule.name] = stored
         self.observed, self.verdicts, self._asked_at = Observed(), {}, {}
-        self.changed_at = dict.fromkeys(self.routes, self._cluster.now())
+        self.changed_at = dict.fromkeys(self.routes, self._driver.now())
         await self.audit.load()
         return self.rules()
 
@@ -228,7 +213,7 @@ class RuleBook:
         """Bring canaries and switches on, until cancelled."""
         while True:
             await asyncio.sleep(TICK_S)
-            if not self._cluster.leads or self._cluster.core.state.recovering:
+            if not self._driver.leads or self._driver.core.state.recovering:
                 continue
             try:
                 async with self.lock:
@@ -253,7 +238,7 @@ class RuleBook:
         for target in rule.targets:
             if target.model != canary.model:
                 old = old.plus(self.observed.of(rule.name, target.model))
-        in_step_s = self._cluster.now() - self.changed_at[rule.name]
+        in_step_s = self._driver.now() - self.changed_at[rule.name]
         verdict = judge(canary, stored.step, in_step_s, new, old)
         self.verdicts[rule.name] = verdict.reason
         if verdict.action == "next":
@@ -286,16 +271,16 @@ class RuleBook:
             if green is not None and (why := green.unfit or green.problem or green.waiting_for):
                 reason += f": {why}"
             await self._keep(replace(stored, switch=None), "switch_failed", "switch", reason)
-        elif self._cluster.now() - self._asked_at.get(name, 0.0) >= ASK_AGAIN_S:
+        elif self._driver.now() - self._asked_at.get(name, 0.0) >= ASK_AGAIN_S:
             self._ask_for(name, switch)
 
     def _ask_for(self, route: str, switch: Switch) -> None:
         """Have the target loaded, unless it has just failed and rests."""
-        now, model = self._cluster.now(), self._models().get(switch.to)
+        now, model = self._driver.now(), self._models().get(switch.to)
         if model is not None and model.blocked_until <= now:
             self._asked_at[route] = now
             asked = m.LoadAsked(now=now, model=switch.to, replicas=switch.replicas)
-            self._cluster.apply(asked)
+            self._driver.apply(asked)
 
     # ------------------------------------------------------------------------- inside
 
@@ -307,18 +292,18 @@ class RuleBook:
         self.routes[name] = stored
         self._in_force()
         self._restart_counts(name)
-        self.changed_at[name] = self._cluster.now()
+        self.changed_at[name] = self._driver.now()
         old_rule = old.rule if old else None
         await self.audit.note(who, action, f"route {name}", reason, old_rule, stored.rule)
 
     def _restart_counts(self, name: str) -> None:
-        table = self._cluster.table
+        table = self._driver.table
         self.observed.restart(name, table.version if table else 0)
         for known in (self.verdicts, self.changed_at, self._asked_at):
             known.pop(name, None)
 
     def _in_force(self) -> None:
-        self._cluster.apply(m.RulesSet(now=self._cluster.now(), rules=self.rules()))
+        self._driver.apply(m.RulesSet(now=self._driver.now(), rules=self.rules()))
 
     def _models(self) -> dict[str, Model]:
-        return self._cluster.core.state.models
+        return self._driver.core.state.models

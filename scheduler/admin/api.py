@@ -17,11 +17,14 @@ from prometheus_client import CollectorRegistry, generate_latest
 
 from runtime import outside
 from runtime.contract.access import ROLES, Role
+from runtime.contract.config import Config
 from runtime.contract.spec_file import json_schema
 from runtime.leftovers import drop_packed
 from runtime.registry.protocol import RegistryError
+from scheduler.access import Access
 from scheduler.admin import view_builders
 from scheduler.admin import views as v
+from scheduler.admin.cache_client import CacheClient
 from scheduler.admin.handlers.access_api import AccessApi
 from scheduler.admin.handlers.cache_api import CacheApi
 from scheduler.admin.handlers.internal_api import InternalApi
@@ -43,18 +46,28 @@ from scheduler.admin.openapi import document
 from scheduler.admin.route_table import ADMIN
 from scheduler.driver import Driver
 from scheduler.errors import ChangeRefused
+from scheduler.leadership import Leadership
+from scheduler.route_book import RuleBook
+from scheduler.stored_state import StoredState
 
 VERSION = installed_version("stoker-serve")
 
 
-def make_app(driver: Driver) -> web.Application:
+def make_app(
+    config: Config,
+    driver: Driver,
+    stored: StoredState,
+    rules: RuleBook,
+    access: Access,
+    leadership: Leadership,
+) -> web.Application:
     """The application; its routes are `route_table.ADMIN` and /internal."""
-    api = Api(driver)
+    api = Api(config, driver, stored, rules, access, leadership)
     app = web.Application(middlewares=[_errors, api.guard], client_max_size=8 * 2**20)
     app.on_response_prepare.append(drop_packed)
     for route in ADMIN:
         app.router.add_route(route.method, route.path, attrgetter(route.handler)(api))
-    app.router.add_routes(InternalApi(driver).route_defs())
+    app.router.add_routes(InternalApi(driver, rules, access, leadership).route_defs())
     return app
 
 
@@ -85,15 +98,27 @@ _MODEL_CHANGES = ("models.create_model", "models.put_model", "models.delete_mode
 class Api:
     """One handler a route; `guard` runs before each."""
 
-    def __init__(self, driver: Driver) -> None:
-        self.driver = driver
-        self.core = driver.core
-        self.models = ModelApi(driver)
+    def __init__(
+        self,
+        config: Config,
+        driver: Driver,
+        stored: StoredState,
+        rules: RuleBook,
+        access: Access,
+        leadership: Leadership,
+    ) -> None:
+        self._config = config
+        self._driver = driver
+        self._core = driver.core
+        self._access = access
+        self._leadership = leadership
+        self._book = rules
+        self.models = ModelApi(driver, stored, rules)
         self.replicas = ReplicaApi(driver)
-        self.nodes = NodeApi(driver)
-        self.caches = CacheApi(driver)
-        self.access = AccessApi(driver.access)
-        self.rules = RouteApi(driver)
+        self.nodes = NodeApi(driver, stored)
+        self.caches = CacheApi(CacheClient(driver.core, driver.agents))
+        self.access = AccessApi(access)
+        self.rules = RouteApi(driver, rules)
         self._open = {(r.method, r.path) for r in ADMIN if r.open}
         self._standby = {(r.method, r.path) for r in ADMIN if r.standby}
         self._needs = {(r.method, r.path): r.needs for r in ADMIN}
@@ -116,8 +141,8 @@ class Api:
         if (request.method, path) not in self._open and resource is not None:
             if not (path == "/metrics" and self._is_scraper(request)):
                 await self._check_token(request, self._needs.get((request.method, path)))
-            if not self.driver.leads and (request.method, path) not in self._standby:
-                await not_leading(self.driver)
+            if not self._driver.leads and (request.method, path) not in self._standby:
+                await not_leading(self._leadership)
         response: web.StreamResponse = await handler(request)
         if response.status < 400 and (request.method, path) in self._audited:
             await self._audit(request, self._audited[request.method, path])
@@ -125,24 +150,23 @@ class Api:
 
     async def _audit(self, request: web.Request, action: str) -> None:
         """Note who changed a model or whose access; secrets and bodies are left out."""
-        book = self.driver.rules
-        async with book.lock:
+        async with self._book.lock:
             subject = request.get(SUBJECT, request.path)
-            await book.audit.note(request[WHO], action, subject, "by the admin API")
+            await self._book.audit.note(request[WHO], action, subject, "by the admin API")
 
     def _is_scraper(self, request: web.Request) -> bool:
-        token = self.driver.config.metrics_token
+        token = self._config.metrics_token
         given = request.headers.get("Authorization", "").removeprefix("Bearer ")
         return bool(token) and hmac.compare_digest(outside.header(given), token.encode())
 
     async def _check_token(self, request: web.Request, needs: Role | None) -> None:
         """`needs`: the least role; None where only the cluster's own token counts."""
-        token = self.driver.config.cluster_token
+        token = self._config.cluster_token
         given = request.headers.get("Authorization", "").removeprefix("Bearer ")
         if not token or hmac.compare_digest(outside.header(given), token.encode()):
             request[WHO] = "cluster"
             return
-        known = await self.driver.access.admin(given, self.driver.leads) if needs else None
+        known = await self._access.admin(given, self._driver.leads) if needs else None
         if known is None or needs is None:
             raise AdminError(
                 401, "the token is missing or wrong: send Authorization: Bearer <token>"
@@ -156,19 +180,19 @@ class Api:
 
     async def show_queue(self, _: web.Request) -> web.Response:
         """Show the requests that wait and are in flight, by model."""
-        return reply(view_builders.queue(self.core))
+        return reply(view_builders.queue(self._core))
 
     async def list_cold_starts(self, request: web.Request) -> web.Response:
         """List the post-mortems of cold starts and wakes."""
         limit = whole_number(request, "limit", 50)
         model = request.query.get("model")
-        return reply(view_builders.cold_starts(self.core, self.driver.now(), limit, model))
+        return reply(view_builders.cold_starts(self._core, self._driver.now(), limit, model))
 
     async def list_decisions(self, request: web.Request) -> web.Response:
         """List what was decided, and why."""
         limit = whole_number(request, "limit", 100)
         model = request.query.get("model")
-        return reply(view_builders.decisions(self.core, self.driver.now(), limit, model))
+        return reply(view_builders.decisions(self._core, self._driver.now(), limit, model))
 
     # ------------------------------------------------------------------------------- open
 
@@ -186,7 +210,7 @@ class Api:
         return reply(health, 200 if health.status == "ok" else 503)
 
     def _health(self) -> v.Health:
-        state, leads = self.core.state, self.driver.leads
+        state, leads = self._core.state, self._driver.leads
         status = "standby" if not leads else "recovering" if state.recovering else "ok"
         return v.Health(
             status=status,  # type: ignore[arg-type]  # mypy widens the three literals to str

@@ -17,7 +17,8 @@ from runtime import outside
 from runtime.checkpoints.model_files import CacheView, PullBody, PullView, VerifyReport
 from runtime.outside import OutsideError
 from runtime.places import url
-from scheduler.driver import Driver
+from scheduler.agent_calls import AgentCalls
+from scheduler.core.decisions import Core
 
 ANSWER_S = 10.0
 VERIFY_S = 3600.0  # every byte is read again
@@ -110,14 +111,15 @@ class _Refusal(Struct):
 
 
 class CacheClient:
-    """The caches of a driver's nodes."""
+    """The caches of the nodes that `core` knows."""
 
-    def __init__(self, driver: Driver) -> None:
-        self._driver = driver
+    def __init__(self, core: Core, agents: AgentCalls) -> None:
+        self._core = core
+        self._agents = agents
 
     def live_nodes(self) -> list[str]:
         """The ids of the nodes that report."""
-        nodes = self._driver.core.state.nodes.values()
+        nodes = self._core.state.nodes.values()
         return sorted(node.node_id for node in nodes if node.live)
 
     async def view(self, nodes: Sequence[str]) -> Caches:
@@ -175,10 +177,10 @@ class CacheClient:
         query: dict[str, str] | None = None, limit_s: float = ANSWER_S,
     ) -> tuple[bytes, _Problem | None]:  # fmt: skip
         """(the body of a good answer, or why there is none)."""
-        where = url(self._driver.agent_address(node_id) or "", "agent", "cache", *path)
+        where = url(self._agents.address(node_id) or "", "agent", "cache", *path)
         timeout = aiohttp.ClientTimeout(total=limit_s, connect=3)
         try:
-            async with self._driver.http.request(
+            async with self._agents.http.request(
                 method, where, data=data, params=query, timeout=timeout
             ) as response:
                 body = await response.read()

@@ -13,11 +13,10 @@ from aiohttp import web
 from runtime import outside
 from runtime.contract.schema import SchemaError, check
 from runtime.outside import OutsideError
-from runtime.registry.protocol import RegistryError
 from runtime.wire.agent_messages import SpecProblem
 from scheduler.admin import views as v
-from scheduler.driver import Driver
 from scheduler.errors import ChangeRefused, Conflict, Invalid, NotFound
+from scheduler.leadership import Leadership
 
 S = TypeVar("S", bound=msgspec.Struct)
 WHO = web.RequestKey("who", str)  # the name of the token that was sent
@@ -105,19 +104,8 @@ def number(request: web.Request, name: str, default: float) -> float:
     return value
 
 
-class _Leader(msgspec.Struct):
-    """Of the registry's leader key."""
-
-    url: str | None = None
-
-
-async def not_leading(driver: Driver) -> NoReturn:
+async def not_leading(leadership: Leadership) -> NoReturn:
     """Raises AdminError (503): another scheduler leads, named where it is known."""
-    try:
-        entry = await driver.store.registry.get(driver.store.key("leader"))
-    except RegistryError:
-        entry = None
-    leader = outside.decode(entry.value, _Leader).url if entry else None
-    leader = None if leader == driver.url else leader
-    why = f": {driver.why_not_leading}" if driver.why_not_leading else ""
+    leader = await leadership.leader_url()
+    why = f": {leadership.why_not_leading}" if leadership.why_not_leading else ""
     raise AdminError(503, f"this scheduler is not the leader{why}", leader=leader)

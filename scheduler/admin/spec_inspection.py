@@ -11,7 +11,8 @@ from runtime.outside import decode
 from runtime.places import url
 from runtime.wire.agent_messages import Inspection, MemoryEstimate, SpecProblem
 from runtime.wire.model_spec import ModelSpec
-from scheduler.driver import Driver
+from scheduler.agent_calls import AgentCalls
+from scheduler.core.decisions import Core
 
 INSPECT_TIMEOUT_S = 120.0  # the first look imports vLLM once to read its own option table
 MAX_NODES = 3  # nodes asked before the estimate is given up
@@ -28,16 +29,16 @@ class Findings:
     lora_rank: int = 0
 
 
-async def inspect_spec(driver: Driver, spec: ModelSpec, *, fetch: bool) -> Findings:
+async def inspect_spec(core: Core, agents: AgentCalls, spec: ModelSpec, *, fetch: bool) -> Findings:
     """Problems make the spec unacceptable; notes do not.
 
     `fetch`: nodes may fetch what they need to know more, such as an adapter for its rank.
     """
     best: Inspection | None = None
     notes: list[str] = []
-    for node in [n for n in driver.core.state.nodes.values() if n.live][:MAX_NODES]:
+    for node in [n for n in core.state.nodes.values() if n.live][:MAX_NODES]:
         try:
-            answer = await _ask(driver, driver.agent_address(node.node_id), spec, fetch)
+            answer = await _ask(agents, node.node_id, spec, fetch)
         except (aiohttp.ClientError, TimeoutError, ValueError) as error:
             notes.append(f"node {node.node_id} could not check it: {error or type(error).__name__}")
             continue
@@ -64,10 +65,11 @@ async def inspect_spec(driver: Driver, spec: ModelSpec, *, fetch: bool) -> Findi
     return Findings((), best.estimate, best.checked_against, tuple(notes), best.lora_rank)
 
 
-async def _ask(driver: Driver, address: str | None, spec: ModelSpec, fetch: bool) -> Inspection:
+async def _ask(agents: AgentCalls, node_id: str, spec: ModelSpec, fetch: bool) -> Inspection:
     timeout = aiohttp.ClientTimeout(total=INSPECT_TIMEOUT_S, connect=3)
-    where = url(address or "", "agent", "inspect", fetch=int(fetch))
-    async with driver.http.post(where, data=msgspec.json.encode(spec), timeout=timeout) as response:
+    where = url(agents.address(node_id) or "", "agent", "inspect", fetch=int(fetch))
+    data = msgspec.json.encode(spec)
+    async with agents.http.post(where, data=data, timeout=timeout) as response:
         body = await response.read()
         if response.status != 200:
             raise ValueError(f"HTTP {response.status}: {body[:200].decode(errors='replace')}")

@@ -11,15 +11,14 @@ from runtime.contract.spec_file import source_problems
 from runtime.wire.agent_messages import SpecProblem
 from scheduler.admin.cache_client import CacheClient, CachePullBody
 from scheduler.admin.http import AdminError, read_body, reply
-from scheduler.driver import Driver
 from scheduler.errors import unknown
 
 
 class CacheApi:
     """The handlers; `route_table` names them `caches.<method>`."""
 
-    def __init__(self, driver: Driver) -> None:
-        self._caches = CacheClient(driver)
+    def __init__(self, caches: CacheClient) -> None:
+        self._caches = caches
 
     async def show_caches(self, request: web.Request) -> web.Response:
         """Show the model caches of the nodes."""

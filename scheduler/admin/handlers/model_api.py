@@ -25,15 +25,19 @@ from scheduler.admin.spec_inspection import inspect_spec
 from scheduler.admin.what_if import questions, what_if
 from scheduler.driver import Driver
 from scheduler.errors import bad, unknown
+from scheduler.route_book import RuleBook
 from scheduler.state import messages as m
 from scheduler.state.cluster import Model
+from scheduler.stored_state import StoredState
 
 
 class ModelApi:
     """The handlers; `route_table` names them `models.<method>`."""
 
-    def __init__(self, driver: Driver) -> None:
+    def __init__(self, driver: Driver, stored: StoredState, rules: RuleBook) -> None:
         self._driver = driver
+        self._stored = stored
+        self._rules = rules
         self._core = driver.core
 
     async def list_models(self, _: web.Request) -> web.Response:
@@ -69,14 +73,14 @@ class ModelApi:
         others = [e.stored.spec for n, e in self._core.state.models.items() if n != spec.name]
         if clashes := name_clashes([*others, spec]):
             raise AdminError(409, "\n".join(map(str, clashes)), problems=tuple(clashes))
-        self._driver.rules.refuse_model(spec)
-        found = await inspect_spec(self._driver, spec, fetch=True)
+        self._rules.refuse_model(spec)
+        found = await inspect_spec(self._core, self._driver.agents, spec, fetch=True)
         if found.problems:
             raise AdminError(422, "\n".join(map(str, found.problems)), problems=found.problems)
         before = self._core.state.models.get(spec.name)
         created, changed = before is None, before is None or before.stored.spec != spec
         stored = m.StoredModel(spec=spec, estimate=found.estimate, lora_rank=found.lora_rank)
-        await self._driver.store_model(stored.after(before.stored if before else None))
+        await self._stored.put_model(stored.after(before.stored if before else None))
         await self._driver.routers_follow()
         view = view_builders.model(
             self._core, self._core.state.models[spec.name], self._driver.now()
@@ -93,9 +97,9 @@ class ModelApi:
     async def delete_model(self, request: web.Request) -> web.Response:
         """Remove a model, draining its replicas."""
         name = self._model(request).spec.name
-        async with self._driver.rules.lock:
-            self._driver.rules.refuse_removal(name)
-            await self._driver.remove_model(name)
+        async with self._rules.lock:
+            self._rules.refuse_removal(name)
+            await self._stored.remove_model(name)
         return web.Response(status=204)
 
     async def load_model(self, request: web.Request) -> web.Response:
@@ -123,7 +127,7 @@ class ModelApi:
         """Keep a model running, or stop to."""
         model = self._model(request)
         body = await read_body(request, v.PinBody)
-        await self._driver.pin_model(model.spec.name, body.pinned)
+        await self._stored.pin_model(model.spec.name, body.pinned)
         return self._model_reply(model)
 
     async def prewarm_model(self, request: web.Request) -> web.Response:
@@ -131,7 +135,7 @@ class ModelApi:
         model = self._model(request)
         body = await read_body(request, v.PrewarmBody)
         ask = _ask(body, time.time())
-        await self._driver.ask_prewarm(model.spec.name, ask)
+        await self._stored.ask_prewarm(model.spec.name, ask)
         return self._model_reply(model, 202)
 
     def _model(self, request: web.Request) -> Model:
@@ -171,7 +175,7 @@ class ModelApi:
 
     async def _sized(self, spec: ModelSpec) -> ModelSpec:
         """With its estimated size where none is declared."""
-        found = await inspect_spec(self._driver, spec, fetch=False)
+        found = await inspect_spec(self._core, self._driver.agents, spec, fetch=False)
         if found.problems:
             raise AdminError(422, "\n".join(map(str, found.problems)), problems=found.problems)
         stored = m.StoredModel(spec=spec, estimate=found.estimate, lora_rank=found.lora_rank)

@@ -14,13 +14,15 @@ from scheduler.driver import Driver
 from scheduler.errors import bad, unknown
 from scheduler.state import messages as m
 from scheduler.state.cluster import Node
+from scheduler.stored_state import StoredState
 
 
 class NodeApi:
     """The handlers; `route_table` names them `nodes.<method>`."""
 
-    def __init__(self, driver: Driver) -> None:
+    def __init__(self, driver: Driver, stored: StoredState) -> None:
         self._driver = driver
+        self._stored = stored
         self._core = driver.core
 
     async def list_nodes(self, _: web.Request) -> web.Response:
@@ -46,7 +48,7 @@ class NodeApi:
         self, request: web.Request, cordoned: bool, drain_s: float | None = None
     ) -> web.Response:
         node = self._node(request)
-        await self._driver.cordon_node(node.node_id, cordoned, drain_s)
+        await self._stored.cordon_node(node.node_id, cordoned, drain_s)
         return reply(view_builders.node(node, self._driver.now()))
 
     async def quarantine_device(self, request: web.Request) -> web.Response:

@@ -58,15 +58,15 @@ class ReplicaApi:
         }
         replica = self._core.state.replicas.get(replica_id)
         nodes = [replica.node_id] if replica else list(self._core.state.nodes)
-        error = ""
+        agents, error = self._driver.agents, ""
         for node_id in nodes:
-            address = self._driver.agent_address(node_id)
+            address = agents.address(node_id)
             if address is None:
                 continue
             where = url(address, "agent", "replicas", replica_id, "logs")
             timeout = aiohttp.ClientTimeout(total=None, connect=5)
             try:
-                async with self._driver.http.get(where, params=query, timeout=timeout) as upstream:
+                async with agents.http.get(where, params=query, timeout=timeout) as upstream:
                     if upstream.status == 200:
                         return await _pass_on(request, upstream)
                     error = f"node {node_id}: HTTP {upstream.status}"

@@ -17,15 +17,15 @@ from scheduler.admin.http import WHO, AdminError, read_body, read_json, reply, w
 from scheduler.driver import Driver
 from scheduler.errors import bad
 from scheduler.policy.model_routes import warmth
-from scheduler.route_book import StoredRoute
+from scheduler.route_book import RuleBook, StoredRoute
 
 
 class RouteApi:
     """The handlers; `route_table` names them `rules.<method>`."""
 
-    def __init__(self, driver: Driver) -> None:
+    def __init__(self, driver: Driver, book: RuleBook) -> None:
         self._driver = driver
-        self._book = driver.rules
+        self._book = book
 
     async def list_routes(self, _: web.Request) -> web.Response:
         """List the routes."""

@@ -64,13 +64,14 @@ HOUSES: Mapping[str, str] = {
     "scheduler": """
         main
         admin
-        driver
-        route_book  sim
-        audit  access
+        leadership
+        route_book  stored_state
+        driver  sim
+        agent_calls  learned_state  access  audit
         core
         policy
         state
-        signals  store  errors  usage
+        signals  store  errors  usage  tasks
     """,
 }
 

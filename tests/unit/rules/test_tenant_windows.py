@@ -30,7 +30,7 @@ KNOWN = {
     "runtime/router/observe/access_log.py": "no work: lines for the disk",
     "runtime/router/proxy/upstream.py": "no work: idle connections to engines",
     "scheduler/audit.py": "no work of tenants: entries of the trail",
-    "scheduler/driver.py": "no work of tenants: commands for a node",
+    "scheduler/agent_calls.py": "no work of tenants: commands for a node",
     "scheduler/state/cluster.py": "no work: what was decided",
     "scheduler/signals/windows.py": "no work: what was decided",
     "scheduler/admin/what_if.py": "no queue: a view",

@@ -24,12 +24,9 @@ async def test_why_it_cannot_be_estimated_is_the_nodes_own_reason(
 ) -> None:
     known = {name: SimpleNamespace(node_id=name, live=True) for name in nodes}
     async with aiohttp.ClientSession() as http:
-        driver: Any = SimpleNamespace(
-            core=SimpleNamespace(state=SimpleNamespace(nodes=known)),
-            agent_address=lambda node_id: NOBODY,
-            http=http,
-        )
-        found = await inspect_spec(driver, SPEC, fetch=False)
+        core: Any = SimpleNamespace(state=SimpleNamespace(nodes=known))
+        agents: Any = SimpleNamespace(address=lambda node_id: NOBODY, http=http)
+        found = await inspect_spec(core, agents, SPEC, fetch=False)
     [problem] = found.problems
     assert problem.field == "device_memory_bytes"
     assert f"cannot be estimated: {said}" in problem.message

@@ -1,0 +1,168 @@
+"""Who leads: the lock, the term, and what a scheduler does when it loses them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+
+import pytest
+
+from runtime.registry.embedded import EmbeddedLock, EmbeddedRegistry
+from runtime.registry.protocol import RegistryError
+from scheduler import leadership
+from scheduler.state import messages as m
+from tests.kits.scheduler_parts import Scheduler
+from tests.kits.scheduler_world import spec
+
+
+class Registry(EmbeddedRegistry):
+    """A file that can be made to fail: `down`, or overtaken by another scheduler."""
+
+    down = False
+    overtaken = False  # another one takes the next term between the lock and ours
+    lock: EmbeddedLock | None = None
+
+    async def get(self, key: str):
+        self._check()
+        return await super().get(key)
+
+    async def put(self, key: str, value: bytes, version: int | None = None) -> bool:
+        self._check()
+        if self.overtaken and key.endswith("/term"):
+            self.overtaken = False
+            assert await super().put(key, b"6")
+        return await super().put(key, value, version)
+
+    async def acquire(self, key: str, holder: bytes, ttl_s: float) -> EmbeddedLock | None:
+        self._check()
+        lock = await super().acquire(key, holder, ttl_s)
+        if lock is not None:
+            self.lock = lock
+            renew = lock.renew
+
+            async def checked() -> bool:
+                self._check()
+                return await renew()
+
+            lock.renew = checked  # type: ignore[method-assign]
+        return lock
+
+    def _check(self) -> None:
+        if self.down:
+            raise RegistryError("it is down")
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(m, "TICK_S", 0.02)
+    monkeypatch.setattr(leadership, "TRY_AGAIN_S", 0.02)
+    monkeypatch.setattr(leadership, "REGISTRY_PAUSE_S", 0.02)
+
+
+@pytest.fixture
+async def make(tmp_path: Path) -> AsyncIterator[Callable[[str], tuple[Scheduler, Registry]]]:
+    made: list[tuple[Scheduler, Registry]] = []
+
+    def scheduler(url: str = "http://a") -> tuple[Scheduler, Registry]:
+        registry = Registry(tmp_path / "registry.db")
+        made.append((Scheduler(registry, url), registry))
+        return made[-1]
+
+    yield scheduler
+    for one, registry in made:
+        await one.close()
+        await registry.close()
+
+
+async def until(condition: Callable[[], object], what: str) -> None:
+    async with asyncio.timeout(60):
+        while not condition():
+            await asyncio.sleep(0.01)
+    assert condition(), what
+
+
+async def test_a_leader_knows_what_is_stored_before_it_acts(make) -> None:
+    one, _ = make()
+    await one.store.put(m.StoredModel(spec=spec("a")), "models", "a")
+    await one.store.put(True, "pins", "a")
+    one.begin()
+    await until(lambda: one.driver.leads, "it leads")
+    assert one.term == 1
+    assert one.driver.core.state.models["a"].pinned
+    assert await one.leadership.leader_url() is None  # nobody else
+
+
+async def test_one_leads_and_the_other_takes_over_with_a_higher_term(make) -> None:
+    one, _ = make("http://a")
+    two, _ = make("http://b")
+    one.begin()
+    await until(lambda: one.driver.leads, "the first leads")
+    two.begin()
+    await asyncio.sleep(0.1)  # some tries
+    assert not two.driver.leads
+    assert await two.leadership.leader_url() == "http://a"
+    await one.tasks.close()
+    assert not one.driver.leads
+    await until(lambda: two.driver.leads, "the second leads")
+    assert two.term == 2
+
+
+async def test_who_is_overtaken_gives_the_lock_back(make) -> None:
+    one, registry = make()
+    registry.overtaken = True
+    one.begin()
+    await until(lambda: one.driver.leads, "it leads at the second try")
+    assert one.term == 7
+    assert registry.lock is not None
+    assert registry.lock.held
+
+
+async def test_who_loses_the_lock_stands_by_and_lets_go_of_all_that_waits(make) -> None:
+    one, registry = make()
+    one.begin()
+    await until(lambda: one.driver.leads, "it leads")
+    await until(lambda: one.driver.table is not None, "it has told routers what it knows")
+    assert one.driver.table is not None
+    waiting = asyncio.create_task(one.driver.routes_after(one.driver.table.version, 60))
+    keys = asyncio.create_task(one.access.table_after(10, 60))
+    await asyncio.sleep(0.05)
+    registry.down = True  # or it leads again at once
+    assert registry.lock is not None
+    await registry.lock.release()
+    assert await asyncio.wait_for(waiting, 10) is None
+    assert await asyncio.wait_for(keys, 10) is None
+    assert not one.driver.leads
+    await until(lambda: one.leadership.why_not_leading, "it says why")
+    assert one.leadership.why_not_leading == "the registry does not answer: it is down"
+    registry.down = False
+    await until(lambda: one.driver.leads, "it leads again")
+    assert (one.term, one.leadership.why_not_leading) == (2, "")
+
+
+async def test_a_registry_that_is_down_for_less_than_the_locks_time_costs_nothing(
+    make, monkeypatch
+) -> None:
+    monkeypatch.setattr(leadership, "LEADER_TTL_S", 1.5)
+    one, registry = make()
+    one.begin()
+    await until(lambda: one.driver.leads, "it leads")
+    registry.down = True
+    await asyncio.sleep(0.8)  # one renewal, at least, has failed
+    registry.down = False
+    await asyncio.sleep(1.0)
+    assert (one.driver.leads, one.term) == (True, 1)
+    registry.down = True
+    await until(lambda: not one.driver.leads, "its time is over")
+
+
+async def test_who_is_outranked_leads_again_with_a_higher_term(make) -> None:
+    one, _ = make()
+    await one.leadership.hear_epoch(9)  # who does not lead need not be told
+    one.begin()
+    await until(lambda: one.driver.leads, "it leads")
+    await one.leadership.hear_epoch(1)
+    await asyncio.sleep(0.1)
+    assert one.term == 1
+    await one.leadership.hear_epoch(7)
+    await until(lambda: one.term == 8 and one.driver.leads, "it leads with term 8")
