@@ -4,6 +4,7 @@ Rules this file keeps:
 - the term is written by compare-and-set once the lock is held: who is overtaken in between gives
   the lock back and leads nothing;
 - a leader knows all that is stored before it acts;
+- whatever ends a try to lead, the lock is given back and the next try comes;
 - a registry that is down for less than the lock's time costs nothing.
 """
 
@@ -28,7 +29,7 @@ log = logging.getLogger("stoker.scheduler")
 
 LEADER_TTL_S = 6.0  # Consul's shortest is 10 s: the registry rounds up
 TRY_AGAIN_S = 0.5  # where another one leads
-REGISTRY_PAUSE_S = 1.0  # where the registry does not answer
+PAUSE_S = 1.0  # after a try that failed
 
 
 class Holder(msgspec.Struct, frozen=True):
@@ -62,15 +63,15 @@ class Leadership:
         """Take the lock, lead until it is lost, and try again, until cancelled."""
         while True:
             try:
-                lock = await self._campaign()
-                if lock is None:
-                    await asyncio.sleep(TRY_AGAIN_S)
-                    continue
-                await self._lead(lock)
+                await self._campaign()
             except RegistryError as error:
                 self.why_not_leading = f"the registry does not answer: {error}"
                 log.warning(self.why_not_leading)
-                await asyncio.sleep(REGISTRY_PAUSE_S)
+                await asyncio.sleep(PAUSE_S)
+            except Exception as error:  # a scheduler that tries no more would stand by until killed
+                self.why_not_leading = f"it could not lead: {error}"
+                log.exception(self.why_not_leading)
+                await asyncio.sleep(PAUSE_S)
 
     async def hear_epoch(self, epoch: int) -> None:
         """An agent has obeyed a later leader, so it would refuse this one forever.
@@ -98,27 +99,31 @@ class Leadership:
         url = decode(entry.value, Holder).url if entry else None
         return None if url == self.url else url
 
-    async def _campaign(self) -> Lock | None:
+    async def _campaign(self) -> None:
+        """Take the lock and lead until it is lost, or pause where another one holds it."""
         last, version = await self._last_term()
         term = last + 1
         holder = msgspec.json.encode(Holder(self.url, term))
         key = self._store.key("leader")
         lock = await self._store.registry.acquire(key, holder, LEADER_TTL_S)
         if lock is None:
-            return None
-        if not await self._put_term(term, version):
-            await lock.release()  # another led in between: its term is newer
-            return None
+            await asyncio.sleep(TRY_AGAIN_S)
+            return
+        try:
+            if await self._put_term(term, version):  # or another led in between
+                await self._lead(term, lock)
+        finally:
+            with contextlib.suppress(RegistryError):
+                await lock.release()
+
+    async def _lead(self, term: int, lock: Lock) -> None:
+        driver = self._driver
+        renewed_at = driver.now()
         event = await self._stored.load(term, await self._rules.load())
         await self._access.load()
         log.info("leading", extra={"term": term, "models": len(event.models)})
         self.why_not_leading = ""
-        self._driver.lead(event)
-        return lock
-
-    async def _lead(self, lock: Lock) -> None:
-        driver = self._driver
-        renewed_at = driver.now()
+        driver.lead(event)
         try:
             while lock.held and not self._outranked:
                 await asyncio.sleep(m.TICK_S)
@@ -131,8 +136,6 @@ class Leadership:
             self._outranked = False
             driver.stand_by()
             self._access.wake()
-            with contextlib.suppress(RegistryError):
-                await lock.release()
 
     async def _renew(self, lock: Lock, renewed_at: float) -> float:
         """When it was last renewed; raises RegistryError once that is too long ago."""

@@ -10,6 +10,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Iterable, Iterator
+from typing import TypeVar
 
 import msgspec
 
@@ -25,6 +26,7 @@ from scheduler.state import messages as m
 from scheduler.store import Store, name_of
 
 log = logging.getLogger("stoker.scheduler")
+T = TypeVar("T")
 
 
 class NodeFlags(msgspec.Struct, frozen=True, kw_only=True):
@@ -44,21 +46,20 @@ class StoredState:
     async def load(self, term: int, rules: tuple[RouteRule, ...]) -> m.Elected:
         """Everything that is stored, for a new leader with these routes."""
         store = self._store
-        models = tuple(_models(await store.below("models")))
+        models = _readable(await store.below("models"), m.StoredModel)
         footprints = await store.below("footprints")
-        nodes = await store.below("nodes")
+        nodes = _readable(await store.below("nodes"), NodeFlags)
         pins = await store.below("pins")
-        wishes = await store.below("prewarm")
+        self._asks = dict(_readable(await store.below("prewarm"), tuple[Ask, ...]))
         sick = await store.below("quarantine")
         histories = await store.below("arrivals")
-        self._asks = {name_of(entry): decode(entry.value, tuple[Ask, ...]) for entry in wishes}
         agents, _ = await store.registry.services("stoker-agent")
         return m.Elected(
             now=self._driver.now(),
             term=term,
-            models=models,
+            models=tuple(model for _, model in models),
             known_nodes=tuple(agent.meta.get("node_id", agent.service_id) for agent in agents),
-            cordoned=tuple(name_of(e) for e in nodes if decode(e.value, NodeFlags).cordoned),
+            cordoned=tuple(node_id for node_id, flags in nodes if flags.cordoned),
             footprints=tuple(_footprints(footprints)),
             quarantined=tuple(map(_quarantined, sick)),
             sketches=dict(_sketches(histories)),
@@ -113,12 +114,13 @@ class StoredState:
         self._driver.apply(event)
 
 
-def _models(entries: Iterable[Entry]) -> Iterator[m.StoredModel]:
+def _readable(entries: Iterable[Entry], kind: type[T]) -> Iterator[tuple[str, T]]:
+    """The entries that can be read, by name."""
     for entry in entries:
         try:
-            yield decode(entry.value, m.StoredModel)
+            yield name_of(entry), decode(entry.value, kind)
         except ValueError as error:
-            log.error("stored model %s cannot be read and is left alone: %s", entry.key, error)
+            log.error("stored %s cannot be read and is left alone: %s", entry.key, error)
 
 
 def _footprints(entries: Iterable[Entry]) -> Iterator[Footprint]:

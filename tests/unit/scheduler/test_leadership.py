@@ -12,6 +12,7 @@ from runtime.registry.embedded import EmbeddedLock, EmbeddedRegistry
 from runtime.registry.protocol import RegistryError
 from scheduler import leadership
 from scheduler.state import messages as m
+from scheduler.stored_state import StoredState
 from tests.kits.scheduler_parts import Scheduler
 from tests.kits.scheduler_world import spec
 
@@ -57,7 +58,7 @@ class Registry(EmbeddedRegistry):
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(m, "TICK_S", 0.02)
     monkeypatch.setattr(leadership, "TRY_AGAIN_S", 0.02)
-    monkeypatch.setattr(leadership, "REGISTRY_PAUSE_S", 0.02)
+    monkeypatch.setattr(leadership, "PAUSE_S", 0.02)
 
 
 @pytest.fixture
@@ -166,3 +167,41 @@ async def test_who_is_outranked_leads_again_with_a_higher_term(make) -> None:
     assert one.term == 1
     await one.leadership.hear_epoch(7)
     await until(lambda: one.term == 8 and one.driver.leads, "it leads with term 8")
+
+
+async def test_entries_that_cannot_be_read_keep_nobody_from_leading(make, caplog) -> None:
+    one, registry = make()
+    await one.store.put(m.StoredModel(spec=spec("a")), "models", "a")
+    for folder in ("models", "nodes", "prewarm", "footprints", "arrivals", "routes", "keys"):
+        await registry.put(one.store.key(folder, "broken"), b'{"cordoned": 3, "keep": [')
+    one.begin()
+    await until(lambda: one.driver.leads, "it leads")
+    assert set(one.driver.core.state.models) == {"a"}
+    for folder in ("models", "nodes", "prewarm"):
+        assert f"stored stoker/{folder}/broken cannot be read and is left alone" in caplog.text
+
+
+async def test_a_try_that_fails_gives_the_lock_back_and_another_one_comes(
+    make, monkeypatch, caplog
+) -> None:
+    one, _ = make("http://a")
+    two, _ = make("http://b")
+    load, fails = StoredState.load, True
+
+    async def load_or_fail(self, term, rules):
+        if fails and self is one.stored:
+            raise KeyError("a fault of ours")
+        return await load(self, term, rules)
+
+    monkeypatch.setattr(StoredState, "load", load_or_fail)
+    monkeypatch.setattr(leadership, "LEADER_TTL_S", 600)  # not by its time
+    one.begin()
+    await until(lambda: one.leadership.why_not_leading, "it says why")
+    assert one.leadership.why_not_leading == "it could not lead: 'a fault of ours'"
+    assert "it could not lead" in caplog.text
+    two.begin()
+    await until(lambda: two.driver.leads, "the other one leads")
+    await two.tasks.close()
+    fails = False
+    await until(lambda: one.driver.leads, "it leads after all")
+    assert one.leadership.why_not_leading == ""
