@@ -1,7 +1,8 @@
 """Runs the core in the world: feeds events in, carries commands out, publishes the route table.
 
 Rules this file keeps: it decides nothing; the core is called on the event loop only, one event at a
-time; a scheduler that is not the leader touches nothing.
+time; a scheduler that is not the leader touches nothing; an event that the core fails on changes
+nothing outside, and a core that keeps failing is noticed (`keeps_failing`).
 """
 
 from __future__ import annotations
@@ -20,6 +21,9 @@ from scheduler.state import messages as m
 from scheduler.tasks import Tasks
 
 log = logging.getLogger("stoker.scheduler")
+
+FAILURES = 3  # of the core within so long: what it knows can't be trusted any more
+FAILURES_S = 10.0
 
 
 class Driver:
@@ -44,6 +48,7 @@ class Driver:
         self.on_cold_start: Callable[[m.ColdStart], None] = lambda _: None  # the metrics' hook
         self._table_changed = asyncio.Event()
         self._demand_seen = asyncio.Event()
+        self._failed_at: tuple[float, ...] = ()  # the last FAILURES
 
     def now(self) -> float:
         """The one clock of all events."""
@@ -54,6 +59,7 @@ class Driver:
     def lead(self, event: m.Elected) -> None:
         """Act from now on, with what is stored."""
         self.leads = True
+        self._failed_at = ()
         self.apply(event)
 
     def stand_by(self) -> None:
@@ -62,6 +68,12 @@ class Driver:
         self._wake_table_waiters()
         self.agents.drop_queued()
 
+    @property
+    def keeps_failing(self) -> bool:
+        """Whether the core failed so often of late that it may have stopped deciding."""
+        failed_at = self._failed_at
+        return len(failed_at) == FAILURES and failed_at[-1] - failed_at[0] <= FAILURES_S
+
     # ------------------------------------------------------------------------------- events
 
     def apply(self, event: m.Event) -> None:
@@ -69,9 +81,10 @@ class Driver:
         try:
             commands = self.core.handle(event)
         except Exception:
-            # State is learnt again from the next heartbeats; a dead scheduler would learn nothing.
+            # One failure is outlived: the next heartbeats and reports tell everything again.
             log.exception("the core failed on %s", type(event).__name__)
             self._count("core_error")
+            self._failed_at = (*self._failed_at, event.now)[-FAILURES:]
             return
         if isinstance(event, m.DemandSeen):
             self._demand_seen.set()

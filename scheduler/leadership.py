@@ -5,6 +5,9 @@ Rules this file keeps:
   the lock back and leads nothing;
 - a leader knows all that is stored before it acts;
 - whatever ends a try to lead, the lock is given back and the next try comes;
+- a core that keeps failing is given up with all that it knows: the next term learns it again from
+  the registry and the agents. Whatever that does not cure costs a pause in an hour, not one a
+  minute: each next time comes twice as late.
 - a registry that is down for less than the lock's time costs nothing.
 """
 
@@ -30,6 +33,8 @@ log = logging.getLogger("stoker.scheduler")
 LEADER_TTL_S = 6.0  # Consul's shortest is 10 s: the registry rounds up
 TRY_AGAIN_S = 0.5  # where another one leads
 PAUSE_S = 1.0  # after a try that failed
+START_OVER_S = 60.0  # a leader whose core keeps failing goes on for so long, the first time
+MAX_START_OVER_S = 3600.0
 
 
 class Holder(msgspec.Struct, frozen=True):
@@ -56,6 +61,7 @@ class Leadership:
         self._rules = rules
         self._access = access
         self._outranked = False
+        self._start_over_s = START_OVER_S
         self.url = ""  # where this scheduler is called; others are sent there while it leads
         self.why_not_leading = ""  # what the last try to lead failed of
 
@@ -124,8 +130,9 @@ class Leadership:
         log.info("leading", extra={"term": term, "models": len(event.models)})
         self.why_not_leading = ""
         driver.lead(event)
+        began_at = driver.now()
         try:
-            while lock.held and not self._outranked:
+            while lock.held and not self._outranked and not self._starts_over(began_at):
                 await asyncio.sleep(m.TICK_S)
                 driver.apply(m.Tick(now=driver.now()))
                 self._stored.set_floors()
@@ -136,6 +143,15 @@ class Leadership:
             self._outranked = False
             driver.stand_by()
             self._access.wake()
+
+    def _starts_over(self, began_at: float) -> bool:
+        """Whether the core is failing, and has not just begun."""
+        driver = self._driver
+        if not driver.keeps_failing or driver.now() - began_at < self._start_over_s:
+            return False
+        self._start_over_s = min(MAX_START_OVER_S, 2 * self._start_over_s)
+        log.error("the core keeps failing: leading again, with what the agents say")
+        return True
 
     async def _renew(self, lock: Lock, renewed_at: float) -> float:
         """When it was last renewed; raises RegistryError once that is too long ago."""

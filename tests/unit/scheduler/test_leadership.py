@@ -205,3 +205,80 @@ async def test_a_try_that_fails_gives_the_lock_back_and_another_one_comes(
     fails = False
     await until(lambda: one.driver.leads, "it leads after all")
     assert one.leadership.why_not_leading == ""
+
+
+def poison(one: Scheduler, monkeypatch: pytest.MonkeyPatch, failures: int) -> list[m.Event]:
+    """Have the core fail so often, as on a state that is wrong; a new one is right. Returns what
+    it failed on."""
+    failed: list[m.Event] = []
+    healed = False
+    handle = one.driver.core.handle
+
+    def fail_or_handle(event: m.Event) -> list[m.Command]:
+        nonlocal healed
+        healed = healed or isinstance(event, m.Elected)
+        if healed or len(failed) >= failures:
+            return handle(event)
+        failed.append(event)
+        raise AssertionError("a-1-1: stopping -> ready")
+
+    monkeypatch.setattr(one.driver.core, "handle", fail_or_handle)
+    return failed
+
+
+async def test_a_core_that_keeps_failing_begins_again_with_what_is_stored(
+    make, monkeypatch, caplog
+) -> None:
+    monkeypatch.setattr(leadership, "START_OVER_S", 0.0)
+    one, _ = make()
+    await one.store.put(m.StoredModel(spec=spec("a")), "models", "a")
+    one.begin()
+    await until(lambda: one.driver.leads, "it leads")
+    failed = poison(one, monkeypatch, 100)
+    await until(lambda: one.term == 2 and one.driver.leads, "it leads with a fresh state")
+    assert len(failed) == 3
+    assert set(one.driver.core.state.models) == {"a"}
+    assert one.driver.decided["core_error"] == 3
+    assert "the core keeps failing" in caplog.text
+    await asyncio.sleep(0.2)  # ticks that are well
+    assert (one.term, one.driver.leads) == (2, True)
+
+
+async def test_a_core_that_failed_twice_goes_on(make, monkeypatch) -> None:
+    monkeypatch.setattr(leadership, "START_OVER_S", 0.0)
+    one, _ = make()
+    one.begin()
+    await until(lambda: one.driver.leads, "it leads")
+    poison(one, monkeypatch, 2)
+    await until(lambda: one.driver.decided.get("core_error") == 2, "it failed twice")
+    await asyncio.sleep(0.2)
+    assert (one.term, one.driver.leads) == (1, True)
+
+
+async def test_a_core_that_fails_for_good_does_not_begin_again_all_the_time(
+    make, monkeypatch
+) -> None:
+    one, _ = make()
+    one.begin()
+    await until(lambda: one.driver.leads, "it leads")
+    poison(one, monkeypatch, 100)
+    await until(lambda: one.driver.decided.get("core_error", 0) > 5, "it fails at each tick")
+    assert (one.term, one.driver.leads) == (1, True)  # START_OVER_S is not over
+
+
+async def test_each_next_time_it_begins_again_twice_as_late(make, monkeypatch) -> None:
+    monkeypatch.setattr(leadership, "START_OVER_S", 0.1)
+    one, _ = make()
+    one.begin()
+    await until(lambda: one.driver.leads, "it leads")
+    began_at = one.driver.now()
+
+    def fail(event: m.Event) -> list[m.Command]:
+        if isinstance(event, m.Elected):
+            one.driver.core.state.term = event.term
+            return []
+        raise AssertionError("whatever it is told")
+
+    monkeypatch.setattr(one.driver.core, "handle", fail)
+    await until(lambda: one.term == 4, "it began again three times")
+    assert one.driver.now() - began_at >= 0.1 + 0.2 + 0.4
