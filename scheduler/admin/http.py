@@ -20,7 +20,9 @@ from scheduler.leadership import Leadership
 
 S = TypeVar("S", bound=msgspec.Struct)
 WHO = web.RequestKey("who", str)  # the name of the token that was sent
-SUBJECT = web.RequestKey("subject", str)  # the address of what was made, for the audit trail
+# For the audit trail: the address of what was made, if it is not the request's; and why it was.
+SUBJECT = web.RequestKey("subject", str)
+WHY = web.RequestKey("why", str)
 
 
 _STATUS: dict[type[ChangeRefused], int] = {NotFound: 404, Conflict: 409, Invalid: 422}

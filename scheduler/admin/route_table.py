@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from runtime.contract.access import KeySpec, Role, Tenant
 from runtime.wire.model_spec import ModelSpec
@@ -19,10 +19,25 @@ _FLAG = {"type": "string", "enum": ["0", "1"]}
 
 
 @dataclass(frozen=True, slots=True)
+class Unaudited:
+    """A change that the audit trail leaves out, and why."""
+
+    why: str
+
+
+# What an operator steers for a while, as calls do: it is over by itself.
+_PASSES = Unaudited("it is over by itself; /admin/decisions says what came of it")
+_COPIES = Unaudited("a cache holds copies: no model changes, and what is missing is fetched again")
+
+
+@dataclass(frozen=True, slots=True)
 class Operation:
     """One operation. `handler` names a method of `api.Api`, or of a part of it.
 
     `role`: the least that a token must have; left out, viewer to read and operator to change.
+    `audit`: who enters a change into the audit trail, the guard (admin/guard.py) after the handler
+    or the route book (scheduler/route_book.py) with what was before; or why nobody does. A GET
+    changes nothing, so it has none; whatever else leaves it out is a ValueError.
     """
 
     method: str
@@ -38,7 +53,14 @@ class Operation:
     query: dict[str, dict[str, Any]] = field(default_factory=dict)
     open: bool = False  # served without a token
     standby: bool = False  # served by a scheduler that stands by too; what is open always is
+    scraped: bool = False  # metrics_token opens it too
     role: Role | None = None
+    audit: Literal["guard", "route_book"] | Unaudited | None = None
+
+    def __post_init__(self) -> None:
+        if (self.method == "GET") != (self.audit is None):
+            fix = 'say audit="guard", or Unaudited(why)' if self.audit is None else "leave it out"
+            raise ValueError(f"{self.method} {self.path}: audit is {self.audit!r}: {fix}")
 
     @property
     def needs(self) -> Role:
@@ -51,6 +73,7 @@ ADMIN = (
     Operation(
         "POST", "/admin/models", "models.create_model", "Add a model", "it was added", v.Saved,
         body=ModelSpec, status=201, errors=(400, 409, 422), role="admin",
+        audit="guard",
     ),
     Operation(
         "GET", "/admin/models/{name}", "models.show_model",
@@ -61,31 +84,37 @@ ADMIN = (
         "PUT", "/admin/models/{name}", "models.put_model",
         "Add or change a model", "it was changed",
         v.Saved, body=ModelSpec, also_status=201, errors=(400, 409, 422), role="admin",
+        audit="guard",
     ),
     Operation(
         "DELETE", "/admin/models/{name}", "models.delete_model",
         "Remove a model, draining its replicas",
         "it was removed", status=204, errors=(404, 409), role="admin",
+        audit="guard",
     ),
     Operation(
         "POST", "/admin/models/{name}/load", "models.load_model",
         "Start replicas ahead of requests",
         "the model; watch `ready`", v.ModelView, body=v.LoadBody, status=202,
         errors=(400, 404, 422),
+        audit=_PASSES,
     ),
     Operation(
         "POST", "/admin/models/{name}/unload", "models.unload_model", "Drain and stop its replicas",
         "the model; watch `replicas`", v.ModelView, status=202, errors=(404, 409),
+        audit=_PASSES,
     ),
     Operation(
         "POST", "/admin/models/{name}/pin", "models.pin_model", "Keep a model running, or stop to",
         "the model", v.ModelView, body=v.PinBody, errors=(400, 404, 422),
+        audit="guard",
     ),
     Operation(
         "POST", "/admin/models/{name}/prewarm", "models.prewarm_model",
         "Be warm by a time, for a while",
         "the model; `floor` says from when on", v.ModelView, body=v.PrewarmBody, status=202,
         errors=(400, 404, 422),
+        audit=_PASSES,
     ),
     Operation(
         "GET", "/admin/replicas", "replicas.list_replicas",
@@ -99,6 +128,7 @@ ADMIN = (
         "POST", "/admin/replicas/{id}/unload", "replicas.unload_replica",
         "Drain and stop one replica",
         "the replica", v.ReplicaView, status=202, errors=(404, 409),
+        audit=_PASSES,
     ),
     Operation(
         "GET", "/admin/replicas/{id}/logs", "replicas.replica_logs",
@@ -109,30 +139,36 @@ ADMIN = (
     Operation(
         "POST", "/admin/nodes/{id}/cordon", "nodes.cordon_node", "Place nothing new on a node",
         "the node", v.NodeView, errors=(404,),
+        audit="guard",
     ),
     Operation(
         "POST", "/admin/nodes/{id}/drain", "nodes.drain_node",
         "Cordon a node and move off what it runs, or stop it at the deadline",
         "the node; it is empty once `replicas` is 0", v.NodeView, body=v.DrainBody,
         errors=(400, 404, 422),
+        audit="guard",
     ),
     Operation(
         "POST", "/admin/nodes/{id}/devices/{device}/quarantine", "nodes.quarantine_device",
         "Use a device no more and move off what it runs", "the node", v.NodeView,
         body=v.QuarantineBody, errors=(400, 404, 422),
+        audit="guard",
     ),
     Operation(
         "POST", "/admin/nodes/{id}/devices/{device}/release", "nodes.release_device",
         "Use a quarantined device again", "the node", v.NodeView, errors=(404, 409),
+        audit="guard",
     ),
     Operation(
         "POST", "/admin/plan", "models.plan", "What would happen if …, without doing it",
         "the decisions that would be made at once", v.Plan, body=v.PlanBody,
         errors=(400, 404, 422),
+        audit=Unaudited("it changes nothing"),
     ),
     Operation(
         "POST", "/admin/nodes/{id}/uncordon", "nodes.uncordon_node", "Use a node again", "the node",
         v.NodeView, errors=(404,),
+        audit="guard",
     ),
     Operation(
         "GET", "/admin/devices", "nodes.list_devices",
@@ -166,15 +202,18 @@ ADMIN = (
         "Fetch a model to nodes before it is needed",
         "each node's pull; watch them in /admin/cache", c.Pulls, body=c.CachePullBody, status=202,
         errors=(400, 404, 422),
+        audit=_COPIES,
     ),
     Operation(
         "DELETE", "/admin/cache", "caches.remove_cached", "Remove a model from caches",
         "what each node freed", c.Removals, errors=(400, 404), query=_MODEL_NODE,
+        audit=_COPIES,
     ),
     Operation(
         "POST", "/admin/cache/verify", "caches.verify_cached",
         "Read a cached model again and check it",
         "each node's verdict", c.Verdicts, errors=(400, 404), query=_MODEL_NODE,
+        audit=_COPIES,
     ),
     Operation("GET", "/admin/routes", "rules.list_routes", "List routes", "every route", r.Routes),
     Operation(
@@ -185,28 +224,33 @@ ADMIN = (
         "PUT", "/admin/routes/{name}", "rules.put_route",
         "Add or change a route, which begins its canary, if it has one", "it was changed",
         r.RouteView, body=RouteRule, also_status=201, errors=(400, 409, 422), role="admin",
+        audit="route_book",
     ),
     Operation(
         "DELETE", "/admin/routes/{name}", "rules.delete_route", "Remove a route; its models stay",
         "it was removed", status=204, errors=(404,), role="admin",
+        audit="route_book",
     ),
     Operation(
         "POST", "/admin/routes/{name}/switch", "rules.switch_route",
         "Warm a target, then send it everything", "the route; watch `switch`", r.RouteView,
         body=r.SwitchBody, status=202, errors=(400, 404, 409, 422),
+        audit="route_book",
     ),
     Operation(
         "POST", "/admin/routes/{name}/promote", "rules.promote_route",
         "Send everything to the canary", "the route", r.RouteView, body=r.ReasonBody,
         errors=(400, 404, 409, 422),
+        audit="route_book",
     ),
     Operation(
         "POST", "/admin/routes/{name}/rollback", "rules.roll_back_route",
         "Send nothing to the canary any more, or call a pending switch off", "the route",
         r.RouteView, body=r.ReasonBody, errors=(400, 404, 409, 422),
+        audit="route_book",
     ),
     Operation(
-        "GET", "/admin/audit", "rules.list_audit", "Who changed which route, when and why",
+        "GET", "/admin/audit", "rules.list_audit", "Who changed what, when and why",
         "newest first", r.Audit, errors=(400,),
         query={"limit": _COUNT, "route": {"type": "string"}},
     ),
@@ -215,6 +259,7 @@ ADMIN = (
         "POST", "/admin/keys", "access.create_key", "Make an API key",
         "the key and, this once, its secret", a.NewKey, body=KeySpec, status=201,
         errors=(400, 422), role="admin",
+        audit="guard",
     ),
     Operation(
         "GET", "/admin/keys/{id}", "access.show_key", "Show an API key", "the key", a.KeyView,
@@ -223,15 +268,18 @@ ADMIN = (
     Operation(
         "PUT", "/admin/keys/{id}", "access.put_key", "Change what an API key may", "the key",
         a.KeyView, body=KeySpec, errors=(400, 404, 422), role="admin",
+        audit="guard",
     ),
     Operation(
         "POST", "/admin/keys/{id}/rotate", "access.rotate_key", "Give an API key a new secret",
         "the key and, this once, its secret", a.NewKey, body=a.RotateBody,
         errors=(400, 404, 422), role="admin",
+        audit="guard",
     ),
     Operation(
         "DELETE", "/admin/keys/{id}", "access.delete_key", "Revoke an API key", "it was revoked",
         status=204, errors=(404,), role="admin",
+        audit="guard",
     ),
     Operation(
         "GET", "/admin/tenants", "access.list_tenants", "List tenants", "every tenant", a.Tenants
@@ -239,11 +287,13 @@ ADMIN = (
     Operation(
         "PUT", "/admin/tenants/{name}", "access.put_tenant", "Describe a tenant", "the tenant",
         Tenant, body=Tenant, errors=(400, 422), role="admin",
+        audit="guard",
     ),
     Operation(
         "DELETE", "/admin/tenants/{name}", "access.delete_tenant",
         "Forget a tenant that has no keys", "it was forgotten", status=204, errors=(404, 409),
         role="admin",
+        audit="guard",
     ),
     Operation(
         "GET", "/admin/tokens", "access.list_tokens", "List admin tokens", "every token", a.Tokens,
@@ -253,10 +303,12 @@ ADMIN = (
         "POST", "/admin/tokens", "access.create_token", "Make an admin token",
         "the token and, this once, its secret", a.NewToken, body=a.TokenBody, status=201,
         errors=(400, 422), role="admin",
+        audit="guard",
     ),
     Operation(
         "DELETE", "/admin/tokens/{id}", "access.delete_token", "Revoke an admin token",
         "it was revoked", status=204, errors=(404,), role="admin",
+        audit="guard",
     ),
     Operation(
         "GET", "/admin/usage", "access.show_use", "What keys and tenants used of a day",
@@ -273,7 +325,7 @@ ADMIN = (
     ),
     Operation(
         "GET", "/metrics", "metrics", "Prometheus metrics (metrics_token opens them too)",
-        "the metrics", str, standby=True,
+        "the metrics", str, standby=True, scraped=True,
     ),
     Operation(
         "GET", "/openapi.json", "openapi", "This document", "the document", dict, standby=True,

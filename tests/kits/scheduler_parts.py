@@ -28,9 +28,9 @@ class Scheduler:
         self.agents = AgentCalls(core, "", self.tasks, clock)
         self.driver = Driver(core, self.agents, LearnedState(self.store, core), self.tasks, clock)
         self.stored = StoredState(self.store, self.driver)
-        rules = RuleBook(self.store, self.driver)
+        self.rules = RuleBook(self.store, self.driver)
         self.access = Access(self.store, clock)
-        self.leadership = Leadership(self.store, self.driver, self.stored, rules, self.access)
+        self.leadership = Leadership(self.store, self.driver, self.stored, self.rules, self.access)
         self.leadership.url = url
 
     @property

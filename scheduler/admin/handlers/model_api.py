@@ -20,7 +20,7 @@ from runtime.wire.agent_messages import SpecProblem
 from runtime.wire.model_spec import ModelSpec
 from scheduler.admin import view_builders
 from scheduler.admin import views as v
-from scheduler.admin.http import SUBJECT, AdminError, read_body, read_json, reply
+from scheduler.admin.http import SUBJECT, WHY, AdminError, read_body, read_json, reply
 from scheduler.admin.spec_inspection import inspect_spec
 from scheduler.admin.what_if import questions, what_if
 from scheduler.driver import Driver
@@ -127,6 +127,7 @@ class ModelApi:
         """Keep a model running, or stop to."""
         model = self._model(request)
         body = await read_body(request, v.PinBody)
+        request[WHY] = "pinned" if body.pinned else "unpinned"
         await self._stored.pin_model(model.spec.name, body.pinned)
         return self._model_reply(model)
 

@@ -9,7 +9,7 @@ from aiohttp import web
 
 from scheduler.admin import view_builders
 from scheduler.admin import views as v
-from scheduler.admin.http import AdminError, read_body, reply
+from scheduler.admin.http import WHY, AdminError, read_body, reply
 from scheduler.driver import Driver
 from scheduler.errors import bad, unknown
 from scheduler.state import messages as m
@@ -38,6 +38,7 @@ class NodeApi:
         body = await read_body(request, v.DrainBody)
         if not 0 <= body.deadline_s <= 86400:
             raise bad("deadline_s", body.deadline_s, "is out of range", "use 0 to 86400 seconds")
+        request[WHY] = f"within {body.deadline_s:g} s"
         return await self._set_cordon(request, cordoned=True, drain_s=body.deadline_s)
 
     async def uncordon_node(self, request: web.Request) -> web.Response:
@@ -57,6 +58,7 @@ class NodeApi:
         body = await read_body(request, v.QuarantineBody)
         if not body.reason.strip():
             raise bad("reason", body.reason, "is empty", "say why, for whoever releases it")
+        request[WHY] = body.reason
         return self._set_quarantine(node, device_id, body.reason)
 
     async def release_device(self, request: web.Request) -> web.Response:

@@ -76,7 +76,7 @@ class RouteApi:
         return self._shown(request)
 
     async def list_audit(self, request: web.Request) -> web.Response:
-        """List who changed which route, the newest first."""
+        """List who changed what, the newest first."""
         limit, route = whole_number(request, "limit", 100), request.query.get("route")
         entries = reversed(self._book.audit.entries)
         found = [e for e in entries if route is None or e.subject == f"route {route}"]
