@@ -30,6 +30,7 @@ from agent.node import Node
 from agent.weights import skeleton
 from runtime import outside
 from runtime.answers import json_answer
+from runtime.bearer import token_of
 from runtime.contract.adapters import with_lora_args
 from runtime.contract.engine_policy import node_problems
 from runtime.engine.select import get_engine
@@ -72,16 +73,14 @@ def make_app(node: Node, token: str, metrics_token: str = "") -> web.Application
 
 
 def _guard(token: str, metrics_token: str) -> Middleware:
-    expected = f"Bearer {token}".encode()
-    scraper = f"Bearer {metrics_token}".encode()
 
     @web.middleware
     async def guard(request: web.Request, handler: Handler) -> web.StreamResponse:
-        given = request.headers.get("Authorization", "").encode(errors="surrogateescape")
+        given = token_of(outside.header(request.headers.get("Authorization", "")))
         # Without a token the agent listens on loopback only: the driver sees to it.
-        allowed = not token or hmac.compare_digest(given, expected)
+        allowed = not token or hmac.compare_digest(given, token.encode())
         if metrics_token and request.path == "/metrics":
-            allowed = allowed or hmac.compare_digest(given, scraper)
+            allowed = allowed or hmac.compare_digest(given, metrics_token.encode())
         if not allowed and request.path != "/healthz":
             return _refusal(401, "this route needs 'Authorization: Bearer <cluster_token>'")
         return await handler(request)

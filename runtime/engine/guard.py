@@ -7,7 +7,7 @@ Rules this file keeps:
 - `/health` alone is open: it says nothing but "alive";
 - the control key's own requests are not work: the agent's canary neither counts nor is kept out;
 - closed, before a sleep and until a wake has passed its canary, it lets no client's request in;
-- standard library only, and nothing per request but a lookup and two compares.
+- the standard library and `runtime/bearer.py` alone, per request a lookup and two compares.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ import time
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from contextvars import ContextVar
 from typing import Any, NamedTuple
+
+from runtime import bearer
 
 ROUTE_KEY_ENV = "STOKER_ROUTE_KEY"
 CONTROL_KEY_ENV = "STOKER_CONTROL_KEY"
@@ -127,7 +129,7 @@ def refuse(path: str, authorization: bytes | None, keys: Keys) -> Refusal | None
     """None lets the request in. `authorization` is the raw header value, None where absent."""
     if path in _OPEN:
         return None
-    given = _key(authorization)
+    given = bearer.token_of(authorization or b"")
     if not given:
         return Refusal(401, "this engine needs 'Authorization: Bearer <key>'")
     if hmac.compare_digest(given, keys.control):
@@ -141,12 +143,7 @@ def refuse(path: str, authorization: bytes | None, keys: Keys) -> Refusal | None
 
 def holds_control(authorization: bytes | None, keys: Keys) -> bool:
     """Whether the request is the agent's own."""
-    return hmac.compare_digest(_key(authorization), keys.control)
-
-
-def _key(authorization: bytes | None) -> bytes:
-    scheme, _, given = (authorization or b"").partition(b" ")
-    return given.strip() if scheme.lower() == b"bearer" else b""
+    return hmac.compare_digest(bearer.token_of(authorization or b""), keys.control)
 
 
 class Activity:

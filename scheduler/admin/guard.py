@@ -14,7 +14,7 @@ from typing import Any
 
 from aiohttp import web
 
-from runtime import outside
+from runtime import bearer, outside
 from runtime.contract.access import ROLES, Role
 from scheduler.access import Access
 from scheduler.admin.http import SUBJECT, WHO, WHY, AdminError, not_leading
@@ -84,17 +84,16 @@ class Guard:
 
     def _is_scraper(self, request: web.Request) -> bool:
         token = self._metrics_token
-        given = request.headers.get("Authorization", "").removeprefix("Bearer ")
-        return bool(token) and hmac.compare_digest(outside.header(given), token.encode())
+        return bool(token) and hmac.compare_digest(_token(request), token.encode())
 
     async def _check_token(self, request: web.Request, needs: Role | None) -> None:
         """`needs`: the least role; None where only the cluster's own token counts."""
-        token = self._cluster_token
-        given = request.headers.get("Authorization", "").removeprefix("Bearer ")
-        if not token or hmac.compare_digest(outside.header(given), token.encode()):
+        token, given = self._cluster_token, _token(request)
+        if not token or hmac.compare_digest(given, token.encode()):
             request[WHO] = "cluster"
             return
-        known = await self._access.admin(given, self._driver.leads) if needs else None
+        word = given.decode(errors="surrogateescape")
+        known = await self._access.admin(word, self._driver.leads) if needs else None
         if known is None or needs is None:
             raise AdminError(
                 401, "the token is missing or wrong: send Authorization: Bearer <token>"
@@ -103,3 +102,7 @@ class Guard:
             message = f"this takes the role {needs}; token {known.name!r} is {known.role}"
             raise AdminError(403, message)
         request[WHO] = known.name
+
+
+def _token(request: web.Request) -> bytes:
+    return bearer.token_of(outside.header(request.headers.get("Authorization", "")))

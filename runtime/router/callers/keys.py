@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from fnmatch import fnmatchcase
 
+from runtime import bearer
 from runtime.contract.access import (
     KEY_PREFIX,
     NO_LIMITS,
@@ -193,11 +194,13 @@ class Keys:
 
 
 def given_token(value: bytes) -> str:
-    """The token of an Authorization or X-Api-Key header; "" where it can be none."""
-    scheme, _, token = value.strip().partition(b" ")
-    if scheme.lower() == b"bearer":
-        scheme = token.strip()
-    return scheme.decode("ascii", "replace") if len(scheme) <= TOKEN_BYTES else ""
+    """The token of an Authorization or X-Api-Key header, also without a scheme; "" where it can
+    be none."""
+    token = bearer.token_of(value)
+    if not token:
+        word = value.strip().partition(b" ")[0]
+        token = b"" if word.lower() == b"bearer" else word
+    return token.decode("ascii", "replace") if len(token) <= TOKEN_BYTES else ""
 
 
 def rate_headers(caller: Caller, now: float) -> list[tuple[bytes, bytes]]:

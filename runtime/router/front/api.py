@@ -22,6 +22,7 @@ from aiohttp import web
 
 from runtime import outside
 from runtime.answers import json_answer
+from runtime.bearer import token_of
 from runtime.leftovers import drop_packed
 from runtime.router.admission.refusals import NO_TABLE
 from runtime.router.call import body as bodies
@@ -252,10 +253,13 @@ class Api:
         return route
 
     def _identify(self, request: web.Request) -> Caller:
-        token = ""
-        for name in ("Authorization", "X-Api-Key"):
-            token = token or given_token(outside.header(request.headers.get(name, "")))
-        return self._proxy.keys.identify(token, time.time())
+        """By the first header that has a token, any Authorization before any X-Api-Key."""
+        given = (
+            given_token(outside.header(value))
+            for name in ("Authorization", "X-Api-Key")
+            for value in request.headers.getall(name, ())
+        )
+        return self._proxy.keys.identify(next(filter(None, given), ""), time.time())
 
     def _table(self) -> RouteTable:
         table = self._proxy.gate.table
@@ -318,8 +322,8 @@ class Api:
         if self._proxy.keys.anonymous:
             self._proxy.keys.check_local(request.raw_headers)
             return
-        token = given_token(outside.header(request.headers.get("Authorization", "")))
-        if not any(t and hmac.compare_digest(token.encode(), t.encode()) for t in self._scrapers):
+        token = token_of(outside.header(request.headers.get("Authorization", "")))
+        if not any(t and hmac.compare_digest(token, t.encode()) for t in self._scrapers):
             message = "send metrics_token, or the cluster token, as a bearer token"
             raise CallError(401, "invalid_api_key", message)
 

@@ -82,10 +82,10 @@ class PlainConnection(asyncio.Protocol):
     """One caller's socket, and the `Client` of the request that is being answered."""
 
     __slots__ = (
-        "_address", "_body", "_chunked", "_fields", "_foreign", "_front", "_full", "_head", "_host",
-        "_id", "_more", "_parser", "_path", "_pipelined", "_plain", "_raw", "_raw_bytes", "_reply",
-        "_since", "_stopped", "_stopped_at", "_taken", "_task", "_token", "_transport", "_url",
-        "_whole", "_writable", "begun", "served",
+        "_address", "_api_key", "_body", "_chunked", "_fields", "_foreign", "_front", "_full",
+        "_head", "_host", "_id", "_more", "_parser", "_path", "_pipelined", "_plain", "_raw",
+        "_raw_bytes", "_reply", "_since", "_stopped", "_stopped_at", "_taken", "_task", "_token",
+        "_transport", "_url", "_whole", "_writable", "begun", "served",
     )  # fmt: skip
 
     def __init__(self, front: Front) -> None:
@@ -113,7 +113,7 @@ class PlainConnection(asyncio.Protocol):
         self._fields: Headers = []
         self._body: list[bytes] = []
         self._id: str | None = None
-        self._token = ""
+        self._token = self._api_key = ""
         self._host = b""
         self._plain = True
         self._foreign = False  # a header that a caller from this host need not send
@@ -244,8 +244,10 @@ class PlainConnection(asyncio.Protocol):
                 self._foreign = True
             elif lower == _ID:
                 self._id = _usable_id(value)
-            elif lower in (_AUTHORIZATION, _API_KEY):
+            elif lower == _AUTHORIZATION:
                 self._token = self._token or given_token(value)
+            elif lower == _API_KEY:
+                self._api_key = self._api_key or given_token(value)
             elif lower != _CONNECTION or value.lower() != b"keep-alive":
                 return False
         whole = 0 < length <= self._front.max_body_bytes
@@ -257,7 +259,7 @@ class PlainConnection(asyncio.Protocol):
         body = self._body[0] if len(self._body) == 1 else b"".join(self._body)
         try:
             head = read_head(body)
-            caller = self._front.proxy.keys.identify(self._token, time.time())
+            caller = self._front.proxy.keys.identify(self._token or self._api_key, time.time())
         except CallError:
             self._hand_over()
             return

@@ -27,6 +27,7 @@ from tests.kits.agent_process import (
     stop,
     until,
 )
+from tests.kits.bearer_headers import cases, status_of
 
 # ------------------------------------------------------------------------------ start and stop
 
@@ -145,6 +146,13 @@ async def test_who_may_call_it(launch, client):
     for path, expected in {"/metrics": 200, "/agent/cache": 401, "/agent/commands": 401}.items():
         async with client.session.get(node.url + path, headers=bearer(SCRAPER)) as reply:
             assert reply.status == expected, "a scraper's token opens the metrics alone"
+
+
+async def test_a_token_is_read_as_everywhere(launch):
+    node = await launch()
+    for path, token in (("/agent/cache", TOKEN), ("/metrics", SCRAPER)):
+        for lines, opens in [*cases(token), (f"Authorization: {token}".encode(), False)]:
+            assert await status_of(node.url, path, lines) == (200 if opens else 401), (path, lines)
 
 
 async def test_a_malformed_range_ends_the_agent_with_the_settings_name(tmp_path, registry):

@@ -10,6 +10,7 @@ from yarl import URL
 
 from scheduler.access import Access
 from scheduler.store import Store
+from tests.kits.bearer_headers import cases, status_of
 from tests.kits.scheduler_http import SCRAPER, TOKEN, Client, leading, scheduler
 
 
@@ -21,6 +22,20 @@ async def test_a_token_that_is_no_text_is_a_401(tmp_path, registry) -> None:
             writer.write(head + b"Authorization: Bearer " + token + b"\r\n\r\n")
             assert (await reader.read()).startswith(b"HTTP/1.1 401 ")
             writer.close()
+
+
+async def test_a_token_is_read_as_everywhere(tmp_path, agent, registry, session) -> None:
+    async with scheduler(tmp_path, registry) as url:
+        client = Client(url, session)
+        await leading(client, agent)
+        _, made = await client("POST", "/admin/tokens", {"name": "ann", "role": "viewer"})
+        for path, token in (
+            ("/admin/models", TOKEN),
+            ("/admin/models", made["token"]),
+            ("/metrics", SCRAPER),
+        ):
+            for lines, opens in [*cases(token), (f"Authorization: {token}".encode(), False)]:
+                assert await status_of(url, path, lines) == (200 if opens else 401), (path, lines)
 
 
 async def test_what_the_scheduler_tells_of_the_cluster_needs_a_token(

@@ -26,7 +26,7 @@ HOUSES: Mapping[str, str] = {
         contract
         checkpoints
         wire  answers  leftovers  logs  notify  private  sockets
-        outside  places  sizes
+        bearer  outside  places  sizes
     """,
     "runtime/router": """
         driver

@@ -8,6 +8,7 @@ import pytest
 from runtime.engine import guard
 from runtime.engine.guard import Guard, Keys, refuse
 from runtime.router.call.paths import PLAIN_PATHS, ROOT_PATHS
+from tests.kits.bearer_headers import cases as bearer_cases
 
 KEYS = Keys(b"route-secret", b"control-secret")
 ROUTE, CONTROL = b"Bearer route-secret", b"Bearer control-secret"
@@ -94,6 +95,13 @@ def test_wrong_authorization_is_401(authorization):
 
 def test_the_scheme_is_case_insensitive_as_http_says():
     assert refuse("/v1/models", b"bearer route-secret", KEYS) is None
+
+
+@pytest.mark.parametrize(("lines", "opens"), bearer_cases("route-secret"))
+def test_a_token_is_read_as_everywhere(lines, opens):
+    _, _, value = lines.partition(b"\r\n")[0].partition(b":")  # the first header counts
+    given = value.strip() if lines.lower().startswith(b"authorization") else None
+    assert (refuse("/v1/models", given, KEYS) is None) == opens
 
 
 def test_refusals_are_openai_shaped():
