@@ -21,7 +21,6 @@ from openai import AsyncOpenAI
 
 from runtime.contract.access import KEY_PREFIX, KeySpec, Limits, Scope, StoredKey, Tenant, digest
 from tests.kits import router_stack as kit
-from tests.kits.bearer_headers import cases, status_of
 from tests.kits.checkout import ROOT
 from tests.kits.cluster import Cluster, running, wait_until
 from tests.kits.router_stack import Stack, eventually, unary
@@ -62,29 +61,6 @@ async def lets_in(stack: Stack, token: str = TOKEN) -> None:
     async with asyncio.timeout(20):
         while (await call(stack, **bearer(token)))[0] != 200:
             await asyncio.sleep(0.02)
-
-
-async def test_a_token_is_read_as_everywhere(stack: Stack) -> None:
-    await stack.serve("m", await stack.engine(unary()))
-    await stack.scheduler.publish_keys(key())
-    await lets_in(stack)
-    for lines, opens in [*cases(TOKEN), (f"Authorization: {TOKEN}".encode(), True)]:
-        assert await status_of(stack.url, "/v1/models", lines) == (200 if opens else 401), lines
-
-
-async def test_an_authorization_counts_before_an_api_key_wherever_it_stands(stack: Stack) -> None:
-    engine = await stack.engine(unary())
-    await stack.serve("m", engine)
-    other = KEY_PREFIX + "bbbbbbbbbb-" + "s" * 43
-    only_n = key(other, scope=Scope(models=("n",)))
-    await stack.scheduler.publish_keys(key(), only_n)
-    await lets_in(stack)
-    for headers in (
-        {"X-Api-Key": other, "Authorization": f"Bearer {TOKEN}"},
-        {"Authorization": f"Bearer {TOKEN}", "X-Api-Key": other},
-    ):
-        assert (await call(stack, **headers))[0] == 200, headers
-    assert (await call(stack, **{"X-Api-Key": other}))[0] == 403
 
 
 async def test_a_key_is_needed_and_never_reaches_the_engine_or_a_log(
