@@ -48,5 +48,6 @@ async def test_a_bomb_that_is_refused_is_not_unpacked() -> None:
 
 
 def test_the_scheduler_and_the_agent_do_so() -> None:
-    assert drop_packed in api.make_app(Mock()).on_response_prepare
+    parts = [Mock() for _ in range(6)]  # the configuration, the driver, ...
+    assert drop_packed in api.make_app(*parts).on_response_prepare
     assert drop_packed in server.make_app(Mock(), "token").on_response_prepare
