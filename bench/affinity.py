@@ -228,7 +228,8 @@ def simulate(
     fleet = {f"r{i}": Replica(cache) for i in range(replicas)}
     fronts = [_router(make(), tuple(fleet)) for _ in range(routers)]
     stretch = sum(r.work for r in requests) / (replicas * PREFILL * load) / requests[-1].at_s
-    random, ending = Random(SEED), []
+    random = Random(SEED)
+    ending: list[tuple[float, int, int, str, int]] = []  # a heap of what `_end` gets
     ttft, queued, hits, spent_ns = [], 0.0, 0, 0
     for number, request in enumerate(requests):
         now, tokens = request.at_s * stretch, request.tokens_in + request.tokens_out

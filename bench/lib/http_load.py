@@ -13,6 +13,8 @@ import asyncio
 import json
 import sys
 import time
+from functools import partial
+from typing import cast
 
 import uvloop
 
@@ -57,7 +59,7 @@ class Client(asyncio.Protocol):
         self.errors = 0
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = transport
+        self._transport = cast(asyncio.Transport, transport)
         asyncio.get_running_loop().call_later(self._begin_after_s, self._send)
 
     def _send(self) -> None:
@@ -124,11 +126,8 @@ async def load(
     clients = []
     for index in range(connections):
         begin_after_s = 0.1 * index / connections if kind == "slow" else 0.0
-        _, client = await loop.create_connection(
-            lambda after=begin_after_s: Client(kind, key, start + seconds, times, after),
-            "127.0.0.1",
-            port,
-        )
+        make = partial(Client, kind, key, start + seconds, times, begin_after_s)
+        _, client = await loop.create_connection(make, "127.0.0.1", port)
         clients.append(client)
     await asyncio.gather(*(client.done for client in clients))
     took = time.perf_counter() - start
@@ -144,5 +143,6 @@ async def load(
 
 if __name__ == "__main__":
     _port, _connections, _seconds, _kind = sys.argv[1:5]
-    _args = int(_port), int(_connections), float(_seconds), _kind, *sys.argv[5:6]
-    print(json.dumps(uvloop.run(load(*_args))))
+    _key = sys.argv[5] if len(sys.argv) > 5 else KEY
+    _work = load(int(_port), int(_connections), float(_seconds), _kind, _key)
+    print(json.dumps(uvloop.run(_work)))

@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import sys
 from collections import deque
+from typing import cast
 
 import uvloop
 
@@ -71,7 +72,7 @@ class Origin(asyncio.Protocol):
         self._loop = asyncio.get_running_loop()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = transport
+        self._transport = cast(asyncio.Transport, transport)
 
     def data_received(self, data: bytes) -> None:
         self._buffer += data

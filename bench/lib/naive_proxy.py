@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
+from collections.abc import Mapping
 
 import aiohttp
 import uvloop
@@ -14,7 +15,7 @@ from aiohttp import web
 _HOP = {"connection", "transfer-encoding", "keep-alive", "host", "content-length"}
 
 
-def _passed(headers: aiohttp.typedefs.LooseHeaders) -> dict[str, str]:
+def _passed(headers: Mapping[str, str]) -> dict[str, str]:
     return {n: v for n, v in headers.items() if n.lower() not in _HOP}
 
 

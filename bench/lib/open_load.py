@@ -11,6 +11,7 @@ import json
 import sys
 import time
 from collections import Counter
+from typing import cast
 
 import uvloop
 from http_load import request
@@ -26,7 +27,7 @@ class Caller(asyncio.Protocol):
         self._sent_at: float | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = transport
+        self._transport = cast(asyncio.Transport, transport)
 
     def send(self, data: bytes) -> None:
         self._buffer = b""

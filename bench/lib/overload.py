@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -67,10 +68,10 @@ def _rss(target: Target) -> float:
     return psutil.Process(target.pid).memory_info().rss / 1e6
 
 
-def _load(target: Target, rate: float, seconds: float) -> dict:  # type: ignore[type-arg]
+def _load(target: Target, rate: float, seconds: float) -> dict[str, Any]:
     argv = (LIB / "open_load.py", target.port, rate, seconds)
-    return json.loads(
-        subprocess.run(
-            [sys.executable, *map(str, argv)], capture_output=True, text=True, check=True
-        ).stdout
+    ran = subprocess.run(
+        [sys.executable, *map(str, argv)], capture_output=True, text=True, check=True
     )
+    found: dict[str, Any] = json.loads(ran.stdout)
+    return found

@@ -63,7 +63,7 @@ class Contender:
 def rank_by_lru(
     state: ClusterState, descent: Descent, now: float, need: int, least_s: float
 ) -> tuple[bool, int, int, float]:
-    """In place of scheduler.eviction.rank: the least recently used first, whatever it costs."""
+    """The least recently used first, whatever it costs: for `scheduler.policy.eviction.rank`."""
     priority = state.models[descent.replica.model].spec.priority
     return descent.busy, priority, 0, -(now - descent.replica.used_at)
 

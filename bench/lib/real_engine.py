@@ -108,7 +108,8 @@ def write_llama(tiny: Path, target: Path, hidden: int, inner: int, layers: int) 
          "num_attention_heads": hidden // 64, "num_key_value_heads": hidden // 64, "head_dim": 64}
     )  # fmt: skip
     torch.manual_seed(1)
-    transformers.LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(target)
+    make: Any = transformers.LlamaForCausalLM
+    make(config).to(torch.bfloat16).save_pretrained(target)
     return target
 
 

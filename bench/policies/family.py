@@ -18,6 +18,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from random import Random
+from typing import Literal
 
 from bench.policies import workloads as w
 from runtime.sizes import GIB
@@ -63,7 +64,7 @@ class Drawn:
     case: w.Case
     node_gpus: int
     host_gib: int  # of memory a node
-    on_disk: str  # which models' files every node has at the start: "all" or "none"
+    on_disk: Literal["all", "none"]  # whose files are on every node at first
     architectures: tuple[str, ...]  # by model
     traits: dict[str, object] = field(default_factory=dict)  # what it is like, to print
 
@@ -104,7 +105,7 @@ class _Traits:
     host_gib: int
     calling: Calling
     load: float
-    on_disk: str
+    on_disk: Literal["all", "none"]
 
 
 def draw(seed: int) -> Drawn:
@@ -140,7 +141,7 @@ def _draw_traits(r: Random) -> _Traits:
     calls, think_s = r.uniform(3, 12), r.uniform(5, 40)
     prompt, output = r.choice([300, 800, 2000]), r.choice([100, 200, 400])
     load = _log_uniform(r, 0.35, 2.0)
-    on_disk = "all" if r.random() < 0.7 else "none"
+    on_disk: Literal["all", "none"] = "all" if r.random() < 0.7 else "none"
     calling = Calling(zipf, cv, day, shift_s, bursts, kind, calls, think_s, prompt, output)
     return _Traits(node_gpus, count, mix, over, host_gib, calling, load, on_disk)
 
