@@ -24,7 +24,7 @@ needs_consul = pytest.mark.skipif(not consul_is_installed(), reason=MISSING)
 @contextlib.asynccontextmanager
 async def answering(
     handler: Callable[[web.Request], Awaitable[web.StreamResponse]],
-) -> AsyncIterator[Registry]:
+) -> AsyncIterator[ConsulRegistry]:
     """A registry whose "Consul" is `handler`."""
     app = web.Application()
     app.router.add_route("*", "/{path:.*}", handler)

@@ -9,6 +9,7 @@ import os
 import sys
 import time
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 import aiohttp
 import psutil
@@ -60,7 +61,7 @@ def make_launch(folder, tensor_parallel_size=1, eager=True):
 class World:
     def __init__(self, folder):
         self.folder = folder
-        self.exits = []
+        self.exits: list[tuple[str, int | None]] = []
         self.owner = Owner("e2e", str(folder))
         self.supervisor = Supervisor(
             self.owner, folder / "logs", lambda *ended: self.exits.append(ended)
@@ -116,7 +117,7 @@ async def healthy(world, replica_id, url):
 def joined(deltas):
     """A stream's message. Where one event ends and the next begins is left to vLLM, which puts
     tokens together that nobody has read yet."""
-    whole = {}
+    whole: dict[str, Any] = {}
     for delta in deltas:
         whole |= {name: whole.get(name, "") + text for name, text in delta.items()}
     return whole

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import uuid
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,7 +16,7 @@ from tests.kits.hosts.playbook import SETTINGS, Site, wheels
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 MANAGEMENT = str(uuid.uuid4())
-ACLS_ON = {"consul_management_token": MANAGEMENT}
+ACLS_ON: dict[str, Any] = {"consul_management_token": MANAGEMENT}
 PARTS = {"one": ["scheduler", "router"], "two": ["scheduler", "agent"], "three": []}
 # A PUT of Consul's sessions with $TOKEN; the base root has no curl.
 PUT = (
@@ -48,7 +49,7 @@ def key(site: Site) -> str:
     return key
 
 
-def played_under_load(site: Site, key: str, **settings: object) -> Callers:
+def played_under_load(site: Site, key: str, **settings: Any) -> Callers:
     """Ten calls a second meanwhile; the engine that answers them is the same before and after."""
     engine = site.hosts["two"].checked("pgrep -f '[r]untime.engine.stub'")
     with Callers([site.hosts["one"].address], key, "tiny", per_second=10, timeout_s=30) as callers:

@@ -6,6 +6,7 @@ import base64
 import os
 import uuid
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -47,7 +48,7 @@ ACLS = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("settings", [{}, ACLS], ids=["open", "acls"])
-def test_check_mode_works_on_a_fresh_host(site: Site, settings: dict[str, object]) -> None:
+def test_check_mode_works_on_a_fresh_host(site: Site, settings: dict[str, Any]) -> None:
     assert site.play("--check", **settings).succeeded().total("changed") > 5
 
 
@@ -85,7 +86,10 @@ def test_router_and_scheduler_have_a_memory_limit(one: Machine) -> None:
 @pytest.mark.slow
 def test_a_play_fails_where_consul_knows_no_such_token(site: Site, one: Machine) -> None:
     """All parts are alive then, and reach nobody."""
-    unknown = {"consul_agent_token": str(uuid.uuid4()), "stoker_consul_token": str(uuid.uuid4())}
+    unknown: dict[str, Any] = {
+        "consul_agent_token": str(uuid.uuid4()),
+        "stoker_consul_token": str(uuid.uuid4()),
+    }
     refused = site.play(stoker_ready_tries=4, **unknown)
     assert refused.status != 0
     assert "does not see a leader that hears all 1" in refused.output, refused.output[-4000:]

@@ -7,6 +7,7 @@ import time
 import urllib.error
 import urllib.request
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -80,7 +81,7 @@ def test_the_host_lacks_nothing_that_compiling_takes(hosts: dict[str, Machine]) 
     assert "vLLM compiles parts of a model" not in said
 
 
-def completion(address: str, key: str) -> dict[str, object]:
+def completion(address: str, key: str) -> dict[str, Any]:
     """The answer to one prompt, eight tokens long and always the same."""
     body = {"model": "tiny", "prompt": "one two three", "max_tokens": 8, "temperature": 0}
     request = urllib.request.Request(

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import aiohttp
 import msgspec
@@ -52,12 +53,17 @@ def alive(pid: int) -> bool:
 
 
 def make_config(folder: Path, **agent) -> Config:
-    agent = {"node_id": NODE, "port": 0, "devices": "simulated:2x24GiB", "heartbeat_s": 0.2} | agent
+    known: dict[str, Any] = {
+        "node_id": NODE,
+        "port": 0,
+        "devices": "simulated:2x24GiB",
+        "heartbeat_s": 0.2,
+    }
     return Config(
         state_dir=str(folder / "state"),
         cluster_token=TOKEN,
         metrics_token=SCRAPER,
-        agent=AgentConfig(**agent),
+        agent=AgentConfig(**(known | agent)),
         scheduler=SchedulerConfig(drain_grace_s=20.0),
     )
 
@@ -215,7 +221,8 @@ class Client:
     def __init__(self, session: aiohttp.ClientSession) -> None:
         self.session = session
 
-    async def send(self, agent_url: str, command, token=TOKEN) -> tuple[int, CommandReply | bytes]:
+    async def send(self, agent_url: str, command, token=TOKEN) -> tuple[int, Any]:
+        """Status, and the reply; the bytes of an answer that is not one."""
         body = command if isinstance(command, bytes) else msgspec.json.encode(command)
         async with self.session.post(
             f"{agent_url}/agent/commands", data=body, headers=bearer(token)

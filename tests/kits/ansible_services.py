@@ -51,7 +51,7 @@ def get(url: str) -> str:
         return f"{answer.status} {answer.read().decode()}"
 
 
-def wait(what: str, ready, within_s: float = 40.0):  # type: ignore[no-untyped-def]
+def wait(what: str, ready, within_s: float = 40.0):
     """The first truthy answer of `ready`; exits with the logs after `within_s`."""
     deadline = time.monotonic() + within_s
     last: object = None

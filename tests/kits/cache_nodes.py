@@ -9,6 +9,7 @@ import os
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import aiohttp
 from aiohttp import web
@@ -44,8 +45,8 @@ class Node:
         self.token = token
         self.url = ""
         self.blobs_served = 0
-        self.before_blob = None  # async (request) -> response or None
-        self.cache: ModelCache = None  # type: ignore[assignment]
+        self.before_blob: Any = None  # async (request) -> response or None
+        self.cache: ModelCache = None
 
     @web.middleware
     async def _guard(self, request, handler):

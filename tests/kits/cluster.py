@@ -53,7 +53,7 @@ class Cluster:
     def up(self) -> dict[str, str]:
         return json.loads((self.state_dir / "up.json").read_text())
 
-    def admin(self, method: str, path: str, body: object = None) -> Any:
+    def admin(self, method: str, path: str, body: Any = None) -> Any:
         """One admin call; asserts that it went well."""
         headers = {"Authorization": f"Bearer {self.up['token']}"}
         answer = requests.request(
@@ -74,7 +74,7 @@ class Cluster:
         self.admin("POST", "/admin/models", {**spec, "device_memory_bytes": f"{gib}GiB"})
 
     def complete(self, model: str, max_tokens: int = 4, timeout: float = 60) -> requests.Response:
-        body = {"model": model, "prompt": "one two three", "max_tokens": max_tokens}
+        body: dict[str, Any] = {"model": model, "prompt": "one two three", "max_tokens": max_tokens}
         return requests.post(f"{self.router}/v1/completions", json=body, timeout=timeout)
 
     def stoker(self, *words: str, status: int = 0) -> str:

@@ -7,6 +7,7 @@ import hashlib
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from aiohttp import web
 
@@ -23,7 +24,7 @@ class FakeHub:
         self.token = "hf_right"
         self.url = ""
         self.calls: list[tuple[str, str]] = []  # (what, of which file or model)
-        self.before_bytes = None  # async (path) -> response or None
+        self.before_bytes: Any = None  # async (path) -> response or None
         self.storage_saw_token = False
         self.places = 0  # signed addresses given out; only the last one of a file works
         self._valid: dict[str, str] = {}

@@ -58,6 +58,7 @@ def read_requests(data: bytes) -> Read:
         if event is h11.NEED_DATA:
             found.end = "short"
             break
+        assert isinstance(request, h11.Request)
         fields = request.headers.raw_items()
         what, target = request.method.decode(), request.target.decode("latin-1")
         found.messages.append(Message(what, target, fields, body))

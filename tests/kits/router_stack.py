@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import aiohttp
 import msgspec
@@ -24,7 +24,7 @@ from aiohttp import web
 from runtime import outside
 from runtime.contract.access import KeyTable, RouterUsage, StoredKey, Tenant
 from runtime.contract.config import Config, RouterConfig
-from runtime.registry.protocol import Entry, RegistryError, Service
+from runtime.registry.protocol import Entry, Registry, RegistryError, Service
 from runtime.router.driver import run_router
 from runtime.wire.routes import DemandReport, Endpoint, ModelRoute, RouteRule, RouteTable
 from scheduler.usage import Usage
@@ -243,7 +243,7 @@ async def _read_request(reader: asyncio.StreamReader) -> Received | None:
     except asyncio.IncompleteReadError:
         return None
     lines = head.decode(errors="surrogateescape").split("\r\n")
-    headers = [tuple(line.split(": ", 1)) for line in lines[1:] if line]
+    headers = [(n, v) for n, v in (line.split(": ", 1) for line in lines[1:] if line)]
     length = next(int(v) for n, v in headers if n.lower() == "content-length")
     body = await reader.readexactly(length)
     return Received(lines[0].split(" ")[1], headers, body)
@@ -327,10 +327,12 @@ class Stack:
         )
         ready: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self._stop = asyncio.Event()
+        registry = cast(Registry, self.registry)
         self._router = asyncio.create_task(
-            run_router(config, self.registry, stop=self._stop, on_ready=ready.set_result)
+            run_router(config, registry, stop=self._stop, on_ready=ready.set_result)
         )
-        await asyncio.wait([self._router, ready], return_when=asyncio.FIRST_COMPLETED)
+        both: list[asyncio.Future[Any]] = [self._router, ready]
+        await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
         if self._router.done():
             await self._router
         self.url = ready.result()
@@ -401,7 +403,9 @@ def main() -> None:
     config = Config(
         state_dir=sys.argv[1], cluster_token=TOKEN, router=RouterConfig(port=0, drain_s=10.0)
     )
-    uvloop.run(run_router(config, registry, on_ready=lambda url: print(url, flush=True)))
+    uvloop.run(
+        run_router(config, cast(Registry, registry), on_ready=lambda url: print(url, flush=True))
+    )
 
 
 if __name__ == "__main__":

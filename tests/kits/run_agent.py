@@ -49,6 +49,6 @@ async def main() -> None:
 
 if __name__ == "__main__":
     if os.environ.get("STOKER_TEST_FAMILY"):
-        agent.engines.launch_plan.get_engine = FamilyEngine
+        vars(agent.engines.launch_plan)["get_engine"] = FamilyEngine
     set_up_logging("agent")
     uvloop.run(main())

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from cli.simulation import make_node
-from runtime.sim.profile import GB, GIB, Host
+from runtime.sim.profile import GB, Host
+from runtime.sizes import GIB
 from scheduler.sim.catalog import facts, sized
 from scheduler.sim.report import Report
 from scheduler.sim.simulator import NodePlan, Scenario, Simulation

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import aiohttp
 import msgspec
@@ -21,7 +22,10 @@ from runtime.wire.agent_messages import (
     Heartbeat,
     Inspection,
     ReplicaReport,
+    SleepReplica,
     StartReplica,
+    StopReplica,
+    WakeReplica,
 )
 from runtime.wire.routes import DemandReport, ModelDemand, RouteTable
 from scheduler.main import run_scheduler
@@ -29,6 +33,8 @@ from scheduler.main import run_scheduler
 TOKEN = "secret-token"
 SCRAPER = "a-scrapers-token"
 GIB = 2**30
+
+read_command: Callable[[bytes], AgentCommand] = outside.reader(AgentCommand, "a command")
 
 
 @dataclass
@@ -45,10 +51,10 @@ class Agent:
 
     async def commands(self, request: web.Request) -> web.Response:
         assert request.headers["Authorization"] == f"Bearer {TOKEN}"
-        command: AgentCommand = outside.decode(await request.read(), AgentCommand)
+        command = read_command(await request.read())
         if isinstance(command, StartReplica) and self.refuse is None:
             self.replicas[command.replica_id] = command
-        elif not isinstance(command, StartReplica):
+        elif isinstance(command, StopReplica | SleepReplica | WakeReplica):
             self.replicas.pop(command.replica_id, None)
         reply = CommandReply(ok=self.refuse is None, boot_id=1, seq=self.seq + 1, error=self.refuse)
         return web.Response(body=msgspec.json.encode(reply))
@@ -97,7 +103,7 @@ class Client:
 
     async def __call__(
         self, method: str, path: str, body: object = None, token: str = TOKEN
-    ) -> tuple[int, dict]:
+    ) -> tuple[int, Any]:
         data = body if isinstance(body, bytes) else msgspec.json.encode(body) if body else None
         headers = {"Authorization": f"Bearer {token}"}
         async with self.session.request(

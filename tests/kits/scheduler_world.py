@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from random import Random
+from typing import Any
 
 from runtime.contract.footprint_ledger import Footprint, Key
 from runtime.wire.agent_messages import (
@@ -20,7 +21,7 @@ from runtime.wire.agent_messages import (
     WakeReplica,
 )
 from runtime.wire.model_spec import ModelSpec
-from runtime.wire.routes import DemandReport, ModelDemand
+from runtime.wire.routes import DemandReport, ModelDemand, ModelRoute, RouteTable
 from scheduler.core.decisions import Core
 from scheduler.core.turn import Settings
 from scheduler.signals.forecast import StoredArrivals
@@ -179,13 +180,13 @@ def one_gpu(gib: int = 24) -> FakeNode:
 class World:
     """Drive it with `put`, `wait_for`, `serve`, `run`; look at `core.state` and `table`."""
 
-    def __init__(self, *nodes: FakeNode, lossy: Random | None = None, **settings: float) -> None:
+    def __init__(self, *nodes: FakeNode, lossy: Random | None = None, **settings: Any) -> None:
         self.settings = Settings(**{"min_dwell_s": 0.0, **settings})
         self.now = 1000.0
         self.nodes = {node.node_id: node for node in nodes}
         self.lossy = lossy
         self.term = 0
-        self.table = None
+        self.table: RouteTable | None = None
         self.waiting: dict[str, int] = {}
         self.flying: dict[str, int] = {}  # replica_id -> requests
         self.used: dict[str, float] = {}  # replica_id -> when the router last used it
@@ -336,7 +337,7 @@ class World:
                 self.report()
             self.apply(m.Tick(now=self.now))
 
-    def route(self, name: str):
+    def route(self, name: str) -> ModelRoute | None:
         return next((r for r in self.table.models if r.name == name), None)
 
     def hot(self) -> set[str]:

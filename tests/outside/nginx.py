@@ -94,8 +94,8 @@ def in_front_of(router: str, folder: Path) -> Iterator[Fronts]:
     try:
         wait_until(lambda: process.poll() is not None or _listens(ports[3]), "nginx listens")
         assert process.poll() is None, (folder / "nginx.log").read_text()
-        urls = [f"http{'s' * (n in (1, 2))}://127.0.0.1:{port}" for n, port in enumerate(ports)]
-        yield Fronts(*urls, str(certificate))
+        bases = [f"http{'s' * (n in (1, 2))}://127.0.0.1:{port}" for n, port in enumerate(ports)]
+        yield Fronts(bases[0], bases[1], bases[2], bases[3], str(certificate))
     finally:
         process.terminate()
         process.wait(30)

@@ -125,7 +125,7 @@ def asked(model: str = "parrot", **fields: Any) -> dict[str, Any]:
 def arrivals(answer: requests.Response) -> list[tuple[float, str]]:
     """When each line of the stream came."""
     lines = answer.iter_lines(chunk_size=1, decode_unicode=True)
-    return [(time.monotonic(), line) for line in lines if line]
+    return [(time.monotonic(), str(line)) for line in lines if line]
 
 
 def test_plain_calls(caller: Caller) -> None:
@@ -187,7 +187,12 @@ def test_large_bodies(with_settings: Caller, size: int) -> None:
 
 
 def test_a_file_for_a_batch(with_settings: Caller) -> None:
-    line = {"custom_id": "1", "method": "POST", "url": "/v1/completions", "body": asked()}
+    line: dict[str, Any] = {
+        "custom_id": "1",
+        "method": "POST",
+        "url": "/v1/completions",
+        "body": asked(),
+    }
     line["body"]["user"] = "u" * 40 * MIB  # more than max_body_bytes
     files = {"file": ("in.jsonl", json.dumps(line) + "\n")}
     answer = with_settings.post("/v1/files", files=files, data={"purpose": "batch"})

@@ -12,7 +12,8 @@ from scheduler.sim.network import DELAY_S, FAIR, LOST_S, Network, Weather
 
 
 def test_entries_run_by_time_and_then_in_the_order_they_were_made() -> None:
-    loop, ran = Loop(), []
+    loop = Loop()
+    ran: list[str] = []
     loop.at(2.0, ran.append, "c")
     loop.at(1.0, ran.append, "a")
     loop.at(1.0, ran.append, "b")
@@ -22,7 +23,8 @@ def test_entries_run_by_time_and_then_in_the_order_they_were_made() -> None:
 
 
 def test_what_is_due_in_the_past_runs_now() -> None:
-    loop, ran = Loop(), []
+    loop = Loop()
+    ran: list[float] = []
     loop.run(5.0)
     loop.at(1.0, lambda: ran.append(loop.now))
     loop.run(6.0)
@@ -32,7 +34,8 @@ def test_what_is_due_in_the_past_runs_now() -> None:
 def test_two_transfers_share_the_rate() -> None:
     """The worked example of runtime/sim/pipe.py: both end at 3 s."""
     loop = Loop()
-    pipe, ended = Pipe(loop, 1e9), {}
+    pipe = Pipe(loop, 1e9)
+    ended: dict[str, float] = {}
     loop.at(0.0, lambda: pipe.send(2e9, lambda: ended.setdefault("a", loop.now)))
     loop.at(1.0, lambda: pipe.send(1e9, lambda: ended.setdefault("b", loop.now)))
     loop.run(10.0)
@@ -41,7 +44,8 @@ def test_two_transfers_share_the_rate() -> None:
 
 def test_a_cancelled_transfer_gives_its_share_back() -> None:
     loop = Loop()
-    pipe, ended = Pipe(loop, 1e9), {}
+    pipe = Pipe(loop, 1e9)
+    ended: dict[str, float] = {}
     first = pipe.send(4e9, lambda: ended.setdefault("a", loop.now))
     pipe.send(2e9, lambda: ended.setdefault("b", loop.now))
     loop.at(2.0, lambda: pipe.cancel(first))  # by then each has got 1 GB

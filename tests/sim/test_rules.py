@@ -111,7 +111,7 @@ def test_a_policy_that_forgets_its_callers_is_noticed() -> None:
         simulation.run()
 
 
-def _table(core: Core, event: m.Elected):  # type: ignore[no-untyped-def]
+def _table(core: Core, event: m.Elected):
     from runtime.wire.routes import ModelRoute, RouteTable
 
     routes = tuple(ModelRoute(name=s.spec.name, hold_s=s.spec.hold_s) for s in event.models)

@@ -181,11 +181,11 @@ def test_a_preempted_node_is_left_before_it_goes_and_breaks_nothing_off() -> Non
     assert max(report.ttft[i] for i in range(40, 110)) < 1.0
 
 
-def _busy(sim) -> str:  # type: ignore[no-untyped-def]
+def _busy(sim) -> str:
     return next(name for name, node in sim.nodes.items() if node.replicas())
 
 
-def _lose_the_busy(sim) -> None:  # type: ignore[no-untyped-def]
+def _lose_the_busy(sim) -> None:
     sim.lose_node(_busy(sim))
 
 
@@ -200,7 +200,7 @@ def test_an_engine_that_dies_is_started_again_by_its_agent() -> None:
     assert report.ttft[1] == pytest.approx(started_s + 0.3 - 10, abs=0.2)
 
 
-def _crash_all(sim) -> None:  # type: ignore[no-untyped-def]
+def _crash_all(sim) -> None:
     for node in sim.nodes.values():
         for replica_id in node.replicas():
             node.crash(replica_id)

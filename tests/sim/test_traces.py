@@ -61,7 +61,7 @@ def test_servegen_takes_the_windows_of_the_part_that_is_asked_for() -> None:
         (lambda lines: traces.servegen(lines, 0, 600), SERVEGEN.replace("Gamma", "Zipf"), "Zipf"),
     ],
 )
-def test_what_cannot_be_read_is_named(read, text: str, words: str) -> None:  # type: ignore[no-untyped-def]
+def test_what_cannot_be_read_is_named(read, text: str, words: str) -> None:
     if words == "Zipf":
         text = text.replace(",600,", ",0,")
     with pytest.raises(ValueError, match=words):

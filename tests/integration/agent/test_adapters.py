@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 import msgspec
 import pytest
@@ -145,7 +146,7 @@ async def test_an_adapter_answers_after_its_engine_slept(
     await client.ok(node.url, start(model=model(a=folder)))
     ready = await scheduler.phase("ready")
     assert await text(client, ready, "m:a") == "one two"
-    about = {"replica_id": "m-1", "epoch": 1, "reason": "a test wants it"}
+    about: dict[str, Any] = {"replica_id": "m-1", "epoch": 1, "reason": "a test wants it"}
     await client.ok(node.url, SleepReplica(level=level, grace_s=20.0, **about))
     await scheduler.phase("asleep")
     await client.ok(node.url, WakeReplica(**about))

@@ -216,10 +216,10 @@ async def test_a_host_that_starts_processes_all_the_time_is_not_scanned_over_and
     """Each listing has one foreign process more; none of them can be the parent of ours."""
     supervisor, _, folder = world
     ours = run(supervisor, "r", "import time; time.sleep(600)").pid
-    foreign = [p.pid for p in psutil.process_iter() if process.start_ticks(p.pid)]
-    foreign = [str(pid) for pid in foreign if pid not in (ours, os.getpid())]
+    all_pids = [p.pid for p in psutil.process_iter() if process.start_ticks(p.pid)]
+    foreign = [str(pid) for pid in all_pids if pid not in (ours, os.getpid())]
     assert len(foreign) > 3, "this machine runs hardly anything"
-    listings = []
+    listings: list[list[str]] = []
 
     def listing(path):
         listings.append([str(ours), *foreign[: len(listings)]])

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -133,7 +134,7 @@ def test_load_and_unload_leak_nothing(cluster: Cluster) -> None:
     agent = cluster.part("agent")
     before = footprint(cluster, agent)
     with ThreadPoolExecutor(len(names)) as pool:
-        list(pool.map(lambda n: [one_cycle(cluster, n) for _ in range(CYCLES // 4)], names))
+        list(pool.map(lambda name: cycles(cluster, name, CYCLES // 4), names))
     wait_until(lambda: footprint(cluster, agent)["processes"] == before["processes"], "all gone")
     after = footprint(cluster, agent)
     assert after["booked_bytes"] == before["booked_bytes"] == 0
@@ -144,6 +145,11 @@ def test_load_and_unload_leak_nothing(cluster: Cluster) -> None:
     assert sum(d["action"] == "start" for d in starts) >= min(CYCLES, 900)
 
 
+def cycles(cluster: Cluster, name: str, count: int) -> None:
+    for _ in range(count):
+        one_cycle(cluster, name)
+
+
 def one_cycle(cluster: Cluster, name: str) -> None:
     cluster.admin("POST", f"/admin/models/{name}/load", {})
     wait_until(lambda: cluster.admin("GET", f"/admin/models/{name}")["ready"], f"{name} ready")
@@ -151,7 +157,7 @@ def one_cycle(cluster: Cluster, name: str) -> None:
     wait_until(lambda: not cluster.admin("GET", f"/admin/models/{name}")["replicas"], "gone")
 
 
-def footprint(cluster: Cluster, agent: psutil.Process) -> dict[str, object]:
+def footprint(cluster: Cluster, agent: psutil.Process) -> dict[str, Any]:
     """What a leak would show in."""
     processes = [psutil.Process(cluster.process.pid), *cluster.processes()]
     listening = sum(

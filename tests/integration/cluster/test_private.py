@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import stat
 from pathlib import Path
+from typing import Any
 
 import requests
 
@@ -18,7 +19,7 @@ def test_nothing_in_the_state_dir_is_for_others(tmp_path: Path) -> None:
             spec = tmp_path / "m.yaml"
             spec.write_text("name: m\nsource: none\nengine: stub\ndevice_memory_bytes: 1GiB\n")
             cluster.stoker("model", "add", str(spec))
-            body = {"model": "m", "prompt": "secret words", "max_tokens": 1}
+            body: dict[str, Any] = {"model": "m", "prompt": "secret words", "max_tokens": 1}
             url, headers = f"{cluster.router}/v1/completions", {"Prefer": "respond-async"}
             assert requests.post(url, json=body, timeout=60).status_code == 200
             job = requests.post(

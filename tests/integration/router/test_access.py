@@ -12,7 +12,9 @@ import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Iterator
+from functools import partial
 from pathlib import Path
+from typing import Any, Final
 
 import openai
 import pytest
@@ -25,7 +27,7 @@ from tests.kits.checkout import ROOT
 from tests.kits.cluster import Cluster, running, wait_until
 from tests.kits.router_stack import Stack, eventually, unary
 
-CHAT = "/v1/chat/completions"
+CHAT: Final = "/v1/chat/completions"
 TOKEN = KEY_PREFIX + "aaaaaaaaaa-" + "s" * 43
 SECRET = "s" * 43
 
@@ -39,10 +41,10 @@ async def stack(tmp_path: Path, request: pytest.FixtureRequest) -> AsyncIterator
         yield made
 
 
-def key(token: str = TOKEN, **spec: object) -> StoredKey:
+def key(token: str = TOKEN, **spec: Any) -> StoredKey:
     return StoredKey(
         key_id=token[len(KEY_PREFIX) :][:10], digest=digest(token), created_at=0.0,
-        spec=KeySpec(**{"tenant": "acme"} | spec),
+        spec=KeySpec(**({"tenant": "acme"} | spec)),
     )  # fmt: skip
 
 
@@ -333,8 +335,12 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         yield made
 
 
+def answers(url: str, token: str, statuses: tuple[int, ...]) -> bool:
+    return ask(url, token).status_code in statuses
+
+
 def ask(url: str, token: str, model: str = "tiny") -> requests.Response:
-    body = {"model": model, "prompt": "one two", "max_tokens": 4}
+    body: dict[str, Any] = {"model": model, "prompt": "one two", "max_tokens": 4}
     return requests.post(f"{url}/v1/completions", json=body, headers=bearer(token), timeout=60)
 
 
@@ -413,10 +419,10 @@ def test_two_routers_hold_a_tenant_to_one_limit(cluster: Cluster, tmp_path: Path
         url = json.loads(second.stdout.readline())["url"]
         token = cluster.stoker("key", "create", "shared", "--tokens-per-day", "40").strip()
         for router in (cluster.router, url):
-            wait_until(lambda r=router: ask(r, token).status_code in (200, 429), "the key opens")
+            wait_until(partial(answers, router, token, (200, 429)), "the key opens")
         # Each call costs tokens; whichever router takes them, in the end both refuse.
         for router in (cluster.router, url):
-            wait_until(lambda r=router: ask(r, token).status_code == 429, "the quota is spent")
+            wait_until(partial(answers, router, token, (429,)), "the quota is spent")
         refused = ask(url, token)
         assert refused.json()["error"]["code"] == "quota_exceeded"
         assert int(refused.headers["Retry-After"]) >= 1
@@ -432,7 +438,7 @@ def test_roles_of_admin_tokens(cluster: Cluster) -> None:
     }
     admin = cluster.up["admin"]
 
-    def status(role: str, method: str, path: str, body: object = None) -> int:
+    def status(role: str, method: str, path: str, body: Any = None) -> int:
         url, headers = admin + path, bearer(tokens[role])
         return requests.request(method, url, json=body, headers=headers, timeout=30).status_code
 

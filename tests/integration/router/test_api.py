@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import aiohttp
 import pytest
+from yarl import URL
 
 from runtime.engine import guard
 from tests.kits import router_stack as kit
@@ -22,9 +23,7 @@ async def test_models(stack: Stack) -> None:
     await stack.scheduler.in_force()
 
     async def get(path: str) -> dict:
-        async with stack.session.get(
-            aiohttp.client.URL(stack.url + path, encoded=True)
-        ) as response:
+        async with stack.session.get(URL(stack.url + path, encoded=True)) as response:
             return await response.json()
 
     listing = await get("/v1/models")
@@ -66,7 +65,7 @@ async def test_invoke(stack: Stack, body: dict, query: str, target: str, sent: d
         ("/invoke/org/m", "org/m"),
         ("/invoke/org%2Fm", "org/m"),
     ):
-        url = aiohttp.client.URL(stack.url + path + query, encoded=True)
+        url = URL(stack.url + path + query, encoded=True)
         async with stack.session.post(url, json={**body, "model": "ignored"}) as response:
             assert response.status == 200
         received = engine.received[-1]
@@ -82,7 +81,7 @@ async def test_one_base_url_per_model(stack: Stack) -> None:
         ("/models/org/m", "org/m"),
         ("/models/org%2Fm", "org/m"),
     ):
-        url = aiohttp.client.URL(f"{stack.url}{path}{CHAT}", encoded=True)
+        url = URL(f"{stack.url}{path}{CHAT}", encoded=True)
         async with stack.session.post(url, data=raw) as response:
             assert response.status == 200
         received = engine.received[-1]

@@ -11,7 +11,7 @@ import sys
 from collections import Counter
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import aiohttp
 import openai
@@ -33,7 +33,7 @@ from tests.kits import router_stack as kit
 from tests.kits.checkout import ROOT
 from tests.kits.router_stack import Engine, Received, Stack, eventually
 
-CHAT = "/v1/chat/completions"
+CHAT: Final = "/v1/chat/completions"
 ENDED = ("completed", "failed", "cancelled", "expired")
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Coroutine
+from typing import Any
 
 import anthropic
 import openai
@@ -15,7 +16,7 @@ from openai import AsyncOpenAI
 from tests.kits import router_stack as kit
 from tests.kits.router_stack import Stack, unary
 
-MESSAGES = [{"role": "user", "content": "hi"}]
+MESSAGES: Any = [{"role": "user", "content": "hi"}]
 TOO_LONG = (
     b'{"error":{"message":"the prompt is too long","type":"BadRequestError","param":null,'
     b'"code":400}}'
@@ -52,7 +53,7 @@ FAILURES = pytest.mark.parametrize(
     ("fail", "words"),
     [(refused, "80 GiB"), (too_long, "prompt is too long"), (removed, "(?:was removed|no model)")],
 )
-Fail = Callable[[Stack], Awaitable[None]]
+Fail = Callable[[Stack], Coroutine[Any, Any, None]]
 
 
 # ------------------------------------------------------------------------------------- Anthropic
@@ -65,8 +66,9 @@ async def test_anthropic_whole(
     await fail(stack)
     with pytest.raises(anthropic.APIStatusError, match=words) as raised:
         await claude.messages.create(model="m", max_tokens=9, messages=MESSAGES)
-    kinds = {refused: "overloaded_error", too_long: "invalid_request_error"}
-    assert raised.value.body["error"]["type"] == kinds.get(fail, "not_found_error")
+    kinds: dict[Fail, str] = {refused: "overloaded_error", too_long: "invalid_request_error"}
+    body: Any = raised.value.body
+    assert body["error"]["type"] == kinds.get(fail, "not_found_error")
     with pytest.raises(anthropic.APIStatusError, match=words):
         await claude.messages.count_tokens(model="m", messages=MESSAGES)
 
@@ -90,7 +92,7 @@ async def test_anthropic_stream_that_breaks_off(stack: Stack, claude: AsyncAnthr
     }  # fmt: skip
     begin = json.dumps({"type": "message_start", "message": message}).encode()
     await stack.serve("m", await stack.engine(cut_off(b"message_start", begin)))
-    got = []
+    got: list[Any] = []
     with pytest.raises(anthropic.APIStatusError, match="in the middle of its answer"):
         await all_of(
             await claude.messages.create(
@@ -140,7 +142,7 @@ async def test_openai_responses_stream_that_breaks_off(stack: Stack, gpt: AsyncO
     }  # fmt: skip
     engine = await stack.engine(cut_off(b"response.output_text.delta", json.dumps(data).encode()))
     await stack.serve("m", engine)
-    got = []
+    got: list[Any] = []
     with pytest.raises(openai.APIConnectionError):  # it does not look complete
         await all_of(await gpt.responses.create(model="m", input="hi", stream=True), got)
     assert [event.type for event in got] == ["response.output_text.delta", "error"]
@@ -224,7 +226,7 @@ async def ask(client: AsyncOpenAI | AsyncAnthropic) -> None:
         await client.messages.create(model="m", max_tokens=9, messages=MESSAGES)
 
 
-async def all_of(stream: AsyncIterator[object], got: list[object]) -> None:
+async def all_of(stream: AsyncIterable[object], got: list[Any]) -> None:
     """Read to its end, or to what it raises."""
     async for event in stream:
         got.append(event)

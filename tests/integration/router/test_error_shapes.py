@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -16,6 +16,7 @@ from runtime.wire.routes import RouteRule, RouteTarget
 from tests.kits import router_stack as kit
 from tests.kits.router_stack import Stack, sse, unary
 
+Fail = Callable[[Stack], Coroutine[Any, Any, None]]
 CHAT, RESPONSES, MESSAGES = "/v1/chat/completions", "/v1/responses", "/v1/messages"
 COUNT = "/v1/messages/count_tokens"
 PATHS = (CHAT, "/v1/completions", RESPONSES, MESSAGES)
@@ -116,16 +117,18 @@ async def late(stack: Stack) -> None:
 
 @pytest.mark.parametrize("path", [*PATHS, COUNT, MESSAGES + "?beta=true"])
 @pytest.mark.parametrize("fail", [unavailable, engines_400, dying, late])
-async def test_a_whole_error_has_the_shape_of_its_path(
-    stack: Stack, path: str, fail: Callable[[Stack], Awaitable[None]]
-) -> None:
+async def test_a_whole_error_has_the_shape_of_its_path(stack: Stack, path: str, fail: Fail) -> None:
     await fail(stack)
     async with stack.post(path, {"model": "m"}) as response:
         body = await response.read()
         assert response.status >= 400
         assert response.headers["Content-Type"].startswith("application/json")
         message = assert_whole(path, response.status, body, response.headers["X-Request-ID"])
-    words = {unavailable: "it broke", engines_400: "prompt is too long", dying: "gave up"}
+    words: dict[Fail, str] = {
+        unavailable: "it broke",
+        engines_400: "prompt is too long",
+        dying: "gave up",
+    }
     assert words.get(fail, "hold_s") in message
 
 
@@ -196,14 +199,14 @@ async def removed(stack: Stack) -> None:
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("fail", [unavailable, engines_400, anthropic_400, dying, removed])
 async def test_a_held_stream_ends_with_an_event_of_its_protocol(
-    stack: Stack, path: str, fail: Callable[[Stack], Awaitable[None]]
+    stack: Stack, path: str, fail: Fail
 ) -> None:
     await stack.serve("m")
     response = await begin(stack, path)
     await fail(stack)
     rest = await response.content.read()
     message = assert_ended(path, rest, response.headers["X-Request-ID"], number=0)
-    words = {
+    words: dict[Fail, str] = {
         unavailable: "it broke", engines_400: "prompt is too long", dying: "gave up",
         anthropic_400: "prompt is too long",
     }  # fmt: skip
@@ -251,7 +254,7 @@ def cut_off(first: bytes) -> kit.Answer:
 
 
 @contextlib.asynccontextmanager
-async def begun(stack: Stack, path: str) -> AsyncIterator[Callable[[], Awaitable[Any]]]:
+async def begun(stack: Stack, path: str) -> AsyncIterator[Callable[[], Coroutine[Any, Any, Any]]]:
     """A stream of which something has come, by bytes: clients' libraries drop what they have read
     when a connection breaks. What is given waits for its end, which must not look like one, and
     returns the request's id and all that came."""
@@ -265,9 +268,9 @@ async def begun(stack: Stack, path: str) -> AsyncIterator[Callable[[], Awaitable
     lines = "".join(f"{name}: {value}\r\n" for name, value in sent.items())
     head = f"POST {base.path}{path} HTTP/1.1\r\n{lines}\r\n"
     writer.write(head.encode() + body)
-    lines = (await reader.readuntil(b"\r\n\r\n")).decode().split("\r\n")
-    assert " 200 " in lines[0]
-    headers = dict(line.lower().split(": ", 1) for line in lines[1:] if line)
+    answered = (await reader.readuntil(b"\r\n\r\n")).decode().split("\r\n")
+    assert " 200 " in answered[0]
+    headers = dict(line.lower().split(": ", 1) for line in answered[1:] if line)
     first = await reader.read(1)
 
     async def broken_off() -> tuple[str, bytes]:

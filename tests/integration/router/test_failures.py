@@ -181,12 +181,12 @@ async def test_refusals(
             f"Content-Type: application/json\r\nContent-Length: {len(body)}"
         )
         writer.write(head.encode() + b"\r\n\r\n" + body)
-        head, _, payload = (await reader.read()).partition(b"\r\n\r\n")
+        said, _, payload = (await reader.read()).partition(b"\r\n\r\n")
         writer.close()
         error = json.loads(payload)["error"]
-        got = (int(head.split()[1]), error["code"], error["param"])
+        got = (int(said.split()[1]), error["code"], error["param"])
         assert got == (status, code, param), error["message"]
-        assert b"x-request-id: " in head.lower()
+        assert b"x-request-id: " in said.lower()
         assert not engine.received
 
 

@@ -14,14 +14,15 @@ import re
 import socket
 import struct
 from collections import defaultdict
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from runtime.router.admission import breaker, decisions
-from runtime.wire.routes import Endpoint
+from runtime.wire.routes import Endpoint, ModelRoute
 from tests.kits import http_fuzz_judge as judge
 from tests.kits import router_stack as kit
 from tests.kits.http_fuzz_answers import Answer, answers, question
@@ -130,7 +131,7 @@ async def exchange(url: str, pieces: list[bytes], wait_s: float) -> tuple[bytes,
     return bytes(got), True
 
 
-async def side_by_side(work: list[Callable[[], Coroutine[Any, Any, None]]]) -> None:
+async def side_by_side(work: Sequence[Callable[[], Coroutine[Any, Any, None]]]) -> None:
     """AT_ONCE at a time, as they come."""
     waiting = iter(work)
 
@@ -149,7 +150,7 @@ async def serving(
         engine = await RawEngine(says).start()
         try:
             routes = [
-                kit.ModelRoute(name=name, endpoints=(engine.endpoint(f"replica-{name}"),))
+                ModelRoute(name=name, endpoints=(engine.endpoint(f"replica-{name}"),))
                 for name in models
             ]
             await stack.scheduler.publish(*routes)
@@ -179,7 +180,7 @@ async def test_odd_requests_get_one_answer_and_reach_no_engine_unframed(
                 faults.append(f"case {case.number} {case.names}: {wrong}\n  {case.data[:600]!r}")
 
         target = path.replace(b"%b", b"m")
-        tries = [lambda case=case: one(case) for case in requests(SEED, COUNT, target)]
+        tries = [partial(one, case) for case in requests(SEED, COUNT, target)]
         await side_by_side(tries)
         assert len(engine.seen) > COUNT / 10, "hardly any request reached the engine"
         assert not engine.lost, told([repr(data[:300]) for data in engine.lost])
@@ -207,7 +208,7 @@ async def test_odd_answers_arrive_whole_or_as_errors_or_break_visibly(
                 shown = f"\n  said {answer.data[:300]!r}\n  told {data[:500]!r}"
                 faults.append(f"case {answer.number} {answer.name}: {wrong}{shown}")
 
-        await side_by_side([lambda answer=answer: one(answer) for answer in says])
+        await side_by_side([partial(one, answer) for answer in says])
     assert not faults, told(faults)
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import openai
 import pytest
 from aiohttp import web
+from aiohttp.resolver import ThreadedResolver
 from openai import AsyncOpenAI
 
 from runtime.contract.schema import SchemaError
@@ -264,7 +265,7 @@ async def test_a_batchs_webhook(tmp_path: Path) -> None:
         await eventually(lambda: hook.got, "not sent")
         _, headers, body = hook.got[0]
         assert_signed(headers, body)
-        event = client.webhooks.unwrap(body, headers, secret=TENANT_SECRET)
+        event: Any = client.webhooks.unwrap(body, headers, secret=TENANT_SECRET)
         assert (event.type, event.data.id) == ("batch.completed", batch.id)
         told = json.loads(body)["data"]
         assert (await client.files.content(told["output_file_id"])).text.count("\n") == 1
@@ -296,12 +297,12 @@ async def test_a_name_that_leads_into_the_own_network_is_not_called(
 ) -> None:
     """The URL itself looks harmless; only what it resolves to does not."""
     monkeypatch.setattr(webhooks, "ATTEMPTS", 1)
-    real = webhooks.ThreadedResolver.resolve
+    real = ThreadedResolver.resolve
 
     async def rebound(self: Any, host: str, *more: Any) -> Any:
         return await real(self, "localhost" if host == "hooks.example.com" else host, *more)
 
-    monkeypatch.setattr(webhooks.ThreadedResolver, "resolve", rebound)
+    monkeypatch.setattr(ThreadedResolver, "resolve", rebound)
     with pytest.raises(OSError, match="no public address"):
         await PublicResolver().resolve("hooks.example.com", 443)
     connected = 0

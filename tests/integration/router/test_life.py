@@ -7,8 +7,9 @@ import contextlib
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
+from typing import Any
 
 import aiohttp
 import psutil
@@ -75,12 +76,12 @@ async def test_a_leader_of_an_older_term_is_not_listened_to(stack: Stack) -> Non
     looked = 0
     original = stack.registry.get
 
-    async def counted(key: str) -> object:
+    async def counted(key: str) -> Any:
         nonlocal looked
         looked += 1
         return await original(key)
 
-    stack.registry.get = counted
+    stack.registry.get = counted  # type: ignore[method-assign]
     await eventually(lambda: looked >= 3, "the leader was not looked up")
     assert not deposed.polls
     assert not deposed.reports
@@ -239,11 +240,12 @@ async def test_a_client_that_does_not_read_does_not_fill_the_routers_memory(tmp_
         )
         writer.write(body)
         await reader.readuntil(b"\r\n\r\n")
-        reader._transport.pause_reading()
+        transport: Any = vars(reader)["_transport"]
+        transport.pause_reading()
         stalled = await settled(lambda: written)
         assert 0 < stalled < total / 4, "the engine was not slowed down"
         assert memory.memory_info().rss - before < 32 * 2**20
-        reader._transport.resume_reading()
+        transport.resume_reading()
         left = total
         while left:
             left -= len(await reader.read(2**20))
@@ -252,7 +254,7 @@ async def test_a_client_that_does_not_read_does_not_fill_the_routers_memory(tmp_
     engine.kill()
 
 
-async def settled(value: object) -> int:
+async def settled(value: Callable[[], int]) -> int:
     """The value once it has not moved for a while."""
     last, same = value(), 0
     async with asyncio.timeout(kit.DEADLINE_S):

@@ -11,7 +11,7 @@ import aiohttp
 import pytest
 
 from runtime.router.control import saved_tables
-from runtime.wire.routes import RouteTable
+from runtime.wire.routes import Endpoint, ModelRoute, RouteTable
 from tests.kits import router_stack as kit
 from tests.kits.router_stack import Engine, eventually, never, sse, unary
 from tests.kits.router_workers import workers
@@ -78,10 +78,10 @@ async def test_a_host_that_accepts_no_connection_is_left_for_another(tmp_path: P
             filler.connect_ex(deaf.getsockname())
         async with kit.stack(tmp_path, connect_timeout_s=0.3) as stack:
             engine = await stack.engine(unary())
-            gone = kit.Endpoint(
+            gone = Endpoint(
                 replica_id="gone", base_url=f"http://127.0.0.1:{deaf.getsockname()[1]}", key="k"
             )
-            route = kit.ModelRoute(name="m", endpoints=(gone, engine.endpoint))
+            route = ModelRoute(name="m", endpoints=(gone, engine.endpoint))
             await stack.scheduler.publish(route)
             await stack.scheduler.in_force()
             for _ in range(4):

@@ -9,6 +9,7 @@ import os
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 from aiohttp import web
@@ -45,7 +46,7 @@ async def serving(tmp_path: Path, odd: bool, **settings: object) -> AsyncIterato
         yield made
 
 
-async def ask(stack: Stack, path: str = CHAT, model: str = "m", **more: object) -> bytes:
+async def ask(stack: Stack, path: str = CHAT, model: str = "m", **more: Any) -> bytes:
     headers = {"Authorization": f"Bearer {SECRET}", **more.pop("headers", {})}
     body = {"model": model, "messages": [{"role": "user", "content": PROMPT}], **more}
     async with stack.post(path, body, headers=headers) as response:
@@ -289,7 +290,7 @@ async def tracing(
             assert secret.encode() not in collector.raw
 
 
-def said(span: Span) -> dict[str, object]:
+def said(span: Span) -> dict[str, Any]:
     return {a.key: getattr(a.value, a.value.WhichOneof("value")) for a in span.attributes}
 
 

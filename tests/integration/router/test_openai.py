@@ -9,6 +9,7 @@ import os
 import socket
 import sys
 from collections.abc import AsyncIterator
+from typing import Any
 
 import httpx
 import openai
@@ -69,7 +70,7 @@ async def client(stack: Stack) -> AsyncIterator[AsyncOpenAI]:
         yield made
 
 
-MESSAGES = [{"role": "user", "content": "hi"}]
+MESSAGES: Any = [{"role": "user", "content": "hi"}]
 
 
 async def test_chat_completions_embeddings(stack: Stack, client: AsyncOpenAI) -> None:
@@ -133,7 +134,8 @@ async def test_a_cold_model_is_waited_for(stack: Stack, client: AsyncOpenAI) -> 
 
 async def test_models(stack: Stack, client: AsyncOpenAI) -> None:
     await stack.serve("m", warmth="cold", aliases=("org/m",))
-    listed, alias = [model async for model in client.models.list()]
+    models: list[Any] = [model async for model in client.models.list()]
+    listed, alias = models
     assert (alias.id, alias.max_model_len) == ("org/m", None)
     assert (listed.id, listed.owned_by, listed.warmth) == ("m", "stoker", "cold")
     assert (await client.models.retrieve("org/m")).id == "org/m"

@@ -254,7 +254,7 @@ async def test_the_access_log_says_whose_every_call_was(stack: Stack, tmp_path: 
     await submit(stack, "globex")
     log = tmp_path / "access.jsonl"
 
-    def written() -> list[tuple[str, str, int]]:
+    def written() -> list[tuple[str, str, str, int]]:
         lines = [json.loads(line) for line in log.read_text().splitlines()]
         return [(x["path"], x["tenant"], x["key_id"], x["status"]) for x in lines if x["key_id"]]
 
@@ -335,7 +335,7 @@ async def test_an_unknown_model_hints_at_no_name_outside_of_the_keys_scope(stack
 async def test_who_hangs_up_before_the_first_byte_pays_for_the_engines_work(stack: Stack) -> None:
     """Its prompt of 500 tokens and some for the time, not the 100,000 that it might have had."""
     stack.engines[0].answer = kit.never
-    body = {"model": "alpha", "messages": [{"role": "user", "content": "x" * 2000}]}
+    body: dict[str, Any] = {"model": "alpha", "messages": [{"role": "user", "content": "x" * 2000}]}
     body["max_tokens"] = 100_000
     call = asyncio.create_task(ask(stack, "globex", "POST", "/v1/chat/completions", body))
     await eventually(lambda: stack.engines[0].received, "not sent")

@@ -91,6 +91,12 @@ async def stack(tmp_path: Path, request: pytest.FixtureRequest) -> AsyncIterator
         yield made
 
 
+def vllm_of(stack: Stack) -> Vllm:
+    vllm = stack.engines[0].answer
+    assert isinstance(vllm, Vllm)
+    return vllm
+
+
 async def ask(stack: Stack, name: str | None, path: str, **more: Any) -> tuple[int, bytes]:
     headers = {"Authorization": f"Bearer {token(name)}"} if name else {}
     body = {"model": "m", "messages": [], "stream": True, **more}
@@ -113,7 +119,7 @@ async def charged(stack: Stack, tenant: str, tokens: int) -> None:
 async def test_a_stream_is_billed_by_the_engines_own_usage(
     stack: Stack, path: str, cut: int
 ) -> None:
-    stack.engines[0].answer.cut = cut
+    vllm_of(stack).cut = cut
     status, answer = await ask(stack, "tight", path)
     assert (status, answer) == (200, WORD * 3 + DONE)
     assert stack.engines[0].received[0].json()["stream_options"] == {"include_usage": True}
@@ -181,7 +187,7 @@ async def test_a_picture_does_not_use_up_the_limit(stack: Stack) -> None:
 
 
 async def test_who_hangs_up_is_billed_what_was_counted_so_far(stack: Stack) -> None:
-    stack.engines[0].answer.hold = asyncio.Event()
+    vllm_of(stack).hold = asyncio.Event()
     headers = {"Authorization": f"Bearer {token('tight')}"}
     body = {"model": "m", "prompt": "x" * 400, "stream": True}
     size = len(json.dumps(body, separators=(",", ":")))
@@ -192,7 +198,7 @@ async def test_who_hangs_up_is_billed_what_was_counted_so_far(stack: Stack) -> N
 
 
 async def test_an_answer_that_breaks_off_within_an_event_ends_with_an_error(stack: Stack) -> None:
-    stack.engines[0].answer.breaks = True
+    vllm_of(stack).breaks = True
     headers = {"Authorization": f"Bearer {token('tight')}"}
     got = b""
     async with stack.post(CHAT, {"model": "m", "stream": True}, headers=headers) as response:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import aiohttp
 import pytest
@@ -22,7 +24,7 @@ pytestmark = pytest.mark.both_doors
 CHAT = "/v1/chat/completions"
 
 
-def rule(*models: str, **fields: object) -> RouteRule:
+def rule(*models: str, **fields: Any) -> RouteRule:
     targets = tuple(RouteTarget(model=model) for model in models)
     return RouteRule(name="r", targets=targets, **fields)
 
@@ -37,7 +39,7 @@ async def publish(stack: Stack, made: RouteRule, **engines: Engine | None) -> No
     await stack.scheduler.in_force()
 
 
-async def ask(stack: Stack, path: str = CHAT, **fields: object) -> tuple[int, str | None, bytes]:
+async def ask(stack: Stack, path: str = CHAT, **fields: Any) -> tuple[int, str | None, bytes]:
     """Status, who answered, and the body."""
     async with stack.post(path, {"model": "r", **fields}) as response:
         return response.status, response.headers.get("X-Stoker-Model"), await response.read()
@@ -273,11 +275,11 @@ async def test_a_mirror_that_fails_fails_nobody(stack: Stack) -> None:
 TOKEN = KEY_PREFIX + "aaaaaaaaaa-" + "s" * 43
 
 
-async def with_key(stack: Stack, **spec: object) -> None:
+async def with_key(stack: Stack, **spec: Any) -> None:
     """From now on nobody but the holder of TOKEN is let in."""
     stored = StoredKey(
         key_id="aaaaaaaaaa", digest=digest(TOKEN), created_at=0.0,
-        spec=KeySpec(**{"tenant": "acme"} | spec),
+        spec=KeySpec(**({"tenant": "acme"} | spec)),
     )  # fmt: skip
     await stack.scheduler.publish_keys(stored)
     stack.session.headers["Authorization"] = f"Bearer {TOKEN}"
@@ -338,11 +340,14 @@ async def test_routes_change_under_load_and_no_request_is_lost(stack: Stack) -> 
         while not stop.is_set():
             answers.append((await ask(stack))[:2])
 
+    def came(count: int) -> bool:
+        return len(answers) >= count
+
     callers = [asyncio.create_task(caller()) for _ in range(4)]
     for models in (("m2",), ("m1", "m2"), ("m1",), ("m2",)):
         await publish(stack, rule(*models), **engines)
-        seen = len(answers)
-        await eventually(lambda seen=seen: len(answers) > seen + 8, "calls go on")
+        enough = len(answers) + 9
+        await eventually(partial(came, enough), "calls go on")
     stop.set()
     await asyncio.gather(*callers)
     assert {status for status, _ in answers} == {200}

@@ -116,7 +116,7 @@ async def test_a_leader_of_a_new_registry_outranks_the_one_its_agents_remember(
 class FullDisk(EmbeddedRegistry):
     """Can be read; whatever is written fails."""
 
-    async def acquire(self, *_: object, **__: object) -> None:  # type: ignore[override]
+    async def acquire(self, *_: object, **__: object) -> None:
         raise RegistryError("cannot put leader: database or disk is full")
 
 

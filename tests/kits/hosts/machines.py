@@ -74,7 +74,7 @@ class Machines:
         self._stack = stack
         self._count = 0
 
-    def boot(self, name: str, *options: str, prepare: Callable[[Path], None] | None = None):  # type: ignore[no-untyped-def]
+    def boot(self, name: str, *options: str, prepare: Callable[[Path], None] | None = None):
         """A new host, once its systemd has started everything; `options` are nspawn's."""
         self._count += 1
         address = f"198.18.{self._number}.{10 + self._count}"

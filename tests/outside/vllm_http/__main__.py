@@ -28,7 +28,7 @@ import time
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import requests
 import yaml
@@ -124,8 +124,8 @@ def _compare(work: Path, source: Path, files: Sequence[str]) -> int:
     shutil.copytree(source / "tests", work / "tests")  # so that the installed vllm is imported
     shutil.copy(source / "pyproject.toml", work)
     texts = ((source / "tests" / "entrypoints" / f).read_text() for f in files)
-    found = (name for text in texts for groups in _MODEL.findall(text) for name in groups)
-    names = sorted(set(filter(None, found)))
+    models = (name for text in texts for groups in _MODEL.findall(text) for name in groups)
+    names = sorted(set(filter(None, models)))
     model = write_model(work / "models", "tiny")
     with _hub(work, model, names) as environ:
         with _plain(model, names) as url:
@@ -272,7 +272,7 @@ def _router(work: Path, model: Path, names: Sequence[str]) -> Iterator[str]:
     """`stoker up` with the same model, warm."""
     first, *aliases = names
     with running(work / "state") as cluster:
-        spec = {
+        spec: dict[str, Any] = {
             "name": "tiny", "source": str(model), "aliases": [first, *aliases],
             "engine_args": ARGS, "device_memory_bytes": "3GiB", "min_replicas": 1,
         }  # fmt: skip
@@ -282,7 +282,7 @@ def _router(work: Path, model: Path, names: Sequence[str]) -> Iterator[str]:
         )
         if not added.ok:
             raise SystemExit(f"the model was not added: {added.text}")
-        body = {"model": first, "prompt": "a", "max_tokens": 1}
+        body: dict[str, Any] = {"model": first, "prompt": "a", "max_tokens": 1}
         answer = requests.post(cluster.router + "/v1/completions", json=body, timeout=START_S)
         if not answer.ok:
             raise SystemExit(f"the router's model did not start: {answer.text}")

@@ -22,7 +22,7 @@ async def test_a_heartbeat_that_is_due_does_not_swallow_the_end() -> None:
         link = SchedulerLink(
             None, None, leader_key="", token="", interval_s=60.0, due=due, build=None, on_reply=None
         )
-        link.send = send
+        link.send = send  # type: ignore[method-assign]
         task = asyncio.create_task(link.run())
         await asyncio.sleep(0.01)
         due.set()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from random import Random
+from typing import Any
 
 import pytest
 
@@ -49,6 +50,6 @@ def test_a_seed_gives_the_same_figures_again() -> None:
 def test_settings_of_the_world_reach_every_core_and_do_not_replace_a_policys_own() -> None:
     case, world = crowded(), {"min_dwell_s": 1.25, "stand_by": False}
     for name, stand_by in (("lru", False), ("ours", True)):
-        core = POLICIES[name].factory(case, world)()
+        core: Any = POLICIES[name].factory(case, world)()
         settings = core._turn.settings
         assert (settings.min_dwell_s, settings.stand_by) == (1.25, stand_by)

@@ -57,7 +57,8 @@ def test_an_unreadable_up_file_is_named(tmp_path: Path) -> None:
     assert str(tmp_path / UP_FILE) in done.stderr
 
 
-NO_UP = {"STOKER_STATE_DIR": None}  # else it would win over the file's state_dir
+# Else it would win over the file's state_dir.
+NO_UP: dict[str, str | None] = {"STOKER_STATE_DIR": None}
 
 
 def config_file(folder: Path) -> Path:
@@ -123,8 +124,12 @@ def test_a_token_on_the_command_line_works_and_is_warned_of(fake: FakeServer) ->
 def test_a_token_in_a_file(fake: FakeServer, tmp_path: Path, content: str) -> None:
     path = tmp_path / "token"
     path.write_text(content)
-    for by in ({"args": ("--token-file", str(path))}, {"env": {"STOKER_TOKEN_FILE": str(path)}}):
-        done = stoker(None, "--admin", fake.url, *by.get("args", ()), "ps", env=by.get("env", {}))
+    by: list[tuple[tuple[str, ...], dict[str, str | None]]] = [
+        (("--token-file", str(path)), {}),
+        ((), {"STOKER_TOKEN_FILE": str(path)}),
+    ]
+    for args, env in by:
+        done = stoker(None, "--admin", fake.url, *args, "ps", env=env)
         assert done.exit_code == 0, done.output
         assert done.stderr == ""
 

@@ -12,6 +12,7 @@ import pytest
 
 from runtime.wire.routes import Canary, Mirror, RouteRule, RouteTarget
 from scheduler.admin import route_views as views
+from scheduler.audit import AuditEntry
 from tests.kits.cli_runner import FakeServer, error, serving, stoker
 
 RULE = RouteRule(
@@ -34,18 +35,17 @@ def route(**more: Any) -> views.RouteView:
         )
         for t in RULE.targets
     )  # fmt: skip
-    return views.RouteView(
-        **{"name": "r", "rule": RULE, "targets": targets, "since_s": 61.0} | more
-    )
+    known: dict[str, Any] = {"name": "r", "rule": RULE, "targets": targets, "since_s": 61.0}
+    return views.RouteView(**(known | more))
 
 
-def entry(**more: Any) -> views.AuditEntry:
+def entry(**more: Any) -> AuditEntry:
     facts: dict[str, Any] = {
         "number": 7, "at": "2026-11-25T05:00:00.000+00:00", "who": "canary", "action": "rollback",
         "subject": "route r", "reason": "3 errors in 5 requests",
         "old": msgspec.to_builtins(RULE), "new": None,
     }  # fmt: skip
-    return views.AuditEntry(**facts | more)
+    return AuditEntry(**facts | more)
 
 
 def sent(fake: FakeServer, *flags: str) -> RouteRule:

@@ -50,7 +50,7 @@ def edge_of(line: str) -> tuple[str, str]:
     found = _EDGE.fullmatch(line)
     if found is None and not line.startswith("direction "):
         raise Malformed(f"{line!r} is not an arrow of a state diagram: write `a --> b : words`")
-    return found.group(1, 2) if found else ("", "")
+    return (found[1], found[2]) if found else ("", "")
 
 
 def _check_sequence(lines: list[str]) -> None:

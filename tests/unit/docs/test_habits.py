@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.unit.docs.pages import PAGES, ROOT, text
+from tests.kits.checkout import ROOT
+from tests.unit.docs.pages import PAGES, text
 from tests.unit.rules.product import PARTS
 
 TARGETS = set(re.findall(r"^([a-z][a-z-]*):", text("Makefile"), re.MULTILINE))

@@ -6,8 +6,9 @@ import re
 
 import pytest
 
+from tests.kits.checkout import ROOT
 from tests.unit.docs import mermaid
-from tests.unit.docs.pages import PAGES, ROOT, defines, links, named, text
+from tests.unit.docs.pages import PAGES, defines, links, named, text
 
 
 @pytest.mark.parametrize("page", sorted(set(PAGES) - {"CHANGELOG.md"}))

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.unit.docs.pages import ROOT
+from tests.kits.checkout import ROOT
 
 ROLES = sorted(path.name for path in (ROOT / "ansible/roles").iterdir())
 DEFAULTS = sorted(ROOT.glob("ansible/roles/*/defaults/main.yml"))

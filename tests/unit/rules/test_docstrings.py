@@ -13,12 +13,15 @@ from tests.unit.rules.product import PARTS, sources, text
 POINTERS = ("It", "Its", "They", "Their", "That", "Those", "This", "These", "Whom")
 
 
+Documented = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+
+
 def faults(source: str) -> list[str]:
     """What is wrong with the docstrings of a module, by the name of the definition."""
     tree = ast.parse(source)
     found = [] if ast.get_docstring(tree) else ["the module has no docstring"]
-    for name, node in _public(tree.body):
-        if not ast.get_docstring(node):
+    for name, public in _public(tree.body):
+        if not ast.get_docstring(public):
             found.append(f"{name} has no docstring")
     for node in ast.walk(tree):
         if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef | ast.Module):
@@ -29,11 +32,11 @@ def faults(source: str) -> list[str]:
     return found
 
 
-def _public(body: list[ast.stmt], of: str = "") -> Iterator[tuple[str, ast.AST]]:
+def _public(body: list[ast.stmt], of: str = "") -> Iterator[tuple[str, Documented]]:
     for node in body:
         if isinstance(node, ast.If | ast.Try):
             yield from _public(node.body, of)
-        if not isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+        if not isinstance(node, Documented):
             continue
         if not node.name.startswith("_"):
             yield of + node.name, node

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.unit.rules.product import ROOT
+from tests.kits.checkout import ROOT
 
 ALLOWED = ("scheduler.policy.", "scheduler.state.", "scheduler.signals.", "scheduler.sim.traces")
 POLICIES = sorted(

@@ -27,18 +27,19 @@ def faults(path: Path, source: str) -> list[str]:
     if lines > MOST_LINES:
         found.append(f"{path}: {lines} lines: split it by subject, {MOST_LINES} are the most")
     for node in ast.walk(ast.parse(source)):
-        for module in _imported(node):
+        for line, module in _imported(node):
             if module.startswith("tests.") and module.rpartition(".")[2].startswith("test_"):
-                found.append(f"{path}:{node.lineno}: imports {module}: move that to tests/kits")
+                found.append(f"{path}:{line}: imports {module}: move that to tests/kits")
     return found
 
 
-def _imported(node: ast.AST) -> list[str]:
+def _imported(node: ast.AST) -> list[tuple[int, str]]:
     if isinstance(node, ast.Import):
-        return [name.name for name in node.names]
+        return [(node.lineno, name.name) for name in node.names]
     if isinstance(node, ast.ImportFrom):
         module = node.module or ""
-        return [module, *(f"{module}.{name.name}" for name in node.names)]
+        modules = [module, *(f"{module}.{name.name}" for name in node.names)]
+        return [(node.lineno, module) for module in modules]
     return []
 
 

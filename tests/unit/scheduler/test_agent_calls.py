@@ -11,10 +11,10 @@ import msgspec
 import pytest
 from aiohttp import web
 
-from runtime import outside
 from runtime.registry.embedded import EmbeddedRegistry
-from runtime.wire.agent_messages import AgentCommand, CommandReply, Heartbeat, StopReplica
+from runtime.wire.agent_messages import CommandReply, Heartbeat, StopReplica
 from scheduler.state import messages as m
+from tests.kits.scheduler_http import read_command
 from tests.kits.scheduler_parts import Scheduler
 
 NOBODY = "http://127.0.0.1:9"  # the discard port: nothing listens there
@@ -30,7 +30,7 @@ class Agent:
     status: int = 200
 
     async def command(self, request: web.Request) -> web.Response:
-        command: AgentCommand = outside.decode(await request.read(), AgentCommand)
+        command = read_command(await request.read())
         assert isinstance(command, StopReplica)
         self.heard.append(command.replica_id)
         await self.may_answer.wait()
@@ -123,7 +123,12 @@ async def test_an_answer_with_an_error_status_was_not_delivered(one, agent) -> N
 async def test_who_stands_by_sends_nothing_that_waited(one, agent, monkeypatch) -> None:
     reported(one, "n1", agent.url)
     applied: list[m.Event] = []
-    monkeypatch.setattr(one.driver.core, "handle", lambda event: applied.append(event) or [])
+
+    def noted(event: m.Event) -> list[m.Command]:
+        applied.append(event)
+        return []
+
+    monkeypatch.setattr(one.driver.core, "handle", noted)
     for replica_id in ("r-1", "r-2"):
         one.driver._carry_out(m.Send(node_id="n1", command=stop(replica_id)))
     await until(lambda: agent.heard)

@@ -143,9 +143,12 @@ async def test_requests_at_once_share_one_pull(nodes, shared, monkeypatch) -> No
     write_model(shared / "m", a=b"a", b=b"b")
     reads = []
     read = FolderSource.read_into
-    monkeypatch.setattr(
-        FolderSource, "read_into", lambda *args: (reads.append(args[1].path), read(*args))[1]
-    )
+
+    def noted(source, file, start, view):
+        reads.append(file.path)
+        read(source, file, start, view)
+
+    monkeypatch.setattr(FolderSource, "read_into", noted)
     node = await nodes.start(shared_dir=str(shared))
     folders = await asyncio.gather(*(node.cache.ensure("m") for _ in range(20)))
     assert len(set(folders)) == 1
@@ -196,11 +199,12 @@ async def test_a_pull_that_was_cut_off_goes_on(nodes, shared, gate, monkeypatch,
 
     starts = []
     read = FolderSource.read_into
-    monkeypatch.setattr(
-        FolderSource,
-        "read_into",
-        lambda *args: (starts.append((args[1].path, args[2])), read(*args))[1],
-    )
+
+    def noted(source, file, start, view):
+        starts.append((file.path, start))
+        read(source, file, start, view)
+
+    monkeypatch.setattr(FolderSource, "read_into", noted)
     again = await nodes.start("two", tmp_path / "disk", shared_dir=str(shared))
     assert read_model(await again.cache.ensure("m")) == read_model(model)
     assert min(start for path, start in starts if path == "a") >= 8 * 2**20

@@ -45,7 +45,7 @@ class World:
     """Agents of one registry."""
 
     def __init__(self, folder, hub, session, registry) -> None:
-        self.agents = []
+        self.agents: list[AgentProcess] = []
         self._folder, self._hub, self._session = folder, hub, session
         self._registry = registry
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 
 from agent.devices.host_memory_policy import (
-    GIB,
     budget_bytes,
     check_budget,
     engines_bytes,
@@ -13,6 +12,7 @@ from agent.devices.host_memory_policy import (
     reserve_bytes,
 )
 from runtime.contract import config
+from runtime.sizes import GIB
 from runtime.wire.agent_messages import DeviceReport
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import aiohttp
 import msgspec
 import pytest
@@ -17,6 +19,8 @@ GIB = 2**30
 
 class FakeEngine:
     """Notes every call; `answers` overrides what a path gives: (status, body)."""
+
+    controls: Controls  # of the fixture below
 
     def __init__(self) -> None:
         self.calls: list[str] = []
@@ -265,6 +269,7 @@ def test_vllms_top_logprobs_are_read():
     assert (found.token, found.logprobs) == ("token_id:7", {"token_id:7": -0.5, "token_id:8": -1.0})
     embedding = {"data": [{"embedding": [0.5, 1]}]}
     assert wake_canary.read("/v1/embeddings", {}, embedding).vector == (0.5, 1.0)
-    for wrong in ({}, {"choices": []}, {"choices": [None]}, None):
+    wrongs: list[Any] = [{}, {"choices": []}, {"choices": [None]}, None]
+    for wrong in wrongs:
         with pytest.raises(ValueError, match="no answer to compare"):
             wake_canary.read("/v1/completions", {}, wrong)

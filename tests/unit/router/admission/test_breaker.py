@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -65,7 +66,7 @@ def test_server_errors_make_a_replica_avoided_but_never_unusable() -> None:
     assert not breaker.avoided("a", 1.0)
 
 
-def routed(*names: str, **fields: int) -> Admission:
+def routed(*names: str, **fields: Any) -> Admission:
     admission = Admission()
     endpoints = tuple(Endpoint(replica_id=n, base_url=f"http://{n}", key="k") for n in names)
     admission.routes(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -17,7 +19,7 @@ def endpoint(name: str) -> Endpoint:
     return Endpoint(replica_id=name, base_url=f"http://{name}", key="k")
 
 
-def route(name: str = "m", *replicas: str, **fields: object) -> ModelRoute:
+def route(name: str = "m", *replicas: str, **fields: Any) -> ModelRoute:
     return ModelRoute(name=name, endpoints=tuple(map(endpoint, replicas)), **fields)
 
 
@@ -36,14 +38,20 @@ def replica(decision: object) -> str:
     return decision.endpoint.replica_id
 
 
+def refusal(decision: object) -> Refused:
+    assert isinstance(decision, Refused), decision
+    return decision
+
+
 def test_no_table_yet_is_503() -> None:
-    refused = Admission().arrive("1", "m", 0.0)
+    refused = refusal(Admission().arrive("1", "m", 0.0))
     assert (refused.status, refused.code, refused.retry_after_s) == (503, "no_routes", 1.0)
 
 
 def test_an_unknown_model_is_refused_without_the_names_of_others() -> None:
     """Which of them the caller may see is not admission's to know."""
-    refused = routed(route("llama-3b", aliases=("org/llama",))).arrive("1", "lama-3b", 0.0)
+    admission = routed(route("llama-3b", aliases=("org/llama",)))
+    refused = refusal(admission.arrive("1", "lama-3b", 0.0))
     assert (refused.status, refused.code, refused.param) == (404, "model_not_found", "model")
     assert refused.message == "there is no model 'lama-3b'"
 
@@ -88,7 +96,7 @@ def test_a_full_queue_is_429_with_retry_after() -> None:
     admission = routed(route("m", max_queue=2, eta_s=12.0))
     admission.arrive("1", "m", 0.0)
     admission.arrive("2", "m", 0.0)
-    refused = admission.arrive("3", "m", 0.0)
+    refused = refusal(admission.arrive("3", "m", 0.0))
     assert (refused.status, refused.code, refused.retry_after_s) == (429, "queue_full", 12.0)
     admission.finished("1", 0.0)
     assert isinstance(admission.arrive("4", "m", 0.0), Held)
@@ -100,7 +108,7 @@ def test_held_too_long_is_504() -> None:
     admission.arrive("2", "m", 6.0)
     assert admission.due_at() == 35.0
     assert admission.tick(34.9) == []
-    (ended,) = admission.tick(35.0)
+    ended = refusal(*admission.tick(35.0))
     assert (ended.request_id, ended.status) == ("1", 504)
     assert "starting on gpu-1" in ended.message
     assert admission.due_at() == 36.0
@@ -113,7 +121,7 @@ def test_a_refusal_ends_new_and_held_requests() -> None:
     refusing = table(route("m", refusal="needs 80 GiB, no device has it", retry_after_s=60.0))
     (ended,) = admission.routes(refusing, 1.0)
     late = admission.arrive("2", "m", 1.0)
-    for refused in (ended, late):
+    for refused in (refusal(ended), refusal(late)):
         assert (refused.status, refused.retry_after_s) == (503, 60.0)
         assert "needs 80 GiB" in refused.message
     admission.check_invariants()
@@ -122,7 +130,7 @@ def test_a_refusal_ends_new_and_held_requests() -> None:
 def test_a_removed_model_ends_what_waits_for_it() -> None:
     admission = routed(route("m"))
     admission.arrive("1", "m", 0.0)
-    (ended,) = admission.routes(table(), 1.0)
+    ended = refusal(*admission.routes(table(), 1.0))
     assert (ended.request_id, ended.status) == ("1", 404)
     assert admission.demand(1.0) == ()
 
@@ -171,7 +179,7 @@ def test_hold_s_counts_from_the_first_arrival() -> None:
     admission.arrive("1", "m", 0.0)
     admission.failed("1", 50.0, "died", delivered=True)
     admission.routes(table(route("m", hold_s=60.0)), 51.0)
-    (ended,) = admission.tick(60.0)
+    ended = refusal(*admission.tick(60.0))
     assert (ended.request_id, ended.status) == ("1", 504)
 
 
@@ -179,7 +187,7 @@ def test_one_retry_at_another_live_replica_then_502_with_the_reason() -> None:
     admission = routed(route("m", "a", "b", "c"))
     admission.arrive("1", "m", 0.0)
     assert replica(admission.failed("1", 0.0, "closed the connection", delivered=True)) == "b"
-    refused = admission.failed("1", 0.0, "closed the connection", delivered=True)
+    refused = refusal(admission.failed("1", 0.0, "closed the connection", delivered=True))
     assert (refused.status, refused.code) == (502, "replica_failed")
     assert "closed the connection" in refused.message
     admission.check_invariants()
@@ -192,7 +200,7 @@ def test_a_request_that_kills_every_new_engine_is_given_up() -> None:
         assert isinstance(admission.failed("1", 0.0, "died", delivered=True), Held)
         (released,) = admission.routes(table(route("m", f"new-{attempt}")), 0.0)
         assert replica(released) == f"new-{attempt}"
-    assert admission.failed("1", 0.0, "died", delivered=True).status == 502
+    assert refusal(admission.failed("1", 0.0, "died", delivered=True)).status == 502
 
 
 def test_refused_connections_are_no_attempts() -> None:
@@ -212,7 +220,7 @@ def test_more_than_max_in_flight_wait_and_follow_in_order() -> None:
     assert [replica(admission.arrive(str(i), "m", 0.0)) for i in range(4)] == list("abab")
     assert isinstance(admission.arrive("4", "m", 1.0), Held)
     assert isinstance(admission.arrive("5", "m", 1.0), Held)
-    assert admission.arrive("6", "m", 1.0).status == 429
+    assert refusal(admission.arrive("6", "m", 1.0)).status == 429
     (next_one,) = admission.finished("1", 2.0)
     assert (next_one.request_id, replica(next_one)) == ("4", "b")
     assert admission.finished("5", 2.0) == []
@@ -255,7 +263,7 @@ class Machine(RuleBasedStateMachine):
             assert decision.request_id in self.held, "released without having waited"
             self.apply(decision)
 
-    def apply(self, decision: object) -> None:
+    def apply(self, decision: Forward | Held | Refused) -> None:
         if isinstance(decision, Refused):
             self.end(decision.request_id)
         elif isinstance(decision, Held):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -10,7 +12,7 @@ from runtime.contract.access import Limits, Used
 from runtime.router.admission.key_limits import Account, GpuShare
 
 
-def account(**limits: float) -> Account:
+def account(**limits: Any) -> Account:
     made = Account("key:k1", Limits())
     made.limit(Limits(**limits), 0.0)
     return made

@@ -18,6 +18,11 @@ def table(*replicas: str, version: int = 1) -> RouteTable:
     return RouteTable(version=version, models=(ModelRoute(name="m", endpoints=endpoints),))
 
 
+def forward(decision: object) -> Forward:
+    assert isinstance(decision, Forward), decision
+    return decision
+
+
 def send(admission: Admission, request_id: str, now: float = 0.0, **profile: object) -> str:
     decision = admission.arrive(request_id, "m", now, RequestProfile(**profile))  # type: ignore[arg-type]
     assert isinstance(decision, Forward), decision
@@ -48,7 +53,7 @@ def test_limits_count_requests_not_tokens() -> None:
     assert send(admission, "0", tokens=1) == "a"
     assert send(admission, "1", tokens=10_000) == "b"
     assert isinstance(admission.arrive("2", "m", 0.0, RequestProfile(tokens=1)), Held)
-    (released,) = admission.finished("1", 1.0)
+    released = forward(*admission.finished("1", 1.0))
     assert (released.request_id, released.endpoint.replica_id) == ("2", "b")
     admission.check_invariants()
 
@@ -56,7 +61,7 @@ def test_limits_count_requests_not_tokens() -> None:
 def test_tokens_of_a_failed_request_leave_with_it() -> None:
     admission = routed("a", "b")
     assert send(admission, "0", tokens=5000) == "a"
-    again = admission.failed("0", 1.0, "died", delivered=True)
+    again = forward(admission.failed("0", 1.0, "died", delivered=True))
     assert again.endpoint.replica_id == "b"
     admission.check_invariants()
     assert send(admission, "1", now=1.0 + SUSPECT_S, tokens=1) == "a"
@@ -86,7 +91,7 @@ def test_a_session_leaves_a_failed_replica_a_full_one_and_one_that_is_gone() -> 
     admission = routed("a", "b")
     first = send(admission, "0", tokens=10, affinity=(-7,))
     other = {"a": "b", "b": "a"}[first]
-    again = admission.failed("0", 1.0, "died", delivered=True)
+    again = forward(admission.failed("0", 1.0, "died", delivered=True))
     assert again.endpoint.replica_id == other
     admission.finished("0", 1.0)
     assert send(admission, "1", now=1.0, tokens=10, affinity=(-7,)) == other
@@ -120,6 +125,6 @@ def test_a_held_request_goes_by_its_own_keys() -> None:
         assert isinstance(
             admission.arrive("h", "m", 1.0, RequestProfile(tokens=10, affinity=(key,))), Held
         )
-        (released,) = admission.routes(table("a", "b", version=2 * version + 1), 1.0)
+        released = forward(*admission.routes(table("a", "b", version=2 * version + 1), 1.0))
         assert released.endpoint.replica_id == places[key]
         admission.finished("h", 1.0)

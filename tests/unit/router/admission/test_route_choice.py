@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -18,7 +19,7 @@ from runtime.wire.routes import Mirror, ModelRoute, RouteRule, RouteTarget, Targ
 KEYS = [f"user-{n}" for n in range(2000)]
 
 
-def rule(*weights: float, name: str = "r", **fields: object) -> RouteRule:
+def rule(*weights: float, name: str = "r", **fields: Any) -> RouteRule:
     targets = tuple(RouteTarget(model=f"m{i}", weight=w) for i, w in enumerate(weights))
     return RouteRule(name=name, targets=targets, **fields)
 
@@ -99,7 +100,7 @@ def test_two_routes_spread_the_same_keys_differently() -> None:
 # ------------------------------------------------------------------------------ names
 
 
-def versioned(**fields: object) -> RouteRule:
+def versioned(**fields: Any) -> RouteRule:
     versions = {"a": "1.2.0", "b": "1.10.0", "c": "2.0.0-rc.1"}
     targets = tuple(RouteTarget(model=m, version=v, weight=m == "a") for m, v in versions.items())
     return RouteRule(name="r", targets=targets, **fields)
@@ -156,6 +157,8 @@ def test_whatever_admission_refuses_for_falls_back_once_there_is_a_table() -> No
     tree = ast.parse(Path(refusals.__file__).read_text(encoding="utf-8"))
     calls = [n for n in ast.walk(tree) if isinstance(n, ast.Call)]
     codes = {c.args[2] for c in calls if ast.unparse(c.func) == "Refused"}
-    named = {c.value if isinstance(c, ast.Constant) else getattr(refusals, c.id) for c in codes}
+    named = {
+        c.value if isinstance(c, ast.Constant) else getattr(refusals, ast.unparse(c)) for c in codes
+    }
     # The second is said of a replica that has the model, when the request has reached it.
     assert named - {"no_routes", "adapter_not_ready"} == FALLS_BACK

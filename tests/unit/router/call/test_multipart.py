@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -173,7 +174,8 @@ def pieces_of(body: bytes, cuts: list[int]) -> list[bytes]:
 @given(st.lists(st.integers(0, 10_000), max_size=8), st.binary(max_size=300))
 def test_a_form_says_the_same_however_it_is_cut(cuts: list[int], content: bytes) -> None:
     body = form((MODEL, b"m"), (FILE, content))
-    reader, parts = FormReader(KIND), []
+    reader = FormReader(KIND)
+    parts: list[list[Any]] = []  # name, file name, bytes
     for piece in pieces_of(body, cuts):
         for event in reader.feed(piece):
             if isinstance(event, Part):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import msgspec
 import pytest
 
@@ -30,8 +32,8 @@ TOKEN = KEY_PREFIX + "aaaaaaaaaa-" + "s" * 43
 OTHER = KEY_PREFIX + "bbbbbbbbbb-" + "t" * 43
 
 
-def stored(token: str = TOKEN, **fields: object) -> StoredKey:
-    spec = KeySpec(**{"tenant": "acme"} | fields)
+def stored(token: str = TOKEN, **fields: Any) -> StoredKey:
+    spec = KeySpec(**({"tenant": "acme"} | fields))
     return StoredKey(
         key_id=token_id(token, KEY_PREFIX), digest=digest(token), spec=spec, created_at=0.0
     )

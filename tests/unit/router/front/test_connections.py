@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -30,7 +31,7 @@ class Transport(asyncio.Transport):
         self.reading = True
         self.protocol: object = None
 
-    def write(self, data: bytes) -> None:
+    def write(self, data: bytes | bytearray | memoryview) -> None:
         self.written += data
 
     def is_closing(self) -> bool:
@@ -111,7 +112,7 @@ class Bench:
         self.proxy, self.server, self.transport = Proxy(), Server(), Transport()
         limits = {"read_s": 5.0, "max_connections": 10, "max_body_bytes": 2**20} | options
         self.front = Front(self.proxy, self.server, self.server, **limits)  # type: ignore[arg-type]
-        self.connection = self.front()
+        self.connection: Any = self.front()
         self.transport.protocol = self.connection
         self.connection.connection_made(self.transport)
 
@@ -336,7 +337,8 @@ async def test_idle_and_slow_connections_are_closed_and_busy_ones_are_not() -> N
     now = bench.front.loop.time()
     bench.connection.close_if_late(now + 4, 5.0)
     assert not bench.transport.closed
-    silent, closed = bench.front(), Transport()
+    silent: Any = bench.front()
+    closed = Transport()
     silent.connection_made(closed)
     silent.close_if_late(now + 6, 5.0)
     assert closed.closed, "its first request never came"

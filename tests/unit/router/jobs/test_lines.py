@@ -91,7 +91,8 @@ def test_however_a_file_is_cut_up_its_lines_come_out(
     for start in range(0, len(data), size):
         found += splitter.feed(data[start : start + size])
     found += splitter.end()
-    wanted, start = [], 0
+    wanted: list[tuple[int, bytes | None]] = []
+    start = 0
     for number, line in enumerate(texts, 1):
         if len(line) > most:
             wanted.append((number, None))

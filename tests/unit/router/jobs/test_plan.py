@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
@@ -164,7 +166,7 @@ class Machine(RuleBasedStateMachine):
 
     @precondition(lambda self: self.plan.in_flight)
     @rule(data=st.data(), how=st.sampled_from(["answered", "refused", "broken", "given up"]))
-    def end(self, data: st.DataObject, how: str) -> None:
+    def end(self, data: st.DataObject, how: Any) -> None:
         key = data.draw(st.sampled_from(sorted(self.plan.in_flight)))
         self.plan.ended(key, how, self.now)
         if how in ("answered", "given up"):

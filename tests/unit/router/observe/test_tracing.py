@@ -53,7 +53,7 @@ def test_the_trace_id_of_a_caller(headers: list[tuple[bytes, bytes]], found: str
 
 
 def test_odd_fields_of_a_body_become_no_attributes() -> None:
-    head = Head(model="m", max_tokens="5", seed=10**30, temperature=True)
+    head = Head(model="m", max_tokens="5", seed=10**30, temperature=True)  # type: ignore[arg-type]
     call = Call("r", "m" * 5000, "/v1/completions", [], b"", False, head)
     tracer = Tracer("http://127.0.0.1:9", 1.0)
     outcome = Outcome(call, None, 0.0)

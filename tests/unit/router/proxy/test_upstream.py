@@ -7,6 +7,7 @@ import contextlib
 import itertools
 import socket
 from collections import deque
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -39,7 +40,7 @@ class Transport(asyncio.Transport):
         self.closed = False
         self.paused = False
 
-    def write(self, data: bytes) -> None:
+    def write(self, data: bytes | bytearray | memoryview) -> None:
         self.written += data
 
     def get_write_buffer_size(self) -> int:
@@ -75,7 +76,7 @@ async def exchange(raw: bytes, cuts: list[int], end: bool) -> tuple[Reply, bytes
     pooled = bool(idle) and not transport.closed
     if end or transport.closed:
         connection.connection_lost(None)
-    body: bytes | str = b""
+    body: Any = b""  # the bytes, or why there are none
     try:
         async with asyncio.timeout(5):
             await reply.head()
@@ -266,7 +267,7 @@ async def test_a_request_that_was_answered_in_part_is_not_sent_again(bad: bytes)
             reply = await upstream.post(f"http://127.0.0.1:{port}", "/v1/completions", [], b"")
             return await reply.read()
 
-        assert await asyncio.gather(ask(), ask(), ask()) == [b"ok"] * 3
+        assert list(await asyncio.gather(ask(), ask(), ask())) == [b"ok"] * 3
         with pytest.raises(UpstreamError):
             await ask()
         upstream.close()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import struct
+from typing import Any
 
 import pytest
 
@@ -33,7 +34,8 @@ CONFIG = {
 
 
 def model(**fields):
-    return ModelSpec(**{"name": "m", "source": "/m", "device_memory_bytes": GIB} | fields)
+    known: dict[str, Any] = {"name": "m", "source": "/m", "device_memory_bytes": GIB}
+    return ModelSpec(**(known | fields))
 
 
 def stored(rank=0, **fields):
@@ -161,7 +163,7 @@ def write_base(folder, config=CONFIG):
     """A Llama of two layers: a true header, and a hole for the data."""
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config))
-    shapes = {"model.embed_tokens.weight": (320, 256)}
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (320, 256)}
     for layer in range(2):
         name = f"model.layers.{layer}"
         shapes |= {

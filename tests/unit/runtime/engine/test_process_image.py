@@ -6,13 +6,14 @@ import json
 import os
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 
 from tests.kits.checkout import ROOT
 
 
-def run(code: str, padding: int = 4096, *args: str) -> dict:
+def run(code: str, padding: int = 4096, *args: str) -> Any:
     env = {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), "OLD": "1", "PAD": "-" * padding}
     head = "import json, os, sys\nfrom runtime.engine import process_image as image\n"
     done = subprocess.run(

@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 import subprocess
+from typing import Any
 
 import aiohttp
 import openai
@@ -16,7 +17,7 @@ from runtime.contract.schema import SchemaError
 from runtime.engine.select import get_engine
 from tests.kits.stub_engine import CONTROL, ROUTE, Engine, running, spec, until
 
-CHAT = {"model": "m", "messages": [{"role": "user", "content": "alpha beta gamma"}]}
+CHAT: Any = {"model": "m", "messages": [{"role": "user", "content": "alpha beta gamma"}]}
 
 
 def events(text):

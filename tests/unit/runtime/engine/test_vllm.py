@@ -13,11 +13,11 @@ import pytest
 from runtime.contract.engine_policy import env_problems
 from runtime.engine.contract import LaunchContext
 from runtime.engine.select import get_engine
+from runtime.engine.vllm import memory_estimate
 from runtime.engine.vllm.engine import (
     GPU_MARGIN_BYTES,
     GPU_PARALLEL_MARGIN_BYTES,
     NO_MEDIA,
-    memory_estimate,
 )
 from runtime.wire.model_spec import ModelSpec
 

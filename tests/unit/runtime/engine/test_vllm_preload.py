@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 from runtime.checkpoints.tiny_models import MAX_MODEL_LEN
 from runtime.engine.contract import LaunchContext, Preload
@@ -14,8 +15,8 @@ GIB = 2**30
 VLLM = get_engine("vllm")
 
 
-def context(tmp_path: Path, **fields: object) -> LaunchContext:
-    values = {
+def context(tmp_path: Path, **fields: Any) -> LaunchContext:
+    values: dict[str, Any] = {
         "replica_id": "r", "host": "127.0.0.1", "port": 1, "route_key": "ROUTE",
         "control_key": "CONTROL", "device_kind": "nvml", "device_ids": ("GPU-1",),
         "device_indexes": (0,), "device_bytes": 8 * GIB, "device_total_bytes": 80 * GIB,

@@ -29,7 +29,7 @@ class Clock:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 1000.0
-        monkeypatch.setattr(runtime.registry.embedded.time, "time", lambda: self.now)
+        monkeypatch.setattr("runtime.registry.embedded.time.time", lambda: self.now)
 
 
 async def test_only_its_owner_may_read_it(tmp_path: Path):

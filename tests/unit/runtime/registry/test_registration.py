@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+from typing import Any
 
 import pytest
 
@@ -116,7 +117,7 @@ async def test_a_registry_that_others_may_write_is_said_once_it_answers(
     who: str | None, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(registration, "FIRST_PAUSE_S", 0.01)
-    registry = Open(who)
+    registry: Any = Open(who)
     registry.down = True
     task = asyncio.create_task(registration.warn_if_open(registry, "stoker/leader"))
     while registry.asked < 3:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from random import Random
+from typing import Any
 
 import pytest
 from msgspec.structs import replace
@@ -71,7 +72,7 @@ def disturb(world: World, random: Random) -> None:
                 node.xid = {}
                 world.apply(release(world, node.node_id, device_id))
         case 15:
-            floor = random.choice(["hot", "asleep", "staged", None])
+            floor: Any = random.choice(["hot", "asleep", "staged", None])
             world.apply(m.FloorSet(now=world.now, model=random.choice(names), floor=floor))
         case 16:
             node.deaf_to_staging = random.random() < 0.5

@@ -175,14 +175,14 @@ def test_a_command_whose_effect_is_not_seen_is_repeated(kind: str) -> None:
         world.want("a")
         world.run(5)
     node = world.nodes["n1"]
-    obey, node.obey = node.obey, lambda command, now: None
+    vars(node)["obey"] = lambda command, now: None
     world.__dict__["_deliver"] = lambda send: None  # neither the command nor its answer arrives
     if kind == "start":
         world.want("a")
     else:
         world.apply(m.UnloadAsked(now=world.now, model="a"))
     world.run(2)
-    node.obey = obey
+    del vars(node)["obey"]
     del world.__dict__["_deliver"]
     world.run(6)
     assert world.hot() == ({"a"} if kind == "start" else set())

@@ -160,7 +160,8 @@ def test_a_sleep_that_fails_for_work_in_flight_leaves_the_replica_serving() -> N
     world.run(5)
     node = world.nodes["n1"]
     obey = node.obey
-    node.obey = lambda command, now: (  # the agent accepts, then finds work and stays ready
+    # The agent accepts, then finds work and stays ready.
+    vars(node)["obey"] = lambda command, now: (
         None if isinstance(command, SleepReplica) else obey(command, now)
     )
     while ("stay", "a") not in world.actions():

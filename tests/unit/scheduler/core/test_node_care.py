@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from msgspec.structs import replace
 
@@ -15,7 +17,7 @@ from scheduler.state.cluster import Stage
 from tests.kits.scheduler_world import GIB, FakeNode, World, spec
 
 
-def two_nodes(**fields: object) -> World:
+def two_nodes(**fields: Any) -> World:
     return World(FakeNode("n1", {"g0": 24 * GIB}), FakeNode("n2", {"g0": 24 * GIB}), **fields)
 
 
@@ -447,4 +449,6 @@ def test_a_leader_elected_again_has_no_wish_left_for_nodes_it_has_not_heard_yet(
     assert not core.state.recovering
     assert not [c for c in commands if isinstance(c, m.Send)]
     told = core.handle(m.HeartbeatSeen(now=61.0, heartbeat=node.heartbeat(61.0)))
-    assert [c.command.models for c in told if isinstance(c, m.Send)] == [()]
+    sent = [c.command for c in told if isinstance(c, m.Send)]
+    assert [c.models for c in sent if isinstance(c, StageModels)] == [()]
+    assert len(sent) == 1

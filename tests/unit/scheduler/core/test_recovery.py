@@ -6,6 +6,7 @@ import pytest
 
 from runtime.wire.agent_messages import StopReplica
 from runtime.wire.routes import DemandReport, ModelDemand
+from scheduler.core.decisions import Core
 from scheduler.state import messages as m
 from scheduler.state.cluster import Replica, Stage
 from tests.kits.scheduler_world import GIB, FakeNode, World, one_gpu, spec
@@ -34,7 +35,7 @@ def test_a_recovering_leader_publishes_nothing_until_its_nodes_report() -> None:
     models = tuple(model.stored for model in world.core.state.models.values())
     old = world.table
     world.nodes["n1"].up = False
-    world.core.__init__(world.settings)
+    world.core = Core(world.settings)
     world.term += 1
     world.apply(m.Elected(now=world.now, term=world.term, models=models, known_nodes=("n1",)))
     world.run(5)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
 
@@ -119,7 +120,7 @@ def test_a_history_outlives_a_failover() -> None:
     assert arrivals.known(world.now)
 
 
-def scaled(**rules: object) -> Autoscale:
+def scaled(**rules: Any) -> Autoscale:
     none = ScaleRules(policies=(), stabilization_s=0.0)
     down = ScaleRules(
         policies=(ScalePolicy(type="count", value=1, period_s=30.0),), stabilization_s=60.0

@@ -13,7 +13,7 @@ from runtime.wire.model_spec import Autoscale, ModelSpec, ScalePolicy, ScaleRule
 from scheduler.signals.replica_target import Desired, Sample, ScaleHistory, desired_replicas
 
 FREE = ScaleRules()  # no policy, no window: every wish is followed
-OPEN = {"up": FREE, "down": FREE, "panic_window_s": 0.0}
+OPEN: dict[str, Any] = {"up": FREE, "down": FREE, "panic_window_s": 0.0}
 
 
 def spec(replicas: tuple[int, int] = (0, 100), concurrency: int = 16, **rules: Any) -> ModelSpec:
