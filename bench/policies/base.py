@@ -15,7 +15,7 @@ and judgements of scheduler/policy/ that it shares with production. What it goes
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 from scheduler.policy.choices import Plan, Scale
 from scheduler.policy.eviction import evictable
@@ -24,8 +24,6 @@ from scheduler.policy.ladder import Descent, climb_s
 from scheduler.policy.placement import Answer, Fit, Never, NotNow
 from scheduler.policy.production import MIN_DWELL_S, scale
 from scheduler.state.cluster import ClusterState, Demand, Model, Node, Replica, Stage
-
-Order = Callable[[Replica], float]  # the smallest goes first
 
 
 class Baseline(ABC):
@@ -36,6 +34,8 @@ class Baseline(ABC):
 
     def __init__(self, min_dwell_s: float = MIN_DWELL_S) -> None:
         self._min_dwell_s = min_dwell_s
+        self._moment = (0.0, 0)  # that `_idle` is of
+        self._idle: dict[tuple[str, str], list[Replica]] = {}  # by node and device
 
     @abstractmethod
     def choose(self, state: ClusterState, model: Model, now: float) -> Fit | None:
@@ -91,19 +91,20 @@ class Baseline(ABC):
         return together(node, rooms, count) if len(rooms) >= count else None
 
     def _cleared(
-        self, state: ClusterState, node: Node, model: Model, now: float, order: Order
+        self, state: ClusterState, node: Node, model: Model, now: float
     ) -> tuple[tuple[str, ...], tuple[Descent, ...], float] | None:
-        """(devices, what stops there, the order of the last of it): idle ones by `order`."""
+        """(devices, what goes down there, the order of the last of it): idle ones by `_order`."""
         need, count = model.booked_bytes(), model.spec.tensor_parallel_size
         found: dict[str, list[Replica]] = {}
         prices = []
         for device_id in allowed_devices(node, model.spec):
             if node.capacity(device_id) < need:
                 continue
-            victims = self._victims(state, node, device_id, need, model, now, order)
+            victims = self._victims(state, node, device_id, need, model, now)
             if victims is not None:
                 found[device_id] = victims
-                prices.append((max(map(order, victims), default=float("-inf")), device_id))
+                last = max((self._order(state, r) for r in victims), default=float("-inf"))
+                prices.append((last, device_id))
         chosen = together(node, prices, count) if len(prices) >= count else None
         if chosen is None:
             return None
@@ -112,25 +113,44 @@ class Baseline(ABC):
         return chosen, tuple(self._way_down(state, node, r, now) for r in gone.values()), last
 
     def _victims(
-        self, state: ClusterState, node: Node, device_id: str, need: int, model: Model, now: float,
-        order: Order,
-    ) -> list[Replica] | None:  # fmt: skip
-        """The first by `order` whose going makes room for `need` bytes; None: not enough."""
+        self, state: ClusterState, node: Node, device_id: str, need: int, model: Model, now: float
+    ) -> list[Replica] | None:
+        """The first by `_order` whose going makes room for `need` bytes; None: not enough."""
         missing = need - node.plannable(device_id)
-        idle = [
-            r
-            for r in node.on_device(device_id)
-            if r.model != model.name
-            and evictable(state, r, now, self._min_dwell_s, None)
-            and self._may_go(r, model, now)
-        ]
         chosen = []
-        for replica in sorted(idle, key=lambda r: (order(r), r.replica_id)):
-            if missing <= 0:
-                break
-            chosen.append(replica)
-            missing -= self._way_down(state, node, replica, now).frees
+        for replica in self._idle_on(state, node, device_id, now) if missing > 0 else ():
+            if replica.model != model.name and self._may_go(replica, model, now):
+                chosen.append(replica)
+                missing -= self._way_down(state, node, replica, now).frees
+                if missing <= 0:
+                    break
         return None if missing > 0 else chosen
+
+    def _idle_on(
+        self, state: ClusterState, node: Node, device_id: str, now: float
+    ) -> list[Replica]:
+        """Idle replicas on a device, the first to go first.
+
+        Worked out once an event, and again after each decision, since a baseline with many models
+        that wait for room would spend most of its time here.
+        """
+        moment = now, state.decision_count
+        if moment != self._moment:
+            self._moment = moment
+            self._idle.clear()
+        key = node.node_id, device_id
+        if key not in self._idle:
+            there = [
+                r
+                for r in node.on_device(device_id)
+                if evictable(state, r, now, self._min_dwell_s, None)
+            ]
+            self._idle[key] = sorted(there, key=lambda r: (self._order(state, r), r.replica_id))
+        return self._idle[key]
+
+    def _order(self, state: ClusterState, replica: Replica) -> float:
+        """What idle replicas go by, the smallest first: the one that is idle longest."""
+        return replica.used_at
 
     def _may_go(self, replica: Replica, model: Model, now: float) -> bool:
         """Whether an idle replica may go down for `model`."""

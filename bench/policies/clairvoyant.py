@@ -64,7 +64,7 @@ class Belady(Sleeping):
         self._for, self._now = at, now
         return super().choose(state, model, now)
 
-    def _order(self, replica: Replica) -> float:
+    def _order(self, state: ClusterState, replica: Replica) -> float:
         return -min(self.next_call(replica.model, self._now), 1e9)
 
     def _may_go(self, replica: Replica, model: Model, now: float) -> bool:
@@ -79,7 +79,7 @@ class Belady(Sleeping):
             return ()
         late = takewhile(
             lambda r: self.next_call(r.model, now) >= now + 60.0,
-            sorted(sleepers(node), key=self._order),
+            sorted(sleepers(node), key=lambda r: self._order(state, r)),
         )
         return tuple(late)
 

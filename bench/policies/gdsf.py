@@ -37,7 +37,7 @@ class Gdsf(Locality):
             self._called_at[model.name] = self._age
         return super().scale(state, model, demand, now)
 
-    def _worth(self, state: ClusterState, replica: Replica) -> float:
+    def _order(self, state: ClusterState, replica: Replica) -> float:
         model, node = state.models[replica.model], state.nodes[replica.node_id]
         cost_s = climb_s(model, 0, node.start_rung(model.spec.source))
         size_gib = replica.bytes * len(replica.device_ids) / GIB

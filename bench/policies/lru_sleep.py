@@ -12,13 +12,10 @@ class LruSleep(Sleeping):
     """LRU with our sleep rungs, to tell what is gained by the rungs and what by choosing: level 1
     while the host has room, else level 2; the oldest sleepers give their host memory back."""
 
-    def _order(self, replica: Replica) -> float:
-        return replica.used_at
-
     def also_down(self, state: ClusterState, node: Node, now: float) -> Sequence[Replica]:
         """The oldest sleepers, until the host has room for the next one."""
         missing, gone = self._host_missing(node), []
-        for replica in sorted(sleepers(node), key=self._order):
+        for replica in sorted(sleepers(node), key=lambda r: self._order(state, r)):
             if missing <= 0:
                 break
             if replica.host_booked:

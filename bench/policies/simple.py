@@ -11,13 +11,9 @@ from scheduler.policy.choices import Scale
 from scheduler.policy.ladder import climb_s
 from scheduler.policy.placement import Fit
 from scheduler.signals.windows import Mean
-from scheduler.state.cluster import ClusterState, Demand, Model, Replica
+from scheduler.state.cluster import ClusterState, Demand, Model
 
 STOP_S = 1.0  # what a stop adds to a start in this world: TERM and reaping
-
-
-def _used_at(replica: Replica) -> float:
-    return replica.used_at
 
 
 class Dedicated(Baseline):
@@ -46,7 +42,7 @@ class Lru(Baseline):
             devices = self._free(node, model)
             if devices:
                 return Fit(node.node_id, devices, rung=node.start_rung(model.spec.source))
-            cleared = self._cleared(state, node, model, now, _used_at)
+            cleared = self._cleared(state, node, model, now)
             if cleared is not None and (best is None or cleared[2] < best[0]):
                 best = cleared[2], Fit(node.node_id, cleared[0], cleared[1])
         return best[1] if best else None
@@ -60,7 +56,7 @@ class Locality(Baseline):
     alike_s = 0.1  # waits that differ by less are alike: then by what goes
 
     def choose(self, state: ClusterState, model: Model, now: float) -> Fit | None:
-        """The least wait; then free room, then where the last that goes is worth the least."""
+        """The least wait; of those alike free room, then the first to go by `_order`."""
         fits = []
         for node in self._able(state, model):
             rung = node.start_rung(model.spec.source)
@@ -70,7 +66,7 @@ class Locality(Baseline):
                 wait_s = load_s + self._turn_s(state, node, devices, now)
                 fit = Fit(node.node_id, devices, rung=rung, wait_s=wait_s)
                 fits.append((wait_s, float("-inf"), fit))
-            cleared = self._cleared(state, node, model, now, lambda r: self._worth(state, r))
+            cleared = self._cleared(state, node, model, now)
             if cleared is not None and cleared[1]:
                 devices, ways, last = cleared
                 wait_s = load_s + self._turn_s(state, node, devices, now) + STOP_S
@@ -81,12 +77,8 @@ class Locality(Baseline):
             self._chosen(best[1])
         return best[2] if best else None
 
-    def _worth(self, state: ClusterState, replica: Replica) -> float:
-        """What idle replicas are ordered by: the smallest goes first."""
-        return replica.used_at
-
     def _chosen(self, last: float) -> None:
-        """Take note of the worth of the last one that goes for a choice; -inf: none goes."""
+        """Take note of the order of the last one that goes for a choice; -inf: none goes."""
 
 
 STABLE_S, PANIC_S, PANIC_AT = 60.0, 6.0, 2.0  # Knative's defaults

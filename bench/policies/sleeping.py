@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
-
 from bench.policies.base import Baseline
 from runtime.sizes import GIB
 from scheduler.policy.ladder import EVICT_S, Descent, climb_s, expected_residue
@@ -18,10 +16,6 @@ class Sleeping(Baseline):
     to the highest rung the host has room for. Nothing goes down before somebody needs its room."""
 
     idle_timers = False
-
-    @abstractmethod
-    def _order(self, replica: Replica) -> float:
-        """The smallest goes first."""
 
     def choose(self, state: ClusterState, model: Model, now: float) -> Fit | None:
         """Where it serves soonest."""
@@ -44,7 +38,7 @@ class Sleeping(Baseline):
         if devices:
             wait_s = load_s + self._turn_s(state, node, devices, now)
             found.append((wait_s, 0.0, Fit(node.node_id, devices, rung=rung, wait_s=wait_s)))
-        cleared = self._cleared(state, node, model, now, self._order)
+        cleared = self._cleared(state, node, model, now)
         if cleared is not None and cleared[1]:
             devices, ways, last = cleared
             wait_s = load_s + self._turn_s(state, node, devices, now) + EVICT_S
@@ -60,7 +54,7 @@ class Sleeping(Baseline):
         gone: dict[str, Replica] = {}
         for device_id in riser.device_ids:
             need = riser.bytes - riser.residue
-            victims = self._victims(state, node, device_id, need, model, now, self._order)
+            victims = self._victims(state, node, device_id, need, model, now)
             if victims is None:
                 return None
             gone.update((r.replica_id, r) for r in victims)
@@ -69,7 +63,7 @@ class Sleeping(Baseline):
             state, node, riser.device_ids, now
         )
         wait_s += EVICT_S if ways else 0.0
-        last = max(map(self._order, gone.values()), default=0.0)
+        last = max((self._order(state, r) for r in gone.values()), default=0.0)
         return wait_s, last, Fit(node.node_id, riser.device_ids, ways, riser, wait_s=wait_s)
 
     def _may_go(self, replica: Replica, model: Model, now: float) -> bool:
