@@ -19,7 +19,6 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
-from itertools import takewhile
 
 from bench.policies.sleeping import Sleeping, sleepers
 from scheduler.policy.choices import Plan
@@ -31,6 +30,7 @@ from scheduler.state.cluster import ClusterState, Model, Node, Replica
 
 SLACK_S = 2.0  # how much sooner than needed: climbs vary, ticks come each half second
 AHEAD_S = 15.0  # when it begins to look for room, beside LEAD starts
+LATE_S = 60.0  # a sleeper that is called sooner keeps its host memory
 KEPT_S = 30.0  # a model that was warmed for a call is kept for so long after it
 
 
@@ -72,16 +72,11 @@ class Belady(Sleeping):
         return later and super()._may_go(replica, model, now)
 
     def also_down(self, state: ClusterState, node: Node, now: float) -> Sequence[Replica]:
-        """The sleepers that are not called within a minute, where the host has no room for the next
-        one that goes to sleep."""
+        """The sleepers that are called latest, and not within a minute, until the host has room for
+        the next one that goes to sleep."""
         self._now = now
-        if self._host_missing(node) <= 0:
-            return ()
-        late = takewhile(
-            lambda r: self.next_call(r.model, now) >= now + 60.0,
-            sorted(sleepers(node), key=lambda r: self._order(state, r)),
-        )
-        return tuple(late)
+        late = [r for r in sleepers(node) if self.next_call(r.model, now) >= now + LATE_S]
+        return self._enough(node, sorted(late, key=lambda r: self._order(state, r)))
 
 
 class Clairvoyant(Belady):

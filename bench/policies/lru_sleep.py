@@ -14,11 +14,4 @@ class LruSleep(Sleeping):
 
     def also_down(self, state: ClusterState, node: Node, now: float) -> Sequence[Replica]:
         """The oldest sleepers, until the host has room for the next one."""
-        missing, gone = self._host_missing(node), []
-        for replica in sorted(sleepers(node), key=lambda r: self._order(state, r)):
-            if missing <= 0:
-                break
-            if replica.host_booked:
-                gone.append(replica)
-                missing -= replica.host_booked
-        return gone
+        return self._enough(node, sorted(sleepers(node), key=lambda r: self._order(state, r)))

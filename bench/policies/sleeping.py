@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from bench.policies.base import Baseline
 from runtime.sizes import GIB
 from scheduler.policy.ladder import EVICT_S, Descent, climb_s, expected_residue
@@ -81,10 +83,17 @@ class Sleeping(Baseline):
                     return Descent(replica, level, replica.bytes - residue, host_bytes, 0.0)
         return Descent(replica, 0, replica.committed, 0, 0.0)
 
-    def _host_missing(self, node: Node) -> int:
-        """Bytes of host memory that the next one that goes to sleep may lack."""
+    def _enough(self, node: Node, ordered: Iterable[Replica]) -> list[Replica]:
+        """The first of these whose stopping gives the host room for the next one to sleep."""
         budget = node.heartbeat.host_budget_bytes if node.heartbeat else 0
-        return min(budget // 8, 64 * GIB) - node.host_free()
+        missing, gone = min(budget // 8, 64 * GIB) - node.host_free(), []
+        for replica in ordered:
+            if missing <= 0:
+                break
+            if replica.host_booked:
+                gone.append(replica)
+                missing -= replica.host_booked
+        return gone
 
 
 def sleepers(node: Node) -> list[Replica]:
