@@ -112,10 +112,17 @@ class Knative(Baseline):
         return None
 
     def scale(self, state: ClusterState, model: Model, demand: Demand, now: float) -> Scale:
-        """By the autoscaler; at once for the first one, which the activator asks for."""
-        wanted = max(self._wish(model, demand, now), floor(model, now)[0])
+        """By the autoscaler; at once for the first one, which the activator asks for.
+
+        The core takes a start that nobody waits for back where another model waits for its turn;
+        the mean of the last minute does not ask for it again, or the two would go on by turns.
+        """
+        least = floor(model, now)[0]
+        wanted = max(self._wish(model, demand, now), least)
         if demand.waiting:
             wanted = max(1, wanted)
+        elif not (demand.in_flight or model.coming()):
+            wanted = least
         return Scale(wanted, "KPA", keep=wanted or None)
 
     def _wish(self, model: Model, demand: Demand, now: float) -> int:
