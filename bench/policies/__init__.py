@@ -1,1 +1,2 @@
-"""Baselines for bench/policy.py, written against scheduler/sim/policy.py's contract."""
+"""Baselines and workloads for bench/policy.py; the baselines implement `Choices`
+(scheduler/policy/choices.py)."""
