@@ -9,10 +9,14 @@ from typing import Any
 import pytest
 
 from bench.lib.policy_runs import ABLATIONS, HOLD_S, POLICIES, Cluster, figures, run, scenario
+from bench.policies.simple import Knative
 from bench.policies.workloads import Case
 from cli.simulation import make_node
+from runtime.wire.model_spec import ModelSpec
 from scheduler.sim.simulator import Simulation
 from scheduler.sim.traces import Arrival, Workload
+from scheduler.state.cluster import ClusterState, Demand, Model, Replica, Stage
+from scheduler.state.messages import StoredModel
 
 CLUSTER = Cluster(gpus=2, node_gpus=2, host_gib=64, on_disk="all")
 LARGE = Cluster(gpus=8)
@@ -53,3 +57,16 @@ def test_settings_of_the_world_reach_every_core_and_do_not_replace_a_policys_own
         core: Any = POLICIES[name].factory(case, world)()
         settings = core._turn.settings
         assert (settings.min_dwell_s, settings.stand_by) == (1.25, stand_by)
+
+
+def test_knative_asks_once_for_a_start_that_nobody_waits_for_any_more() -> None:
+    """Else it and a model that waits for its turn took it from each other at each event."""
+    stored = StoredModel(spec=ModelSpec(name="a", source="hf:a/a"))
+    spec = stored.effective()
+    model, state, knative = Model(stored, spec, spec.launch_key()), ClusterState(), Knative()
+    assert knative.scale(state, model, Demand(waiting=1), 0.0).wanted == 1
+    assert knative.scale(state, model, Demand(), 1.0).wanted == 0
+    model.replicas["a-1"] = Replica(
+        "a-1", "a", "n00", ("gpu0",), 1, model.launch_key, Stage.STARTING, 1.0, reason="best fit"
+    )
+    assert knative.scale(state, model, Demand(), 2.0).wanted == 1
