@@ -50,18 +50,9 @@ def demo(
     from the engine, and one model went down to make room for the last.
     """
     from cli.stack import run_until_signal, running
-    from cli.upfiles import make_config
 
-    if engine == "stub":
-        cluster = ClusterAccess()  # never a real cluster's settings
-    overrides: dict[str, Any] = {
-        "agent.devices": devices or _default_devices(engine),
-        "scheduler.min_dwell_s": 1.0,  # five seconds would only make the demo longer
-    }
-    if port is not None:
-        overrides["router.port"] = port
     folder = Path(state_dir) if state_dir else up_state_dir()
-    config = make_config(cluster, folder, overrides)
+    config = _make_config(cluster, engine, devices, port, folder)
 
     async def main(hurry: asyncio.Event) -> bool:
         async with running(config, _notice, hurry) as stack:
@@ -76,6 +67,22 @@ def demo(
     good = run_until_signal(main)
     if leave and not good:
         sys.exit(1 if good is False else 130)
+
+
+def _make_config(
+    cluster: ClusterAccess, engine: str, devices: str | None, port: int | None, folder: Path
+) -> Config:
+    from cli.upfiles import make_config
+
+    if engine == "stub":
+        cluster = ClusterAccess()  # never a real cluster's settings
+    overrides: dict[str, Any] = {
+        "agent.devices": devices or _default_devices(engine),
+        "scheduler.min_dwell_s": 1.0,  # five seconds would only make the demo longer
+    }
+    if port is not None:
+        overrides["router.port"] = port
+    return make_config(cluster, folder, overrides)
 
 
 async def _play(stack: Stack, config: Config, engine: str) -> tuple[list[Row], list[str]]:

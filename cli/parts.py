@@ -106,27 +106,15 @@ def version(as_json: bool) -> None:
 def _run(
     cluster: ClusterAccess, config: str | None, part: str, run: Run, as_json: bool, until_eof: bool
 ) -> None:
-    """Set up logging, the registry and the event loop around one part; errors in words."""
+    """Set up the registry and the event loop around one part; errors in words."""
     import uvloop
 
     from runtime import notify, places
-    from runtime.logs import set_up_logging
-    from runtime.private import keep_private
     from runtime.registry.open import open_registry
     from runtime.registry.protocol import RegistryError
     from runtime.registry.registration import warn_if_open
 
-    settings = ClusterAccess(config=config or cluster.config).load_config()
-    if not settings.cluster_token:
-        raise click.UsageError(
-            "config: cluster_token is empty; set it to one long random text on every host"
-            " (e.g. `openssl rand -hex 32`), in the file or as STOKER_CLUSTER_TOKEN"
-        )
-    set_up_logging(part, settings.log_format)
-    try:
-        keep_private(settings.state_dir)
-    except OSError as error:
-        raise click.ClickException(f"{part}: can't use state_dir: {error}") from None
+    settings = _settings(cluster, config, part)
 
     def ready(url: str) -> None:
         notify.ready()
@@ -151,6 +139,25 @@ def _run(
         if os.environ.get("STOKER_DEBUG"):
             raise
         raise click.ClickException(f"{part}: {error}") from None
+
+
+def _settings(cluster: ClusterAccess, config: str | None, part: str) -> Config:
+    """The configuration of a part, with its logging set up and its state folder kept private."""
+    from runtime.logs import set_up_logging
+    from runtime.private import keep_private
+
+    settings = ClusterAccess(config=config or cluster.config).load_config()
+    if not settings.cluster_token:
+        raise click.UsageError(
+            "config: cluster_token is empty; set it to one long random text on every host"
+            " (e.g. `openssl rand -hex 32`), in the file or as STOKER_CLUSTER_TOKEN"
+        )
+    set_up_logging(part, settings.log_format)
+    try:
+        keep_private(settings.state_dir)
+    except OSError as error:
+        raise click.ClickException(f"{part}: can't use state_dir: {error}") from None
+    return settings
 
 
 def _stop_on_signals() -> asyncio.Event:

@@ -15,6 +15,7 @@ from cli.text import waiting
 
 if TYPE_CHECKING:
     from cli.cluster import UpFile
+    from runtime.contract.config import Config
     from runtime.wire.model_spec import ModelSpec
 
 
@@ -46,12 +47,9 @@ def up(
     That is a scheduler, an agent and a router, each a process of its own that is started again if
     it dies. Models that were added are kept in the state dir for the next time.
     """
-    from importlib.util import find_spec
-
     from cli.models import read_specs
     from cli.stack import run_until_signal, running
     from cli.upfiles import make_config
-    from runtime.engine import toolchain
 
     specs = [spec for file in model_files for spec in read_specs(file)]
     options = {"agent.devices": devices, "router.port": port, "registry.consul_url": consul}
@@ -64,17 +62,26 @@ def up(
             assert stack.urls is not None
             await _add(stack.urls, specs)
             _say_ready(stack.urls, folder, as_json)
-            if not config.agent.engine_python and find_spec("vllm") is None:
-                notice(_NO_VLLM)
-            elif not config.agent.devices.startswith("simulated"):
-                python = config.agent.engine_python or sys.executable
-                if lacks := await asyncio.to_thread(toolchain.missing, python):
-                    notice(lacks)
-            if not config.router.lets_anonymous_in():
-                notice("callers need an API key: `stoker key create TENANT` makes one")
+            await _say_what_lacks(config)
             await stack.broken()
 
     run_until_signal(main)
+
+
+async def _say_what_lacks(config: Config) -> None:
+    """What a first call would fail of: an engine, what engines compile with, a key."""
+    from importlib.util import find_spec
+
+    from runtime.engine import toolchain
+
+    if not config.agent.engine_python and find_spec("vllm") is None:
+        notice(_NO_VLLM)
+    elif not config.agent.devices.startswith("simulated"):
+        python = config.agent.engine_python or sys.executable
+        if lacks := await asyncio.to_thread(toolchain.missing, python):
+            notice(lacks)
+    if not config.router.lets_anonymous_in():
+        notice("callers need an API key: `stoker key create TENANT` makes one")
 
 
 def notice(text: str) -> None:

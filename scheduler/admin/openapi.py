@@ -51,43 +51,37 @@ def _operation(route: Operation) -> dict[str, Any]:
     operation: dict[str, Any] = {
         "operationId": route.handler.rpartition(".")[2],
         "summary": route.summary,
-        "responses": {str(route.status): _response(route)},
+        "responses": _responses(route),
     }
-    parameters = [
-        {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
-        for name in re.findall(r"{(\w+)}", route.path)
-    ]
-    parameters += [
-        {"name": name, "in": "query", "required": False, "schema": schema}
-        for name, schema in route.query.items()
-    ]
-    if parameters:
+    if parameters := _parameters(route):
         operation["parameters"] = parameters
     if route.body is not None:
         operation["requestBody"] = {"required": True, "content": _content(route.body)}
-    for status in route.errors:
-        operation["responses"][str(status)] = {
-            "description": _ERRORS[status],
-            "content": _content(Error),
-        }
-    if route.also_status:
-        operation["responses"][str(route.also_status)] = _response(route)
     if route.open:
         operation["security"] = []
-    else:
-        operation["responses"]["401"] = {
-            "description": _ERRORS[401],
-            "content": _content(Error),
-        }
-        operation["responses"]["403"] = {
-            "description": _ERRORS[403],
-            "content": _content(Error),
-        }
-        operation["responses"]["503"] = {
-            "description": _ERRORS[503],
-            "content": _content(Error),
-        }
     return operation
+
+
+def _parameters(route: Operation) -> list[dict[str, Any]]:
+    in_path = [
+        {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
+        for name in re.findall(r"{(\w+)}", route.path)
+    ]
+    in_query = [
+        {"name": name, "in": "query", "required": False, "schema": schema}
+        for name, schema in route.query.items()
+    ]
+    return in_path + in_query
+
+
+def _responses(route: Operation) -> dict[str, Any]:
+    """The good answers and the errors, with those of the guard where it is not open."""
+    good = [route.status] + ([route.also_status] if route.also_status else [])
+    errors = [*route.errors, *(() if route.open else _GUARDS)]
+    return {str(status): _response(route) for status in good} | {
+        str(status): {"description": _ERRORS[status], "content": _content(Error)}
+        for status in errors
+    }
 
 
 _ERRORS = {
@@ -100,6 +94,7 @@ _ERRORS = {
     502: "the node's agent did not answer",
     503: "this scheduler is not the leader; its URL is in the error where known",
 }
+_GUARDS = (401, 403, 503)  # of guard.py
 
 
 def _response(route: Operation) -> dict[str, Any]:

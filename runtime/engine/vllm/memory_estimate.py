@@ -97,12 +97,7 @@ def estimate(
 
     `unknown`: why there is no folder of the model, where that is known.
     """
-    if spec.engine != "vllm":
-        raise _undeclared(spec, f"the {spec.engine} engine has no files to size it by")
-    folder = Path(model_path) if model_path is not None else None
-    if folder is None or not folder.is_dir():
-        where = f"{str(folder)!r} is not a folder" if folder else "it has no folder"
-        raise _undeclared(spec, unknown or f"{where} on this node")
+    folder = _folder(spec, model_path, unknown)
     args = flat_args(spec.engine_args)
     try:
         config = read_config(folder)
@@ -130,6 +125,17 @@ def estimate(
         adapters_bytes=adapters,
         max_model_len=shape.max_model_len,
     )
+
+
+def _folder(spec: ModelSpec, model_path: str | Path | None, unknown: str | None) -> Path:
+    """The folder of the model's files. Raises ValueError where there is none to read."""
+    if spec.engine != "vllm":
+        raise _undeclared(spec, f"the {spec.engine} engine has no files to size it by")
+    folder = Path(model_path) if model_path is not None else None
+    if folder is None or not folder.is_dir():
+        where = f"{str(folder)!r} is not a folder" if folder else "it has no folder"
+        raise _undeclared(spec, unknown or f"{where} on this node")
+    return folder
 
 
 def warnings(spec: ModelSpec, folder: Path | None, estimate: MemoryEstimate | None) -> list[str]:

@@ -157,6 +157,28 @@ def _jobs() -> dict[str, _Json]:
 
 
 def _reads() -> dict[str, _Json]:
+    """What a GET tells: the models, and how this process is."""
+    return _models() | {
+        "/healthz": _read("healthz", "Whether the process is alive", "text/plain"),
+        "/readyz": _readyz(),
+        "/health": _probe("health", "200 while requests are served, as vLLM has it"),
+        "/ping": _probe("ping", "The same, as SageMaker asks for it"),
+        "/version": _read("version", "Stoker's version", "application/json", {"type": "object"}),
+        "/load": _read(
+            "load",
+            "How many requests are carried now",
+            "application/json",
+            {"type": "object"},
+            "401",
+            "503",
+        ),
+        "/metrics": _read("metrics", "Prometheus' exposition", "text/plain", None, "401"),
+        "/openapi.json": _read("openapi", "This document", "application/json", {"type": "object"}),
+        "/docs": _read("docs", "This document as a page", "text/html"),
+    }
+
+
+def _models() -> dict[str, _Json]:
     models = {
         "type": "object",
         "required": ["object", "data"],
@@ -181,22 +203,6 @@ def _reads() -> dict[str, _Json]:
             "404",
             "503",
         ),
-        "/healthz": _read("healthz", "Whether the process is alive", "text/plain"),
-        "/readyz": _readyz(),
-        "/health": _probe("health", "200 while requests are served, as vLLM has it"),
-        "/ping": _probe("ping", "The same, as SageMaker asks for it"),
-        "/version": _read("version", "Stoker's version", "application/json", {"type": "object"}),
-        "/load": _read(
-            "load",
-            "How many requests are carried now",
-            "application/json",
-            {"type": "object"},
-            "401",
-            "503",
-        ),
-        "/metrics": _read("metrics", "Prometheus' exposition", "text/plain", None, "401"),
-        "/openapi.json": _read("openapi", "This document", "application/json", {"type": "object"}),
-        "/docs": _read("docs", "This document as a page", "text/html"),
     }
 
 
