@@ -25,6 +25,36 @@ from scheduler.stored_state import StoredState
 from scheduler.tasks import Tasks
 
 
+class Parts:
+    """What one scheduler is made of, but for its HTTP face."""
+
+    def __init__(self, config: Config, registry: Registry) -> None:
+        clock = asyncio.get_running_loop().time
+        store = Store(registry, config.registry.prefix)
+        core = Core(_settings(config.scheduler))
+        self.tasks = Tasks()
+        self.agents = AgentCalls(core, config.cluster_token, self.tasks, clock)
+        self.learned = LearnedState(store, core)
+        self.driver = Driver(core, self.agents, self.learned, self.tasks, clock)
+        self.stored = StoredState(store, self.driver)
+        self.rules = RuleBook(store, self.driver)
+        self.access = Access(store, clock)
+        self.leadership = Leadership(store, self.driver, self.stored, self.rules, self.access)
+
+    def begin(self, url: str) -> None:
+        """Lead or stand by; others are sent to `url` while this one leads."""
+        self.leadership.url = url
+        self.tasks.spawn(self.leadership.run())
+        self.tasks.spawn(self.learned.keep_saving(lambda: self.driver.leads))
+        self.tasks.spawn(self.access.keep_usage(lambda: self.driver.leads))
+        self.tasks.spawn(self.rules.follow())
+
+    async def close(self) -> None:
+        """Lead no more, and end what runs."""
+        await self.tasks.close()
+        await self.agents.close()
+
+
 async def run_scheduler(
     config: Config,
     registry: Registry,
@@ -34,40 +64,27 @@ async def run_scheduler(
 ) -> None:
     """Serve until `stop` is set. `on_ready(url)` is called when the API listens."""
     stop = stop or asyncio.Event()
-    tasks, clock = Tasks(), asyncio.get_running_loop().time
-    store = Store(registry, config.registry.prefix)
-    core = Core(_settings(config.scheduler))
-    agents = AgentCalls(core, config.cluster_token, tasks, clock)
-    learned = LearnedState(store, core)
-    driver = Driver(core, agents, learned, tasks, clock)
-    stored = StoredState(store, driver)
-    rules = RuleBook(store, driver)
-    access = Access(store, clock)
-    leadership = Leadership(store, driver, stored, rules, access)
-    app = make_app(config, driver, stored, rules, access, leadership)
+    parts = Parts(config, registry)
+    app = make_app(config, parts.driver, parts.stored, parts.rules, parts.access, parts.leadership)
     runner = web.AppRunner(app, access_log=None, handler_cancellation=True)
     await runner.setup()
     try:
         site = web.TCPSite(runner, config.scheduler.host, config.scheduler.port)
         await site.start()
         host, port = runner.addresses[0][:2]
-        leadership.url = config.scheduler.advertise_url or places.base_url(host, port)
         service = Service(
             service_id=f"stoker-scheduler-{config.node_id()}-{port}", name="stoker-scheduler",
             address=host, port=port,
         )  # fmt: skip
-        tasks.spawn(leadership.run())
-        tasks.spawn(keep_registered(registry, service))
-        tasks.spawn(learned.keep_saving(lambda: driver.leads))
-        tasks.spawn(access.keep_usage(lambda: driver.leads))
-        tasks.spawn(rules.follow())
+        url = config.scheduler.advertise_url or places.base_url(host, port)
+        parts.begin(url)
+        parts.tasks.spawn(keep_registered(registry, service))
         if on_ready is not None:
-            on_ready(leadership.url)
+            on_ready(url)
         await stop.wait()
         await withdraw(registry, service)
     finally:
-        await tasks.close()
-        await agents.close()
+        await parts.close()
         await runner.cleanup()
 
 

@@ -56,56 +56,26 @@ async def run_router(
     `on_ready` gets the router's URL once it accepts connections. Streams under way at the end
     have `router.drain_s` to finish. Raises OSError where host and port cannot be bound.
     """
-    if stop is None:
-        stop = asyncio.Event()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    settings = config.router
-    gate, upstream = Gate(settings.max_in_flight), Upstream(_limits(settings))
-
-    def on_routes(table: RouteTable) -> None:
-        upstream.keep_only(
-            {endpoint.base_url for route in table.models for endpoint in route.endpoints}
-        )
-        upstream.lost(table.lost)
-
-    gate.on_routes = on_routes
-    local = Local(settings.allowed_hosts) if settings.anonymous == "auto" else None
-    keys = Keys(settings.lets_anonymous_in(), local if settings.lets_anonymous_in() else None)
-    cache = ResponseCache(settings.cache_bytes)
-    memory = Memory(settings.held_bytes)
-    proxy = Proxy(
-        gate, upstream, Metrics(gate, cache), keys, cache, settings.heartbeat_s, memory,
-        Forwarded(settings.trusted_proxies),
-    )  # fmt: skip
-    observing = contextlib.AsyncExitStack()
-    worker, siblings = worker_index(), None
-    if worker is not None:
-        siblings = Siblings(Path(config.state_dir), worker, settings.workers)
-        proxy.others_made = siblings.made
-    scrapers = (config.metrics_token, config.cluster_token)
+    stop = stop or _stop_on_signals()
+    settings, worker = config.router, worker_index()
+    proxy = _proxy(settings)
+    siblings = _siblings(config, worker, proxy) if worker is not None else None
     jobs = Jobs(config, proxy)
     api = Api(
-        proxy, settings.max_body_bytes, settings.read_timeout_s, jobs, siblings, scrapers,
-        Cors(settings.cors_origins),
+        proxy, settings.max_body_bytes, settings.read_timeout_s, jobs, siblings,
+        (config.metrics_token, config.cluster_token), Cors(settings.cors_origins),
     )  # fmt: skip
     runner, front = await _servers(settings, api, proxy)
+    observing = contextlib.AsyncExitStack()
     try:
         await observing.enter_async_context(observed(proxy, settings))
         listener = listen(settings.host, settings.port, shared=worker is not None)
         port = listener.getsockname()[1]
         router_id = f"{socket.gethostname()}:{port}" + (f":{worker}" if worker else "")
         link = _link(config, proxy, registry, router_id)
-        service = Service(
-            service_id=f"stoker-router-{router_id}",
-            name="stoker-router",
-            address=settings.advertise_host or settings.host,
-            port=port,
-        )
+        service = _service(settings, router_id, port)
         if siblings is not None:
-            siblings.socket.parent.mkdir(parents=True, exist_ok=True)
-            siblings.socket.unlink(missing_ok=True)
-            await web.UnixSite(runner, str(siblings.socket)).start()
+            await _listen_to_siblings(runner, siblings)
         async with _background(link.run()), _background(keep_registered(registry, service, TTL_S)):
             server = await asyncio.get_running_loop().create_server(
                 front, sock=listener, backlog=BACKLOG
@@ -115,20 +85,78 @@ async def run_router(
             async with _background(jobs.run()):
                 await stop.wait()
             api.draining = True
-            log.info("draining for up to %g s", settings.drain_s)
             server.close()
-            await front.hear_new(min(FIRST_REQUEST_S, settings.drain_s))
-            await asyncio.gather(front.drain(settings.drain_s), runner.cleanup())
+            await _drain(front, runner, settings.drain_s)
         await withdraw(registry, service)
     finally:
         await front.drain(0.0)
         await runner.cleanup()
         await jobs.close()
-        proxy.routed.close()
-        proxy.batcher.close()
-        gate.close()
-        upstream.close()
+        _close(proxy)
         await observing.aclose()
+
+
+def _stop_on_signals() -> asyncio.Event:
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    return stop
+
+
+def _proxy(settings: RouterConfig) -> Proxy:
+    """What carries calls; connections to engines that a new table has no more are closed."""
+    gate, upstream = Gate(settings.max_in_flight), Upstream(_limits(settings))
+
+    def on_routes(table: RouteTable) -> None:
+        upstream.keep_only(
+            {endpoint.base_url for route in table.models for endpoint in route.endpoints}
+        )
+        upstream.lost(table.lost)
+
+    gate.on_routes = on_routes
+    anonymous = settings.lets_anonymous_in()
+    local = Local(settings.allowed_hosts) if anonymous and settings.anonymous == "auto" else None
+    cache = ResponseCache(settings.cache_bytes)
+    return Proxy(
+        gate, upstream, Metrics(gate, cache), Keys(anonymous, local), cache, settings.heartbeat_s,
+        Memory(settings.held_bytes), Forwarded(settings.trusted_proxies),
+    )  # fmt: skip
+
+
+async def _drain(front: Front, runner: web.AppRunner, drain_s: float) -> None:
+    """Answer who has connected already, and let what is under way end."""
+    log.info("draining for up to %g s", drain_s)
+    await front.hear_new(min(FIRST_REQUEST_S, drain_s))
+    await asyncio.gather(front.drain(drain_s), runner.cleanup())
+
+
+def _close(proxy: Proxy) -> None:
+    proxy.routed.close()
+    proxy.batcher.close()
+    proxy.gate.close()
+    proxy.upstream.close()
+
+
+def _siblings(config: Config, worker: int, proxy: Proxy) -> Siblings:
+    """The other workers on the same port, which the proxy asks for responses it doesn't know."""
+    siblings = Siblings(Path(config.state_dir), worker, config.router.workers)
+    proxy.others_made = siblings.made
+    return siblings
+
+
+async def _listen_to_siblings(runner: web.AppRunner, siblings: Siblings) -> None:
+    siblings.socket.parent.mkdir(parents=True, exist_ok=True)
+    siblings.socket.unlink(missing_ok=True)
+    await web.UnixSite(runner, str(siblings.socket)).start()
+
+
+def _service(settings: RouterConfig, router_id: str, port: int) -> Service:
+    return Service(
+        service_id=f"stoker-router-{router_id}",
+        name="stoker-router",
+        address=settings.advertise_host or settings.host,
+        port=port,
+    )
 
 
 async def _servers(settings: RouterConfig, api: Api, proxy: Proxy) -> tuple[web.AppRunner, Front]:

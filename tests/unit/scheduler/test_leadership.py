@@ -87,7 +87,7 @@ async def test_a_leader_knows_what_is_stored_before_it_acts(make) -> None:
     one, _ = make()
     await one.store.put(m.StoredModel(spec=spec("a")), "models", "a")
     await one.store.put(True, "pins", "a")
-    one.begin()
+    one.lead_or_stand_by()
     await until(lambda: one.driver.leads, "it leads")
     assert one.term == 1
     assert one.driver.core.state.models["a"].pinned
@@ -97,9 +97,9 @@ async def test_a_leader_knows_what_is_stored_before_it_acts(make) -> None:
 async def test_one_leads_and_the_other_takes_over_with_a_higher_term(make) -> None:
     one, _ = make("http://a")
     two, _ = make("http://b")
-    one.begin()
+    one.lead_or_stand_by()
     await until(lambda: one.driver.leads, "the first leads")
-    two.begin()
+    two.lead_or_stand_by()
     await asyncio.sleep(0.1)  # some tries
     assert not two.driver.leads
     assert await two.leadership.leader_url() == "http://a"
@@ -112,7 +112,7 @@ async def test_one_leads_and_the_other_takes_over_with_a_higher_term(make) -> No
 async def test_who_is_overtaken_gives_the_lock_back(make) -> None:
     one, registry = make()
     registry.overtaken = True
-    one.begin()
+    one.lead_or_stand_by()
     await until(lambda: one.driver.leads, "it leads at the second try")
     assert one.term == 7
     assert registry.lock is not None
@@ -121,7 +121,7 @@ async def test_who_is_overtaken_gives_the_lock_back(make) -> None:
 
 async def test_who_loses_the_lock_stands_by_and_lets_go_of_all_that_waits(make) -> None:
     one, registry = make()
-    one.begin()
+    one.lead_or_stand_by()
     await until(lambda: one.driver.leads, "it leads")
     await until(lambda: one.driver.table is not None, "it has told routers what it knows")
     assert one.driver.table is not None
@@ -146,7 +146,7 @@ async def test_a_registry_that_is_down_for_less_than_the_locks_time_costs_nothin
 ) -> None:
     monkeypatch.setattr(leadership, "LEADER_TTL_S", 1.5)
     one, registry = make()
-    one.begin()
+    one.lead_or_stand_by()
     await until(lambda: one.driver.leads, "it leads")
     registry.down = True
     await asyncio.sleep(0.8)  # one renewal, at least, has failed
@@ -160,7 +160,7 @@ async def test_a_registry_that_is_down_for_less_than_the_locks_time_costs_nothin
 async def test_who_is_outranked_leads_again_with_a_higher_term(make) -> None:
     one, _ = make()
     await one.leadership.hear_epoch(9)  # who does not lead need not be told
-    one.begin()
+    one.lead_or_stand_by()
     await until(lambda: one.driver.leads, "it leads")
     await one.leadership.hear_epoch(1)
     await asyncio.sleep(0.1)
@@ -174,7 +174,7 @@ async def test_entries_that_cannot_be_read_keep_nobody_from_leading(make, caplog
     await one.store.put(m.StoredModel(spec=spec("a")), "models", "a")
     for folder in ("models", "nodes", "prewarm", "footprints", "arrivals", "routes", "keys"):
         await registry.put(one.store.key(folder, "broken"), b'{"cordoned": 3, "keep": [')
-    one.begin()
+    one.lead_or_stand_by()
     await until(lambda: one.driver.leads, "it leads")
     assert set(one.driver.core.state.models) == {"a"}
     for folder in ("models", "nodes", "prewarm"):
@@ -195,11 +195,11 @@ async def test_a_try_that_fails_gives_the_lock_back_and_another_one_comes(
 
     monkeypatch.setattr(StoredState, "load", load_or_fail)
     monkeypatch.setattr(leadership, "LEADER_TTL_S", 600)  # not by its time
-    one.begin()
+    one.lead_or_stand_by()
     await until(lambda: one.leadership.why_not_leading, "it says why")
     assert one.leadership.why_not_leading == "it could not lead: 'a fault of ours'"
     assert "it could not lead" in caplog.text
-    two.begin()
+    two.lead_or_stand_by()
     await until(lambda: two.driver.leads, "the other one leads")
     await two.tasks.close()
     fails = False
@@ -232,7 +232,7 @@ async def test_a_core_that_keeps_failing_begins_again_with_what_is_stored(
     monkeypatch.setattr(leadership, "START_OVER_S", 0.0)
     one, _ = make()
     await one.store.put(m.StoredModel(spec=spec("a")), "models", "a")
-    one.begin()
+    one.lead_or_stand_by()
     await until(lambda: one.driver.leads, "it leads")
     failed = poison(one, monkeypatch, 100)
     await until(lambda: one.term == 2 and one.driver.leads, "it leads with a fresh state")
@@ -247,7 +247,7 @@ async def test_a_core_that_keeps_failing_begins_again_with_what_is_stored(
 async def test_a_core_that_failed_twice_goes_on(make, monkeypatch) -> None:
     monkeypatch.setattr(leadership, "START_OVER_S", 0.0)
     one, _ = make()
-    one.begin()
+    one.lead_or_stand_by()
     await until(lambda: one.driver.leads, "it leads")
     poison(one, monkeypatch, 2)
     await until(lambda: one.driver.decided.get("core_error") == 2, "it failed twice")
@@ -259,7 +259,7 @@ async def test_a_core_that_fails_for_good_does_not_begin_again_all_the_time(
     make, monkeypatch
 ) -> None:
     one, _ = make()
-    one.begin()
+    one.lead_or_stand_by()
     await until(lambda: one.driver.leads, "it leads")
     poison(one, monkeypatch, 100)
     await until(lambda: one.driver.decided.get("core_error", 0) > 5, "it fails at each tick")
@@ -269,7 +269,7 @@ async def test_a_core_that_fails_for_good_does_not_begin_again_all_the_time(
 async def test_each_next_time_it_begins_again_twice_as_late(make, monkeypatch) -> None:
     monkeypatch.setattr(leadership, "START_OVER_S", 0.1)
     one, _ = make()
-    one.begin()
+    one.lead_or_stand_by()
     await until(lambda: one.driver.leads, "it leads")
     began_at = one.driver.now()
 
