@@ -71,19 +71,18 @@ class Access:
 
     async def load(self) -> None:
         """Everything that is stored, for a new leader. Raises RegistryError."""
-        keys = await self._list("keys", StoredKey)
-        tenants = await self._list("tenants", Tenant)
-        tokens = await self._list("tokens", StoredToken)
+        keys = await self._read(StoredKey, "keys")
+        tenants = await self._read(Tenant, "tenants")
+        tokens = await self._read(StoredToken, "tokens")
         self.keys = {key.key_id: key for key in keys}
         self.tenants = {tenant.name: tenant for tenant in tenants}
         self.tokens = {token.token_id: token for token in tokens}
         self.usage = await self.usage_of(_today())
         self._tell_routers()
 
-    async def _list(self, folder: str, kind: type[_Kind]) -> list[_Kind]:
-        entries, _ = await self._store.registry.list(self._store.key(*folder.split("/")) + "/")
+    async def _read(self, kind: type[_Kind], *folder: str) -> list[_Kind]:
         found = []
-        for entry in entries:
+        for entry in await self._store.below(*folder):
             try:
                 found.append(decode(entry.value, kind))
             except ValueError as error:
@@ -112,25 +111,25 @@ class Access:
 
     async def put_key(self, key: StoredKey) -> None:
         """Store a key as it is now."""
-        await self._put("keys", key.key_id, key)
+        await self._store.put(key, "keys", key.key_id)
         self.keys[key.key_id] = key
         self._tell_routers()
 
     async def delete_key(self, key_id: str) -> None:
         """Delete a key and tell the routers."""
-        await self._delete("keys", key_id)
+        await self._store.delete("keys", key_id)
         del self.keys[key_id]
         self._tell_routers()
 
     async def put_tenant(self, tenant: Tenant) -> None:
         """Store a tenant and tell the routers."""
-        await self._put("tenants", tenant.name, tenant)
+        await self._store.put(tenant, "tenants", tenant.name)
         self.tenants[tenant.name] = tenant
         self._tell_routers()
 
     async def delete_tenant(self, name: str) -> None:
         """Delete a tenant and tell the routers."""
-        await self._delete("tenants", name)
+        await self._store.delete("tenants", name)
         del self.tenants[name]
         self._tell_routers()
 
@@ -144,22 +143,14 @@ class Access:
             token_id=public_id, digest=digest(token), role=role, name=name,
             created_at=time.time(), expires_at=expires_at,
         )  # fmt: skip
-        await self._put("tokens", public_id, stored)
+        await self._store.put(stored, "tokens", public_id)
         self.tokens[public_id] = stored
         return stored, token
 
     async def delete_token(self, public_id: str) -> None:
         """Delete an admin token."""
-        await self._delete("tokens", public_id)
+        await self._store.delete("tokens", public_id)
         del self.tokens[public_id]
-
-    async def _put(self, folder: str, name: str, value: msgspec.Struct) -> None:
-        await self._store.registry.put(
-            self._store.key(*folder.split("/"), name), msgspec.json.encode(value)
-        )
-
-    async def _delete(self, folder: str, name: str) -> None:
-        await self._store.registry.delete(self._store.key(folder, name))
 
     async def admin(self, token: str, leads: bool) -> StoredToken | None:
         """Whose `token` is. One that stands by asks the registry, so it may raise RegistryError."""
@@ -211,7 +202,7 @@ class Access:
 
     async def usage_of(self, day: str) -> Usage:
         """What is stored of a day. Raises RegistryError."""
-        return Usage(day, await self._list(f"usage/{day}", BootUsage))
+        return Usage(day, await self._read(BootUsage, "usage", day))
 
     async def keep_usage(self, leads: Callable[[], bool]) -> None:
         """Store what was used and forget what is older than KEEP_DAYS, until cancelled."""
@@ -230,14 +221,14 @@ class Access:
     async def _save_usage(self) -> None:
         usage = self.usage
         for boot in list(usage.unsaved):
-            await self._put(f"usage/{usage.day}", f"{boot[0]}@{boot[1]}", usage.boot(boot))
+            name = f"{boot[0]}@{boot[1]}"
+            await self._store.put(usage.boot(boot), "usage", usage.day, name)
             usage.unsaved.discard(boot)
 
     async def _forget_old(self) -> None:
         oldest = time.strftime("%Y-%m-%d", time.gmtime(time.time() - KEEP_DAYS * 86400))
         below = self._store.key("usage") + "/"
-        entries, _ = await self._store.registry.list(below)
-        for entry in entries:
+        for entry in await self._store.below("usage"):
             if entry.key.removeprefix(below)[:10] < oldest:
                 await self._store.registry.delete(entry.key)
 

@@ -51,9 +51,8 @@ class AuditTrail:
 
     async def load(self) -> None:
         """What is stored. Raises RegistryError."""
-        stored, _ = await self._store.registry.list(self._store.key("audit") + "/")
         found = []
-        for entry in stored:
+        for entry in await self._store.below("audit"):
             with contextlib.suppress(ValueError):  # another version of Stoker wrote it
                 found.append(decode(entry.value, AuditEntry))
         self.entries = deque(sorted(found, key=lambda e: e.number))
@@ -77,18 +76,16 @@ class AuditTrail:
 
     async def save(self) -> None:
         """Store what is not stored yet, and let go of what is too old."""
-        registry = self._store.registry
         try:
             while self._unsaved:
-                await registry.put(
-                    self._key(self._unsaved[0]), msgspec.json.encode(self._unsaved[0])
-                )
+                await self._store.put(self._unsaved[0], "audit", _name(self._unsaved[0]))
                 self._unsaved.popleft()
             while len(self.entries) > KEPT:
-                await registry.delete(self._key(self.entries[0]))
+                await self._store.delete("audit", _name(self.entries[0]))
                 self.entries.popleft()
         except RegistryError as error:
             log.warning("the audit trail is not saved yet: %s", error)
 
-    def _key(self, entry: AuditEntry) -> str:
-        return self._store.key("audit", f"{entry.number:012d}")
+
+def _name(entry: AuditEntry) -> str:
+    return f"{entry.number:012d}"

@@ -14,7 +14,6 @@ import asyncio
 import logging
 import time
 
-import msgspec
 from msgspec import Struct
 from msgspec.structs import replace
 
@@ -79,7 +78,7 @@ class RuleBook:
 
     async def load(self) -> tuple[RouteRule, ...]:
         """What is stored, for a new leader."""
-        entries, _ = await self._store.registry.list(self._store.key("routes") + "/")
+        entries = await self._store.below("routes")
         self.routes = {}
         for entry in entries:
             try:
@@ -144,7 +143,7 @@ class RuleBook:
         """Remove a route. Raises NotFound."""
         async with self.lock:
             old = self.find(name)
-            await self._store.registry.delete(self._store.key("routes", name))
+            await self._store.delete("routes", name)
             del self.routes[name]
             self._in_force()
             self._restart_counts(name)
@@ -288,7 +287,7 @@ class RuleBook:
         """Store it, put it in force, and note it."""
         name = stored.rule.name
         old = self.routes.get(name)
-        await self._store.registry.put(self._store.key("routes", name), msgspec.json.encode(stored))
+        await self._store.put(stored, "routes", name)
         self.routes[name] = stored
         self._in_force()
         self._restart_counts(name)
