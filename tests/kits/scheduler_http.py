@@ -165,15 +165,14 @@ async def scheduler(tmp_path, registry: EmbeddedRegistry) -> AsyncIterator[str]:
         await task
 
 
-async def leading(client: Client, agent: Agent | None = None) -> None:
-    for _ in range(200):
-        status, body = await client("GET", "/readyz")
-        if status == 200:
-            return
-        if agent is not None and body["leader"]:
+async def leading(client: Client, agent: Agent | None = None, limit_s: float = 60.0) -> None:
+    """Until that scheduler leads and knows its nodes, of which `agent` is one."""
+    deadline = asyncio.get_running_loop().time() + limit_s
+    while (answer := await client("GET", "/readyz"))[0] != 200:
+        assert asyncio.get_running_loop().time() < deadline, f"never ready: {answer[1]}"
+        if agent is not None and answer[1]["leader"]:
             await client.beat(agent)
         await asyncio.sleep(0.05)
-    raise AssertionError(f"never ready: {body}")
 
 
 A = {"name": "a", "source": "/m", "engine": "stub", "device_memory_bytes": "10GiB"}

@@ -97,7 +97,9 @@ async def test_the_canary_is_no_traffic_and_a_start_tells_its_phases(launch, sch
     await ready(scheduler, client, node)
     told = await until(lambda: (r := scheduler.report()).phases and r, "its phases")
     assert set(told.phases) <= {"fork", "other", "canary"}
-    assert sum(told.phases.values()) == pytest.approx(told.start_s, abs=0.5)
+    # The canary is asked once the replica is ready, and takes its time on a busy machine.
+    took_s = sum(s for phase, s in told.phases.items() if phase != "canary")
+    assert took_s == pytest.approx(told.start_s, abs=0.5)
     await client.ok(node.url, sleep())
     await scheduler.phase("asleep")
     await client.ok(node.url, wake())
