@@ -175,15 +175,17 @@ def test_a_command_whose_effect_is_not_seen_is_repeated(kind: str) -> None:
         world.want("a")
         world.run(5)
     node = world.nodes["n1"]
-    vars(node)["obey"] = lambda command, now: None
-    world.__dict__["_deliver"] = lambda send: None  # neither the command nor its answer arrives
+    obey, deliver = node.obey, world._deliver
+    node.obey = lambda command, now: None  # type: ignore[method-assign]
+    # Neither the command nor its answer arrives.
+    world._deliver = lambda send: None  # type: ignore[method-assign]
     if kind == "start":
         world.want("a")
     else:
         world.apply(m.UnloadAsked(now=world.now, model="a"))
     world.run(2)
-    del vars(node)["obey"]
-    del world.__dict__["_deliver"]
+    node.obey = obey  # type: ignore[method-assign]
+    world._deliver = deliver  # type: ignore[method-assign]
     world.run(6)
     assert world.hot() == ({"a"} if kind == "start" else set())
     assert bool(node.replicas) is (kind == "start")

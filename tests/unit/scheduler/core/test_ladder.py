@@ -161,7 +161,7 @@ def test_a_sleep_that_fails_for_work_in_flight_leaves_the_replica_serving() -> N
     node = world.nodes["n1"]
     obey = node.obey
     # The agent accepts, then finds work and stays ready.
-    vars(node)["obey"] = lambda command, now: (
+    node.obey = lambda command, now: (  # type: ignore[method-assign]
         None if isinstance(command, SleepReplica) else obey(command, now)
     )
     while ("stay", "a") not in world.actions():
