@@ -113,9 +113,11 @@ async def test_starts_on_one_device_take_turns(launch, scheduler, client):
         await client.ok(node.url, start(f"m-{n}", model=spec(start_s=0.3)))
     for n in range(3):
         await scheduler.phase("ready", f"m-{n}")
-    for heartbeat in scheduler.heartbeats:
-        running = [r for r in heartbeat.replicas if r.phase == "starting" and r.pid]
-        assert len(running) <= 1
+    starting = [
+        sum(r.phase == "starting" and r.pid is not None for r in heartbeat.replicas)
+        for heartbeat in scheduler.heartbeats
+    ]
+    assert max(starting) == 1
 
 
 async def test_an_older_epoch_is_refused(launch, scheduler, client):

@@ -25,6 +25,12 @@ def test_links_lead_to_files_that_are_there(page: str) -> None:
         assert (ROOT / page).parent.joinpath(link).exists(), f"{page}: there is no {link}"
 
 
+def test_pages_do_name_files_and_have_links() -> None:
+    """Else the two tests above pass for a pattern that finds nothing."""
+    assert sum(len(list(named(page))) for page in PAGES) > 200
+    assert sum(len(links(page)) for page in PAGES) > 40
+
+
 def test_the_journey_names_a_file_at_each_step() -> None:
     steps = re.split(r"\n(?=\d+\. )", text("docs/journey.md"))[1:]
     assert len(steps) > 25

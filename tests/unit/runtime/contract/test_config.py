@@ -90,7 +90,8 @@ def test_a_variable_that_is_no_setting_does_not_vanish(name: str) -> None:
 
 
 def test_variables_that_are_not_settings_are_let_be() -> None:
-    load(None, {"STOKER_ROUTER": "http://r", "STOKER_ROUTER_WORKER": "1", "STOKER_DEBUG": "1"})
+    odd = {"STOKER_ROUTER": "http://r", "STOKER_ROUTER_WORKER": "1", "STOKER_DEBUG": "1"}
+    assert load(None, odd) == load(None, {})
 
 
 def test_a_list_in_the_environment_is_written_with_commas() -> None:
