@@ -16,7 +16,7 @@ from runtime.wire.routes import RouteTable
 from scheduler.agent_calls import AgentCalls
 from scheduler.core.decisions import Core
 from scheduler.learned_state import LearnedState
-from scheduler.policy.learning import mismatch
+from scheduler.state.learning import mismatch
 from scheduler.state import messages as m
 from scheduler.tasks import Tasks
 

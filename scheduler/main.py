@@ -95,4 +95,5 @@ def _settings(config: SchedulerConfig) -> Settings:
         drain_grace_s=config.drain_grace_s,
         min_dwell_s=config.min_dwell_s,
         stand_by=config.stand_by,
+        starts_at_once=config.starts_at_once,
     )

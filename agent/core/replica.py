@@ -35,7 +35,7 @@ EDGES: dict[ReplicaPhase, frozenset[ReplicaPhase | None]] = {
 }
 SLEEP_PHASES = frozenset({"sleeping", "asleep", "waking"})
 SERVED_PHASES = SLEEP_PHASES | {"ready", "draining"}  # it was ready once since it was spawned
-MEMORY_PHASES = frozenset({"starting", "sleeping", "waking"})  # one at a time on each device
+MEMORY_PHASES = frozenset({"starting", "sleeping", "waking"})  # their memory moves
 
 
 @dataclass
@@ -78,6 +78,11 @@ class Replica:
         if self.phase == "starting":
             return self.tree
         return self.phase in SLEEP_PHASES and self.began_at is not None
+
+    @property
+    def alone(self) -> bool:
+        """Whether nothing else may move memory on its devices while it is at work."""
+        return self.phase == "starting" and self.command.alone
 
 
 def adopted(saved: Saved, now: float, spawned_at: float) -> Replica:
@@ -167,8 +172,10 @@ def launch_name(spec: ModelSpec) -> str:
 
 
 def check(replicas: Iterable[Replica]) -> None:
-    """Raises AssertionError where one is in no possible state, or two work on one device."""
+    """Raises AssertionError where one is in no possible state, or another works on the devices of
+    one that must be alone there."""
     busy: set[str] = set()
+    alone: set[str] = set()
     for r in replicas:
         about = f"{r.command.replica_id} ({r.phase})"
         assert r.tree or r.phase in ("starting", "backoff", "failed"), f"{about}: no tree"
@@ -183,5 +190,8 @@ def check(replicas: Iterable[Replica]) -> None:
         assert not r.wake_wanted or r.phase == "sleeping", f"{about}: wake wanted"
         assert r.began_at is None or r.phase in ("sleeping", "waking"), f"{about}: began"
         if r.at_work:
-            assert busy.isdisjoint(r.command.device_ids), f"{about}: a second one at work there"
+            there = busy if r.alone else alone
+            assert there.isdisjoint(r.command.device_ids), f"{about}: not alone at work there"
             busy.update(r.command.device_ids)
+            if r.alone:
+                alone.update(r.command.device_ids)

@@ -11,8 +11,8 @@ Rules this file keeps:
   replica serves on; a wake that comes before the device memory is touched cancels it;
 - a sleep or wake that fails or takes too long costs the engine a restart, and that rung is never
   used again for this model and launch key on this node;
-- one start, sleep or wake at a time on each device: the others wait in their phase, first come,
-  first served.
+- a start that must be alone on its devices (`StartReplica.alone`) is: it waits in its phase for
+  what moves memory there, and all others for it; how many go on at once else is the scheduler's.
 """
 
 from __future__ import annotations
@@ -363,16 +363,21 @@ class AgentCore(Transitions):
                 self._to(r, "starting", now)
 
     def _work_next(self, now: float) -> None:
-        """One that waits also holds its place on each device, so that none is overtaken."""
+        """Begin what may. One that must be alone waits for the others on its devices, and holds
+        its place there meanwhile, so that it is not overtaken."""
         turns = sorted(
             (r for r in self.replicas.values() if r.phase in MEMORY_PHASES),
             key=lambda r: (not r.at_work, r.since),
         )
         busy: set[str] = set()
+        alone: set[str] = set()
         for r in turns:
-            if not r.at_work and busy.isdisjoint(r.command.device_ids):
+            devices = r.command.device_ids
+            if not r.at_work and (busy if r.alone else alone).isdisjoint(devices):
                 self._begin(r, now)
-            busy.update(r.command.device_ids)
+            busy.update(devices)
+            if r.alone:
+                alone.update(devices)
 
     def _begin(self, r: Replica, now: float) -> None:
         replica_id = r.command.replica_id

@@ -74,6 +74,7 @@ def make_plan(
             device_ids=command.device_ids,
             device_indexes=tuple(d.index for d in chosen),
             device_bytes=command.device_bytes,
+            kv_bytes=command.kv_bytes,
             device_total_bytes=min(d.memory_total_bytes for d in chosen),
             model_path=model_path,
             revision=None,

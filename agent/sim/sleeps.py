@@ -67,9 +67,22 @@ class Sleeps:
         self._memory.hold(replica_id, engine, engine.command.device_bytes)
         known = self._timings.wake_s(engine.command.spec, level)
         if known is not None:
+            shares = self._waking_beside(engine) if level == 1 else 1
+            known = {n: s * shares if n == "wake" else s for n, s in known.items()}
             self._woken_after(replica_id, engine, core, known)
         else:
             self._reload(replica_id, engine, core)
+
+    def _waking_beside(self, engine: SimEngine) -> int:
+        """How many engines share the way into its devices with it, itself included."""
+        devices, replicas = set(engine.command.device_ids), self._agent.core.replicas.values()
+        return max(
+            1,
+            sum(
+                r.phase == "waking" and r.at_work and not devices.isdisjoint(r.command.device_ids)
+                for r in replicas
+            ),
+        )
 
     def _reload(self, replica_id: str, engine: SimEngine, core: AgentCore) -> None:
         """Read its weights again, then go on waking it."""

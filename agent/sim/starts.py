@@ -12,6 +12,7 @@ from agent.sim.ends import Ends
 from agent.sim.engine import SimEngine
 from agent.sim.memory import Memory
 from agent.sim.reports import Statuses
+from runtime.sim import profile as p
 from runtime.sim.loop import Loop
 from runtime.sim.timings import Timings
 
@@ -61,14 +62,24 @@ class Starts:
     def _fork(self, replica_id: str, engine: SimEngine, phases: dict[str, float]) -> None:
         spec = engine.command.spec
         rest = self._timings.start_s(spec)
-        first = {name: rest.pop(name) for name in _BEFORE_WEIGHTS if name in rest}
-        phases.update(first)
         engine.process = True
+        slower = self._slower(engine)
+        first = {name: slower * rest.pop(name) for name in _BEFORE_WEIGHTS if name in rest}
+        phases.update(first)
         self._changed.add(replica_id)
         if kind := self.failing.get(spec.name):
             self._loop.after(sum(first.values()), self._fails, replica_id, engine, kind)
             return
         self._loop.after(sum(first.values()), self._load, replica_id, engine, phases, rest)
+
+    def _slower(self, engine: SimEngine) -> float:
+        """How many times as long its next phases take: beside another start they take longer."""
+        company = any(
+            other is not engine and other.alive and other.process and not other.listens
+            and not set(other.command.device_ids).isdisjoint(engine.command.device_ids)
+            for other in self._memory.engines.values()
+        )  # fmt: skip
+        return p.BESIDE if company else 1.0
 
     def _fails(self, replica_id: str, engine: SimEngine, kind: str) -> None:
         if self._memory.is_there(replica_id, engine):
@@ -86,10 +97,10 @@ class Starts:
         def loaded() -> None:
             if engine.alive:
                 phases["weights"] = self._loop.now - began
-                phases.update(rest)
-                self._loop.after(
-                    sum(rest.values()) + HEALTH_S, self._started, replica_id, engine, phases
-                )
+                slower = self._slower(engine)
+                phases.update({name: slower * seconds for name, seconds in rest.items()})
+                left_s = slower * sum(rest.values()) + HEALTH_S
+                self._loop.after(left_s, self._started, replica_id, engine, phases)
 
         self._memory.read_weights(replica_id, engine, engine.rung, loaded)
 

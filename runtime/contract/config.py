@@ -149,6 +149,9 @@ class SchedulerConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     recovery_grace_s: Seconds = 10.0  # after a restart: how long to wait for known nodes
     drain_grace_s: Seconds = 60.0  # how long in-flight requests may take when a replica stops
     min_dwell_s: Annotated[float, Meta(ge=0)] = 5.0  # a ready replica is not evicted sooner
+    starts_at_once: Annotated[
+        int, Meta(ge=1, le=8, description="starts on one device at once; 1: one after another")
+    ] = 2
     stand_by: Annotated[
         bool,
         Meta(

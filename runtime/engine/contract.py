@@ -67,6 +67,7 @@ class LaunchContext(Struct, frozen=True, kw_only=True):
     python: str  # the interpreter vLLM is installed in
     cache_dir: str  # node-local and kept: compile caches live below it
     load_format: str | None = None  # of the weights; None: the engine's own, or the spec's
+    kv_bytes: int | None = None  # of the KV cache on each device; None: what is left of the booking
     adapter_index: str = ""  # the file of `adapter_index`, of a model that may have adapters
 
 

@@ -22,6 +22,7 @@ KV_S = 1.6  # [facts] KV cache and warm-up
 COMPILE_S = 7.0  # [log] torch.compile from its cache: 6.97, 7.35 s (vllm-project/speculators#166)
 GRAPHS_S = 3.3  # [log] 67 CUDA graphs of about 0.05 s each (vllm-project/vllm#23184)
 CANARY_S = 0.1  # [as] one token, and the calls around it
+BESIDE = 1.2  # [as] times as long, of a start beside another one on its device: CPU and kernels
 UNMAP_S = 0.3  # [as] beside copying: unmapping device memory, seeing it free by NVML
 MAP_S = 0.3  # [as] beside copying: mapping device memory
 TERM_S = 0.5  # [as] from SIGTERM to the exit of an engine without requests

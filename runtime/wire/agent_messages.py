@@ -139,6 +139,8 @@ class StartReplica(Struct, frozen=True, kw_only=True, tag="start"):
     device_bytes: int  # on each device
     reason: str
     cause: str = ""
+    kv_bytes: int | None = None  # of the KV cache on each device; None: the engine finds out itself
+    alone: bool = True  # nothing else may move memory on its devices while it starts
 
 
 class StopReplica(Struct, frozen=True, kw_only=True, tag="stop"):

@@ -12,7 +12,7 @@ from prometheus_client.registry import Collector
 
 from scheduler.driver import Driver
 from scheduler.policy.eviction import standing
-from scheduler.policy.learning import mismatch
+from scheduler.state.learning import mismatch
 from scheduler.state.messages import ColdStart
 
 

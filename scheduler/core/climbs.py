@@ -11,9 +11,9 @@ from runtime.contract.footprint_ledger import Footprint
 from runtime.wire.agent_messages import ReplicaReport
 from scheduler.core.turn import Turn
 from scheduler.policy.ladder import step_name
-from scheduler.policy.learning import finished, footprint_key, remember
 from scheduler.state import messages as m
 from scheduler.state.cluster import Model, Replica
+from scheduler.state.learning import finished, footprint_key, remember
 
 PHASES_S = 2.5  # how long after a replica serves its agent may take to tell its phases
 
@@ -76,6 +76,9 @@ class Climbs:
         known = model.footprints.get(key) or Footprint(key=key)
         step = step_name(woken_from, report.started_from)
         self._learned(model, known.with_times(step, seconds, report.phases))
+        weights = model.weights_bytes(replica) // len(replica.device_ids)
+        beside = replica.climb is not None and replica.climb.beside
+        self._turn.state.climb_times.learn(key.device_kind, step, weights, seconds, beside)
 
     def _learned(self, model: Model, footprint: Footprint) -> None:
         remember(model, footprint)

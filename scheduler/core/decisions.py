@@ -40,10 +40,10 @@ from scheduler.core.replica_moves import Moves
 from scheduler.core.router_reports import RouterReports
 from scheduler.core.turn import Settings, Turn
 from scheduler.policy.choices import Choices
-from scheduler.policy.learning import remember
 from scheduler.policy.production import Production
 from scheduler.state import messages as m
 from scheduler.state.cluster import ClusterState, Model
+from scheduler.state.learning import remember
 
 ROUTER_TIMEOUT_S = 5.0  # a router silent for this long has no demand and acks nothing
 FORGET_NODE_S = 600.0  # a lost node's replicas are forgotten after this
@@ -132,6 +132,7 @@ class Core:
             awaited_nodes=set(event.known_nodes),
             routes_version=event.term * VERSIONS_PER_TERM,
             rules=event.rules,
+            starts_at_once=self._turn.settings.starts_at_once,
             wall_offset_s=0.0 if event.wall_s is None else event.wall_s - event.now,
         )
         self._publisher.begin_term()
@@ -169,7 +170,8 @@ class Core:
         spec = stored.effective()
         model = self._turn.state.models.get(spec.name)
         if model is None:
-            model = Model(stored, spec, spec.launch_key())
+            times = self._turn.state.climb_times
+            model = Model(stored, spec, spec.launch_key(), climb_times=times)
             # Replicas may outlive a removal: if it is added again, they are its own again.
             model.replicas = {
                 r.replica_id: r for r in self._turn.state.replicas.values() if r.model == spec.name

@@ -1,7 +1,8 @@
-"""From plans to commands: starts and wakes, one at a time on a device. Pure.
+"""From plans to commands: starts and wakes, each in its turn on its devices. Pure.
 
-Rules this file keeps: one start or wake at a time per device, and only where the memory is really
-free; a plan whose room went is taken back, and its model looked at again.
+Rules this file keeps: a climb begins only where the memory is really free, and beside others only
+as scheduler/policy/device_turns.py allows; a plan whose room went is taken back, and its model
+looked at again.
 """
 
 from __future__ import annotations
@@ -9,8 +10,9 @@ from __future__ import annotations
 from scheduler.core.publisher import Publisher
 from scheduler.core.replica_moves import Moves
 from scheduler.core.turn import Turn
+from scheduler.policy.device_turns import company, may_begin
 from scheduler.policy.eviction import given_up
-from scheduler.state.cluster import BUSY, Node, Replica, Stage
+from scheduler.state.cluster import Node, Replica, Stage
 
 
 class Dispatcher:
@@ -22,7 +24,7 @@ class Dispatcher:
         self._publisher = publisher
 
     def dispatch(self, now: float) -> None:
-        """Start and wake what is planned, where the memory is really free and no other does."""
+        """Start and wake what is planned, where the memory is really free and its turn has come."""
         state = self._turn.state
         state.refresh_index()
         changed, state.index.changed = state.index.changed, set()
@@ -35,14 +37,21 @@ class Dispatcher:
                 self._moves.unplan(replica, now)
                 self._turn.hungry.add(replica.model)
                 self._turn.freed = True
-            elif self._has_room(node, replica, now) and not _in_use(node, replica):
-                if replica.stage is Stage.RISING:
-                    self._moves.send_wake(replica, now)
-                else:
-                    self._moves.send_start(replica, now)
+            elif self._has_room(node, replica, now) and may_begin(state, node, replica):
+                self._begin(node, replica, now)
             else:
                 self._take_turn(node, replica, now)
                 self._publisher.tell_turn(replica)
+
+    def _begin(self, node: Node, replica: Replica, now: float) -> None:
+        if replica.stage is Stage.RISING:
+            self._moves.send_wake(replica, now)
+            return
+        others = company(node, replica)
+        for one in (replica, *others) if others else ():
+            if one.climb is not None:
+                one.climb.beside = True
+        self._moves.send_start(replica, now)
 
     def _take_turn(self, node: Node, replica: Replica, now: float) -> None:
         """Make a start or a long wake that nobody waits for any more give way to one that somebody
@@ -64,8 +73,3 @@ class Dispatcher:
         if replica.climb is not None and replica.climb.room_at is None:
             replica.climb.room_at = now
         return True
-
-
-def _in_use(node: Node, replica: Replica) -> bool:
-    """Whether another one has its turn on a device of `replica`."""
-    return any(r.stage in BUSY for d in replica.device_ids for r in node.on_device(d))

@@ -76,6 +76,8 @@ class Heartbeats:
         if len(old) == len(new) and all(map(_gives_the_same, old.values(), new.values())):
             return False
         node.books.touch()
+        if heartbeat.devices:
+            self._turn.state.climb_times.kind = heartbeat.devices[0].kind
         return True
 
     def _take_cached(self, node: Node, heartbeat: Heartbeat) -> None:

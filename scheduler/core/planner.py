@@ -17,6 +17,7 @@ from scheduler.core.replica_moves import Moves
 from scheduler.core.turn import Turn
 from scheduler.policy import autoscale
 from scheduler.policy.choices import Choices
+from scheduler.policy.device_turns import must_be_alone
 from scheduler.policy.eviction import UNWANTED, given_up, standing
 from scheduler.policy.ladder import resting_place
 from scheduler.policy.placement import Fit, Never
@@ -182,6 +183,8 @@ class Planner:
             f"{model.name}-{state.term}-{state.replica_count}", model.name, node_id, device_ids,
             model.booked_bytes(), model.launch_key, Stage.PLANNED, now,
             reason=reason, cause=cause, spec=model.spec, used_at=now, climb=climb,
+            kv_bytes=model.kv_bytes(),
+            alone=must_be_alone(state.nodes[node_id], model, device_ids),
         )  # fmt: skip
         state.add(replica)
         return replica

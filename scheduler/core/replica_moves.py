@@ -149,7 +149,9 @@ class Moves:
         if model is not None and replica.stage not in (Stage.ASLEEP, Stage.RISING):
             model.failures += 1
             kind = replica.report.exit_kind if replica.report else None
-            final = model.problem_final = kind in FINAL_KINDS
+            told = kind in ("oom", "too_small") and replica.kv_bytes is not None
+            model.sizes_itself |= told  # the next start measures what there is
+            final = model.problem_final = kind in FINAL_KINDS and not told
             pause_s = min(MAX_RETRY_S, FIRST_RETRY_S * 2 ** (model.failures - 1))
             pause_s = MAX_RETRY_S if final else pause_s
             model.blocked_until, model.problem = now + pause_s, why
@@ -258,7 +260,8 @@ class Moves:
         command = StartReplica(
             replica_id=replica.replica_id, epoch=self._turn.state.term, spec=replica.spec,
             device_ids=replica.device_ids, device_bytes=replica.bytes,
-            reason=replica.reason, cause=replica.cause,
+            reason=replica.reason, cause=replica.cause, kv_bytes=replica.kv_bytes,
+            alone=replica.alone,
         )  # fmt: skip
         self._turn.out.append(m.Send(node_id=replica.node_id, command=command))
         self._turn.dirty.add(replica.model)

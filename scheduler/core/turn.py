@@ -26,6 +26,7 @@ class Settings:
     drain_grace_s: float = _DEFAULTS.drain_grace_s
     min_dwell_s: float = _DEFAULTS.min_dwell_s
     stand_by: bool = _DEFAULTS.stand_by
+    starts_at_once: int = _DEFAULTS.starts_at_once
 
 
 class Turn:

@@ -12,7 +12,8 @@ after H, and falling ever slower.
 Worked example, H = 600 s: a model idle for 200 s whose wake takes 3 s and whose start takes 40 s:
 stopping it instead of letting it sleep costs 600 / 800 x (40 - 3) = 27.75 s of expected waiting.
 
-Rules this file keeps: measured times win over guesses; host memory is never over-booked.
+Rules this file keeps: a model's own measured times win over those of others of its size, and these
+over guesses; host memory is never over-booked.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ from dataclasses import dataclass
 from scheduler.state.cluster import ClusterState, Hold, Model, Node, Replica, Stage
 
 HORIZON_S = 600.0
-GUESS_START_S = 45.0  # from staged weights, until a model's own start was measured
+# Of a start from staged weights, by device kind, until some were measured: on a GPU with compiling;
+# vLLM on a CPU is forked and eager; what is simulated runs the stub.
+GUESS_START_S = {"nvml": 45.0, "cpu": 6.0, "simulated": 2.0}
 GUESS_WAKE_S = {1: 2.0, 2: 8.0}  # likewise; level 2 reads the weights again
 GUESS_DISK_BPS = 2e9  # an NVMe disk, read by one loader
 GUESS_PULL_BPS = 0.25e9  # from a shared store, a peer or a hub over 10 Gbit/s with other traffic
@@ -51,8 +54,10 @@ def climb_s(model: Model, level: int, rung: str = "cached") -> float:
         measured = model.measured_s(step_name(level))
         if measured is not None:
             return measured
+        pooled = model.expected_s(step_name(level))
+        start_s = climb_s(model, 0, "staged")
         # Waking is a part of starting: a model that starts quickly wakes more quickly still.
-        return min(GUESS_WAKE_S[level], climb_s(model, 0, "staged") / 2)
+        return min(GUESS_WAKE_S[level], start_s / 2) if pooled is None else min(pooled, start_s)
     measured = model.measured_s(step_name(0, rung))
     if measured is not None:
         return measured
@@ -64,13 +69,16 @@ def climb_s(model: Model, level: int, rung: str = "cached") -> float:
 
 
 def _guess_s(model: Model, rung: str) -> float:
-    """Seconds of a start from `rung` where nothing was measured.
+    """Seconds of a start from `rung` where nothing was measured of this model: as others took.
 
     Of one that was measured from another rung only the ratio of two guesses counts: their
     difference may be more than all it took. Worked example, 16 GB: pulled and started in 25 s where
     45 + 64 = 109 s were guessed, so from staged weights 25 x 45 / 109 = 10.3 s, and not 25 - 64.
     """
-    return GUESS_START_S + _fetch_s(model, rung)
+    pooled = model.expected_s(step_name(0, rung))
+    if pooled is not None:
+        return pooled
+    return GUESS_START_S.get(model.climb_times.kind, 45.0) + _fetch_s(model, rung)
 
 
 def _fetch_s(model: Model, rung: str) -> float:

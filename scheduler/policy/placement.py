@@ -32,6 +32,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
 from runtime.sizes import size
+from scheduler.policy.device_turns import must_be_alone, queue_s, slower_by_s
 from scheduler.policy.eviction import cheapest_descents, evictable, standing
 from scheduler.policy.feasibility import (
     allowed_devices,
@@ -48,6 +49,7 @@ PRESSURE_S = 2.0  # a device that computes all the time halves a newcomer's spee
 SPREAD_S = 5.0
 SPOT_S = 2.0
 SAME_S = 0.5
+TIGHT_S = 1.0  # of waiting are worth taking the device that is left with the least room
 MOVE_S = 3.0  # a victim whose stop costs less is not worth starting again elsewhere
 LOOKED_AT = 24
 RUNNERS_UP = 3
@@ -97,7 +99,7 @@ def place(
     ]
     need, full = model.booked_bytes(), []
     for node in _candidates(state, model):
-        devices = _room(node, model, need)
+        devices = _room(state, node, model, need, now)
         if devices is None:
             full.append(node)
         else:
@@ -119,12 +121,14 @@ def place(
 
 
 def free_place(
-    state: ClusterState, model: Model, not_on: str
+    state: ClusterState, model: Model, not_on: str, now: float
 ) -> tuple[str, tuple[str, ...]] | None:
     """(node, devices) with room for one more replica, nothing moved down; None if there is none."""
     state.refresh_index()
     for node in _candidates(state, model):
-        if node.node_id != not_on and (devices := _room(node, model, model.booked_bytes())):
+        if node.node_id == not_on:
+            continue
+        if devices := _room(state, node, model, model.booked_bytes(), now):
             return node.node_id, devices
     return None
 
@@ -191,12 +195,24 @@ def _spread_ok(node: Node, model: Model) -> bool:
     return not any(r.model == model.name and r.stage in COMING for r in node.replicas.values())
 
 
-def _room(node: Node, model: Model, need: int) -> tuple[str, ...] | None:
-    """The tightest devices of a node with room for `need` bytes each; None if too few have it."""
+def _room(
+    state: ClusterState, node: Node, model: Model, need: int, now: float
+) -> tuple[str, ...] | None:
+    """The devices of a node with room for `need` bytes each where it is served first, the tightest
+    of those alike; None if too few have room."""
     plannable = node.rooms().plannable
     constrained = bool(model.spec.placement.devices or model.spec.placement.min_compute_capability)
     allowed = allowed_devices(node, model.spec) if constrained else plannable
-    rooms = [(float(plannable[d] - need), d) for d in allowed if plannable[d] >= need]
+    start_s = climb_s(model, 0, node.start_rung(model.spec.source))
+    rooms = [
+        (
+            _turn_s(state, node, d, model, start_s, now)
+            + TIGHT_S * (plannable[d] - need) / max(1, node.capacity(d)),
+            d,
+        )
+        for d in allowed
+        if plannable[d] >= need
+    ]
     count = model.spec.tensor_parallel_size
     return together(node, rooms, count) if len(rooms) >= count else None
 
@@ -221,6 +237,7 @@ def _evict_on(
 ) -> tuple[tuple[str, ...], tuple[Descent, ...]] | None:
     """(devices, victims), the cheapest of one node. A victim that spans devices counts once."""
     count = model.spec.tensor_parallel_size
+    start_s = climb_s(model, 0, node.start_rung(model.spec.source))
     cleared: dict[str, list[Descent]] = {}
     prices = []
     for device_id in allowed_devices(node, model.spec):
@@ -229,7 +246,8 @@ def _evict_on(
         victims = _clear(state, node, device_id, need, model, now, min_dwell_s)
         if victims is not None:
             cleared[device_id] = victims
-            prices.append((sum(_weight(state, model, v) for v in victims), device_id))
+            turn_s = _turn_s(state, node, device_id, model, start_s, now)
+            prices.append((turn_s + sum(_weight(state, model, v) for v in victims), device_id))
     if len(prices) < count:
         return None
     chosen = together(node, prices, count)
@@ -308,17 +326,33 @@ def _priced(
         wait_s, more = climb_s(model, 0, rung), model.booked_bytes()
     else:
         wait_s, more = climb_s(model, riser.sleep_level), riser.bytes - riser.residue
-    queue_s, leaving = 0.0, bool(victims)
+    alone = riser is None and must_be_alone(node, model, device_ids)
+    turn_s, slower_s, leaving = 0.0, 0.0, bool(victims)
     for device_id in device_ids:
-        queue_s = max(queue_s, _turn_s(state, node, device_id, now))
+        wake = riser is not None
+        turn_s = max(turn_s, queue_s(state, node, device_id, now, alone=alone, wake=wake))
+        if riser is None and not alone:
+            slower_s = max(slower_s, slower_by_s(state, node, device_id, wait_s))
         leaving = leaving or node.physical(device_id) + more > node.capacity(device_id)
-    wait_s += queue_s + (EVICT_S if leaving else 0.0)
-    price = wait_s + _preference(node, model, device_ids, riser)
-    if riser is None:
+    wait_s += turn_s + slower_s + (EVICT_S if leaving else 0.0)
+    # Company makes the other one slower too.
+    price = wait_s + slower_s + _preference(node, model, device_ids, riser)
+    if alone:
         price += _blocked_s(state, node, model, device_ids, climb_s(model, 0, rung), now)
     for way in victims:
         price += _weight(state, model, way)
     return Fit(node.node_id, device_ids, victims, riser, rung, wait_s, price)
+
+
+def _turn_s(
+    state: ClusterState, node: Node, device_id: str, model: Model, start_s: float, now: float
+) -> float:
+    """Seconds that a start on a device waits for its turn, and that company there costs the two."""
+    if not node.books.climbing(device_id):
+        return 0.0
+    alone = must_be_alone(node, model, (device_id,))
+    slower_s = 0.0 if alone else 2 * slower_by_s(state, node, device_id, start_s)
+    return queue_s(state, node, device_id, now, alone=alone) + slower_s
 
 
 def _blocked_s(
@@ -342,17 +376,6 @@ def _blocked_s(
         if r.model in state.models
     )
     return odds * min(1.0, start_s / HORIZON_S) * start_s / 2
-
-
-def _turn_s(state: ClusterState, node: Node, device_id: str, now: float) -> float:
-    """Seconds until the starts and wakes that go first on a device are over."""
-    total = 0.0
-    for r in node.books.climbing(device_id):
-        owner = state.models.get(r.model)
-        if owner is not None:
-            climb = climb_s(owner, r.sleep_level)
-            total += climb if r.plan else max(0.0, climb - (now - r.since))
-    return total
 
 
 def _weight(state: ClusterState, model: Model, way: Descent) -> float:
@@ -403,7 +426,7 @@ def _with_moves(state: ClusterState, fit: Fit, now: float) -> Fit:
         owner = state.models[way.replica.model]
         place_there = None
         if way.level == 0 and way.cost > MOVE_S and not way.busy:
-            place_there = free_place(state, owner, fit.node_id)
+            place_there = free_place(state, owner, fit.node_id, now)
         if place_there and taken.isdisjoint(f"{place_there[0]}/{d}" for d in place_there[1]):
             taken.update(f"{place_there[0]}/{d}" for d in place_there[1])
             way = replace(way, elsewhere=place_there)

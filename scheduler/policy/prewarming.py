@@ -16,7 +16,7 @@ from collections.abc import Iterator
 
 from scheduler.policy.choices import Plan
 from scheduler.policy.eviction import busy
-from scheduler.policy.ladder import GUESS_START_S, Descent, climb_s, descents
+from scheduler.policy.ladder import Descent, climb_s, descents
 from scheduler.policy.placement import Fit, place
 from scheduler.policy.warm_value import KeepWarm, LetGo, advise, hold_price
 from scheduler.state.cluster import ClusterState, Model, Replica, Stage
@@ -26,6 +26,8 @@ DISMISSED = math.inf  # `forecast_at` of a model that an operator unloaded
 ASK_AGAIN_S = 60.0  # without an opinion, or without room
 FORECAST, STAND_BY = "forecast: a call is expected", "stand-by"  # causes
 STAND_BY_S = 5.0  # between two models that are started to stand by
+# Of the hosts' budgets: with more weights, standing by costs those that are called.
+ALL_ASLEEP = 1.3
 STAND_BY_HOT_S = 5.0  # idle, of one that only stands by
 
 
@@ -69,6 +71,8 @@ class Prewarming:
         if not self._stand_by or hungry or now < self._stand_by_at:
             return
         self._stand_by_at = now + STAND_BY_S
+        if not _all_could_sleep(state):
+            return
         for model in state.models.values():
             fresh = model.footprint is None and not model.replicas and not model.failures
             if fresh and model.unfit is None and self._prewarm(state, model, now, plan, STAND_BY):
@@ -115,6 +119,14 @@ class Prewarming:
         return False
 
 
+def _all_could_sleep(state: ClusterState) -> bool:
+    """Whether nearly all declared models could sleep with their weights in host memory."""
+    estimates = (model.stored.estimate for model in state.models.values())
+    weights = sum(estimate.weights_bytes for estimate in estimates if estimate)
+    beats = (node.heartbeat for node in state.nodes.values() if node.live)
+    return weights <= ALL_ASLEEP * sum(beat.host_budget_bytes for beat in beats if beat)
+
+
 def hot_s(model: Model, replica: Replica) -> float:
     """How long a replica may be hot unused: one that only stands by is to sleep at once."""
     unused = replica.cause == STAND_BY and model.active_at is None
@@ -128,7 +140,7 @@ def _price(state: ClusterState, replica: Replica, now: float) -> float:
         return _room_price(state, replica)
     ways = [way for d in replica.device_ids for way in _ways_beside(state, replica, d, now)]
     if not ways:
-        return hold_price(replica.bytes, replica.bytes, GUESS_START_S)
+        return hold_price(replica.bytes, replica.bytes, climb_s(state.models[replica.model], 0))
     cheapest = min(ways, key=lambda way: way.cost)
     price = hold_price(replica.bytes, cheapest.frees, cheapest.cost)
     return max(price, _room_price(state, replica))

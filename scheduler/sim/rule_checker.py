@@ -24,9 +24,9 @@ from dataclasses import dataclass
 from runtime.sim.loop import Loop
 from runtime.wire.agent_messages import ReplicaPhase, StartReplica
 from scheduler.policy.eviction import UNWANTED
-from scheduler.policy.learning import mismatch
 from scheduler.sim.routers import Request
 from scheduler.state import messages as m
+from scheduler.state.learning import mismatch
 
 OCCUPIES = frozenset({"starting", "ready", "draining", "sleeping", "waking"})
 PROTECTED = frozenset({"evict", "sleep"})  # actions that must not end a request

@@ -17,6 +17,7 @@ from runtime.contract.footprint_ledger import Footprint, Key
 from runtime.wire.model_spec import ModelSpec
 from runtime.wire.names import Floor
 from runtime.wire.routes import ModelDemand, RouteRule
+from scheduler.signals.climb_times import ClimbTimes
 from scheduler.signals.forecast import Arrivals
 from scheduler.signals.replica_target import ScaleHistory
 from scheduler.state.bookings import Books, Index
@@ -71,6 +72,8 @@ class Model:
     warm_until: float = 0.0  # it was warmed ahead of a call, or pays to be kept warm
     sketched_at: float = 0.0
     staged_on: set[str] = field(default_factory=set)  # nodes that hold its weights
+    sizes_itself: bool = False  # it ran out of memory with the KV cache it was told
+    climb_times: ClimbTimes = field(default_factory=ClimbTimes)  # of all models
 
     @property
     def name(self) -> str:
@@ -112,6 +115,24 @@ class Model:
     def measured_s(self, step: str) -> float | None:
         """The median seconds of a step of the ledger, if it was ever measured."""
         return self.footprint.median_s(step) if self.footprint else None
+
+    def expected_s(self, step: str) -> float | None:
+        """Seconds of a step as other models of its size took; None: too few are known."""
+        estimate = self.stored.estimate
+        weights = estimate.weights_bytes if estimate else self.spec.device_memory_bytes or 0
+        return self.climb_times.expect_s(step, weights // self.spec.tensor_parallel_size)
+
+    def kv_bytes(self) -> int | None:
+        """Bytes of KV cache on each device that a start is told; None: the engine finds out.
+
+        Worked example: estimated weights 16, KV cache 4, overhead 3, together 23 GiB; declared
+        30 GiB: 4 + 7 = 11 GiB. Declared 20 GiB: less than estimated, so only the engine can tell.
+        """
+        estimate, parallel = self.stored.estimate, self.spec.tensor_parallel_size
+        if estimate is None or self.sizes_itself:
+            return None
+        spare = self.spec.booked_bytes() * parallel - estimate.total_bytes
+        return None if spare < 0 else (estimate.kv_bytes + spare) // parallel
 
     def booked_bytes(self) -> int:
         """Bytes that one replica books on each of its devices.
@@ -187,6 +208,8 @@ class ClusterState:
     rules: tuple[RouteRule, ...] = ()
     rules_changed: bool = False  # and not published yet
     wall_offset_s: float = 0.0  # unix time less the clock of the events
+    starts_at_once: int = 1  # on one device, where that is a gain
+    climb_times: ClimbTimes = field(default_factory=ClimbTimes)
     prewarms: Prewarms = field(default_factory=Prewarms)
     index: Index = field(default_factory=Index)
 

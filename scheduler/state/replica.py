@@ -48,6 +48,7 @@ class Climb:
     sent_at: float | None = None
     ready_at: float | None = None  # it serves; its agent has not told yet where the time went
     woken_from: int = 0
+    beside: bool = False  # another start went on on its devices meanwhile
 
 
 @dataclass(slots=True, eq=False)
@@ -80,6 +81,8 @@ class Replica:
     residue: int = 0  # asleep: bytes it keeps on each device, expected and then measured
     host_booked: int = 0  # host memory booked for its sleep
     climb: Climb | None = None
+    kv_bytes: int | None = None  # what its start is told of its KV cache, on each device
+    alone: bool = True  # while it starts nothing else may move memory on its devices
     stage_after: bool = False  # once it is gone, its model's weights may stay in the page cache
     queued: int = 0  # heartbeats in a row that told of requests waiting in its engine
     lost_from: Stage | None = None  # unknown: where it was when its node was last heard of

@@ -38,7 +38,7 @@ COMING = frozenset(
         Stage.RISING, Stage.WAKING,
     }
 )  # fmt: skip
-# One of these at a time on a device.
+# Their memory moves; how many may at once on a device: scheduler/policy/device_turns.py.
 BUSY = frozenset({Stage.SENT, Stage.STARTING, Stage.WAKING})
 # Committed, but its agent was not told yet.
 PLANS = frozenset({Stage.PLANNED, Stage.RISING})

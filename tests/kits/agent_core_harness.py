@@ -28,6 +28,7 @@ def start(
     epoch: int = 1,
     devices: tuple[str, ...] = ("d0",),
     spec=SPEC,
+    alone: bool = True,
 ):
     return StartReplica(
         replica_id=replica_id,
@@ -36,6 +37,7 @@ def start(
         device_ids=devices,
         device_bytes=1,
         reason="demand",
+        alone=alone,
     )
 
 

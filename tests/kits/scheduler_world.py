@@ -85,6 +85,7 @@ class FakeNode:
     cached: tuple[CachedModel, ...] = ()
     staged: tuple[str, ...] = ()
     deaf_to_staging: bool = False
+    engines: dict[str, str] = field(default_factory=lambda: {"stub": "1"})
 
     def obey(self, command: object, now: float) -> None:
         if isinstance(command, StartReplica):
@@ -134,7 +135,7 @@ class FakeNode:
             boot_id=self.boot_id,
             seq=self.seq,
             address=f"http://{self.node_id}",
-            engines={"stub": "1"},
+            engines=self.engines,
             host_budget_bytes=self.host_budget,
             preemptible=self.preemptible,
             preempted_in_s=self.preempted_in_s,

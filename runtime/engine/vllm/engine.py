@@ -2,7 +2,9 @@
 
 GPU   `--gpu-memory-utilization` is the booking less what vLLM does not count: it snapshots the free
       memory after the CUDA context and NCCL are up and takes its fraction from there on
-      (`v1/worker/gpu_worker.py`). It refuses to start if less than that fraction is free.
+      (`v1/worker/gpu_worker.py`). It refuses to start if less than that fraction is free. Where the
+      scheduler says how many bytes the KV cache takes, vLLM does not measure what is free while it
+      starts (`--kv-cache-memory-bytes`), so that another engine may start beside it.
 CPU   The KV cache is given in bytes (`--kv-cache-memory-bytes`): the booking less the weights and
       vLLM's own processes. The fraction is no use there: it is of one NUMA node, and it leaves the
       API server and EngineCore out (`v1/worker/cpu_worker.py`).
@@ -163,7 +165,15 @@ def _gpu_memory(spec: ModelSpec, ctx: LaunchContext) -> list[str]:
             f"{spec.name}: {ctx.device_bytes} of {ctx.device_total_bytes} bytes is not a share of a"
             " device that vLLM can be given; correct device_memory_bytes"
         )
-    return ["--gpu-memory-utilization", f"{utilization:.4f}"]
+    share = ["--gpu-memory-utilization", f"{utilization:.4f}"]
+    if ctx.kv_bytes is None:
+        return share
+    if ctx.kv_bytes >= budget:
+        raise ValueError(
+            f"{spec.name}: a KV cache of {ctx.kv_bytes} bytes leaves no room for its weights in"
+            f" {ctx.device_bytes} bytes a device; raise device_memory_bytes"
+        )
+    return [*share, "--kv-cache-memory-bytes", str(ctx.kv_bytes)]
 
 
 def _cpu_memory(spec: ModelSpec, ctx: LaunchContext) -> list[str]:

@@ -213,24 +213,44 @@ def test_one_that_stops_or_failed_neither_sleeps_nor_wakes(h):
     assert [h.phase(x) for x in "ab"] == ["draining", "failed"]
 
 
-def test_starts_sleeps_and_wakes_take_turns_on_a_device(h):
+def test_a_start_that_must_be_alone_waits_for_what_moves_memory_there(h):
     h.asleep("a")
     h.ready("b")
     h.command(sleep("b"))
     assert of(h.status(0, "b"), SleepEngine)
-    assert not of(h.command(wake("a")), WakeEngine)
+    assert of(h.command(wake("a")), WakeEngine) == [WakeEngine("a", 1)]
     h.now += 1.0
     assert not of(h.command(start("c")), Spawn)
     assert (h.phase("a"), h.phase("c")) == ("waking", "starting")
     assert of(h.command(start("e", devices=("d1",))), Spawn)
     h.now += 1.0
-    effects = h.slept("b")
-    assert of(effects, WakeEngine) == [WakeEngine("a", 1)]
-    assert not of(effects, Spawn)
-    h.now += 1.0
+    assert not of(h.slept("b"), Spawn)
     effects = h.woken("a")
     assert of(effects, Spawn) == [Spawn("c")]
+    assert h.report("a").wake_s == 2.0
+
+
+def test_nothing_begins_beside_a_start_that_must_be_alone(h):
+    h.asleep("a")
+    assert of(h.command(start("c")), Spawn)
+    assert not of(h.command(wake("a")), WakeEngine)
+    assert not of(h.command(start("d", alone=False)), Spawn)
+    h.now += 1.0
+    effects = h.healthy("c")
+    assert (of(effects, WakeEngine), of(effects, Spawn)) == ([WakeEngine("a", 1)], [Spawn("d")])
+    h.now += 1.0
+    h.woken("a")
     assert h.report("a").wake_s == 1.0  # without the time it waited
+
+
+def test_one_that_must_be_alone_is_not_overtaken(h):
+    assert of(h.command(start("a", alone=False)), Spawn)
+    assert of(h.command(start("b", alone=False)), Spawn)
+    assert not of(h.command(start("c")), Spawn)
+    assert not of(h.command(start("d", alone=False)), Spawn)
+    h.healthy("a")
+    assert of(h.healthy("b"), Spawn) == [Spawn("c")]
+    assert of(h.healthy("c"), Spawn) == [Spawn("d")]
 
 
 def test_waiting_for_a_device_is_no_part_of_a_sleeps_time(h):

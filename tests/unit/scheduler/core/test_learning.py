@@ -8,9 +8,9 @@ from msgspec.structs import replace
 from runtime.contract.footprint_ledger import Footprint, Key, Times
 from runtime.wire.agent_messages import MemoryEstimate
 from runtime.wire.model_spec import ModelSpec
-from scheduler.policy.learning import finished, mismatch
 from scheduler.state import messages as m
 from scheduler.state.cluster import Climb, Model
+from scheduler.state.learning import finished, mismatch
 from tests.kits.scheduler_world import GIB, FakeNode, World, spec
 
 
@@ -48,7 +48,7 @@ def test_a_record_names_what_moved_down_and_how_long_that_took() -> None:
 
 def test_the_wait_after_another_start_is_no_eviction() -> None:
     """Two models start on one device that has room for both, one after the other."""
-    world = World(node(phases={"weights": 1.0}))
+    world = World(node(phases={"weights": 1.0}), starts_at_once=1)
     world.put(spec("a", 8), spec("b", 8))
     world.waiting.update({"a": 1, "b": 1})
     world.report()

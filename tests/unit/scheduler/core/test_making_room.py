@@ -76,7 +76,7 @@ def test_best_fit_keeps_large_holes_whole() -> None:
 
 
 def test_one_start_at_a_time_per_device() -> None:
-    world = World(one_gpu())
+    world = World(one_gpu(), starts_at_once=1)
     world.put(spec("a", 4), spec("b", 4))
     world.want("a")
     world.want("b")
@@ -152,7 +152,7 @@ def test_a_start_that_nobody_waits_for_gives_way_at_once(size: int) -> None:
     """With room for both the second waits for its turn, without for the first one's memory."""
     node = one_gpu()
     node.start_s = 25.0
-    world = World(node)
+    world = World(node, starts_at_once=1)
     world.put(spec("slow", size), spec("next", size))
     world.want("slow")
     world.run(2)

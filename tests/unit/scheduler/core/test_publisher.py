@@ -27,7 +27,7 @@ def test_a_new_leader_publishes_even_an_empty_table() -> None:
 def test_those_who_wait_are_told_after_whose_start_and_for_how_long() -> None:
     node = one_gpu()
     node.start_s = 10.0
-    world = World(node)
+    world = World(node, starts_at_once=1)
     world.put(spec("a"), spec("b"), spec("c"))
     for name in ("b", "c", "a"):  # each is measured once
         world.want(name)
