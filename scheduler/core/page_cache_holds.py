@@ -30,6 +30,8 @@ class Holds:
         node = self._turn.state.nodes[replica.node_id]
         if not replica.stage_after or model is None or not node.schedulable:
             return
+        if node.start_rung(model.spec.source) != "staged":
+            return  # reading it again would hold up the starts and wakes that read the disk now
         if model.spec.source in node.cached and not model.coming() and not model.asleep():
             self._hold(model, node, "its replica stopped", self._turn.now)
 

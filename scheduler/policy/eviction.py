@@ -5,6 +5,7 @@ Rules this file keeps:
 - with work in flight or requests waiting only for a model of higher standing, and then it ends its
   requests first: standing is priority plus one for each AGING_S its oldest request has waited, so
   that no model waits forever, and a replica that was given its turn keeps it for TURN_S;
+- never a sleeper that is waited for;
 - cheapest first: idle before busy, lower priority, then clearly less expected waiting
   (scheduler/policy/ladder.py; within ALIKE times the least is alike), then the one idle longest;
   one that can sleep sleeps rather than stops, while the host has memory for it;
@@ -49,7 +50,8 @@ def evictable(
     if model is None or model.pinned:
         return False  # of a removed model: it is on its way out already
     if replica.stage is Stage.ASLEEP:
-        return model.may_stop(replica)
+        # One that is waited for wakes in a fraction of what its new start would take.
+        return model.may_stop(replica) and not state.demand(replica.model).waiting
     if model.floor == "hot" and not model.may_stop(replica):
         return False
     if given_up(state, replica, now):

@@ -1,7 +1,9 @@
 """What production chooses by: placement, scaling and prewarming together. Pure policy.
 
 Rules this file keeps: one more replica beside others may cost other models little waiting, and
-never takes the room of one that is in use.
+never takes the room of one that is in use. Sleepers stop for it only once its callers have waited,
+all together, for as long as stopping them is expected to cost others (renting skis before buying:
+what is paid is at most twice what hindsight would pay).
 """
 
 from __future__ import annotations
@@ -15,9 +17,10 @@ from scheduler.policy.choices import Plan, Scale
 from scheduler.policy.placement import Answer, Fit, NotNow, place
 from scheduler.policy.prewarming import Prewarming
 from scheduler.signals.replica_target import Desired
-from scheduler.state.cluster import ClusterState, Demand, Model, Node, Replica
+from scheduler.state.cluster import ClusterState, Demand, Model, Node, Replica, Stage
 
 MIN_DWELL_S = SchedulerConfig().min_dwell_s  # ready for less: it does not go down again
+HARM_S = 3.0  # of expected waiting: what stopping sleepers may cost others at once
 EXTRA_S = 1.0  # expected waiting of others that one more replica beside others is worth
 
 
@@ -42,6 +45,10 @@ class Production:
             cost_s = sum(way.cost for way in answer.victims)
             if cost_s > EXTRA_S or any(way.busy for way in answer.victims):
                 return NotNow(f"another replica would cost others {cost_s:.0f} s of waiting")
+        if isinstance(answer, Fit) and (harm_s := _harm_s(answer)) > HARM_S:
+            demand = state.demand(model.name)
+            if demand.oldest_wait_s * demand.waiting < harm_s:
+                return NotNow(f"stopping sleepers would cost others {harm_s:.0f} s of waiting")
         return answer
 
     def scale(self, state: ClusterState, model: Model, demand: Demand, now: float) -> Scale:
@@ -62,6 +69,13 @@ class Production:
     def also_down(self, state: ClusterState, node: Node, now: float) -> Sequence[Replica]:
         """Nothing: sleepers give way only to what saves more."""
         return ()
+
+
+def _harm_s(fit: Fit) -> float:
+    """Expected waiting of the sleepers that would have to start again instead of waking."""
+    return sum(
+        way.cost for way in fit.victims if way.level == 0 and way.replica.stage is Stage.ASLEEP
+    )
 
 
 def scale(state: ClusterState, model: Model, demand: Demand, now: float) -> Scale:
