@@ -16,8 +16,8 @@ from runtime.wire.routes import RouteTable
 from scheduler.agent_calls import AgentCalls
 from scheduler.core.decisions import Core
 from scheduler.learned_state import LearnedState
-from scheduler.state.learning import mismatch
 from scheduler.state import messages as m
+from scheduler.state.learning import mismatch
 from scheduler.tasks import Tasks
 
 log = logging.getLogger("stoker.scheduler")

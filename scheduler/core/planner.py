@@ -145,6 +145,8 @@ class Planner:
     def plan(self, model: Model, fit: Fit, cause: str) -> None:
         """Enter a replica, or a wake, into the state; what is in its way goes down."""
         now, state = self._turn.now, self._turn.state
+        if fit.riser is not None:
+            fit.riser.move(Stage.RISING, now)  # first, so that no sleeper's end takes it along
         for way in fit.victims:
             # What was loaded for later and made way is not loaded again at this one's cost.
             state.models[way.replica.model].asked_until = 0.0
@@ -168,7 +170,6 @@ class Planner:
     def _rise(
         self, model: Model, fit: Fit, riser: Replica, reason: str, cause: str, now: float
     ) -> None:
-        riser.move(Stage.RISING, now)
         riser.reason, riser.cause = reason, cause
         riser.climb = self._climb(model, fit, reason, cause, now)
         self._turn.decide("wake", riser, reason, now, considered=fit.considered)
