@@ -1,9 +1,11 @@
 """What production chooses by: placement, scaling and prewarming together. Pure policy.
 
 Rules this file keeps: one more replica beside others may cost other models little waiting, and
-never takes the room of one that is in use. Sleepers stop for it only once its callers have waited,
-all together, for as long as stopping them is expected to cost others (renting skis before buying:
-what is paid is at most twice what hindsight would pay).
+never takes the room of one that is in use. Sleepers stop for a model that is called only once its
+callers have waited, all together, for as long as stopping them is expected to cost others (renting
+skis before buying: what is paid is at most twice what hindsight would pay), and never longer than
+its climb there is expected to take. So the guarantee, for n callers whose climb takes c and
+whose room costs sleepers h seconds: they wait for the sleepers' sake at most min(h / n, c).
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from scheduler.state.cluster import ClusterState, Demand, Model, Node, Replica, 
 
 MIN_DWELL_S = SchedulerConfig().min_dwell_s  # ready for less: it does not go down again
 HARM_S = 3.0  # of expected waiting: what stopping sleepers may cost others at once
+LOOK_AGAIN_S = 3.0  # at the most, at what sleepers would cost
 EXTRA_S = 1.0  # expected waiting of others that one more replica beside others is worth
 
 
@@ -40,14 +43,21 @@ class Production:
         self, state: ClusterState, model: Model, now: float, evict: bool, extra: bool
     ) -> Answer:
         """The cheapest place, in expected seconds of waiting."""
-        answer = place(state, model, now, self._min_dwell_s, evict)
+        patient = now < model.patient_until
+        answer = place(state, model, now, self._min_dwell_s, evict and not patient)
+        if patient and not isinstance(answer, Fit):
+            return NotNow(model.waiting_for or "waiting for room")
         if extra and isinstance(answer, Fit):
             cost_s = sum(way.cost for way in answer.victims)
             if cost_s > EXTRA_S or any(way.busy for way in answer.victims):
                 return NotNow(f"another replica would cost others {cost_s:.0f} s of waiting")
         if isinstance(answer, Fit) and (harm_s := _harm_s(answer)) > HARM_S:
             demand = state.demand(model.name)
-            if demand.oldest_wait_s * demand.waiting < harm_s:
+            missing_s = harm_s - demand.oldest_wait_s * demand.waiting
+            missing_s = min(missing_s, (answer.wait_s - demand.oldest_wait_s) * demand.waiting)
+            # What an operator asked for, or a floor, waits for nobody.
+            if demand.waiting and missing_s > 0:
+                model.patient_until = now + min(LOOK_AGAIN_S, missing_s / demand.waiting)
                 return NotNow(f"stopping sleepers would cost others {harm_s:.0f} s of waiting")
         return answer
 

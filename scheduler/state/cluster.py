@@ -59,6 +59,7 @@ class Model:
     unfit: str | None = None  # why no node could run it
     unfit_final: bool = False  # nor could any known one, were all of them up, healthy and open
     waiting_for: str | None = None  # why it is not placed yet
+    patient_until: float = 0.0  # till then only free room is of use to it
     first_token_s: float | None = None  # of the last request that was held, as a router told
     first_token_at: float = 0.0  # when it told
     rest_at: float = 0.0  # before this no idle timer of it can be over
