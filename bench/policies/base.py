@@ -18,9 +18,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 
 from scheduler.policy.choices import Plan, Scale
+from scheduler.policy.device_turns import must_be_alone, queue_s
 from scheduler.policy.eviction import evictable
 from scheduler.policy.feasibility import allowed_devices, could_run, together, why_never
-from scheduler.policy.ladder import Descent, climb_s
+from scheduler.policy.ladder import Descent
 from scheduler.policy.placement import Answer, Fit, Never, NotNow
 from scheduler.policy.production import MIN_DWELL_S, scale
 from scheduler.state.cluster import ClusterState, Demand, Model, Node, Replica, Stage
@@ -161,17 +162,14 @@ class Baseline(ABC):
         return Descent(replica, 0, replica.committed, 0, 0.0)
 
     def _turn_s(
-        self, state: ClusterState, node: Node, device_ids: tuple[str, ...], now: float
-    ) -> float:
-        """Seconds until the starts and wakes that go first on these devices are over."""
-        longest = 0.0
-        for device_id in device_ids:
-            total = 0.0
-            for r in node.books.climbing(device_id):
-                climb = climb_s(state.models[r.model], r.sleep_level)
-                total += climb if r.plan else max(0.0, climb - (now - r.since))
-            longest = max(longest, total)
-        return longest
+        self, state: ClusterState, node: Node, model: Model, device_ids: tuple[str, ...],
+        now: float, wake: bool = False,
+    ) -> float:  # fmt: skip
+        """Seconds until a start or wake of `model` has its turn on these devices, by the rule that
+        the core begins them by."""
+        alone = not wake and must_be_alone(node, model, device_ids)
+        turns = (queue_s(state, node, d, now, alone=alone, wake=wake) for d in device_ids)
+        return max(turns, default=0.0)
 
 
 def hot(model: Model) -> list[Replica]:

@@ -63,13 +63,13 @@ class Locality(Baseline):
             load_s = climb_s(model, 0, rung)
             devices = self._free(node, model)
             if devices:
-                wait_s = load_s + self._turn_s(state, node, devices, now)
+                wait_s = load_s + self._turn_s(state, node, model, devices, now)
                 fit = Fit(node.node_id, devices, rung=rung, wait_s=wait_s)
                 fits.append((wait_s, float("-inf"), fit))
             cleared = self._cleared(state, node, model, now)
             if cleared is not None and cleared[1]:
                 devices, ways, last = cleared
-                wait_s = load_s + self._turn_s(state, node, devices, now) + STOP_S
+                wait_s = load_s + self._turn_s(state, node, model, devices, now) + STOP_S
                 fit = Fit(node.node_id, devices, ways, rung=rung, wait_s=wait_s)
                 fits.append((wait_s, last, fit))
         best = min(fits, key=lambda f: (round(f[0] / self.alike_s), f[1]), default=None)

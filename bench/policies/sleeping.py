@@ -38,12 +38,12 @@ class Sleeping(Baseline):
         found = []
         devices = self._free(node, model)
         if devices:
-            wait_s = load_s + self._turn_s(state, node, devices, now)
+            wait_s = load_s + self._turn_s(state, node, model, devices, now)
             found.append((wait_s, 0.0, Fit(node.node_id, devices, rung=rung, wait_s=wait_s)))
         cleared = self._cleared(state, node, model, now)
         if cleared is not None and cleared[1]:
             devices, ways, last = cleared
-            wait_s = load_s + self._turn_s(state, node, devices, now) + EVICT_S
+            wait_s = load_s + self._turn_s(state, node, model, devices, now) + EVICT_S
             fit = Fit(node.node_id, devices, ways, rung=rung, wait_s=wait_s)
             found.append((wait_s, last, fit))
         return found
@@ -62,7 +62,7 @@ class Sleeping(Baseline):
             gone.update((r.replica_id, r) for r in victims)
         ways = tuple(self._way_down(state, node, r, now) for r in gone.values())
         wait_s = climb_s(model, riser.sleep_level) + self._turn_s(
-            state, node, riser.device_ids, now
+            state, node, model, riser.device_ids, now, wake=True
         )
         wait_s += EVICT_S if ways else 0.0
         last = max((self._order(state, r) for r in gone.values()), default=0.0)
