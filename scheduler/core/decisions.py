@@ -80,6 +80,7 @@ class Core:
         """Take one event in and return what is to be done, in order."""
         turn, now = self._turn, event.now
         turn.out, turn.now = [], now
+        turn.state.new_event()
         match event:
             case m.HeartbeatSeen():
                 self._heartbeats.take(event.heartbeat, now)

@@ -30,7 +30,7 @@ class Holds:
         node = self._turn.state.nodes[replica.node_id]
         if not replica.stage_after or model is None or not node.schedulable:
             return
-        if node.start_rung(model.spec.source) != "staged":
+        if node.start_rung(model.spec.source) != "staged" and _climbs(node):
             return  # reading it again would hold up the starts and wakes that read the disk now
         if model.spec.source in node.cached and not model.coming() and not model.asleep():
             self._hold(model, node, "its replica stopped", self._turn.now)
@@ -140,6 +140,10 @@ class Holds:
                 node.holds[source] = Hold(source, model.name, size, now, "adopted")
                 model.staged_on.add(node.node_id)
                 self._turn.dirty.add(model.name)
+
+
+def _climbs(node: Node) -> bool:
+    return any(map(node.books.climbing, node.devices))
 
 
 def _size(model: Model, node: Node) -> int:

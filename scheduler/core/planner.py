@@ -42,7 +42,7 @@ class Planner:
         """Look at every model that something happened to, and at those that wait for room."""
         for name in self._to_look_at():
             model = self._turn.state.models[name]
-            model.rest_at = 0.0
+            model.rest_at, model.looked_at = 0.0, now
             self._replace_outdated(model, now)
             self._scale(model, now)
             self._holds.hold_floor(model, now)

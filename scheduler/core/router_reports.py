@@ -17,6 +17,9 @@ from scheduler.state.cluster import Model, Router
 
 SKETCH_S = 300.0  # how often a model's history is written down
 SKETCHES_AT_ONCE = 20
+LOOK_AGAIN_S = (
+    0.9  # a model without room is looked at with each ordinary report, not with more of them
+)
 
 
 class RouterReports:
@@ -37,6 +40,7 @@ class RouterReports:
         made_at = clock.made_at(report.sent_s, now)
         models = self._take_models(last, report, made_at, now)
         self._turn.unrouted = True
+        state.new_event()
         state.routers[report.router_id] = Router(
             report.router_id, report.boot_id, report.seq, now, report.routes_version,
             models, report.in_flight, clock,
@@ -60,11 +64,16 @@ class RouterReports:
             known_s = before.first_token_s if before else None
             if last is not None and part.first_token_s not in (None, known_s):
                 model.first_token_s, model.first_token_at = part.first_token_s, now
-            if part.waiting or before is None or _differs(before, part):
+            waits = part.waiting and not self._just_looked_at(model, now)
+            if waits or before is None or _differs(before, part):
                 dirty.add(name)
         dirty.update(name for name in old.keys() - models.keys() if name in known)
         self._turn.freed = self._turn.freed or any(_busy(part) for part in old.values())
         return models
+
+    def _just_looked_at(self, model: Model, now: float) -> bool:
+        """Whether it found no room a moment ago: what frees some has it looked at again."""
+        return model.name in self._turn.hungry and now - model.looked_at < LOOK_AGAIN_S
 
     def _take_uses(self, report: DemandReport, made_at: float) -> None:
         """When each replica was used last, by this router's word."""
@@ -80,6 +89,7 @@ class RouterReports:
     def router_gone(self, router: Router) -> None:
         """Forget a router; what it told of when replicas were used stays true."""
         del self._turn.state.routers[router.router_id]
+        self._turn.state.new_event()
         for replica in self._turn.state.replicas.values():
             at = replica.routed_at.pop(router.router_id, None)
             if at is not None:

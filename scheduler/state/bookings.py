@@ -20,6 +20,7 @@ class Index:
     def __init__(self) -> None:
         self.touched: set[str] = set()  # nodes whose bookings or capacity changed
         self.changed: set[str] = set()  # the same, since plans were last looked at
+        self.moves = 0  # of replicas, from stage to stage: counted
         self.turn = 0  # of the samples of nodes that placement looks at
         self.plans: dict[str, Replica] = {}  # planned or rising
         self.unrouting: dict[str, Replica] = {}
@@ -95,6 +96,7 @@ class Books:
 
     def drop(self, replica: Replica) -> None:
         """Take a replica off the books."""
+        self.index.moves += 1
         self.replicas.pop(replica.replica_id, None)
         self.index.plans.pop(replica.replica_id, None)
         self.index.unrouting.pop(replica.replica_id, None)
@@ -102,6 +104,7 @@ class Books:
 
     def moved(self, replica: Replica) -> None:
         """Note that a replica entered another stage."""
+        self.index.moves += 1
         plans, unrouting = self.index.plans, self.index.unrouting
         plans.pop(replica.replica_id, None)
         unrouting.pop(replica.replica_id, None)

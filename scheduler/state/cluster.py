@@ -59,6 +59,7 @@ class Model:
     unfit: str | None = None  # why no node could run it
     unfit_final: bool = False  # nor could any known one, were all of them up, healthy and open
     waiting_for: str | None = None  # why it is not placed yet
+    looked_at: float = -math.inf  # when the planner last did
     patient_until: float = 0.0  # till then only free room is of use to it
     first_token_s: float | None = None  # of the last request that was held, as a router told
     first_token_at: float = 0.0  # when it told
@@ -213,6 +214,8 @@ class ClusterState:
     climb_times: ClimbTimes = field(default_factory=ClimbTimes)
     prewarms: Prewarms = field(default_factory=Prewarms)
     index: Index = field(default_factory=Index)
+    _demands: dict[str, Demand] = field(default_factory=dict)
+    _demands_of: int = -1
 
     def node(self, node_id: str) -> Node:
         """The node, met for the first time or not."""
@@ -221,8 +224,21 @@ class ClusterState:
             known = self.nodes[node_id] = Node(node_id, Books(node_id, self.index))
         return known
 
+    def new_event(self) -> None:
+        """Forget what was summed up in an earlier event, or before a router's report."""
+        self._demands.clear()
+
     def demand(self, model: str) -> Demand:
-        """The requests for a model, summed over all routers."""
+        """The requests for a model, summed over all routers; once an event, since many ask."""
+        if self._demands_of != self.index.moves:
+            self._demands.clear()
+            self._demands_of = self.index.moves
+        known = self._demands.get(model)
+        if known is None:
+            known = self._demands[model] = self._demand(model)
+        return known
+
+    def _demand(self, model: str) -> Demand:
         waiting = in_flight = ending = background = 0
         oldest = 0.0
         known = self.models.get(model)

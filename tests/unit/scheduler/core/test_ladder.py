@@ -80,7 +80,7 @@ def test_what_a_sleeper_keeps_stays_booked() -> None:
     world.put(spec("a", 20), spec("b", 20))
     world.want("a")
     world.run(5)
-    world.want("b")
+    world.want("b", wait_s=100.0)  # for as long as stopping a sleeper may cost
     world.run(15)  # b fits only where a is gone: a sleeper would keep 3 of the 22 GiB
     assert stages(world) == {"b": Stage.READY}
 
@@ -136,7 +136,7 @@ def test_sleepers_give_way_before_anyone_is_refused() -> None:
     for name in "ab":
         world.want(name)
         world.run(5)
-    world.want("c")
+    world.want("c", wait_s=100.0)
     world.run(15)
     assert stages(world)["c"] is Stage.READY  # two residues of 4 GiB would have left it no room
 

@@ -101,7 +101,11 @@ def test_after_running_out_of_memory_the_engine_finds_out_itself() -> None:
 
 
 def test_company_that_costs_more_than_it_gains_is_not_sought() -> None:
-    world = world_of(gpus(1, kind="cpu"), "a", "b")
+    world = world_of(gpus(1), "a", "b")
+    times = world.core.state.climb_times
+    for beside, seconds in ((False, 20.0), (True, 31.0)):
+        for _ in range(12):
+            times.learn("nvml", "start-remote", 2 * GIB, seconds, beside)
     for name in "ab":
         world.want(name)
     world.run(3)
