@@ -4,8 +4,9 @@ Rules this file keeps: one more replica beside others may cost other models litt
 never takes the room of one that is in use. Sleepers stop for a model that is called only once its
 callers have waited, all together, for as long as stopping them is expected to cost others (renting
 skis before buying: what is paid is at most twice what hindsight would pay), and never longer than
-its climb there is expected to take. So the guarantee, for n callers whose climb takes c and
-whose room costs sleepers h seconds: they wait for the sleepers' sake at most min(h / n, c).
+half of what its climb there is expected to take. So the guarantee, for n callers whose climb takes
+c and whose room costs sleepers h seconds: they wait for the sleepers' sake at most min(h / n,
+c / 2).
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from scheduler.state.cluster import ClusterState, Demand, Model, Node, Replica, 
 
 MIN_DWELL_S = SchedulerConfig().min_dwell_s  # ready for less: it does not go down again
 HARM_S = 3.0  # of expected waiting: what stopping sleepers may cost others at once
+PATIENCE = 0.5  # of its own climb: so long at most a caller waits for the sleepers' sake
 LOOK_AGAIN_S = 3.0  # at the most, at what sleepers would cost
 EXTRA_S = 1.0  # expected waiting of others that one more replica beside others is worth
 
@@ -54,7 +56,9 @@ class Production:
         if isinstance(answer, Fit) and (harm_s := _harm_s(answer)) > HARM_S:
             demand = state.demand(model.name)
             missing_s = harm_s - demand.oldest_wait_s * demand.waiting
-            missing_s = min(missing_s, (answer.wait_s - demand.oldest_wait_s) * demand.waiting)
+            missing_s = min(
+                missing_s, (PATIENCE * answer.wait_s - demand.oldest_wait_s) * demand.waiting
+            )
             # What an operator asked for, or a floor, waits for nobody.
             if demand.waiting and missing_s > 0:
                 model.patient_until = now + min(LOOK_AGAIN_S, missing_s / demand.waiting)

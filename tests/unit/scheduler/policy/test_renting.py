@@ -39,8 +39,8 @@ def waited_s(world: World, count: int, limit_s: int = 60) -> int:
     return limit_s
 
 
-def test_a_single_caller_waits_no_longer_than_its_own_start_takes() -> None:
-    assert 3 <= waited_s(world_of(), 1) <= 16
+def test_a_single_caller_waits_no_longer_than_half_of_its_own_start() -> None:
+    assert 3 <= waited_s(world_of(), 1) <= 9  # its climb takes 13 s, and 3 s to make room
 
 
 def test_many_callers_wait_less() -> None:
