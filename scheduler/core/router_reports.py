@@ -17,6 +17,7 @@ from scheduler.state.cluster import Model, Router
 
 SKETCH_S = 300.0  # how often a model's history is written down
 SKETCHES_AT_ONCE = 20
+REPORTED_S = 5.0  # of a longer silence no more is counted: the router, or this leader, was away
 LOOK_AGAIN_S = (
     0.9  # a model without room is looked at with each ordinary report, not with more of them
 )
@@ -101,6 +102,8 @@ class RouterReports:
             model = self._turn.state.models.get(part.model)
             if model is not None:
                 count = _new_calls(last, report, part)
+                if last is not None:
+                    model.saw(max(0, count), part.in_flight, min(REPORTED_S, now - last.seen_at))
                 if count > 0:
                     self._called(model, count, part.waiting > 0, now)
 

@@ -33,6 +33,8 @@ __all__ = [
     "Node", "Replica", "Router", "Stage", "check_invariants",
 ]  # fmt: skip
 
+USUAL_S = 10.0  # of a request, until some were seen
+FORGET = 200
 MARGIN = 0.05  # on a measured footprint: allocators and drivers vary from start to start
 
 
@@ -73,6 +75,10 @@ class Model:
     forecast_at: float = 0.0  # when to ask the forecast again
     warm_until: float = 0.0  # it was warmed ahead of a call, or pays to be kept warm
     sketched_at: float = 0.0
+    busy_s: float = (
+        0.0  # requests in flight, by time: half of it forgotten with each FORGET requests
+    )
+    served: float = 0.0  # requests that came in that time, likewise
     staged_on: set[str] = field(default_factory=set)  # nodes that hold its weights
     sizes_itself: bool = False  # it ran out of memory with the KV cache it was told
     climb_times: ClimbTimes = field(default_factory=ClimbTimes)  # of all models
@@ -123,6 +129,22 @@ class Model:
         estimate = self.stored.estimate
         weights = estimate.weights_bytes if estimate else self.spec.device_memory_bytes or 0
         return self.climb_times.expect_s(step, weights // self.spec.tensor_parallel_size)
+
+    def saw(self, requests: int, in_flight: int, seconds: float) -> None:
+        """So many requests came while so many were in flight."""
+        self.busy_s += in_flight * seconds
+        self.served += requests
+        if self.served > FORGET:
+            self.busy_s, self.served = self.busy_s / 2, self.served / 2
+
+    @property
+    def request_s(self) -> float:
+        """How long its requests are in flight, in the mean: their number by time over how many
+        came (Little's law), and one of USUAL_S, so that few say little.
+
+        Worked example: 3 in flight for 100 s in which 29 came: (300 + 10) / (29 + 1) = 10.3 s.
+        """
+        return (self.busy_s + USUAL_S) / (self.served + 1)
 
     def kv_bytes(self) -> int | None:
         """Bytes of KV cache on each device that a start is told; None: the engine finds out.

@@ -7,46 +7,26 @@ Set STOKER_GPU_MODEL to a local model folder for figures worth reading; else a t
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import os
-import signal
-import socket
 import subprocess
-import sys
 import time
 from collections.abc import AsyncIterator, Iterator
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 
 import aiohttp
-import psutil
 import pytest
 
 from agent.devices.inventory import process_bytes
-from agent.devices.nvml import NvmlSource, NvmlUnavailable
+from agent.devices.nvml import NvmlSource
 from agent.engines import sleep, wake_canary
 from agent.engines.sleep import Controls, Memory
-from runtime.checkpoints.tiny_models import write_model
-from runtime.engine.contract import LaunchContext
-from runtime.engine.select import get_engine
-from runtime.wire.model_spec import ModelSpec
+from tests.kits.gpu_engine import BOOKED, CONTROL, GIB, a_gpu, family, ready, started
 
 pytestmark = [pytest.mark.gpu, pytest.mark.vllm, pytest.mark.timeout(900)]
-
-GIB = 2**30
-BOOKED = 8 * GIB
-START_S = 600.0
-ROUTE, CONTROL = "route-secret", "control-secret"
 
 
 @pytest.fixture(scope="module")
 def source() -> Iterator[NvmlSource]:
-    try:
-        opened = NvmlSource()
-    except NvmlUnavailable as error:
-        pytest.skip(f"no NVIDIA GPU here: {error}")
-    yield opened
-    opened.close()
+    with a_gpu() as opened:
+        yield opened
 
 
 @pytest.fixture(scope="module")
@@ -54,68 +34,17 @@ def engine(
     source: NvmlSource, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
     """(the process, its URL) of one engine for all tests, launched as an agent launches it."""
-    try:
-        version("vllm")
-    except PackageNotFoundError:
-        pytest.skip("vllm, the CUDA build, is not installed: pip install .[vllm]")
-    folder = tmp_path_factory.mktemp("vllm")
-    model = os.environ.get("STOKER_GPU_MODEL") or str(write_model(folder / "models", "tiny"))
-    spec = ModelSpec(name="m", source=model, engine_args={"max_model_len": 1024})
-    device = source.read({})[0]
-    booked = max(BOOKED, 2 * sum(f.stat().st_size for f in Path(model).glob("*.safetensors")))
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port = sock.getsockname()[1]
-    ctx = LaunchContext(
-        replica_id="r", host="127.0.0.1", port=port, route_key=ROUTE, control_key=CONTROL,
-        device_kind="nvml", device_ids=(device.device_id,), device_indexes=(0,),
-        device_bytes=booked, device_total_bytes=device.memory_total_bytes, model_path=model,
-        revision=None, python=sys.executable, cache_dir=str(folder / "cache"),
-    )  # fmt: skip
-    launch = get_engine("vllm").launch(spec, ctx)
-    assert get_engine("vllm").rungs(spec, "nvml") == (1, 2)
-    base = {n: os.environ[n] for n in ("PATH", "HOME", "LD_LIBRARY_PATH") if n in os.environ}
-    log = folder / "vllm.log"
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            launch.argv, env=base | launch.env, cwd="/", stdout=output, stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )  # fmt: skip
-    url = f"http://127.0.0.1:{port}"
-    try:
+    with started(source, tmp_path_factory.mktemp("vllm"), "r") as (process, url, log):
         began = time.monotonic()
-        asyncio.run(_ready(process, url, log))
+        asyncio.run(ready(process, url, log))
         print(f"start: {time.monotonic() - began:.1f} s")
         yield process, url
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        print(log.read_text(errors="replace")[-20_000:])
-
-
-async def _ready(process: subprocess.Popen[bytes], url: str, log: Path) -> None:
-    deadline = time.monotonic() + START_S
-    async with aiohttp.ClientSession(url) as http:
-        while True:
-            assert process.poll() is None, log.read_text(errors="replace")[-8000:]
-            assert time.monotonic() < deadline, "it never became ready"
-            with contextlib.suppress(aiohttp.ClientError):
-                async with http.get("/health") as got:
-                    if got.status == 200:
-                        return
-            await asyncio.sleep(0.2)
 
 
 @pytest.fixture
 async def controls(engine: tuple[subprocess.Popen[bytes], str]) -> AsyncIterator[Controls]:
     async with aiohttp.ClientSession() as session:
         yield Controls(session, engine[1], CONTROL)
-
-
-def family(process: subprocess.Popen[bytes]) -> list[int]:
-    parent = psutil.Process(process.pid)
-    return [parent.pid, *(child.pid for child in parent.children(recursive=True))]
 
 
 @pytest.mark.parametrize("level", [1, 2])

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
+
 from runtime.wire.agent_messages import MemoryEstimate, StartReplica
 from runtime.wire.model_spec import ModelSpec
 from scheduler.policy.device_turns import queue_s
+from scheduler.policy.ladder import EVICT_S
+from scheduler.policy.placement import drain_s
 from scheduler.state import messages as m
 from tests.kits.scheduler_world import GIB, FakeNode, World
 
@@ -127,3 +131,46 @@ def test_what_a_turn_costs() -> None:
     both = 46.07 - (world.now - second)
     assert abs(queue_s(state, node, "g0", world.now, alone=True) - both) < 1.5
     assert queue_s(state, node, "g0", world.now, wake=True) == 0.0
+
+
+def test_how_long_what_leaves_still_serves() -> None:
+    world = world_of(gpus(1), "a")
+    world.want("a")
+    world.run(25)
+    world.want("a", 0)
+    (replica,) = world.core.state.replicas.values()
+    model = world.core.state.models["a"]
+    model.busy_s, model.served = 350.0, 29.0
+    assert drain_s(world.core.state, replica) == EVICT_S
+    assert (350 + 10) / (29 + 1) == model.request_s
+    world.flying[replica.replica_id] = 3
+    world.report()
+    model.busy_s, model.served = 350.0, 29.0
+    assert drain_s(world.core.state, replica) == pytest.approx(EVICT_S + 12 * (1 + 1 / 2 + 1 / 3))
+
+
+def test_the_mean_length_of_requests_follows_littles_law() -> None:
+    world = world_of(gpus(1), "a")
+    model = world.core.state.models["a"]
+    assert model.request_s == 10.0  # nothing was seen
+    for _ in range(29):
+        model.saw(1, 3, 100 / 29)
+    assert model.request_s == pytest.approx(310 / 30)
+    for _ in range(1000):
+        model.saw(1, 1, 2.0)
+    assert model.request_s == pytest.approx(2.0, rel=0.1)  # what was long ago is forgotten
+
+
+def test_a_start_does_not_wait_for_a_long_drain_where_another_device_is_free() -> None:
+    world = world_of(gpus(2), "busy", "new", gib=50)
+    world.want("busy")
+    world.run(25)
+    (busy,) = world.core.state.replicas.values()
+    world.flying[busy.replica_id] = 8
+    world.run(1)
+    world.apply(m.UnloadAsked(now=world.now, model="busy"))  # it ends its requests first
+    world.run(2)
+    assert busy.leaving
+    world.want("new")
+    (new,) = (r for r in world.core.state.replicas.values() if r.model == "new")
+    assert new.device_ids != busy.device_ids
