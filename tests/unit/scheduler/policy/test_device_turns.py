@@ -142,7 +142,7 @@ def test_how_long_what_leaves_still_serves() -> None:
     model = world.core.state.models["a"]
     model.busy_s, model.served = 350.0, 29.0
     assert drain_s(world.core.state, replica) == EVICT_S
-    assert (350 + 10) / (29 + 1) == model.request_s
+    assert model.request_s == (350 + 10) / (29 + 1)
     world.flying[replica.replica_id] = 3
     world.report()
     model.busy_s, model.served = 350.0, 29.0
