@@ -9,11 +9,13 @@ PORT ?= 8080
 SCENARIOS ?= 10000
 SEED ?= 0
 DEMO_FLAGS = --port $(PORT) $(if $(filter-out 0,$(EXIT)),--exit)
-# Tests of one process each, run side by side; and those that start whole parts, hosts and engines.
+# Side by side: tests of one process each, then those that start parts of their own; the rest shares
+# hosts and engines.
 WORKERS ?= 3
 SIDE_BY_SIDE = -n $(WORKERS) --dist loadgroup
 QUICK_TESTS = tests/unit tests/sim tests/contract
-WHOLE_TESTS = tests/integration tests/hosts tests/e2e tests/outside tests/gpu
+LIVE_TESTS = tests/integration
+WHOLE_TESTS = tests/hosts tests/e2e tests/outside tests/gpu
 TOOLS = debootstrap iproute2 systemd-container openssh-client curl wrk apache2-utils nginx-light
 PYTEST_FLAGS ?=
 VLLM_SOURCE ?=
@@ -51,6 +53,7 @@ test: setup ## Every check and every test; says what was skipped, and why. WORKE
 	$(MAKE) --no-print-directory lint
 	@failed=0; \
 	$(BIN)/python -m pytest $(QUICK_TESTS) -m "not slow" -q -ra $(SIDE_BY_SIDE) $(PYTEST_FLAGS) || failed=1; \
+	$(BIN)/python -m pytest $(LIVE_TESTS) -m "not slow" -q -ra $(SIDE_BY_SIDE) $(PYTEST_FLAGS) || failed=1; \
 	$(BIN)/python -m pytest $(WHOLE_TESTS) -m "not slow" -ra $(PYTEST_FLAGS) || failed=1; \
 	exit $$failed
 

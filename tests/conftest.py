@@ -34,6 +34,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def _what_it_shares(item: pytest.Item) -> str | None:
     if item.path.is_relative_to(TESTS / "hosts"):
         return "hosts"  # each boots systemd and installs the wheel: one is enough for two cores
+    if item.path.name == "test_ansible.py":
+        return "ansible"  # all play on roots made from one
     if item.get_closest_marker("vllm"):
         return "vllm"  # gigabytes of memory each
     if isinstance(item, pytest.Function) and _has_fixture_of_its_module(item):
