@@ -179,6 +179,7 @@ class Core:
             }
             self._turn.state.models[spec.name] = model
         else:
+            model.sizes_itself &= spec == model.spec  # what ran out of memory was the one before
             model.stored, model.spec, model.launch_key = stored, spec, spec.launch_key()
             same = (f for f in model.footprints.values() if f.key.launch_key == model.launch_key)
             model.footprint = next(same, None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from msgspec.structs import replace
 
 from runtime.wire.agent_messages import MemoryEstimate, StartReplica
 from runtime.wire.model_spec import ModelSpec
@@ -174,3 +175,21 @@ def test_a_start_does_not_wait_for_a_long_drain_where_another_device_is_free() -
     world.want("new")
     (new,) = (r for r in world.core.state.replicas.values() if r.model == "new")
     assert new.device_ids != busy.device_ids
+
+
+def test_a_changed_spec_is_told_its_kv_cache_again() -> None:
+    """What ran out of memory was the spec before it."""
+    world = world_of(gpus(1), "a")
+    model = world.core.state.models["a"]
+    model.sizes_itself = True
+    world.apply(m.ModelPut(now=world.now, model=model.stored))
+    assert model.kv_bytes() is None  # the same one again
+    changed = replace(model.stored.spec, device_memory_bytes=6 * GIB)
+    world.apply(m.ModelPut(now=world.now, model=replace(model.stored, spec=changed)))
+    assert model.kv_bytes() == 3 * GIB
+
+
+@pytest.mark.parametrize(("declared_gib", "told_gib"), [(4, 1), (30, 27), (3, None)])
+def test_the_kv_cache_that_a_start_is_told(declared_gib: int, told_gib: int | None) -> None:
+    model = world_of(gpus(1), "a", gib=declared_gib).core.state.models["a"]
+    assert model.kv_bytes() == (None if told_gib is None else told_gib * GIB)
