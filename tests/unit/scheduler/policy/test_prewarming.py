@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from runtime.wire.agent_messages import MemoryEstimate
 from runtime.wire.model_spec import Autoscale, ScalePolicy, ScaleRules
 from runtime.wire.routes import DemandReport, ModelDemand
 from scheduler.state import messages as m
@@ -230,3 +231,21 @@ def test_without_stand_by_nothing_starts_by_itself() -> None:
     world.put(spec("a", 8))
     world.run(60)
     assert not world.core.state.replicas
+
+
+@pytest.mark.parametrize(("host_gib", "stands_by"), [(40, True), (30, False)])
+def test_nothing_stands_by_where_the_hosts_could_not_hold_nearly_all(
+    host_gib: int, stands_by: bool
+) -> None:
+    """Three models of 16 GiB of weights: up to 1.3 times the hosts' budgets."""
+    world = stand_by(
+        FakeNode("n1", {"g0": 80 * GIB}, rungs=(1, 2), host_budget=host_gib * GIB, start_s=1.0)
+    )
+    estimate = MemoryEstimate(
+        weights_bytes=16 * GIB, kv_bytes=0, overhead_bytes=0, total_bytes=20 * GIB, explanation=""
+    )
+    for name in "abc":
+        stored = m.StoredModel(spec=spec(name, 20), estimate=estimate)
+        world.apply(m.ModelPut(now=world.now, model=stored))
+    world.run(8)
+    assert bool(world.nodes["n1"].started) is stands_by
