@@ -6,7 +6,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from agent.devices.nvml import NvmlSource, NvmlUnavailable
+from agent.devices.nvml import NvmlSource
+from tests.kits.gpu_engine import a_gpu
 
 pytestmark = pytest.mark.gpu
 
@@ -23,12 +24,8 @@ input()
 
 @pytest.fixture
 def source() -> Iterator[NvmlSource]:
-    try:
-        opened = NvmlSource()
-    except NvmlUnavailable as error:
-        pytest.skip(f"no NVIDIA GPU here: {error}")
-    yield opened
-    opened.close()
+    with a_gpu() as opened:
+        yield opened
 
 
 @pytest.fixture
