@@ -18,9 +18,8 @@ from scheduler.state.cluster import Model, Router
 SKETCH_S = 300.0  # how often a model's history is written down
 SKETCHES_AT_ONCE = 20
 REPORTED_S = 5.0  # of a longer silence no more is counted: the router, or this leader, was away
-LOOK_AGAIN_S = (
-    0.9  # a model without room is looked at with each ordinary report, not with more of them
-)
+# A model without room is looked at with each ordinary report, not with more of them.
+LOOK_AGAIN_S = 0.9
 
 
 class RouterReports:

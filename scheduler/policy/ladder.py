@@ -78,7 +78,7 @@ def _guess_s(model: Model, rung: str) -> float:
     pooled = model.expected_s(step_name(0, rung))
     if pooled is not None:
         return pooled
-    return GUESS_START_S.get(model.climb_times.kind, 45.0) + _fetch_s(model, rung)
+    return GUESS_START_S[model.climb_times.kind] + _fetch_s(model, rung)
 
 
 def _fetch_s(model: Model, rung: str) -> float:

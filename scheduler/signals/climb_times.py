@@ -32,7 +32,8 @@ Line = tuple[float, float, float]  # seconds, seconds a byte, the least to expec
 
 
 class ClimbTimes:
-    """What was learnt of climbs. `kind` is the kind of device that most nodes have."""
+    """What was learnt of climbs. `kind` is that of the devices that were told of last: a model's
+    expectations are of it, also where a cluster has several kinds."""
 
     def __init__(self) -> None:
         self.kind = "nvml"
