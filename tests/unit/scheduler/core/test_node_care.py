@@ -202,6 +202,27 @@ def test_a_stopped_models_weights_are_held_and_its_warmth_says_so() -> None:
     assert [c for c in world.sent if isinstance(c, StageModels)][-1].models == ()
 
 
+@pytest.mark.parametrize(("resident", "held"), [(0, False), (16, True)])
+def test_no_weights_are_read_again_to_be_held_while_a_start_reads(
+    resident: int, held: bool
+) -> None:
+    node = FakeNode("n1", {"g0": 80 * GIB}, host_budget=30 * GIB)
+    world = World(node)
+    for name in "ab":
+        world.apply(m.ModelPut(now=world.now, model=weighty(name, 16, idle_s=5)))
+    node.cached = tuple(
+        CachedModel(source=f"/models/{n}", disk_bytes=16 * GIB, resident_bytes=resident * GIB)
+        for n in "ab"
+    )
+    world.want("a")
+    world.run(5)
+    node.start_s = 60.0
+    world.want("b")
+    world.run(12)  # a stops by its idle timer; b still starts
+    assert [r.model for r in world.core.state.replicas.values()] == ["b"]
+    assert bool(world.core.state.nodes["n1"].holds) is held
+
+
 def test_a_node_that_missed_its_wish_is_told_again() -> None:
     world = World(staged_node())
     world.nodes["n1"].deaf_to_staging = True
