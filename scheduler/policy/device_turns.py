@@ -1,5 +1,5 @@
-"""How many starts and wakes go on at once on a device, and what waiting for a turn costs. Pure
-policy.
+"""How many starts and wakes go on at once on a device, and what waiting for memory and a turn there
+costs. Pure policy.
 
 An engine that sizes its KV cache by what it finds free must be alone on its devices while it
 starts: whatever else moves memory there falsifies its measurement. One that is told its size may
@@ -18,7 +18,7 @@ Rules this file keeps: nothing starts beside one that must be alone, nor that on
 
 from __future__ import annotations
 
-from scheduler.policy.ladder import climb_s
+from scheduler.policy.ladder import EVICT_S, climb_s
 from scheduler.state.cluster import BUSY, ClusterState, Model, Node, Replica, Stage
 
 WORTH_IT = 1.5
@@ -96,6 +96,39 @@ def slower_by_s(state: ClusterState, node: Node, device_id: str, start_s: float)
         return 0.0
     kind = node.devices[device_id].kind
     return (state.climb_times.slowdown(kind) - 1.0) * start_s
+
+
+def drain_s(state: ClusterState, replica: Replica) -> float:
+    """Seconds until a replica that leaves, or is to, has given its memory back: its requests end
+    first. Of n whose lengths are exponential the last one ends after (1 + 1/2 + ... + 1/n) means.
+
+    Worked example: 3 in flight, 12 s in the mean: 12 x 1.83 = 22 s, and EVICT_S.
+    """
+    count, model = state.in_flight(replica), state.models.get(replica.model)
+    if not count or model is None:
+        return EVICT_S
+    return EVICT_S + model.request_s * sum(1 / n for n in range(1, min(count, 100) + 1))
+
+
+def memory_s(state: ClusterState, node: Node, device_id: str, more: int) -> float:
+    """Seconds until `more` bytes are really free on a device whose bookings have room for them."""
+    if node.physical(device_id) + more <= node.capacity(device_id):
+        return 0.0
+    leaving = (drain_s(state, r) for r in node.on_device(device_id) if r.leaving)
+    return max(leaving, default=EVICT_S)
+
+
+def start_waits_s(
+    state: ClusterState, node: Node, device_id: str, model: Model, start_s: float, now: float
+) -> float:
+    """Seconds that a start on a device waits for memory and its turn, and that company there costs
+    the two."""
+    drains_s = memory_s(state, node, device_id, model.booked_bytes())
+    if not node.books.climbing(device_id):
+        return drains_s
+    alone = must_be_alone(node, model, (device_id,))
+    slower_s = 0.0 if alone else 2 * slower_by_s(state, node, device_id, start_s)
+    return max(drains_s, queue_s(state, node, device_id, now, alone=alone)) + slower_s
 
 
 def _left_s(state: ClusterState, node: Node, replica: Replica, now: float) -> float:

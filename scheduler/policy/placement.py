@@ -32,7 +32,14 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
 from runtime.sizes import size
-from scheduler.policy.device_turns import must_be_alone, queue_s, slower_by_s
+from scheduler.policy.device_turns import (
+    drain_s,
+    memory_s,
+    must_be_alone,
+    queue_s,
+    slower_by_s,
+    start_waits_s,
+)
 from scheduler.policy.eviction import cheapest_descents, evictable, standing
 from scheduler.policy.feasibility import (
     allowed_devices,
@@ -206,7 +213,7 @@ def _room(
     start_s = climb_s(model, 0, node.start_rung(model.spec.source))
     rooms = [
         (
-            _turn_s(state, node, d, model, start_s, now)
+            start_waits_s(state, node, d, model, start_s, now)
             + TIGHT_S * (plannable[d] - need) / max(1, node.capacity(d)),
             d,
         )
@@ -246,7 +253,7 @@ def _evict_on(
         victims = _clear(state, node, device_id, need, model, now, min_dwell_s)
         if victims is not None:
             cleared[device_id] = victims
-            turn_s = _turn_s(state, node, device_id, model, start_s, now)
+            turn_s = start_waits_s(state, node, device_id, model, start_s, now)
             prices.append((turn_s + sum(_weight(state, model, v) for v in victims), device_id))
     if len(prices) < count:
         return None
@@ -334,7 +341,7 @@ def _priced(
         turn_s = max(turn_s, queue_s(state, node, device_id, now, alone=alone, wake=wake))
         if riser is None and not alone:
             slower_s = max(slower_s, slower_by_s(state, node, device_id, wait_s))
-        leaving_s = max(leaving_s, _drains_s(state, node, device_id, more))
+        leaving_s = max(leaving_s, memory_s(state, node, device_id, more))
     wait_s += turn_s + slower_s + leaving_s
     # Company makes the other one slower too.
     price = wait_s + slower_s + _preference(node, model, device_ids, riser)
@@ -343,39 +350,6 @@ def _priced(
     for way in victims:
         price += _weight(state, model, way)
     return Fit(node.node_id, device_ids, victims, riser, rung, wait_s, price)
-
-
-def drain_s(state: ClusterState, replica: Replica) -> float:
-    """Seconds until a replica that leaves, or is to, has given its memory back: its requests end
-    first. Of n whose lengths are exponential the last one ends after (1 + 1/2 + ... + 1/n) means.
-
-    Worked example: 3 in flight, 12 s in the mean: 12 x 1.83 = 22 s, and EVICT_S.
-    """
-    count, model = state.in_flight(replica), state.models.get(replica.model)
-    if not count or model is None:
-        return EVICT_S
-    return EVICT_S + model.request_s * sum(1 / n for n in range(1, min(count, 100) + 1))
-
-
-def _drains_s(state: ClusterState, node: Node, device_id: str, more: int) -> float:
-    """Until `more` bytes are really free on a device whose bookings have room for them."""
-    if node.physical(device_id) + more <= node.capacity(device_id):
-        return 0.0
-    leaving = (drain_s(state, r) for r in node.on_device(device_id) if r.leaving)
-    return max(leaving, default=EVICT_S)
-
-
-def _turn_s(
-    state: ClusterState, node: Node, device_id: str, model: Model, start_s: float, now: float
-) -> float:
-    """Seconds that a start on a device waits for memory and its turn, and that company there costs
-    the two."""
-    drains_s = _drains_s(state, node, device_id, model.booked_bytes())
-    if not node.books.climbing(device_id):
-        return drains_s
-    alone = must_be_alone(node, model, (device_id,))
-    slower_s = 0.0 if alone else 2 * slower_by_s(state, node, device_id, start_s)
-    return max(drains_s, queue_s(state, node, device_id, now, alone=alone)) + slower_s
 
 
 def _blocked_s(

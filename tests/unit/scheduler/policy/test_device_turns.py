@@ -7,9 +7,8 @@ from msgspec.structs import replace
 
 from runtime.wire.agent_messages import MemoryEstimate, StartReplica
 from runtime.wire.model_spec import ModelSpec
-from scheduler.policy.device_turns import queue_s
+from scheduler.policy.device_turns import drain_s, queue_s
 from scheduler.policy.ladder import EVICT_S
-from scheduler.policy.placement import drain_s
 from scheduler.state import messages as m
 from tests.kits.scheduler_world import GIB, FakeNode, World
 
