@@ -47,7 +47,7 @@ class Production:
         """The cheapest place, in expected seconds of waiting."""
         patient = now < model.patient_until
         answer = place(state, model, now, self._min_dwell_s, evict and not patient)
-        if patient and not isinstance(answer, Fit):
+        if patient and isinstance(answer, NotNow):
             return NotNow(model.waiting_for or "waiting for room")
         if extra and isinstance(answer, Fit):
             cost_s = sum(way.cost for way in answer.victims)

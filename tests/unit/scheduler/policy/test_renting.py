@@ -47,6 +47,16 @@ def test_many_callers_wait_less() -> None:
     assert waited_s(world_of(), 12) <= 2
 
 
+def test_who_is_patient_hears_at_once_that_no_node_is_left() -> None:
+    world = world_of()
+    world.want("new", 1, wait_s=0.1)
+    model = world.core.state.models["new"]
+    assert model.patient_until > world.now
+    world.apply(m.CordonSet(now=world.now, node_id="n1", cordoned=True))
+    world.want("new", 1, wait_s=0.2)
+    assert model.unfit == "no node is up that takes new replicas"
+
+
 def test_an_operator_waits_for_nobody() -> None:
     world = world_of()
     world.apply(m.LoadAsked(now=world.now, model="new", replicas=1))
