@@ -1,8 +1,9 @@
 """Runs the core in the world: feeds events in, carries commands out, publishes the route table.
 
 Rules this file keeps: it decides nothing; the core is called on the event loop only, one event at a
-time; a scheduler that is not the leader touches nothing; an event that the core fails on changes
-nothing outside, and a core that keeps failing is noticed (`keeps_failing`).
+time; a scheduler that is not the leader touches nothing; what the core decided of an event before
+it failed on the rest is carried out, and a core that keeps failing is noticed (`keeps_failing`);
+who fails on what is stored does not lead.
 """
 
 from __future__ import annotations
@@ -10,11 +11,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from runtime.wire.routes import RouteTable
 from scheduler.agent_calls import AgentCalls
 from scheduler.core.decisions import Core
+from scheduler.core.turn import EventFailed
 from scheduler.learned_state import LearnedState
 from scheduler.state import messages as m
 from scheduler.state.learning import mismatch
@@ -57,10 +59,15 @@ class Driver:
     # ------------------------------------------------------------------------------- leading
 
     def lead(self, event: m.Elected) -> None:
-        """Act from now on, with what is stored."""
+        """Act from now on, with what is stored.
+
+        Raises EventFailed where the core can't take that in: it would know a part of the models,
+        and stop the replicas of all others.
+        """
+        commands = self.core.handle(event)
         self.leads = True
         self._failed_at = ()
-        self.apply(event)
+        self._carry_out(commands, event.now)
 
     def stand_by(self) -> None:
         """Act no more: what was not sent yet is not sent, and routers look for the new leader."""
@@ -80,19 +87,29 @@ class Driver:
         """Hand one event to the core and begin to carry out what it answers."""
         try:
             commands = self.core.handle(event)
-        except Exception:
+        except EventFailed as failed:
             # One failure is outlived: the next heartbeats and reports tell everything again.
-            log.exception("the core failed on %s", type(event).__name__)
-            self._count("core_error")
-            self._failed_at = (*self._failed_at, event.now)[-FAILURES:]
-            return
+            log.exception("%s", failed)
+            self._count_failure(event.now)
+            commands = failed.commands
         if isinstance(event, m.DemandSeen):
             self._demand_seen.set()
             self._demand_seen = asyncio.Event()
-        for command in commands:
-            self._carry_out(command)
+        self._carry_out(commands, event.now)
 
-    def _carry_out(self, command: m.Command) -> None:
+    def _carry_out(self, commands: Iterable[m.Command], now: float) -> None:
+        for command in commands:
+            try:
+                self._execute(command)
+            except Exception:  # those after it are no less decided
+                log.exception("%s could not be carried out", type(command).__name__)
+                self._count_failure(now)
+
+    def _count_failure(self, now: float) -> None:
+        self._count("core_error")
+        self._failed_at = (*self._failed_at, now)[-FAILURES:]
+
+    def _execute(self, command: m.Command) -> None:
         match command:
             case m.Send():
                 self.agents.send(command.node_id, command.command, self._command_done)

@@ -38,7 +38,7 @@ from scheduler.core.publisher import VERSIONS_PER_TERM, Publisher
 from scheduler.core.refusals import Refusals
 from scheduler.core.replica_moves import Moves
 from scheduler.core.router_reports import RouterReports
-from scheduler.core.turn import Settings, Turn
+from scheduler.core.turn import EventFailed, Settings, Turn
 from scheduler.policy.choices import Choices
 from scheduler.policy.production import Production
 from scheduler.state import messages as m
@@ -77,10 +77,22 @@ class Core:
         return self._turn.state
 
     def handle(self, event: m.Event) -> list[m.Command]:
-        """Take one event in and return what is to be done, in order."""
+        """Take one event in and return what is to be done, in order.
+
+        Raises EventFailed, with what was decided until then, where any part fails.
+        """
         turn, now = self._turn, event.now
         turn.out, turn.now = [], now
         turn.state.new_event()
+        try:
+            self._take(event, now)
+            self._settle(now)
+        except Exception as error:
+            raise EventFailed(event, error, turn.out) from error
+        return turn.out
+
+    def _take(self, event: m.Event, now: float) -> None:
+        """Enter into the state what an event says."""
         match event:
             case m.HeartbeatSeen():
                 self._heartbeats.take(event.heartbeat, now)
@@ -107,11 +119,10 @@ class Core:
             case m.QuarantineSet():
                 self._care.quarantine(event, now)
             case m.RulesSet():
-                turn.state.rules, turn.state.rules_changed = event.rules, True
+                state = self._turn.state
+                state.rules, state.rules_changed = event.rules, True
             case _:
                 assert_never(event)
-        self._settle(now)
-        return turn.out
 
     def _settle(self, now: float) -> None:
         """Bring what should be and what is together, then publish what changed."""

@@ -25,6 +25,7 @@ class Publisher:
         self._routes: dict[str, ModelRoute] = {}
         self._route_names: list[str] = []  # sorted
         self._lost: tuple[str, ...] = ()  # as published last
+        self._changed = False  # since then; outlives an event that the core failed on
 
     def begin_term(self) -> None:
         """Forget every route: a new leader works them out itself."""
@@ -34,21 +35,22 @@ class Publisher:
         """Work out the routes of what is dirty, and publish the table if it says anything new."""
         state, dirty = self._turn.state, self._turn.dirty
         unpublished = state.routes_version == state.term * VERSIONS_PER_TERM
-        if not (dirty or state.rules_changed or unpublished):
+        if not (dirty or state.rules_changed or unpublished or self._changed):
             return
         # A new leader says what it knows even if that is nothing.
-        changed = unpublished or state.rules_changed
+        self._changed |= unpublished or state.rules_changed
         state.rules_changed = False
         if dirty and (lost := lost_urls(state)) != self._lost:
-            self._lost, changed = lost, True
+            self._lost, self._changed = lost, True
         for name in dirty:
             model = state.models.get(name)
             route = model_route(state, model, now) if model else None
             if route != self._routes.get(name):
-                changed = True
+                self._changed = True
                 self._set_route(name, route)
         dirty.clear()
-        if changed:
+        if self._changed:
+            self._changed = False
             state.routes_version += 1
             table = RouteTable(
                 version=state.routes_version,

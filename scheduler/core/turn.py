@@ -2,7 +2,8 @@
 
 Rules this file keeps:
 - the state is read through the turn, never kept: an election replaces it as a whole;
-- every decision leaves a `Decided` with its reason and cause.
+- every decision leaves a `Decided` with its reason and cause;
+- what was decided of an event is never lost, also where the core fails on the rest of it.
 """
 
 from __future__ import annotations
@@ -27,6 +28,17 @@ class Settings:
     min_dwell_s: float = _DEFAULTS.min_dwell_s
     stand_by: bool = _DEFAULTS.stand_by
     starts_at_once: int = _DEFAULTS.starts_at_once
+
+
+class EventFailed(Exception):
+    """An event that the core failed on, and why. `commands`: what was decided of it before.
+
+    The state has taken that in (a device is quarantined, a start is sent), so it has to happen.
+    """
+
+    def __init__(self, event: m.Event, why: Exception, commands: list[m.Command]) -> None:
+        super().__init__(f"the core failed on {type(event).__name__}: {why!r}")
+        self.commands = commands
 
 
 class Turn:

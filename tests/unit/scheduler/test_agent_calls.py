@@ -130,7 +130,7 @@ async def test_who_stands_by_sends_nothing_that_waited(one, agent, monkeypatch) 
 
     monkeypatch.setattr(one.driver.core, "handle", noted)
     for replica_id in ("r-1", "r-2"):
-        one.driver._carry_out(m.Send(node_id="n1", command=stop(replica_id)))
+        one.driver._execute(m.Send(node_id="n1", command=stop(replica_id)))
     await until(lambda: agent.heard)
     one.driver.stand_by()
     agent.may_answer.set()

@@ -11,20 +11,33 @@ import pytest
 from runtime.registry.embedded import EmbeddedRegistry
 from runtime.wire.routes import DemandReport, RouteTable
 from scheduler import driver as driver_file
+from scheduler.core.refusals import Refusals
+from scheduler.core.turn import EventFailed
 from scheduler.driver import Driver
 from scheduler.state import messages as m
+from scheduler.store import Store
 from tests.kits.scheduler_parts import Scheduler
 
 
 @pytest.fixture
-async def driver(tmp_path: Path) -> AsyncIterator[Driver]:
+async def scheduler(tmp_path: Path) -> AsyncIterator[Scheduler]:
     """One that leads, with nothing stored."""
     registry = EmbeddedRegistry(tmp_path / "registry.db")
     one = Scheduler(registry, "http://a")
     one.driver.lead(m.Elected(now=one.driver.now(), term=1))
-    yield one.driver
+    yield one
     await one.close()
     await registry.close()
+
+
+@pytest.fixture
+def driver(scheduler: Scheduler) -> Driver:
+    return scheduler.driver
+
+
+@pytest.fixture
+def store(scheduler: Scheduler) -> Store:
+    return scheduler.store
 
 
 def publishes(driver: Driver, version: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -39,7 +52,7 @@ def fails(driver: Driver, monkeypatch: pytest.MonkeyPatch, at: float) -> None:
     """Have the core fail on one event."""
 
     def fail(event: m.Event) -> list[m.Command]:
-        raise AssertionError("a-1-1: stopping -> ready")
+        raise EventFailed(event, AssertionError("a-1-1: stopping -> ready"), [])
 
     monkeypatch.setattr(driver.core, "handle", fail)
     driver.apply(m.Tick(now=at))
@@ -87,7 +100,7 @@ async def test_a_change_is_answered_once_every_router_routes_by_it(driver, monke
     await driver.routers_follow(0.05)  # a router that does not report keeps nobody for long
 
 
-async def test_an_event_the_core_fails_on_changes_nothing_outside(
+async def test_an_event_the_core_fails_on_at_once_changes_nothing_outside(
     driver: Driver, monkeypatch, caplog
 ) -> None:
     publishes(driver, 5, monkeypatch)
@@ -100,6 +113,42 @@ async def test_an_event_the_core_fails_on_changes_nothing_outside(
     assert not driver.keeps_failing
     driver.apply(m.Tick(now=driver.now()))  # the next one is taken in
     assert driver.decided["core_error"] == 1
+
+
+async def test_what_was_decided_before_the_core_failed_is_carried_out(
+    driver: Driver, store: Store, monkeypatch
+) -> None:
+    def fail(_: Refusals) -> None:
+        raise KeyError("a fault of ours")
+
+    monkeypatch.setattr(Refusals, "recheck", fail)
+    driver.apply(m.QuarantineSet(now=driver.now(), node_id="n", device_id="g", reason="noisy"))
+    assert driver.decided == {"quarantine": 1, "core_error": 1}
+    async with asyncio.timeout(30):
+        while not (entries := await store.below("quarantine", "n")):
+            await asyncio.sleep(0.01)
+    assert [entry.value for entry in entries] == [b"noisy"]
+    assert driver.leads
+
+
+async def test_a_command_that_can_not_be_carried_out_keeps_back_no_other(
+    driver: Driver, monkeypatch, caplog
+) -> None:
+    def fail(_: m.ColdStart) -> None:
+        raise KeyError("a fault of ours")
+
+    driver.on_cold_start = fail
+    table = RouteTable(version=5, models=())
+    climb = m.ColdStart(
+        number=1, at=0.0, model="a", replica_id="a-1-1", node_id="n", rung="cached",
+        outcome="ready", cause="", reason="", moved_down=(), total_s=0.0, phases={},
+    )  # fmt: skip
+    commands = [climb, m.Publish(table=table)]
+    monkeypatch.setattr(driver.core, "handle", lambda _: commands)
+    driver.apply(m.Tick(now=driver.now()))
+    assert driver.table == table
+    assert driver.decided == {"core_error": 1}
+    assert "ColdStart could not be carried out" in caplog.text
 
 
 @pytest.mark.parametrize(

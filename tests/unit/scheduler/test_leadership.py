@@ -11,6 +11,8 @@ import pytest
 from runtime.registry.embedded import EmbeddedLock, EmbeddedRegistry
 from runtime.registry.protocol import RegistryError
 from scheduler import leadership
+from scheduler.core.router_reports import RouterReports
+from scheduler.core.turn import EventFailed
 from scheduler.state import messages as m
 from scheduler.stored_state import StoredState
 from tests.kits.scheduler_parts import Scheduler
@@ -207,6 +209,25 @@ async def test_a_try_that_fails_gives_the_lock_back_and_another_one_comes(
     assert one.leadership.why_not_leading == ""
 
 
+async def test_who_can_not_take_in_what_is_stored_does_not_lead(make, monkeypatch) -> None:
+    one, _ = make()
+    await one.store.put(m.StoredModel(spec=spec("a")), "models", "a")
+
+    def fail(*_: object) -> None:
+        raise KeyError("a fault of ours")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(RouterReports, "recall", fail)
+        one.lead_or_stand_by()
+        await until(lambda: one.leadership.why_not_leading, "it says why")
+        assert not one.driver.leads
+        assert one.leadership.why_not_leading == (
+            "it could not lead: the core failed on Elected: KeyError('a fault of ours')"
+        )
+    await until(lambda: one.driver.leads, "it leads after all")
+    assert set(one.driver.core.state.models) == {"a"}
+
+
 def poison(one: Scheduler, monkeypatch: pytest.MonkeyPatch, failures: int) -> list[m.Event]:
     """Have the core fail so often, as on a state that is wrong; a new one is right. Returns what
     it failed on."""
@@ -220,7 +241,7 @@ def poison(one: Scheduler, monkeypatch: pytest.MonkeyPatch, failures: int) -> li
         if healed or len(failed) >= failures:
             return handle(event)
         failed.append(event)
-        raise AssertionError("a-1-1: stopping -> ready")
+        raise EventFailed(event, AssertionError("a-1-1: stopping -> ready"), [])
 
     monkeypatch.setattr(one.driver.core, "handle", fail_or_handle)
     return failed
@@ -277,7 +298,7 @@ async def test_each_next_time_it_begins_again_twice_as_late(make, monkeypatch) -
         if isinstance(event, m.Elected):
             one.driver.core.state.term = event.term
             return []
-        raise AssertionError("whatever it is told")
+        raise EventFailed(event, AssertionError("whatever it is told"), [])
 
     monkeypatch.setattr(one.driver.core, "handle", fail)
     await until(lambda: one.term == 4, "it began again three times")
