@@ -43,10 +43,6 @@ class Gate:
         """The route of a name or alias."""
         return self._admission.find(model)
 
-    def known(self, name: str) -> bool:
-        """Whether `name` is a model's, an alias or a route's."""
-        return self._admission.find(name) is not None or name in self.versions.ways
-
     def waiting(self, model: str) -> int:
         """How many requests wait for the model of that (exact) name."""
         return self._admission.waiting(model)

@@ -15,7 +15,7 @@ def error_answer(error: CallError, target: str, request_id: str) -> bytes:
     extra = "".join(f"{name}: {value}\r\n" for name, value in error.headers().items())
     reason = REASONS.get(error.status, b"").decode()
     head = (
-        f"HTTP/1.1 {error.status} {reason}\r\nContent-Type: application/json; charset=utf-8\r\n"
+        f"HTTP/1.1 {error.status} {reason}\r\nContent-Type: application/json\r\n"
         f"Content-Length: {len(body)}\r\nX-Request-ID: {request_id}\r\n{extra}\r\n"
     )
     return head.encode() + body

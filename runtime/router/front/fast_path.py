@@ -7,8 +7,9 @@ that is anything else, the connection and the bytes of that request go to aiohtt
 there. ADR 0006 says why.
 
 Rules this file keeps:
-- it answers nothing that aiohttp would answer otherwise: whoever sends something odd, malformed or
-  unknown is handed over before a byte of an answer is written, and the error is made there;
+- it answers nothing that aiohttp would answer otherwise: whoever sends something odd or malformed,
+  or a key that is not good, is handed over before a byte of an answer is written, and the error is
+  made there; what the proxy says (404, 429, 503) it says through either;
 - one request at a time: pipelined bytes wait, at most PIPELINED_BYTES, then the socket is not
   read; two requests in one read are handed over;
 - what the caller does not read is not read from the engine either;
@@ -261,9 +262,6 @@ class PlainConnection(asyncio.Protocol):
             head = read_head(body)
             caller = self._front.proxy.keys.identify(self._token or self._api_key, time.time())
         except CallError:
-            self._hand_over()
-            return
-        if not self._front.proxy.gate.known(head.model):
             self._hand_over()
             return
         local = self._front.proxy.keys.local

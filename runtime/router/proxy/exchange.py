@@ -152,7 +152,7 @@ class Exchange:
 
     async def _held(self, held: Held) -> Forward | Refused:
         since, trace = self._loop.time(), self.outcome.trace
-        if trace is not None:
+        if trace is not None:  # what it waits for, as the table in force says it
             route = self._means.gate.find(self.call.model)
             trace.hold(route.waiting_for if route else None)
         turn, call = self._means.gate.turn(held.request_id), self.call
@@ -177,7 +177,7 @@ class Exchange:
 
     def _comment(self) -> bytes:
         model = self.call.model
-        route = self._means.gate.find(model)
+        route = self._means.gate.find(model)  # tables came while it waited
         reason = (route and route.waiting_for) or "a replica"
         text = f"waiting for {model}: {reason}, {self._loop.time() - self.began_at:.0f}s"
         if route and route.eta_s is not None:

@@ -84,6 +84,7 @@ class Proxy:
             if call.path.startswith(RESPONSES):
                 await self._check_stored(call)
             if not self._short_cuts.offered(exchange) or not await self._short_cuts.taken(exchange):
+                # It looks the route up again: what was awaited may have outlived our table.
                 decision = self.gate.arrive(call.model, profile)
                 await exchange.run(decision)
             status = exchange.status

@@ -15,6 +15,17 @@ pytestmark = pytest.mark.both_doors
 CHAT = "/v1/chat/completions"
 
 
+async def test_a_model_that_is_not_there_is_one_404_at_either_door(stack: Stack) -> None:
+    await stack.serve("llama")
+    for _ in range(2):  # the first one ends nothing
+        async with stack.post(CHAT, {"model": "lama"}) as response:
+            assert response.status == 404
+            assert response.headers["Content-Type"] == "application/json"
+            error = (await response.json())["error"]
+        assert (error["code"], error["param"]) == ("model_not_found", "model")
+        assert error["message"] == "there is no model 'lama'; did you mean 'llama'?"
+
+
 async def test_models(stack: Stack) -> None:
     engine = await stack.engine(unary())
     await stack.scheduler.publish(

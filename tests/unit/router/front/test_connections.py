@@ -81,15 +81,11 @@ class Proxy:
         self.calls: list[Call] = []
         self.cancelled = 0
         self.hold: asyncio.Event | None = None
-        self.gate = self
         self.keys = Keys(anonymous=True)
         self.memory = Memory(2**30)
         self.metrics = self
         self.connections = 0
         self.error: Exception | None = None
-
-    def known(self, model: str) -> bool:
-        return model == "m"
 
     async def serve(self, call: Call, client) -> None:
         self.calls.append(call)
@@ -203,7 +199,6 @@ ODD = [
     plain(path=b"/metrics"),
     plain().replace(b"POST", b"PUT"),
     plain().replace(b"HTTP/1.1", b"HTTP/1.0"),
-    plain().replace(b'"m"', b'"unknown"'),
     plain().replace(b'"model"', b'"modem"'),
     plain().replace(b'{"', b'["'),
     plain().replace(b"Content-Length: ", b"Content-Length: +"),
