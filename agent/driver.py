@@ -151,9 +151,9 @@ class _Agent:
             await asyncio.wait([*tasks, failed, ending], return_when=asyncio.FIRST_COMPLETED)
             if failed.done():
                 failed.result()
-            for task in tasks:
+            for task in (*tasks, ending):
                 if task.done():
-                    task.result()  # a loop ends with an error only
+                    task.result()  # a loop ends with an error only, a drain with none
         finally:
             for task in (*tasks, finding, ending):
                 task.cancel()

@@ -11,6 +11,8 @@ import threading
 import pytest
 
 import agent.driver
+from agent.core.messages import ShutdownRequested
+from agent.core.state_machine import AgentCore
 from agent.devices.inventory import open_devices
 from agent.driver import run_agent
 from runtime.registry.protocol import RegistryError
@@ -157,6 +159,27 @@ async def in_process(tmp_path, scheduler, registry):
         assert processes(make_config(tmp_path)) == {}
     finally:
         kill_all(make_config(tmp_path))
+
+
+async def test_a_drain_that_fails_ends_the_agent_with_its_error(
+    tmp_path, scheduler, registry, monkeypatch
+):
+    handle = AgentCore.handle
+
+    def fail(self, event):
+        if isinstance(event, ShutdownRequested):
+            raise KeyError("a fault of ours")
+        return handle(self, event)
+
+    monkeypatch.setattr(AgentCore, "handle", fail)
+    stop_it, ready = asyncio.Event(), asyncio.get_running_loop().create_future()
+    work = asyncio.create_task(
+        run_agent(make_config(tmp_path), registry, stop=stop_it, on_ready=ready.set_result)
+    )
+    await asyncio.wait_for(ready, 30)
+    stop_it.set()
+    with pytest.raises(KeyError, match="a fault of ours"):
+        await asyncio.wait_for(work, 30)
 
 
 async def test_a_registry_that_is_down_stops_nothing(in_process, scheduler, client, registry):
