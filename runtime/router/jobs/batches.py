@@ -22,7 +22,7 @@ from runtime.router.jobs.metrics import JobMetrics
 from runtime.router.jobs.plan import Item, Key, Plan
 from runtime.router.jobs.send import Sender, Sent, send
 from runtime.router.jobs.store import batch_rows, file_rows
-from runtime.router.jobs.store.database import Store, StoreError
+from runtime.router.jobs.store.database import JobStore, StoreError
 from runtime.router.jobs.store.file_rows import ERROR, OK
 from runtime.router.jobs.store.rows import BatchRow, LineRow
 from runtime.router.jobs.store.tenants import Turns
@@ -45,7 +45,7 @@ class Batches:
 
     def __init__(
         self,
-        store: Store,
+        store: JobStore,
         proxy: Proxy,
         metrics: JobMetrics,
         *,

@@ -14,7 +14,7 @@ from runtime.router.jobs.metrics import JobMetrics
 from runtime.router.jobs.plan import Item, Plan
 from runtime.router.jobs.send import Sender, Sent, send
 from runtime.router.jobs.store import job_rows
-from runtime.router.jobs.store.database import Store
+from runtime.router.jobs.store.database import JobStore
 from runtime.router.jobs.store.rows import JobRow
 from runtime.router.proxy.serving import Proxy
 
@@ -33,7 +33,7 @@ class Invokes:
 
     def __init__(
         self,
-        store: Store,
+        store: JobStore,
         proxy: Proxy,
         metrics: JobMetrics,
         *,

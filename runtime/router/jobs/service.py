@@ -29,7 +29,7 @@ from runtime.router.jobs.handlers.jobs import JobHandlers
 from runtime.router.jobs.invokes import Invokes
 from runtime.router.jobs.metrics import JobMetrics
 from runtime.router.jobs.store import batch_rows, file_rows, job_rows
-from runtime.router.jobs.store.database import Store, StoreError
+from runtime.router.jobs.store.database import JobStore, StoreError
 from runtime.router.jobs.webhooks import Webhooks
 from runtime.router.proxy.serving import Proxy
 from runtime.wire.agent_messages import SpecProblem
@@ -55,7 +55,7 @@ class Jobs:
         self._proxy = proxy
         self._master = _master(settings.webhook_secret)
         self._lock_file = folder / "jobs.lock"
-        self._store = Store(
+        self._store = JobStore(
             folder / "jobs.db", settings.store_max_bytes, settings.store_tenant_share
         )
         self._woken = asyncio.Event()

@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator
 
 from runtime.router.jobs.lines import Check, Problem, Splitter
 from runtime.router.jobs.store import batch_rows, file_rows
-from runtime.router.jobs.store.database import ShareFull, Store
+from runtime.router.jobs.store.database import JobStore, ShareFull
 from runtime.router.jobs.store.rows import BatchRow, LineRow
 
 log = logging.getLogger("stoker.router.jobs")
@@ -22,7 +22,7 @@ log = logging.getLogger("stoker.router.jobs")
 _INSERTED = 200  # lines checked and written at a time: a few milliseconds
 
 
-async def validate(store: Store, row: BatchRow, max_line_bytes: int) -> None:
+async def validate(store: JobStore, row: BatchRow, max_line_bytes: int) -> None:
     """`row` is in progress or has failed after this; from the beginning if it was broken off.
 
     Raises StoreError.
@@ -42,7 +42,7 @@ async def validate(store: Store, row: BatchRow, max_line_bytes: int) -> None:
         await store.write(batch_rows.validated, row.seq, check.count, time.time())
 
 
-async def _read(store: Store, row: BatchRow, check: Check, max_line_bytes: int) -> None:
+async def _read(store: JobStore, row: BatchRow, check: Check, max_line_bytes: int) -> None:
     good: list[LineRow] = []
     async for number, start, text in _lines(store, row, max_line_bytes):
         if text is None:
@@ -57,13 +57,13 @@ async def _read(store: Store, row: BatchRow, check: Check, max_line_bytes: int) 
     await _take_in(store, row, good)
 
 
-async def _take_in(store: Store, row: BatchRow, good: list[LineRow]) -> None:
+async def _take_in(store: JobStore, row: BatchRow, good: list[LineRow]) -> None:
     """Raises ShareFull."""
     await store.write_within(row.tenant, 0, batch_rows.add_lines, row.seq, good)
 
 
 async def _lines(
-    store: Store, row: BatchRow, max_line_bytes: int
+    store: JobStore, row: BatchRow, max_line_bytes: int
 ) -> AsyncIterator[tuple[int, int, bytes | None]]:
     splitter, start = Splitter(max_line_bytes), 0
     while data := await store.read(file_rows.part, row.input, start, file_rows.CHUNK_BYTES):

@@ -29,7 +29,7 @@ from tenacity import (
 from runtime.router.jobs import signing
 from runtime.router.jobs.metrics import JobMetrics
 from runtime.router.jobs.store import hook_rows
-from runtime.router.jobs.store.database import Store, StoreError
+from runtime.router.jobs.store.database import JobStore, StoreError
 from runtime.router.jobs.store.hook_rows import HookRow
 from runtime.sockets import tcp_connector
 
@@ -76,7 +76,7 @@ class Webhooks:
     """
 
     def __init__(
-        self, store: Store, metrics: JobMetrics, *, master: bytes | None, private: bool
+        self, store: JobStore, metrics: JobMetrics, *, master: bytes | None, private: bool
     ) -> None:
         self._store = store
         self._metrics = metrics

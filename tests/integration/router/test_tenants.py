@@ -16,7 +16,7 @@ import pytest
 from runtime.contract.access import Limits, Scope, Used
 from runtime.router.jobs import invokes
 from runtime.router.jobs.store import file_rows, held_rows
-from runtime.router.jobs.store.database import Store
+from runtime.router.jobs.store.database import JobStore
 from runtime.router.jobs.store.tenants import Owner
 from tests.kits import router_stack as kit
 from tests.kits.router_keys import ask, key
@@ -159,7 +159,7 @@ async def test_a_tenant_far_beyond_its_share_of_the_store_waits_and_no_other(
         await with_keys(stack)
         jobs = [(await submit(stack, "acme"))[1]["id"] for _ in range(2)]
         await eventually(lambda: engine.received, "not sent")
-        other = Store(tmp_path / "jobs.db", 2**30)  # as another worker
+        other = JobStore(tmp_path / "jobs.db", 2**30)  # as another worker
         file = await other.write(file_rows.begin, "file-1", Owner("acme"), time.time())
         await other.write(file_rows.add_chunks, file, 0, b"x" * 300_000)
 
@@ -205,7 +205,7 @@ async def test_the_lines_of_batches_count_before_they_are_taken_in(tmp_path: Pat
         assert error["code"] == "store_share_full"
         assert "500000 (router.store_tenant_share)" in error["message"]
         assert (await upload(stack, "globex", b"x" * 500))[0] == 200
-        other = Store(tmp_path / "jobs.db", 2**30)
+        other = JobStore(tmp_path / "jobs.db", 2**30)
         # A line of a cancelled batch has a result too, which is let in beyond the share: how many
         # have one depends on whether the next batch is read before the last is cancelled.
         taken_in = await other.read(held_rows.of, "acme") - await other.read(results_bytes)

@@ -37,7 +37,7 @@ from runtime.router.jobs.handlers.requests import (
 from runtime.router.jobs.invokes import WINDOW_S
 from runtime.router.jobs.lines import ENDPOINTS
 from runtime.router.jobs.store import batch_rows, shapes
-from runtime.router.jobs.store.database import Store
+from runtime.router.jobs.store.database import JobStore
 from runtime.router.jobs.store.rows import BatchRow
 from runtime.router.jobs.store.tenants import Owner
 
@@ -65,7 +65,7 @@ class BatchHandlers:
     """`/v1/batches`. `wake`: there is work."""
 
     def __init__(
-        self, store: Store, settings: RouterConfig, keys: Keys, wake: Callable[[], None]
+        self, store: JobStore, settings: RouterConfig, keys: Keys, wake: Callable[[], None]
     ) -> None:
         self._store = store
         self._settings = settings

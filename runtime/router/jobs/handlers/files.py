@@ -24,7 +24,7 @@ from runtime.router.jobs.handlers.requests import (
     shown,
 )
 from runtime.router.jobs.store import file_rows, shapes
-from runtime.router.jobs.store.database import Store
+from runtime.router.jobs.store.database import JobStore
 from runtime.router.jobs.store.rows import FileRow
 from runtime.router.jobs.store.tenants import Owner
 
@@ -34,7 +34,7 @@ _FILES_MAX = 10_000
 class FileHandlers:
     """`/v1/files`."""
 
-    def __init__(self, store: Store, settings: RouterConfig, keys: Keys, memory: Memory) -> None:
+    def __init__(self, store: JobStore, settings: RouterConfig, keys: Keys, memory: Memory) -> None:
         self._store = store
         self._settings = settings
         self._keys = keys
@@ -123,7 +123,7 @@ class FileHandlers:
         return await find_file(self._store, owner_of(request), request.match_info["id"])
 
 
-async def find_file(store: Store, owner: Owner, file_id: str) -> FileRow:
+async def find_file(store: JobStore, owner: Owner, file_id: str) -> FileRow:
     """The owner's file. Raises CallError (404)."""
     file = await store.read(file_rows.get, owner, file_id)
     if file is None:

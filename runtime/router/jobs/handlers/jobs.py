@@ -30,7 +30,7 @@ from runtime.router.jobs.handlers.requests import (
 from runtime.router.jobs.invokes import WINDOW_S
 from runtime.router.jobs.metrics import JobMetrics
 from runtime.router.jobs.store import job_rows, shapes
-from runtime.router.jobs.store.database import Store
+from runtime.router.jobs.store.database import JobStore
 
 WEBHOOK_HEADER = "X-Stoker-Webhook"
 
@@ -40,7 +40,7 @@ class JobHandlers:
 
     def __init__(
         self,
-        store: Store,
+        store: JobStore,
         settings: RouterConfig,
         keys: Keys,
         metrics: JobMetrics,

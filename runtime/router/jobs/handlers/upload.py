@@ -19,7 +19,7 @@ from runtime.router.call.body import bad_form
 from runtime.router.call.errors import CallError
 from runtime.router.call.multipart import FORM_TYPE, FormReader, Part
 from runtime.router.jobs.store import file_rows
-from runtime.router.jobs.store.database import Store
+from runtime.router.jobs.store.database import JobStore
 from runtime.router.jobs.store.rows import FileRow
 from runtime.router.jobs.store.tenants import Owner
 
@@ -34,7 +34,7 @@ KEEP_MIN_S, KEEP_MAX_S = 3600, 30 * 24 * 3600  # what OpenAI lets callers ask fo
 
 async def take_in(
     request: web.Request,
-    store: Store,
+    store: JobStore,
     maker: Owner,
     *,
     max_bytes: int,
@@ -130,7 +130,7 @@ class _Fields:
 class _Upload:
     """One file on its way into the store."""
 
-    def __init__(self, store: Store, maker: Owner, max_bytes: int, read_s: float) -> None:
+    def __init__(self, store: JobStore, maker: Owner, max_bytes: int, read_s: float) -> None:
         self._store = store
         self._maker = maker
         self._max_bytes = max_bytes

@@ -129,7 +129,7 @@ class ShareFull(CallError):
         super().__init__(507, "store_share_full", message, final=True)
 
 
-class Store:
+class JobStore:
     """The file `path`, made (0600) with the first call.
 
     `max_bytes`, and `tenant_share` of it for one tenant: see `check_room`.

@@ -14,7 +14,13 @@ from pathlib import Path
 import pytest
 
 from runtime.router.jobs.store import batch_rows, file_rows, held_rows, hook_rows, job_rows
-from runtime.router.jobs.store.database import ShareFull, Store, StoreError, StoreFull, used_bytes
+from runtime.router.jobs.store.database import (
+    JobStore,
+    ShareFull,
+    StoreError,
+    StoreFull,
+    used_bytes,
+)
 from runtime.router.jobs.store.file_rows import CHUNK_BYTES, ERROR, OK
 from runtime.router.jobs.store.rows import BatchRow, FileRow, LineRow
 from runtime.router.jobs.store.tenants import Owner
@@ -25,20 +31,20 @@ FIRST_FORMAT = Path(__file__).parent / "jobs_format_1.sql"
 
 
 @pytest.fixture
-async def db(tmp_path: Path) -> AsyncIterator[Store]:
-    made = Store(tmp_path / "state" / "jobs.db", 2**30)
+async def db(tmp_path: Path) -> AsyncIterator[JobStore]:
+    made = JobStore(tmp_path / "state" / "jobs.db", 2**30)
     yield made
     await made.close()
 
 
-async def upload(db: Store, data: bytes, name: str = "file-1", tenant: str = "t") -> FileRow:
+async def upload(db: JobStore, data: bytes, name: str = "file-1", tenant: str = "t") -> FileRow:
     file = await db.write(file_rows.begin, name, Owner(tenant), NOW)
     await db.write(file_rows.add_chunks, file, 0, data)
     return await db.write(file_rows.end, file, "in.jsonl", "batch", len(data), NOW + 100)
 
 
 async def batch_of(
-    db: Store, count: int, name: str = "batch_1", tenant: str = "t", webhook: str | None = None
+    db: JobStore, count: int, name: str = "batch_1", tenant: str = "t", webhook: str | None = None
 ) -> BatchRow:
     """A batch in progress with so many lines."""
     file = await upload(db, b"x" * count, f"file-of-{name}", tenant)
@@ -53,7 +59,7 @@ async def batch_of(
     return await db.read(batch_rows.by_seq, row.seq)
 
 
-async def content(db: Store, file: FileRow) -> bytes:
+async def content(db: JobStore, file: FileRow) -> bytes:
     data, position = await db.read(file_rows.content, file, 0)
     whole = data
     while data and position is not None:
@@ -63,7 +69,7 @@ async def content(db: Store, file: FileRow) -> bytes:
 
 
 async def test_the_file_is_its_owners_and_several_may_make_it_at_once(tmp_path: Path) -> None:
-    stores = [Store(tmp_path / "jobs.db", 2**30) for _ in range(6)]
+    stores = [JobStore(tmp_path / "jobs.db", 2**30) for _ in range(6)]
     assert await asyncio.gather(*(s.has_room() for s in stores)) == [True] * 6
     assert stat.S_IMODE((tmp_path / "jobs.db").stat().st_mode) == 0o600
     assert stat.S_IMODE((tmp_path / "jobs.db-wal").stat().st_mode) == 0o600
@@ -71,7 +77,7 @@ async def test_the_file_is_its_owners_and_several_may_make_it_at_once(tmp_path: 
         await made.close()
 
 
-async def test_a_write_that_fails_leaves_nothing(db: Store) -> None:
+async def test_a_write_that_fails_leaves_nothing(db: JobStore) -> None:
     def half(connection: sqlite3.Connection) -> None:
         file_rows.begin(connection, "file-1", Owner("t"), NOW)
         file_rows.begin(connection, "file-1", Owner("t"), NOW)  # the id is taken
@@ -89,7 +95,7 @@ async def test_a_file_of_another_version_is_refused_and_left_alone(
         made.execute("PRAGMA user_version = 99")
     made.close()
     with pytest.raises(StoreError) as caught:
-        await Store(path, 2**30).has_room()
+        await JobStore(path, 2**30).has_room()
     assert caught.value.status == 503
     assert str(tmp_path) not in caught.value.message
     assert "its format is 99, and this release reads 2: a newer one wrote it" in caplog.text
@@ -99,7 +105,7 @@ async def test_a_file_of_another_version_is_refused_and_left_alone(
     left.close()
 
 
-async def test_uploads_come_back_whole_and_in_part(db: Store) -> None:
+async def test_uploads_come_back_whole_and_in_part(db: JobStore) -> None:
     data = bytes(range(256)) * (3 * CHUNK_BYTES // 256 + 1)
     file = await upload(db, data)
     assert await content(db, file) == data
@@ -108,7 +114,7 @@ async def test_uploads_come_back_whole_and_in_part(db: Store) -> None:
     assert await db.read(file_rows.part, file.seq, len(data), 9) == b""
 
 
-async def test_what_is_another_tenants_or_not_whole_is_not_there(db: Store) -> None:
+async def test_what_is_another_tenants_or_not_whole_is_not_there(db: JobStore) -> None:
     await upload(db, b"x", "file-1", "a")
     await db.write(file_rows.begin, "file-2", Owner("a"), NOW)
     assert await db.read(file_rows.get, Owner("a"), "file-1")
@@ -118,7 +124,7 @@ async def test_what_is_another_tenants_or_not_whole_is_not_there(db: Store) -> N
     assert [file.id for file in listed] == ["file-1"]
 
 
-async def test_a_result_counts_once(db: Store) -> None:
+async def test_a_result_counts_once(db: JobStore) -> None:
     row = await batch_of(db, 2)
     assert await db.write(batch_rows.finish_line, row.seq, 1, OK, b"first")
     assert not await db.write(batch_rows.finish_line, row.seq, 1, ERROR, b"second")
@@ -128,7 +134,7 @@ async def test_a_result_counts_once(db: Store) -> None:
 
 
 @pytest.mark.parametrize("status", ["completed", "cancelled", "expired"])
-async def test_the_end_gives_every_line_one_result_in_order(db: Store, status: str) -> None:
+async def test_the_end_gives_every_line_one_result_in_order(db: JobStore, status: str) -> None:
     row = await batch_of(db, 900, webhook="https://x.example/")
     done = range(900, 0, -1) if status == "completed" else range(500, 0, -1)
     for line in done:
@@ -160,13 +166,13 @@ async def test_the_end_gives_every_line_one_result_in_order(db: Store, status: s
     assert json.loads(hook.body)["type"] == f"batch.{status}"
 
 
-async def test_a_bad_file_ends_its_batch_without_lines(db: Store) -> None:
+async def test_a_bad_file_ends_its_batch_without_lines(db: JobStore) -> None:
     row = await batch_of(db, 3)
     await db.write(batch_rows.refuse, row.seq, [{"line": 1}], NOW)  # too late: it is in progress
     assert (await db.read(batch_rows.by_seq, row.seq)).status == "in_progress"
 
 
-async def test_each_tenants_oldest_batches_are_worked_on_and_all_that_end(db: Store) -> None:
+async def test_each_tenants_oldest_batches_are_worked_on_and_all_that_end(db: JobStore) -> None:
     for tenant in "ab":
         for number in range(6):
             await batch_of(db, 1, f"batch_{tenant}{number}", tenant)
@@ -177,7 +183,7 @@ async def test_each_tenants_oldest_batches_are_worked_on_and_all_that_end(db: St
     assert len(await db.read(batch_rows.unfinished, NOW + 51)) == 12
 
 
-async def test_a_file_that_is_read_stays_and_what_has_expired_goes(db: Store) -> None:
+async def test_a_file_that_is_read_stays_and_what_has_expired_goes(db: JobStore) -> None:
     row = await batch_of(db, 1)
     file = await db.read(file_rows.get, Owner("t"), row.input_id)
     assert await db.write(file_rows.delete_unused, file) == row.id
@@ -194,13 +200,13 @@ async def test_a_file_that_is_read_stays_and_what_has_expired_goes(db: Store) ->
     assert await content(db, output) == b""
 
 
-async def test_uploads_given_up_on_go(db: Store) -> None:
+async def test_uploads_given_up_on_go(db: JobStore) -> None:
     file = await db.write(file_rows.begin, "file-1", Owner("t"), NOW)
     assert await db.read(file_rows.expired, NOW + 3599, 3600.0) == []
     assert await db.read(file_rows.expired, NOW + 3601, 3600.0) == [file]
 
 
-async def test_a_job_ends_once(db: Store) -> None:
+async def test_a_job_ends_once(db: JobStore) -> None:
     row = await db.write(
         job_rows.insert, "job_1", "t", None, 0, "m", "/v1/completions", b"{}",
         "https://x.example/", NOW, 60.0,
@@ -219,7 +225,7 @@ async def test_a_job_ends_once(db: Store) -> None:
 async def test_the_limit_counts_what_is_used_and_gives_back_what_was_deleted(
     tmp_path: Path,
 ) -> None:
-    db = Store(tmp_path / "jobs.db", 2**20)
+    db = JobStore(tmp_path / "jobs.db", 2**20)
     await db.check_room("t", 2**19)
     file = await upload(db, b"x" * 2**20)
     assert not await db.has_room()
@@ -234,7 +240,7 @@ async def test_the_limit_counts_what_is_used_and_gives_back_what_was_deleted(
 
 
 async def test_only_others_writes_are_news(tmp_path: Path) -> None:
-    ours, theirs = Store(tmp_path / "jobs.db", 2**30), Store(tmp_path / "jobs.db", 2**30)
+    ours, theirs = JobStore(tmp_path / "jobs.db", 2**30), JobStore(tmp_path / "jobs.db", 2**30)
     await ours.changed()
     await upload(ours, b"x", "file-1")
     assert not await ours.changed()
@@ -249,10 +255,10 @@ WRITER = """
 import asyncio, sys
 from pathlib import Path
 from runtime.router.jobs.store import batch_rows
-from runtime.router.jobs.store.database import Store
+from runtime.router.jobs.store.database import JobStore
 
 async def main():
-    db = Store(Path(sys.argv[1]), 2**30)
+    db = JobStore(Path(sys.argv[1]), 2**30)
     for line in range(1, 100000):
         await db.write(batch_rows.finish_line, 1, line, 1, b"%d " % line * 2000)
         print(line, flush=True)
@@ -263,7 +269,7 @@ asyncio.run(main())
 
 async def test_what_was_said_to_be_kept_is_kept_after_kill_9(tmp_path: Path) -> None:
     path = tmp_path / "jobs.db"
-    db = Store(path, 2**30)
+    db = JobStore(path, 2**30)
     row = await batch_of(db, 5000)
     await db.close()
     process = subprocess.Popen(
@@ -281,7 +287,7 @@ async def test_what_was_said_to_be_kept_is_kept_after_kill_9(tmp_path: Path) -> 
     assert set(told) <= set(kept)
     assert len(kept) <= len(told) + 1  # the one that was on its way
     assert all(result == b"%d " % line * 2000 for line, result in kept.items())
-    db = Store(path, 2**30)
+    db = JobStore(path, 2**30)
     now = await db.read(batch_rows.by_seq, row.seq)
     assert now.completed == len(kept)
     (next_line, *_) = await db.read(batch_rows.pending, row.seq, 0, 1)
@@ -289,7 +295,7 @@ async def test_what_was_said_to_be_kept_is_kept_after_kill_9(tmp_path: Path) -> 
     await db.close()
 
 
-async def job_of(db: Store, tenant: str, name: str) -> int:
+async def job_of(db: JobStore, tenant: str, name: str) -> int:
     row = await db.write(
         job_rows.insert, name, tenant, None, 0, "m", "/v1/completions", b"{}",
         "https://x.example/", NOW, 60.0,
@@ -297,7 +303,7 @@ async def job_of(db: Store, tenant: str, name: str) -> int:
     return row.seq
 
 
-async def test_each_tenant_has_a_window_of_its_own_in_every_queue(db: Store) -> None:
+async def test_each_tenant_has_a_window_of_its_own_in_every_queue(db: JobStore) -> None:
     for number in range(12):
         await job_of(db, "greedy", f"job_g{number}")
     last = await job_of(db, "modest", "job_m")
@@ -317,19 +323,19 @@ async def test_a_file_of_the_first_format_is_taken_over_whole(tmp_path: Path) ->
     with sqlite3.connect(path) as made:
         made.executescript(old)
     made.close()
-    db = Store(path, 2**30)
+    db = JobStore(path, 2**30)
     assert [row.id for row in await db.read(job_rows.unfinished, 9)] == ["job_1"]
     assert [hook.tenant for hook in await db.read(hook_rows.due, 9)] == ["b"]
     assert (await db.read(file_rows.get, Owner("a"), "file-1")).key_id is None
     assert set(await db.read(held)) == {"a", "b"}
     await db.close()
-    again = Store(path, 2**30)
+    again = JobStore(path, 2**30)
     assert len(await again.read(hook_rows.due, 9)) == 1
     await again.close()
 
 
 async def test_one_tenant_fills_its_share_and_not_the_store(tmp_path: Path) -> None:
-    db = Store(tmp_path / "jobs.db", 2**20, 0.5)
+    db = JobStore(tmp_path / "jobs.db", 2**20, 0.5)
     file = await upload(db, b"x" * (2**19 - 1000), "file-1", "greedy")
     with pytest.raises(ShareFull, match=r"524288 \(router\.store_tenant_share\)") as caught:
         await db.check_room("greedy", 1000)
@@ -345,7 +351,7 @@ async def test_one_tenant_fills_its_share_and_not_the_store(tmp_path: Path) -> N
 
 
 async def test_many_who_look_for_room_at_once_get_no_further_than_one(tmp_path: Path) -> None:
-    db = Store(tmp_path / "jobs.db", 2**20, 0.5)
+    db = JobStore(tmp_path / "jobs.db", 2**20, 0.5)
     body = b"x" * 2**17
 
     async def one(number: int) -> bool:
@@ -380,7 +386,7 @@ def counted_again(db: sqlite3.Connection) -> dict[str, int]:
 
 
 async def test_what_a_tenant_holds_is_counted_through_all_that_a_row_goes_through(
-    db: Store,
+    db: JobStore,
 ) -> None:
     webhook = "https://x.example/"
     row = await batch_of(db, 500, tenant="a", webhook=webhook)
@@ -407,7 +413,7 @@ async def test_what_a_tenant_holds_is_counted_through_all_that_a_row_goes_throug
 
 
 @pytest.mark.parametrize("character", ["\U0001f600", "\0"])
-async def test_texts_are_counted_in_bytes_whatever_is_in_them(db: Store, character: str) -> None:
+async def test_texts_are_counted_in_bytes_whatever_is_in_them(db: JobStore, character: str) -> None:
     row = await batch_of(db, 1)
     before = await db.read(held_rows.of, "t")
     name = character * 512
@@ -417,7 +423,7 @@ async def test_texts_are_counted_in_bytes_whatever_is_in_them(db: Store, charact
     assert await db.write(counted_again) == {"t": await db.read(held_rows.of, "t")}
 
 
-async def test_many_small_rows_are_counted_as_what_they_take(db: Store) -> None:
+async def test_many_small_rows_are_counted_as_what_they_take(db: JobStore) -> None:
     for number in range(2000):
         await job_of(db, "t", f"job_{number:024}")
     used = await db.read(used_bytes)
