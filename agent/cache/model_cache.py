@@ -27,7 +27,7 @@ from agent.cache.policy import freed_bytes, shortage_bytes, victims
 from agent.cache.pull import Pull, Tools
 from agent.cache.resolve import Wanted, cached_as, look
 from agent.cache.sources import Origin
-from agent.cache.store import Store, Stored
+from agent.cache.store import CacheStore, Stored
 from runtime.checkpoints.model_files import (
     CacheConfig,
     CachedModel,
@@ -52,7 +52,7 @@ class ModelCache:
     """The cache of one node."""
 
     def __init__(
-        self, store: Store, config: CacheConfig, model_dir: Path, cluster: PeerCaches
+        self, store: CacheStore, config: CacheConfig, model_dir: Path, cluster: PeerCaches
     ) -> None:
         """`model_dir`: where relative sources are looked for."""
         self.store = store
@@ -387,7 +387,7 @@ def open_cache(
         prefix=config.registry.prefix,
         own_url=own_url,
     )
-    store = Store(model_dir / STORE_FOLDER)
+    store = CacheStore(model_dir / STORE_FOLDER)
     return ModelCache(store, config.cache, model_dir, cluster)
 
 

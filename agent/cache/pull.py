@@ -34,7 +34,7 @@ from agent.cache.policy import (
     next_step,
 )
 from agent.cache.sources import Listing, Origin, PeerSource, RemoteFile, Source
-from agent.cache.store import Store
+from agent.cache.store import CacheStore
 from runtime.checkpoints.model_files import (
     Manifest,
     ModelFile,
@@ -57,7 +57,7 @@ _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 class Tools(Struct, frozen=True):
     """What every pull of a node shares."""
 
-    store: Store
+    store: CacheStore
     cluster: PeerCaches
     files: Executor  # a thread per file under way
     ranges: Executor  # a thread per range under way

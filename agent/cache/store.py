@@ -46,7 +46,7 @@ class Stored(Struct, frozen=True, kw_only=True):
     asked: tuple[str, ...]  # revisions asked for that mean this one, such as "main"
 
 
-class Store:
+class CacheStore:
     """One folder. Every method may raise OSError; those that say so block for long."""
 
     def __init__(self, folder: Path) -> None:

@@ -20,7 +20,7 @@ from aiohttp import web
 from agent.cache.cluster import PeerCaches
 from agent.cache.http import cache_routes
 from agent.cache.model_cache import ModelCache
-from agent.cache.store import Store
+from agent.cache.store import CacheStore
 from runtime.checkpoints.model_files import CacheConfig
 from runtime.registry.embedded import EmbeddedRegistry
 from runtime.registry.protocol import Service
@@ -34,7 +34,7 @@ async def node(name: str, state_dir: Path, config: CacheConfig) -> AsyncIterator
     urls = [""]
     async with aiohttp.ClientSession() as session:
         cluster = PeerCaches(registry, session, token="t", prefix="bench", own_url=lambda: urls[0])
-        store = await asyncio.to_thread(Store, state_dir / name)
+        store = await asyncio.to_thread(CacheStore, state_dir / name)
         cache = ModelCache(store, config, state_dir / "models", cluster)
         app = web.Application()
         app.add_routes(cache_routes(cache))

@@ -17,7 +17,7 @@ from aiohttp import web
 from agent.cache.cluster import PeerCaches
 from agent.cache.http import cache_routes
 from agent.cache.model_cache import ModelCache
-from agent.cache.store import Store
+from agent.cache.store import CacheStore
 from runtime.checkpoints.model_files import CacheConfig
 from runtime.registry.embedded import EmbeddedRegistry
 from runtime.registry.protocol import Service
@@ -65,7 +65,7 @@ class Node:
                 registry, session, token=self.token, prefix="stoker", own_url=lambda: self.url
             )
             self.cache = ModelCache(
-                Store(self.folder / "store"), self.config, self.folder / "models", cluster
+                CacheStore(self.folder / "store"), self.config, self.folder / "models", cluster
             )
             app = web.Application(middlewares=[self._guard])
             app.add_routes(cache_routes(self.cache))
