@@ -26,7 +26,7 @@ from runtime.router.control.other_workers import Siblings
 from runtime.router.control.scheduler_link import Link
 from runtime.router.control.workers import worker_index
 from runtime.router.front.aiohttp_server import OddConnection, prepare
-from runtime.router.front.api import Api
+from runtime.router.front.api import RouterApi
 from runtime.router.front.connections import Front
 from runtime.router.front.cors import Cors
 from runtime.router.front.fast_path import KEEP_ALIVE_S
@@ -61,7 +61,7 @@ async def run_router(
     proxy = _proxy(settings)
     siblings = _siblings(config, worker, proxy) if worker is not None else None
     jobs = Jobs(config, proxy)
-    api = Api(
+    api = RouterApi(
         proxy, settings.max_body_bytes, settings.read_timeout_s, jobs, siblings,
         (config.metrics_token, config.cluster_token), Cors(settings.cors_origins),
     )  # fmt: skip
@@ -159,7 +159,9 @@ def _service(settings: RouterConfig, router_id: str, port: int) -> Service:
     )
 
 
-async def _servers(settings: RouterConfig, api: Api, proxy: Proxy) -> tuple[web.AppRunner, Front]:
+async def _servers(
+    settings: RouterConfig, api: RouterApi, proxy: Proxy
+) -> tuple[web.AppRunner, Front]:
     """aiohttp's server, and the one in front of it that answers plain calls itself."""
     runner = web.AppRunner(
         api.app(),

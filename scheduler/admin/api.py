@@ -52,7 +52,7 @@ def make_app(
     leadership: Leadership,
 ) -> web.Application:
     """The application; its routes are `route_table.ADMIN` and /internal."""
-    api = Api(driver, stored, rules, access)
+    api = AdminApi(driver, stored, rules, access)
     guard = Guard(
         ADMIN, config.cluster_token, config.metrics_token, driver, access, rules, leadership
     )
@@ -84,7 +84,7 @@ async def _errors(request: web.Request, handler: Any) -> web.StreamResponse:
         return reply(v.Error(error=v.ErrorBody(message=message)), error.status)
 
 
-class Api:
+class AdminApi:
     """One handler a route; `guard.py` runs before and after each."""
 
     def __init__(

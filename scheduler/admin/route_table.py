@@ -32,7 +32,7 @@ _COPIES = Unaudited("a cache holds copies: no model changes, and what is missing
 
 @dataclass(frozen=True, slots=True)
 class Operation:
-    """One operation. `handler` names a method of `api.Api`, or of a part of it.
+    """One operation. `handler` names a method of `api.AdminApi`, or of a part of it.
 
     `role`: the least that a token must have; left out, viewer to read and operator to change.
     `audit`: who enters a change into the audit trail, the guard (admin/guard.py) after the handler

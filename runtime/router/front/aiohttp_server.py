@@ -22,7 +22,7 @@ from aiohttp.web_protocol import _ErrInfo
 
 from runtime.router.call.errors import CallError, internal_error
 
-# aiohttp tells of every malformed request with a stack trace; our own failures `Api` tells of.
+# aiohttp tells of every malformed request with a stack trace; `RouterApi` tells of our faults.
 _http_log = logging.getLogger("stoker.router.http")
 _http_log.setLevel(logging.CRITICAL)
 

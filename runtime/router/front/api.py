@@ -57,7 +57,7 @@ _OWN_PATHS = f"/models/{{model:.+?}}{{path:{'|'.join(map(re.escape, V1_PATHS))}}
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
-class Api:
+class RouterApi:
     """Handlers over one Proxy. Set `draining` to make /readyz say no.
 
     `siblings`: the other workers on the same port, whose figures /metrics includes; `scrapers`:

@@ -22,7 +22,7 @@ from openai.types import Batch
 from runtime.router.admission.fairness import BACKGROUND
 from runtime.router.call.request import Caller
 from runtime.router.control import saved_tables
-from runtime.router.front.api import Api
+from runtime.router.front.api import RouterApi
 from runtime.router.jobs import service
 from runtime.router.jobs.handlers import batches
 from runtime.router.jobs.store import file_rows
@@ -284,7 +284,7 @@ async def test_pages_of_files_and_batches(stack: Stack, client: AsyncOpenAI) -> 
 async def test_another_tenants_things_are_not_found(
     stack: Stack, client: AsyncOpenAI, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Api, "_identify", lambda _, r: Caller(r.headers.get("X-Tenant", "a")))
+    monkeypatch.setattr(RouterApi, "_identify", lambda _, r: Caller(r.headers.get("X-Tenant", "a")))
     await stack.serve("m", await stack.engine(echo))
     batch = await ended(client, await submit(client, jsonl(line(1))))
     async with client_of(stack.url, default_headers={"X-Tenant": "b"}) as other:

@@ -20,7 +20,7 @@ from openai import AsyncOpenAI
 
 from runtime.contract.schema import SchemaError
 from runtime.router.call.request import Caller
-from runtime.router.front.api import Api
+from runtime.router.front.api import RouterApi
 from runtime.router.jobs import webhooks
 from runtime.router.jobs.webhooks import PublicResolver
 from tests.kits import router_stack as kit
@@ -134,7 +134,7 @@ async def test_delete_cancels_and_then_forgets(stack: Stack) -> None:
 async def test_another_tenants_job_is_not_found(
     stack: Stack, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Api, "_identify", lambda _, r: Caller(r.headers.get("X-Tenant", "a")))
+    monkeypatch.setattr(RouterApi, "_identify", lambda _, r: Caller(r.headers.get("X-Tenant", "a")))
     await stack.serve("m", await stack.engine(unary()))
     job = await until(stack, await submit(stack), "completed")
     url, other = f"{stack.url}/jobs/{job['id']}", {"X-Tenant": "b"}
