@@ -32,7 +32,7 @@ from runtime.router.front.cors import Cors
 from runtime.router.front.fast_path import KEEP_ALIVE_S
 from runtime.router.jobs.service import Jobs
 from runtime.router.observability import observed
-from runtime.router.observe.metrics import Metrics
+from runtime.router.observe.metrics import RouterMetrics
 from runtime.router.proxy.response_cache import ResponseCache
 from runtime.router.proxy.serving import Proxy
 from runtime.router.proxy.upstream import EngineTimeouts, Upstream
@@ -117,9 +117,10 @@ def _proxy(settings: RouterConfig) -> Proxy:
     anonymous = settings.lets_anonymous_in()
     local = Local(settings.allowed_hosts) if anonymous and settings.anonymous == "auto" else None
     cache = ResponseCache(settings.cache_bytes)
+    metrics, keys = RouterMetrics(gate, cache), Keys(anonymous, local)
     return Proxy(
-        gate, upstream, Metrics(gate, cache), Keys(anonymous, local), cache, settings.heartbeat_s,
-        Memory(settings.held_bytes), Forwarded(settings.trusted_proxies),
+        gate, upstream, metrics, keys, cache, settings.heartbeat_s, Memory(settings.held_bytes),
+        Forwarded(settings.trusted_proxies),
     )  # fmt: skip
 
 

@@ -112,7 +112,7 @@ class KeptAnswers(Protocol):
         """By model."""
 
 
-class Metrics(Collector):
+class RouterMetrics(Collector):
     """One router's counters; `status` 499 is a caller that hung up."""
 
     def __init__(self, gate: Gate, cache: KeptAnswers) -> None:

@@ -31,7 +31,7 @@ from runtime.router.call.stream_usage import Strip, asking
 from runtime.router.call.token_meter import Meter
 from runtime.router.callers.keys import Keys, rate_headers, sees
 from runtime.router.callers.memory import Memory, MemoryFull
-from runtime.router.observe.metrics import Metrics
+from runtime.router.observe.metrics import RouterMetrics
 from runtime.router.proxy.headers import (
     UNBUFFERED,
     is_closed,
@@ -68,7 +68,7 @@ class Means:
 
     gate: Gate
     upstream: Upstream
-    metrics: Metrics
+    metrics: RouterMetrics
     keys: Keys
     cache: ResponseCache
     memory: Memory

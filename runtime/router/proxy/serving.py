@@ -24,7 +24,7 @@ from runtime.router.callers.forwarded import Forwarded
 from runtime.router.callers.keys import Keys, may
 from runtime.router.callers.memory import Memory
 from runtime.router.observe.access_log import AccessLog
-from runtime.router.observe.metrics import Metrics
+from runtime.router.observe.metrics import RouterMetrics
 from runtime.router.proxy.batcher import Batcher
 from runtime.router.proxy.exchange import Exchange, Means
 from runtime.router.proxy.responder import Client
@@ -46,7 +46,7 @@ class Proxy:
         self,
         gate: Gate,
         upstream: Upstream,
-        metrics: Metrics,
+        metrics: RouterMetrics,
         keys: Keys,
         cache: ResponseCache,
         heartbeat_s: float,
