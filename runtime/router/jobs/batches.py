@@ -17,7 +17,7 @@ from runtime.router.admission.fairness import BACKGROUND
 from runtime.router.call.errors import CallError
 from runtime.router.call.request import Caller
 from runtime.router.jobs import lines
-from runtime.router.jobs.lines import Line, Problem
+from runtime.router.jobs.lines import BatchLine, Problem
 from runtime.router.jobs.metrics import JobMetrics
 from runtime.router.jobs.plan import Item, Key, Plan
 from runtime.router.jobs.send import Sender, Sent, send
@@ -134,7 +134,7 @@ class Batches:
             self._metrics.line("put_back")
         return sent
 
-    async def _sent(self, row: BatchRow, number: int, read: Line | Problem) -> Sent:
+    async def _sent(self, row: BatchRow, number: int, read: BatchLine | Problem) -> Sent:
         if isinstance(read, Problem):  # another version of this program found it good
             return Sent("answered", error=CallError(400, read.code, read.message))
         request_id = lines.request_id_of(row.id, number)

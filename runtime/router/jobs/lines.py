@@ -25,7 +25,7 @@ MAX_CUSTOM_ID = 512
 MAX_PROBLEMS = 100  # told of one file
 
 
-class Line(NamedTuple):
+class BatchLine(NamedTuple):
     """One good line."""
 
     custom_id: str
@@ -57,7 +57,7 @@ _HEAD = ("custom_id", "method", "url")
 _read: Callable[[bytes], _Read] = outside.reader(_Read)
 
 
-def read_line(text: bytes, endpoint: str) -> Line | Problem:
+def read_line(text: bytes, endpoint: str) -> BatchLine | Problem:
     """One line of an input file for a batch of `endpoint`."""
     try:
         read = _read(text)
@@ -83,7 +83,7 @@ def _wrong(field: str, endpoint: str) -> Problem:
     return Problem("invalid_url", f"url must be {endpoint!r}, the batch's endpoint", field)
 
 
-def _with_body(custom_id: str, body: bytes) -> Line | Problem:
+def _with_body(custom_id: str, body: bytes) -> BatchLine | Problem:
     if not body:
         return Problem("missing_required_parameter", "body is missing: the request itself", "body")
     try:
@@ -93,7 +93,7 @@ def _with_body(custom_id: str, body: bytes) -> Line | Problem:
         return Problem("invalid_request", error.message, param)
     if head.stream:
         return Problem("invalid_request", "a batch does not stream; leave it out", "body.stream")
-    return Line(custom_id, head.model, body)
+    return BatchLine(custom_id, head.model, body)
 
 
 class Check:
@@ -115,10 +115,10 @@ class Check:
         """Enough is wrong."""
         return len(self.problems) >= MAX_PROBLEMS
 
-    def line(self, number: int, text: bytes) -> Line | None:
+    def line(self, number: int, text: bytes) -> BatchLine | None:
         """The line, if it is good; else `problems` has grown."""
         found = self._checked(text)
-        if isinstance(found, Line):
+        if isinstance(found, BatchLine):
             self._seen[_digest(found.custom_id)] = number
             return found
         self.problems.append(found._replace(line=number))
@@ -134,12 +134,12 @@ class Check:
         if not self._seen and not self.problems:
             self.problems.append(Problem("empty_file", "the input file has no lines"))
 
-    def _checked(self, text: bytes) -> Line | Problem:
+    def _checked(self, text: bytes) -> BatchLine | Problem:
         if len(self._seen) >= MAX_LINES:
             return Problem("too_many_tasks", f"a batch has at most {MAX_LINES} lines")
         found = read_line(text, self._endpoint)
-        first = self._seen.get(_digest(found.custom_id)) if isinstance(found, Line) else None
-        if isinstance(found, Line) and first is not None:
+        first = self._seen.get(_digest(found.custom_id)) if isinstance(found, BatchLine) else None
+        if isinstance(found, BatchLine) and first is not None:
             message = f"custom_id {found.custom_id!r} is that of line {first} too"
             return Problem("duplicate_custom_id", message, "custom_id")
         return found

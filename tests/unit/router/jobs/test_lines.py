@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from runtime.router.jobs import lines
-from runtime.router.jobs.lines import Check, Line, Problem, Splitter, read_line
+from runtime.router.jobs.lines import BatchLine, Check, Problem, Splitter, read_line
 
 CHAT = "/v1/chat/completions"
 
@@ -23,7 +23,7 @@ def text(custom_id: object = "a", **changes: object) -> bytes:
 def test_a_good_lines_body_is_passed_on_as_it_was_written() -> None:
     raw = b'{"method":"POST","body": {"x": 1.00, "model":"m" } ,"url":"/v1/embeddings",'
     raw += b'"custom_id":"\\u00e9"}'
-    assert read_line(raw, "/v1/embeddings") == Line("é", "m", b'{"x": 1.00, "model":"m" }')
+    assert read_line(raw, "/v1/embeddings") == BatchLine("é", "m", b'{"x": 1.00, "model":"m" }')
 
 
 @pytest.mark.parametrize(
