@@ -37,7 +37,7 @@ from runtime.router.front.cors import Cors
 from runtime.router.front.openapi import document, page
 from runtime.router.front.response_handlers import StoredHandlers
 from runtime.router.jobs.service import Jobs
-from runtime.router.observe.access_log import Line
+from runtime.router.observe.access_log import LogLine
 from runtime.router.proxy.exchange import meant
 from runtime.router.proxy.responder import CALLER, REQUEST_ID, AiohttpClient
 from runtime.router.proxy.serving import Proxy
@@ -378,7 +378,7 @@ class RouterApi:
         unlogged = code is None and request.path in _UNLOGGED
         if access_log is not None and _SERVED not in request and not unlogged:
             access_log.add(
-                Line(
+                LogLine(
                     datetime.now(UTC), request_id, self._address(request), request.method,
                     request.path, response.status, code, *_whose(request),
                 )

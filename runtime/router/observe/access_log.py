@@ -34,7 +34,7 @@ KEPT_LINES = 65536  # that wait for the disk, of about 400 bytes
 _TRACEPARENT = re.compile(rb"[0-9a-f]{2}-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}")
 
 
-class Line(Struct):
+class LogLine(Struct):
     """What a line holds. Times in seconds; null: unknown, or it did not come to that."""
 
     time: datetime  # of the arrival, UTC
@@ -64,10 +64,10 @@ class Line(Struct):
 _encode = msgspec.json.Encoder().encode
 
 
-def line_of(outcome: Outcome, arrived: float) -> Line:
+def line_of(outcome: Outcome, arrived: float) -> LogLine:
     """`arrived` is a Unix time."""
     call, usage, ttft_s = outcome.call, outcome.usage, outcome.ttft_s
-    return Line(
+    return LogLine(
         datetime.fromtimestamp(arrived, UTC),
         call.request_id,
         call.address,
@@ -131,7 +131,7 @@ class AccessLog:
         """A call is over."""
         self.add(line_of(outcome, time.time() - outcome.total_s))
 
-    def add(self, line: Line) -> None:
+    def add(self, line: LogLine) -> None:
         """Write `line` soon."""
         if len(self._lines) < KEPT_LINES:
             self._lines.append(_encode(line))
