@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from runtime.router.call.request import Call
-from runtime.router.call.token_meter import NOTHING, Meter, Usage
+from runtime.router.call.token_meter import NOTHING, Meter, TokenUsage
 from runtime.wire.routes import Endpoint, ModelRoute
 
 HUNG_UP = 499  # the caller did not wait for its answer
@@ -63,7 +63,7 @@ class Outcome:
         self.total_s = 0.0
         self.error = ""
         self.meter: Meter | None = None  # of the answer of the replica tried last
-        self.usage: Usage = NOTHING
+        self.usage: TokenUsage = NOTHING
         self.trace: Trace | None = None
 
     def end(self, now: float) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from zlib import crc32
 
 from runtime.router.call.body import Head
-from runtime.router.call.token_meter import Usage
+from runtime.router.call.token_meter import TokenUsage
 
 BYTES_PER_TOKEN = 4
 ANSWER_TOKENS = 256  # where the caller sets no limit
@@ -72,7 +72,7 @@ def tokens_of(body: bytes, head: Head) -> int:
 
 
 def taken_tokens(
-    body: bytes, expected: int, usage: Usage, *, answered: bool, worked_s: float
+    body: bytes, expected: int, usage: TokenUsage, *, answered: bool, worked_s: float
 ) -> int:
     """What a call that is over is charged where `expected` tokens were paid for.
 

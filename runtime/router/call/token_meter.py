@@ -42,7 +42,7 @@ _PREAMBLE = {
 _Count = Annotated[int, Meta(ge=0)] | None
 
 
-class Usage(NamedTuple):
+class TokenUsage(NamedTuple):
     """What one answer took.
 
     `exact`: the engine said so. Else `completion_tokens` is the number of a stream's events with
@@ -56,7 +56,7 @@ class Usage(NamedTuple):
     events: int
 
 
-NOTHING = Usage(None, None, False, 0)
+NOTHING = TokenUsage(None, None, False, 0)
 
 
 class _Tokens(Struct):
@@ -126,19 +126,19 @@ class Meter:
         """What the caller gets when no more will come."""
         return b"" if self._strip is None else self._strip.rest()
 
-    def usage(self, path: str) -> Usage:
+    def usage(self, path: str) -> TokenUsage:
         """What the answer, from the engine's `path`, says so far."""
         body = self._all()
         end = body[-self._limit :]
         if self._carry is None:
             prompt, completion, _ = _last(end, stream=False)
-            return NOTHING if prompt is None else Usage(prompt, completion, True, 0)
+            return NOTHING if prompt is None else TokenUsage(prompt, completion, True, 0)
         events = self._events + (self._carry + body).count(_MARK)
         prompt, completion, at = _last(end, stream=True)
         if prompt is not None and end.count(_MARK, at) <= _EVENTS_AFTER:
-            return Usage(prompt, completion, True, events)
+            return TokenUsage(prompt, completion, True, events)
         completion = max(0, events - _PREAMBLE.get(path.partition("?")[0], 0))
-        return Usage(prompt, completion, False, events)
+        return TokenUsage(prompt, completion, False, events)
 
     def told(self) -> bytes:
         """The end of what the caller was given, as much as is kept."""

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from runtime.router.call.body import Head, read_head
 from runtime.router.call.prompt import keys_of, taken_tokens, tokens_of
-from runtime.router.call.token_meter import NOTHING, Usage
+from runtime.router.call.token_meter import NOTHING, TokenUsage
 
 CHAT = "/v1/chat/completions"
 
@@ -49,8 +49,8 @@ def test_tokens(size: int, head: Head, tokens: int) -> None:
 @pytest.mark.parametrize(
     ("usage", "answered", "worked_s", "tokens"),
     [
-        (Usage(7, 3, True, 0), True, 0.0, 10),
-        (Usage(None, 3, False, 3), True, 0.0, 503),
+        (TokenUsage(7, 3, True, 0), True, 0.0, 10),
+        (TokenUsage(None, 3, False, 3), True, 0.0, 503),
         (NOTHING, True, 0.0, 756),
         (NOTHING, False, 2.0, 600),
         (NOTHING, False, 0.001, 500),
@@ -59,7 +59,7 @@ def test_tokens(size: int, head: Head, tokens: int) -> None:
     ],
 )
 def test_who_hangs_up_before_the_answer_pays_for_the_engines_work(
-    usage: Usage, answered: bool, worked_s: float, tokens: int
+    usage: TokenUsage, answered: bool, worked_s: float, tokens: int
 ) -> None:
     """And nobody for a failure, which is no work of an engine for its caller."""
     body = b"x" * 2000
