@@ -36,7 +36,7 @@ MIRRORS_AT_ONCE = 32
 MIRROR_BODY_BYTES = 1024 * 1024
 
 
-class Routed:
+class RouteServing:
     """Takes calls by route to `serve`, once for each model that is tried."""
 
     def __init__(self, gate: Gate, serve: Serve) -> None:

@@ -29,7 +29,7 @@ from runtime.router.proxy.batcher import Batcher
 from runtime.router.proxy.exchange import Exchange, Means
 from runtime.router.proxy.responder import Client
 from runtime.router.proxy.response_cache import ResponseCache
-from runtime.router.proxy.route_serving import Routed
+from runtime.router.proxy.route_serving import RouteServing
 from runtime.router.proxy.short_cuts import ShortCuts
 from runtime.router.proxy.upstream import (
     Upstream,
@@ -64,7 +64,7 @@ class Proxy:
         self.others_made: Callable[[str], Awaitable[Made | None]] | None = None  # of other workers
         self.observers: list[Observer] = []  # told of each call's end; they do not raise
         self.access_log: AccessLog | None = None  # one of them, for who answers without us
-        self.routed = Routed(gate, self.serve)
+        self.routed = RouteServing(gate, self.serve)
         self.batcher = Batcher(gate.loop, self.memory, self.carry)
         self._short_cuts = ShortCuts(cache, self.batcher)
 
