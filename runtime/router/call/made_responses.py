@@ -44,7 +44,7 @@ def id_in(beginning: bytes) -> str | None:
     return found[1].decode() if found else None
 
 
-class Stored:
+class MadeResponses:
     """What one router knows of them."""
 
     def __init__(self, most: int = MOST, most_of_tenant: int = MOST_OF_TENANT) -> None:

@@ -23,7 +23,7 @@ from runtime.router.admission.key_limits import GpuShare
 from runtime.router.admission.refusals import Refused
 from runtime.router.call.error_shapes import shape_of
 from runtime.router.call.errors import CallError, engine_error
-from runtime.router.call.made_responses import Made, Stored, id_in
+from runtime.router.call.made_responses import Made, MadeResponses, id_in
 from runtime.router.call.outcome import BROKEN_OFF, HUNG_UP, Outcome, Tracer
 from runtime.router.call.paths import RESPONSES
 from runtime.router.call.request import ANONYMOUS, Call, Caller
@@ -74,7 +74,7 @@ class Means:
     memory: Memory
     heartbeat_s: float
     shares: GpuShare = field(default_factory=GpuShare)
-    stored: Stored = field(default_factory=Stored)
+    stored: MadeResponses = field(default_factory=MadeResponses)
     tracer: Tracer | None = None
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from runtime.router.call.body import Head
 from runtime.router.call.errors import CallError
-from runtime.router.call.made_responses import Made, Stored, id_in
+from runtime.router.call.made_responses import Made, MadeResponses, id_in
 
 
 def made(tenant: str, replica_id: str = "r1") -> Made:
@@ -14,7 +14,7 @@ def made(tenant: str, replica_id: str = "r1") -> Made:
 
 
 def test_a_response_is_its_tenants_alone() -> None:
-    stored = Stored()
+    stored = MadeResponses()
     stored.keep("resp_1", made("a"))
     assert stored.find("a", "resp_1") == made("a")
     assert stored.find("b", "resp_1") is None
@@ -26,7 +26,7 @@ def test_a_response_is_its_tenants_alone() -> None:
 
 
 def test_an_engine_is_not_asked_to_go_on_with_another_tenants() -> None:
-    stored = Stored()
+    stored = MadeResponses()
     stored.keep("resp_1", made("a"))
     after, named = Head(previous_response_id="resp_1"), Head(request_id="resp_1")
     for head in (after, named, Head(request_id="resp_2"), Head()):
@@ -44,7 +44,7 @@ def test_an_engine_is_not_asked_to_go_on_with_another_tenants() -> None:
 
 
 def test_a_tenant_with_many_pushes_out_its_own() -> None:
-    stored = Stored(most=8, most_of_tenant=6)
+    stored = MadeResponses(most=8, most_of_tenant=6)
     stored.keep("small", made("small"))
     for n in range(20):
         stored.keep(f"big_{n}", made("big"))
@@ -57,7 +57,7 @@ def test_a_tenant_with_many_pushes_out_its_own() -> None:
 
 
 def test_what_was_asked_for_stays_longer() -> None:
-    stored = Stored(most_of_tenant=2)
+    stored = MadeResponses(most_of_tenant=2)
     stored.keep("one", made("a"))
     stored.keep("two", made("a"))
     assert stored.find("a", "one")
