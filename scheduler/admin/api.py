@@ -22,7 +22,7 @@ from scheduler.access import Access
 from scheduler.admin import view_builders
 from scheduler.admin import views as v
 from scheduler.admin.cache_client import CacheClient
-from scheduler.admin.guard import Guard
+from scheduler.admin.guard import AdminGuard
 from scheduler.admin.handlers.access_api import AccessApi
 from scheduler.admin.handlers.cache_api import CacheApi
 from scheduler.admin.handlers.internal_api import InternalApi
@@ -53,7 +53,7 @@ def make_app(
 ) -> web.Application:
     """The application; its routes are `route_table.ADMIN` and /internal."""
     api = AdminApi(driver, stored, rules, access)
-    guard = Guard(
+    guard = AdminGuard(
         ADMIN, config.cluster_token, config.metrics_token, driver, access, rules, leadership
     )
     app = web.Application(middlewares=[_errors, guard.around], client_max_size=8 * 2**20)

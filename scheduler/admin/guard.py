@@ -26,7 +26,7 @@ from scheduler.route_book import RuleBook
 HUNG_UP = "the caller hung up before the answer: it may not have been made"
 
 
-class Guard:
+class AdminGuard:
     """Looks at each request; what is not in `operations` only the cluster's own token opens."""
 
     def __init__(
