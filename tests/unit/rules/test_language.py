@@ -30,7 +30,8 @@ DIALECT = {
     r"anew": "again",
     r"['’]s hands|the hands|hands of": "what carries the decisions out",
 }
-_DIALECT = re.compile("|".join(rf"(?P<w{i}>\b({w})\b)" for i, w in enumerate(DIALECT)), re.I)
+_WORDS = "|".join(f"(?P<w{i}>{word})" for i, word in enumerate(DIALECT))
+_DIALECT = re.compile(rf"\b(?:{_WORDS})\b", re.I)  # one \b for all: a quarter of the time
 _NO = re.compile(r"(?<!there )\b(is|are) no (?!longer\b|more\b)[a-z]")
 _DOCUMENTS = ("*.md", "docs/*.md", "ansible/**/*.yml", "ansible/**/*.j2", "ansible/**/*.md")
 _HISTORY = {"CHANGELOG.md"}
