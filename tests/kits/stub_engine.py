@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import functools
 import json
 import socket
 import subprocess
@@ -46,8 +47,12 @@ class Engine:
             self.launch.argv, env=self.launch.env, cwd="/", stderr=subprocess.PIPE, text=True
         )
         self.url = f"http://127.0.0.1:{self.port}"
+
+    @functools.cached_property
+    def http(self):
+        """A session of the event loop that first asks for it."""
         headers = {"Authorization": f"Bearer {CONTROL}"}
-        self.http = aiohttp.ClientSession(self.url, headers=headers)
+        return aiohttp.ClientSession(self.url, headers=headers)
 
     async def health(self):
         """The status of /health, or None while nothing listens."""
@@ -80,8 +85,16 @@ class Engine:
         _, log = await asyncio.to_thread(self.process.communicate, timeout=DEADLINE_S)
         return self.process.returncode, log
 
-    async def close(self):
+    async def leave(self):
+        """End the session; another event loop may have one of its own."""
         await self.http.close()
+        del self.http
+
+    async def close(self):
+        await self.leave()
+        self.kill()
+
+    def kill(self):
         if self.process.poll() is None:
             self.process.kill()
         self.process.communicate()

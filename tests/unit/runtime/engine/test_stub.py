@@ -42,121 +42,113 @@ async def test_starts_when_modelled_and_says_what_it_is():
         await engine.close()
 
 
-async def test_answers_chat_with_the_prompts_words():
-    async with running() as engine:
-        status, body = await engine.post("/v1/chat/completions", {**CHAT, "max_tokens": 5, "n": 3})
-        assert status == 200
-        assert body["system_fingerprint"] == "stoker-stub"
-        assert len(body["choices"]) == 1
-        assert body["choices"][0]["message"]["content"] == "alpha beta gamma alpha beta"
-        assert body["choices"][0]["finish_reason"] == "length"
-        assert body["usage"] == {"prompt_tokens": 3, "completion_tokens": 5, "total_tokens": 8}
-        _, again = await engine.post("/v1/chat/completions", {**CHAT, "max_tokens": 5})
-        assert again["choices"] == body["choices"]
-        _, default = await engine.post("/v1/chat/completions", CHAT)
-        assert default["usage"]["completion_tokens"] == 16
+async def test_answers_chat_with_the_prompts_words(engine):
+    status, body = await engine.post("/v1/chat/completions", {**CHAT, "max_tokens": 5, "n": 3})
+    assert status == 200
+    assert body["system_fingerprint"] == "stoker-stub"
+    assert len(body["choices"]) == 1
+    assert body["choices"][0]["message"]["content"] == "alpha beta gamma alpha beta"
+    assert body["choices"][0]["finish_reason"] == "length"
+    assert body["usage"] == {"prompt_tokens": 3, "completion_tokens": 5, "total_tokens": 8}
+    _, again = await engine.post("/v1/chat/completions", {**CHAT, "max_tokens": 5})
+    assert again["choices"] == body["choices"]
+    _, default = await engine.post("/v1/chat/completions", CHAT)
+    assert default["usage"]["completion_tokens"] == 16
 
 
-async def test_it_takes_null_and_answers_by_its_first_name_as_vllm_does():
-    async with running() as engine:
-        asked = {**CHAT, "model": "org/m", "max_tokens": 1, "stream": None, "stream_options": None}
-        status, body = await engine.post("/v1/chat/completions", asked)
-        assert (status, body["model"]) == (200, "m")
-        status, body = await engine.post("/v1/embeddings", {"model": "org/m", "input": "x"})
-        assert (status, body["model"]) == (200, "m")
+async def test_it_takes_null_and_answers_by_its_first_name_as_vllm_does(engine):
+    asked = {**CHAT, "model": "org/m", "max_tokens": 1, "stream": None, "stream_options": None}
+    status, body = await engine.post("/v1/chat/completions", asked)
+    assert (status, body["model"]) == (200, "m")
+    status, body = await engine.post("/v1/embeddings", {"model": "org/m", "input": "x"})
+    assert (status, body["model"]) == (200, "m")
 
 
-async def test_streams_one_word_an_event():
-    async with running() as engine:
-        asked = {
-            **CHAT, "stream": True, "max_completion_tokens": 3,
-            "stream_options": {"include_usage": True},
-        }  # fmt: skip
-        async with engine.http.post("/v1/chat/completions", json=asked) as got:
-            assert got.headers["Content-Type"].startswith("text/event-stream")
-            found = events(await got.text())
-        assert found.pop() == "[DONE]"
-        *chunks, usage = [json.loads(event) for event in found]
-        assert [c["choices"][0]["delta"]["content"] for c in chunks] == ["alpha", " beta", " gamma"]
-        assert chunks[0]["choices"][0]["delta"]["role"] == "assistant"
-        assert [c["choices"][0]["finish_reason"] for c in chunks] == [None, None, "length"]
-        assert usage["choices"] == []
-        assert usage["usage"]["completion_tokens"] == 3
+async def test_streams_one_word_an_event(engine):
+    asked = {
+        **CHAT, "stream": True, "max_completion_tokens": 3,
+        "stream_options": {"include_usage": True},
+    }  # fmt: skip
+    async with engine.http.post("/v1/chat/completions", json=asked) as got:
+        assert got.headers["Content-Type"].startswith("text/event-stream")
+        found = events(await got.text())
+    assert found.pop() == "[DONE]"
+    *chunks, usage = [json.loads(event) for event in found]
+    assert [c["choices"][0]["delta"]["content"] for c in chunks] == ["alpha", " beta", " gamma"]
+    assert chunks[0]["choices"][0]["delta"]["role"] == "assistant"
+    assert [c["choices"][0]["finish_reason"] for c in chunks] == [None, None, "length"]
+    assert usage["choices"] == []
+    assert usage["usage"]["completion_tokens"] == 3
 
 
-async def test_it_tells_usage_of_a_stream_only_where_it_is_asked_to_as_vllm_does():
-    async with running() as engine:
-        asked = {**CHAT, "stream": True, "max_tokens": 2}
-        both = {"include_usage": True, "continuous_usage_stats": True}
-        for options, told in (
-            (None, 0), ({}, 0), ({"include_usage": None}, 0), ({"include_usage": True}, 1),
-            ({"continuous_usage_stats": True}, 0), (both, 3),
-        ):  # fmt: skip
-            body = {**asked, "stream_options": options}
-            async with engine.http.post("/v1/chat/completions", json=body) as got:
-                assert (await got.text()).count('"usage"') == told
-        body = {**CHAT, "stream_options": {"include_usage": False}}
-        status, error = await engine.post("/v1/chat/completions", body)
-        assert status == 400
-        assert "only be defined when" in error["error"]["message"]
+async def test_it_tells_usage_of_a_stream_only_where_it_is_asked_to_as_vllm_does(engine):
+    asked = {**CHAT, "stream": True, "max_tokens": 2}
+    both = {"include_usage": True, "continuous_usage_stats": True}
+    for options, told in (
+        (None, 0), ({}, 0), ({"include_usage": None}, 0), ({"include_usage": True}, 1),
+        ({"continuous_usage_stats": True}, 0), (both, 3),
+    ):  # fmt: skip
+        body = {**asked, "stream_options": options}
+        async with engine.http.post("/v1/chat/completions", json=body) as got:
+            assert (await got.text()).count('"usage"') == told
+    body = {**CHAT, "stream_options": {"include_usage": False}}
+    status, error = await engine.post("/v1/chat/completions", body)
+    assert status == 400
+    assert "only be defined when" in error["error"]["message"]
 
 
-async def test_the_openai_client_is_content_with_it():
-    async with running() as engine:
-        client = openai.AsyncOpenAI(base_url=f"{engine.url}/v1", api_key=ROUTE, max_retries=0)
-        async with client:
-            stream = await client.chat.completions.create(**CHAT, stream=True, max_tokens=2)
-            words = [chunk.choices[0].delta.content async for chunk in stream]
-            assert words == ["alpha", " beta"]
-            done = await client.completions.create(model="org/m", prompt="one two", max_tokens=3)
-            assert done.choices[0].text == "one two one"
-            found = await client.embeddings.create(model="m", input=["a", "b", "a"])
-            first, second, third = (item.embedding for item in found.data)
-            assert first == third != second
-            with pytest.raises(openai.NotFoundError):
-                await client.completions.create(model="other", prompt="x")
+async def test_the_openai_client_is_content_with_it(engine):
+    client = openai.AsyncOpenAI(base_url=f"{engine.url}/v1", api_key=ROUTE, max_retries=0)
+    async with client:
+        stream = await client.chat.completions.create(**CHAT, stream=True, max_tokens=2)
+        words = [chunk.choices[0].delta.content async for chunk in stream]
+        assert words == ["alpha", " beta"]
+        done = await client.completions.create(model="org/m", prompt="one two", max_tokens=3)
+        assert done.choices[0].text == "one two one"
+        found = await client.embeddings.create(model="m", input=["a", "b", "a"])
+        first, second, third = (item.embedding for item in found.data)
+        assert first == third != second
+        with pytest.raises(openai.NotFoundError):
+            await client.completions.create(model="other", prompt="x")
 
 
-async def test_refuses_bad_bodies_as_openai_does():
-    async with running() as engine:
-        for path, body in [
-            ("/v1/chat/completions", {"model": "m"}),
-            ("/v1/chat/completions", {**CHAT, "messages": []}),
-            ("/v1/chat/completions", {**CHAT, "max_tokens": 0}),
-            ("/v1/completions", {"model": "m", "prompt": 7}),
-            ("/v1/embeddings", {"model": "m"}),
-        ]:
-            status, answer = await engine.post(path, body)
-            assert (status, answer["error"]["code"]) == (400, 400), (path, body)
-            assert answer["error"]["message"].startswith("invalid request body: it is not what")
-        for kind in ("text/plain", "", "application/json ; charset=utf-8"):
-            headers = {"Authorization": f"Bearer {CONTROL}", "Content-Type": kind}
-            chat = json.dumps(CHAT).encode()
-            async with engine.http.post("/v1/completions", data=chat, headers=headers) as got:
-                answer = await got.json()
-                assert (got.status, answer["error"]["code"]) == (400, 400), kind
-                assert "Only 'application/json' is allowed" in answer["error"]["message"]
+async def test_refuses_bad_bodies_as_openai_does(engine):
+    for path, body in [
+        ("/v1/chat/completions", {"model": "m"}),
+        ("/v1/chat/completions", {**CHAT, "messages": []}),
+        ("/v1/chat/completions", {**CHAT, "max_tokens": 0}),
+        ("/v1/completions", {"model": "m", "prompt": 7}),
+        ("/v1/embeddings", {"model": "m"}),
+    ]:
+        status, answer = await engine.post(path, body)
+        assert (status, answer["error"]["code"]) == (400, 400), (path, body)
+        assert answer["error"]["message"].startswith("invalid request body: it is not what")
+    for kind in ("text/plain", "", "application/json ; charset=utf-8"):
+        headers = {"Authorization": f"Bearer {CONTROL}", "Content-Type": kind}
+        chat = json.dumps(CHAT).encode()
+        async with engine.http.post("/v1/completions", data=chat, headers=headers) as got:
+            answer = await got.json()
+            assert (got.status, answer["error"]["code"]) == (400, 400), kind
+            assert "Only 'application/json' is allowed" in answer["error"]["message"]
 
 
-async def test_serves_no_other_model_than_it_was_let_in_for():
-    async with running() as engine:
-        for name, status in (("m", 200), ("other", 403)):
-            headers = {"Authorization": f"Bearer {ROUTE}", "X-Stoker-Model": name}
-            async with engine.http.post("/v1/chat/completions", json=CHAT, headers=headers) as got:
-                assert got.status == status
+async def test_serves_no_other_model_than_it_was_let_in_for(engine):
+    for name, status in (("m", 200), ("other", 403)):
+        headers = {"Authorization": f"Bearer {ROUTE}", "X-Stoker-Model": name}
+        async with engine.http.post("/v1/chat/completions", json=CHAT, headers=headers) as got:
+            assert got.status == status
 
 
-async def test_is_guarded_like_vllm():
-    async with running() as engine:
-        status, body = await engine.post("/v1/chat/completions", CHAT, key="wrong")
-        assert (status, body["error"]["code"]) == (401, 401)
-        assert (await engine.post("/v1/chat/completions", CHAT, key=ROUTE))[0] == 200
-        assert (await engine.post("/sleep", key=ROUTE))[0] == 403
-        headers = {"Authorization": f"Bearer {ROUTE}"}
-        for path in ("/metrics", "/is_sleeping", "/stoker/status", "/nothing-here"):
-            async with engine.http.get(path, headers=headers) as got:
-                assert got.status == 403, path
-        assert (await engine.post("/nothing-here"))[0] == 404
+async def test_is_guarded_like_vllm(engine):
+    status, body = await engine.post("/v1/chat/completions", CHAT, key="wrong")
+    assert (status, body["error"]["code"]) == (401, 401)
+    assert (await engine.post("/v1/chat/completions", CHAT, key=ROUTE))[0] == 200
+    assert (await engine.post("/sleep", key=ROUTE))[0] == 403
+    headers = {"Authorization": f"Bearer {ROUTE}"}
+    for path in ("/metrics", "/is_sleeping", "/stoker/status", "/nothing-here"):
+        async with engine.http.get(path, headers=headers) as got:
+            assert got.status == 403, path
+    assert (await engine.post("/nothing-here"))[0] == 404
 
 
 async def test_other_routes():
