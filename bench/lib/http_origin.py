@@ -3,8 +3,9 @@ measured is the proxy in front of it. `python http_origin.py [SLOTS SERVICE_S]` 
 
 A request whose body has `"stream":true` gets 64 chunked events of about 180 bytes, back to back;
 5 ms apart if it has `"paced":true` too; 50 of them 100 ms apart if it has `"slow":true`. Any other
-gets a JSON answer of about 400 bytes. With SLOTS, at most so many are answered at a time, each
-after SERVICE_S seconds; the others wait, as in an engine's own queue.
+gets a JSON answer of about 400 bytes. A stream whose body asks for usage tells it in one more
+event, as vLLM does: a proxy that asks has it to take out again. With SLOTS, at most so many are
+answered at a time, each after SERVICE_S seconds; the others wait, as in an engine's own queue.
 """
 
 from __future__ import annotations
@@ -32,8 +33,13 @@ _UNARY = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 
 _EVENT = b'data: {"choices":[{"delta":{"content":"%b"}}]}\n\n' % (b"y" * 130)
 _CHUNK = b"%x\r\n%b\r\n" % (len(_EVENT), _EVENT)
 _HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
+_USAGE = (
+    b'data: {"id":"chatcmpl-1","object":"chat.completion.chunk","created":1,"model":"bench",'
+    b'"choices":[],"usage":{"prompt_tokens":9,"total_tokens":73,"completion_tokens":64}}\n\n'
+)
 _END = b"0\r\n\r\n"
-_STREAM = _HEAD + CHUNKS * _CHUNK + _END
+_ENDS = {False: _END, True: b"%x\r\n%b\r\n" % (len(_USAGE), _USAGE) + _END}
+_STREAMS = {asked: _HEAD + CHUNKS * _CHUNK + end for asked, end in _ENDS.items()}
 
 
 class Slots:
@@ -86,6 +92,7 @@ class Origin(asyncio.Protocol):
             self._answer(body)
 
     def _answer(self, body: bytes) -> None:
+        asked = b'"include_usage":true' in body
         if b'"stream":true' not in body:
             if self._slots is not None and body:
                 self._slots.answer(self._transport)
@@ -93,19 +100,19 @@ class Origin(asyncio.Protocol):
                 self._transport.write(_UNARY)
         elif b'"paced":true' in body:
             self._transport.write(_HEAD)
-            self._pace(CHUNKS, PACE_S)
+            self._pace(CHUNKS, PACE_S, _ENDS[asked])
         elif b'"slow":true' in body:
             self._transport.write(_HEAD)
-            self._pace(SLOW_CHUNKS, SLOW_S)
+            self._pace(SLOW_CHUNKS, SLOW_S, _ENDS[asked])
         else:
-            self._transport.write(_STREAM)
+            self._transport.write(_STREAMS[asked])
 
-    def _pace(self, left: int, pace_s: float) -> None:
+    def _pace(self, left: int, pace_s: float, end: bytes) -> None:
         if self._transport.is_closing():
             return
-        self._transport.write(_CHUNK if left else _END)
+        self._transport.write(_CHUNK if left else end)
         if left:
-            self._loop.call_later(pace_s, self._pace, left - 1, pace_s)
+            self._loop.call_later(pace_s, self._pace, left - 1, pace_s, end)
 
 
 async def main() -> None:

@@ -111,13 +111,24 @@ class Strip:
         if cut < len(END):
             cut = 0
         whole, self._held = data[:cut], data[cut:]
-        if USAGE in whole:
-            events = whole.split(END)[:-1]
-            whole = b"".join(_without_usage(event + END) for event in events)
+        whole = _cleaned(whole)
         if len(self._held) <= HELD_BYTES:
             return whole
         self._long, self._last = True, self._held[-1:]
         return whole + self.rest()
+
+
+def _cleaned(events: bytes) -> bytes:
+    """`events`, whole ones, without usage. From the right: it is told in the last of a stream."""
+    kept = []
+    stop = len(events)
+    while (at := events.rfind(USAGE, 0, stop)) >= 0:
+        before = events.rfind(END, 0, at)
+        begin = before + len(END) if before >= 0 else 0
+        end = events.index(END, at) + len(END)
+        kept += [part for part in (events[end:stop], _without_usage(events[begin:end])) if part]
+        stop = begin
+    return b"".join((events[:stop], *reversed(kept))) if kept else events[:stop]
 
 
 def _without_usage(event: bytes) -> bytes:

@@ -3,9 +3,9 @@
 Rules this file keeps:
 - the answer is looked at, never changed (but by a `Strip`) or copied whole: only its end is kept;
 - the same bytes give the same result however they were cut into pieces;
-- a piece costs next to nothing: events are counted many at a time, when pieces are forgotten or at
-  the end; JSON is decoded once, after the end, and no more of it than what follows the last
-  `usage`;
+- a piece costs next to nothing: events are counted many at a time, when pieces are forgotten, or at
+  the end where the engine did not say how many tokens there were; JSON is decoded once, after the
+  end, and no more of it than what follows the last `usage`;
 - what the engine did not say is estimated and said to be so, or None: never a guess as a fact.
 """
 
@@ -47,16 +47,16 @@ class TokenUsage(NamedTuple):
 
     `exact`: the engine said so. Else `completion_tokens` is the number of a stream's events with
     content: one token each in vLLM by default, fewer than there are with speculative decoding or
-    `stream_interval`. None: unknown. `events` are a stream's, 0 for any other answer.
+    `stream_interval`. None: unknown. `streamed`: it came as a stream of events.
     """
 
     prompt_tokens: int | None
     completion_tokens: int | None
     exact: bool
-    events: int
+    streamed: bool
 
 
-NOTHING = TokenUsage(None, None, False, 0)
+NOTHING = TokenUsage(None, None, False, False)
 
 
 class _Tokens(Struct):
@@ -131,14 +131,16 @@ class Meter:
         body = self._all()
         end = body[-self._limit :]
         if self._carry is None:
-            prompt, completion, _ = _last(end, stream=False)
-            return NOTHING if prompt is None else TokenUsage(prompt, completion, True, 0)
+            prompt, completion = _last(end, stream=False)
+            return (
+                NOTHING if prompt is None else TokenUsage(prompt, completion, True, streamed=False)
+            )
+        prompt, completion = _last(end[_final(end) :], stream=True)
+        if prompt is not None:
+            return TokenUsage(prompt, completion, True, streamed=True)
         events = self._events + (self._carry + body).count(_MARK)
-        prompt, completion, at = _last(end, stream=True)
-        if prompt is not None and end.count(_MARK, at) <= _EVENTS_AFTER:
-            return TokenUsage(prompt, completion, True, events)
         completion = max(0, events - _PREAMBLE.get(path.partition("?")[0], 0))
-        return TokenUsage(prompt, completion, False, events)
+        return TokenUsage(_last(end, stream=True)[0], completion, False, streamed=True)
 
     def told(self) -> bytes:
         """The end of what the caller was given, as much as is kept."""
@@ -175,9 +177,17 @@ class Meter:
         return self._pieces[0] if len(self._pieces) == 1 else b"".join(self._pieces)
 
 
-def _last(end: bytes, *, stream: bool) -> tuple[int | None, int, int]:
-    """Prompt and completion tokens as the last usage in `end`, the end of an answer, has them, and
-    where it stands. An embedding has a prompt only.
+def _final(end: bytes) -> int:
+    """Where in `end`, the end of a stream, the events begin that may tell its final usage."""
+    at = len(end)
+    for _ in range(_EVENTS_AFTER + 1):
+        at = max(0, end.rfind(_MARK, 0, at))
+    return at
+
+
+def _last(end: bytes, *, stream: bool) -> tuple[int | None, int]:
+    """Prompt and completion tokens as the last usage in `end`, the end of an answer, has them. An
+    embedding has a prompt only.
 
     In `..."usage":{...}, ...}` the rest of the object, with a brace before it, is JSON exactly if
     `usage` is a field of the outermost object. Text cannot pass for it: its quotes are escaped.
@@ -196,12 +206,12 @@ def _last(end: bytes, *, stream: bool) -> tuple[int | None, int, int]:
             tokens = _decoded_nested(rest)
         if tokens is not None:
             if tokens.prompt_tokens is not None:
-                return tokens.prompt_tokens, tokens.completion_tokens or 0, at
+                return tokens.prompt_tokens, tokens.completion_tokens or 0
             if tokens.input_tokens is not None:
                 cached = tokens.cache_creation_input_tokens or 0
                 cached += tokens.cache_read_input_tokens or 0
-                return tokens.input_tokens + cached, tokens.output_tokens or 0, at
-    return None, 0, 0
+                return tokens.input_tokens + cached, tokens.output_tokens or 0
+    return None, 0
 
 
 def _decoded(rest: bytes) -> _Tokens | None:

@@ -48,6 +48,7 @@ PIPELINED_BYTES = 64 * 1024
 KEEP_ALIVE_S = 75.0  # as nginx; longer than the pauses between a client's calls
 
 _BODYLESS = (204, 304)
+_LAST_CHUNK = b"0\r\n\r\n"
 # Headers that make a request no plain one: among them a browser's.
 _ODD = {
     b"transfer-encoding", b"content-encoding", b"expect", b"upgrade", b"te", b"trailer", b"origin",
@@ -310,7 +311,7 @@ class PlainConnection(asyncio.Protocol):
         if transport is None or transport.is_closing():
             return
         if self.begun and self._chunked:
-            transport.write(b"0\r\n\r\n")
+            transport.write(_LAST_CHUNK)
         if self._front.draining:
             transport.close()
             return
@@ -369,7 +370,10 @@ class PlainConnection(asyncio.Protocol):
     async def relay(self, reply: Reply, first: bytes) -> None:
         """Send `first` and the rest of an engine's reply as it comes."""
         self._reply = reply
-        self.feed(first)
+        if reply.complete and self._chunked:
+            self._send_whole(first)
+        else:
+            self.feed(first)
         if not reply.complete:
             await reply.pipe(self)
         if self._stopped:  # the next request must not add to what this one left behind
@@ -380,12 +384,17 @@ class PlainConnection(asyncio.Protocol):
         if self._transport is None:  # it has hung up: our task is about to be cancelled
             return
         if self._chunked and data:
-            data = b"%x\r\n%b\r\n" % (len(data), data)
-        if self._head:
+            data = b"%b%x\r\n%b\r\n" % (self._head, len(data), data)
+        elif self._head:
             data = self._head + data
-            self._head = b""
+        self._head = b""
         if data:
             self._transport.write(data)
+
+    def _send_whole(self, data: bytes) -> None:
+        """A chunked answer of which no more will come: its end goes out in the same write."""
+        self._chunked = False
+        self.feed(b"%x\r\n%b\r\n0\r\n\r\n" % (len(data), data) if data else _LAST_CHUNK)
 
     def break_off(self) -> None:
         """Without its last chunk, or short of its Content-Length, no answer looks whole."""

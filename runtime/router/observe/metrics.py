@@ -84,8 +84,8 @@ class _Series:
         if ttft_s is None:
             return
         self.ttft.add(ttft_s)
-        if usage.events > 1:
-            self.token.add((total_s - ttft_s) / (usage.events - 1))
+        if usage.streamed and usage.completion_tokens is not None and usage.completion_tokens > 1:
+            self.token.add((total_s - ttft_s) / (usage.completion_tokens - 1))
         if usage.prompt_tokens is not None:
             self.prompt += usage.prompt_tokens
         if usage.completion_tokens is not None:
@@ -233,7 +233,7 @@ class RouterMetrics(Collector):
             "llm_time_to_first_token_seconds", "Arrival to the first byte of a body", labels=labels
         )
         token = HistogramMetricFamily(
-            "llm_inter_token_latency_seconds", "Mean gap between a stream's events", labels=labels
+            "llm_inter_token_latency_seconds", "Mean gap between a stream's tokens", labels=labels
         )
         held = HistogramMetricFamily(
             "llm_hold_seconds", "How long held requests waited, by the model's rung when they came",

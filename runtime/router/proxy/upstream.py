@@ -96,7 +96,7 @@ class Reply:
     """One answer: `status` and `headers` now, the body by `read` until b"", or by `pipe`."""
 
     __slots__ = (
-        "_chunks", "_connection", "_error", "_sink", "_size", "_waiter", "begun", "complete",
+        "_chunks", "_connection", "_error", "_sink", "_waiter", "begun", "complete",
         "headers", "meter", "moved", "moved_at", "sent_at", "status", "until_eof",
     )  # fmt: skip
 
@@ -109,8 +109,7 @@ class Reply:
         self.moved = False  # body bytes came since the last sweep
         self.begun = False  # a sweep has seen body bytes
         self._connection = connection
-        self._chunks: list[bytes] = []
-        self._size = 0
+        self._chunks = connection.body  # the socket's pieces come into it while it is our answer
         self._error: UpstreamError | None = None
         self._sink: Sink | None = None
         self.meter: Filter | None = None
@@ -173,47 +172,50 @@ class Reply:
 
     # -- called by the connection
 
-    def feed(self, data: bytes) -> None:
-        """Take more of the body from the socket."""
-        if self._error is None:
-            self._chunks.append(data)
-            self._size += len(data)
-
     def flush(self) -> None:
-        """All of one read from the socket has been fed."""
+        """The pieces of one read from the socket have come."""
         if not self._chunks:
             return
         self.moved = True
         for piece in self._chunks[-_LAST_PIECES:]:
             if piece.startswith(BEGINNINGS) and core_died(piece):
-                self._died(piece)
+                del self._chunks[self._chunks.index(piece) :]  # it is not passed on
+                self._hand_on()
+                self._break(UpstreamError("the replica's engine died at work", delivered=True))
                 return
-        if self._sink is not None:
-            self._sink.feed(self._take())
-            return
-        if self._size > BUFFER_BYTES:
-            self._connection.pause_reading()
-        self._wake()
-
-    def _died(self, word: bytes) -> None:
-        """End the reply before the engine's last `word`, which is not passed on."""
-        del self._chunks[self._chunks.index(word) :]
-        self._error = UpstreamError("the replica's engine died at work", delivered=True)
-        self.flush()
-        self._wake()
+        self._hand_on()
 
     def end(self) -> None:
         """Note the end of the body."""
         self.flush()
-        self.complete = self._error is None
-        self._wake()
+        if self._error is None:
+            self.complete = True
+            self._part()
 
     def fail(self, error: UpstreamError) -> None:
-        """Note why the body ends early."""
-        if not self.complete:
-            self.flush()
-            self._error = error
-            self._wake()
+        """Note why the body ends early, if it has not ended yet."""
+        self.flush()
+        if not self.complete and self._error is None:
+            self._break(error)
+
+    def _hand_on(self) -> None:
+        if not self._chunks:
+            return
+        if self._sink is not None:
+            self._sink.feed(self._take())
+            return
+        if sum(map(len, self._chunks)) > BUFFER_BYTES:
+            self._connection.pause_reading()
+        self._wake()
+
+    def _break(self, error: UpstreamError) -> None:
+        self._error = error
+        self._part()
+
+    def _part(self) -> None:
+        """What has come stays to be read; what the connection brings from now on is not ours."""
+        self._chunks = self._chunks.copy()
+        self._wake()
 
     async def head(self) -> None:
         """Until status and headers are there. Raises UpstreamError.
@@ -235,7 +237,6 @@ class Reply:
     def _take(self) -> bytes:
         data = self._chunks[0] if len(self._chunks) == 1 else b"".join(self._chunks)
         self._chunks.clear()
-        self._size = 0
         return data if self.meter is None else self.meter.feed(data)
 
     def _rest(self) -> bytes:
@@ -265,6 +266,9 @@ class _Connection(asyncio.Protocol):
         self._parser: httptools.HttpResponseParser | None = None
         self._transport: asyncio.Transport | None = None
         self._reply: Reply | None = None
+        self.body: list[bytes] = []
+        # For the parser, which calls it once a piece: a method of ours would be most of the cost.
+        self.on_body = self.body.append
         self.paused = False
         self._headers: Headers = []
         self._head_bytes = 0
@@ -371,10 +375,6 @@ class _Connection(asyncio.Protocol):
             self._reply.status = status
             self._reply._wake()  # it runs once this read is parsed: most answers are whole then
 
-    def on_body(self, data: bytes) -> None:
-        if self._reply is not None:
-            self._reply.feed(data)
-
     def on_message_complete(self) -> None:
         reply = self._reply
         if reply is None or not reply.status:  # an interim 1xx: the answer is still to come
@@ -391,6 +391,7 @@ class _Connection(asyncio.Protocol):
         else:
             self._transport.close()
         reply.end()
+        self.body.clear()
 
     def _broken(self, reason: str) -> None:
         if self._reply is not None:

@@ -49,8 +49,8 @@ def test_tokens(size: int, head: Head, tokens: int) -> None:
 @pytest.mark.parametrize(
     ("usage", "answered", "worked_s", "tokens"),
     [
-        (TokenUsage(7, 3, True, 0), True, 0.0, 10),
-        (TokenUsage(None, 3, False, 3), True, 0.0, 503),
+        (TokenUsage(7, 3, True, False), True, 0.0, 10),
+        (TokenUsage(None, 3, False, True), True, 0.0, 503),
         (NOTHING, True, 0.0, 756),
         (NOTHING, False, 2.0, 600),
         (NOTHING, False, 0.001, 500),

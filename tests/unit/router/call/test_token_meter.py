@@ -91,20 +91,20 @@ def responses_stream(text: str) -> bytes:
 @pytest.mark.parametrize(
     ("body", "expected"),
     [
-        (chat_answer(), TokenUsage(7, 12, True, 0)),
-        (chat_answer(SLY), TokenUsage(7, 12, True, 0)),
+        (chat_answer(), TokenUsage(7, 12, True, False)),
+        (chat_answer(SLY), TokenUsage(7, 12, True, False)),
         (b'{"choices":[{"text":"hi"}],"usage":{"prompt_tokens":2,"completion_tokens":3}}',
-         TokenUsage(2, 3, True, 0)),
+         TokenUsage(2, 3, True, False)),
         (b'{"usage": {"prompt_tokens": 2, "completion_tokens": 3}, "choices": []}\n',
-         TokenUsage(2, 3, True, 0)),
+         TokenUsage(2, 3, True, False)),
         (b'{"data":[{"embedding":[0.1,0.2]}],"usage":{"prompt_tokens":8,"total_tokens":8}}',
-         TokenUsage(8, 0, True, 0)),
+         TokenUsage(8, 0, True, False)),
         (msgspec.json.encode({"id": "r", "output": [], "usage": RESPONSES_USAGE, "user": "usage"}),
-         TokenUsage(7, 12, True, 0)),
+         TokenUsage(7, 12, True, False)),
         # Anthropic: what was cached is not within input_tokens
         (b'{"type":"message","content":[{"type":"tool_use","input":{"usage":{"input_tokens":1}}}],'
          b'"usage":{"input_tokens":3,"output_tokens":12,"cache_read_input_tokens":2,'
-         b'"cache_creation_input_tokens":null}}', TokenUsage(5, 12, True, 0)),
+         b'"cache_creation_input_tokens":null}}', TokenUsage(5, 12, True, False)),
         # not at the outermost level, not a usage, or none at all
         (b'{"content":[{"input":{"usage":{"input_tokens":1}}}]}', NOTHING),
         (b'{"text":"x","usage":{"type":"duration","seconds":3}}', NOTHING),
@@ -124,24 +124,24 @@ def test_a_whole_answer(body: bytes, expected: TokenUsage) -> None:
 @pytest.mark.parametrize(
     ("path", "body", "expected"),
     [
-        (CHAT, chat_stream("a", "b", usage=OPENAI), TokenUsage(7, 12, True, 4)),
-        (CHAT, chat_stream("a", SLY), TokenUsage(None, 2, False, 3)),
-        (CHAT, b": waiting\n\n" + chat_stream("a", "b", "c"), TokenUsage(None, 3, False, 4)),
-        (CHAT, chat_stream("a", done=False), TokenUsage(None, 1, False, 2)),
-        (CHAT, event({"error": {"message": "no"}}), TokenUsage(None, 0, False, 1)),
+        (CHAT, chat_stream("a", "b", usage=OPENAI), TokenUsage(7, 12, True, True)),
+        (CHAT, chat_stream("a", SLY), TokenUsage(None, 2, False, True)),
+        (CHAT, b": waiting\n\n" + chat_stream("a", "b", "c"), TokenUsage(None, 3, False, True)),
+        (CHAT, chat_stream("a", done=False), TokenUsage(None, 1, False, True)),
+        (CHAT, event({"error": {"message": "no"}}), TokenUsage(None, 0, False, True)),
         (COMPLETIONS, event({"choices": [{"text": "a"}], "usage": None}) * 9 + b"data: [DONE]\n\n",
-         TokenUsage(None, 9, False, 9)),
+         TokenUsage(None, 9, False, True)),
         # continuous_usage_stats, cut off: the last whole event counts
         (COMPLETIONS,
          event({"choices": [], "usage": {"prompt_tokens": 7, "completion_tokens": 1}})
          + event({"choices": [], "usage": {"prompt_tokens": 7, "completion_tokens": 2}})
          + b'data: {"choices":[],"usage":{"prompt_tokens":7,"completion_tokens":3',
-         TokenUsage(7, 2, True, 3)),
-        (MESSAGES, messages_stream("a", "b"), TokenUsage(5, 12, True, 7)),
-        (MESSAGES, messages_stream("a", "b", "c", end=False), TokenUsage(5, 3, False, 5)),
-        (RESPONSES, responses_stream(SLY), TokenUsage(7, 12, True, 6)),
-        (RESPONSES, responses_stream("x" * 2 * STREAM_BYTES), TokenUsage(7, 12, True, 6)),
-        (CHAT, chat_stream(usage=OPENAI).replace(b"\n", b"\r\n"), TokenUsage(7, 12, True, 2)),
+         TokenUsage(7, 2, True, True)),
+        (MESSAGES, messages_stream("a", "b"), TokenUsage(5, 12, True, True)),
+        (MESSAGES, messages_stream("a", "b", "c", end=False), TokenUsage(5, 3, False, True)),
+        (RESPONSES, responses_stream(SLY), TokenUsage(7, 12, True, True)),
+        (RESPONSES, responses_stream("x" * 2 * STREAM_BYTES), TokenUsage(7, 12, True, True)),
+        (CHAT, chat_stream(usage=OPENAI).replace(b"\n", b"\r\n"), TokenUsage(7, 12, True, True)),
     ],
 )  # fmt: skip
 def test_a_stream(path: str, body: bytes, expected: TokenUsage) -> None:
@@ -183,7 +183,7 @@ def test_only_the_end_of_a_large_answer_is_kept() -> None:
     for _ in range(1000):
         meter.feed(b"1," * 2048)
     meter.feed(b'1],"usage":{"prompt_tokens":8,"total_tokens":8}}')
-    assert meter.usage("/v1/embeddings") == TokenUsage(8, 0, True, 0)
+    assert meter.usage("/v1/embeddings") == TokenUsage(8, 0, True, False)
     assert meter.size > 4_000_000
     assert sum(map(len, meter._pieces)) <= 2 * JSON_BYTES + 4096
 
