@@ -102,6 +102,18 @@ class Engine(Protocol):
         """What it holds at that sleep level; None: measure it."""
         ...
 
+    def shell_key(self, spec: ModelSpec, ctx: LaunchContext, version: str | None) -> str | None:
+        """What a running engine must share with another model to be changed to it in place.
+
+        Hex digits: of two launches that have the same, an engine of one can be changed to the
+        other. None: never. `version`: of the engine on that node. May read the model's files.
+        """
+        ...
+
+    def repoint(self, spec: ModelSpec, ctx: LaunchContext) -> dict[str, object]:
+        """The JSON body of `guard.REPOINT_PATH` that changes a running engine to `spec`."""
+        ...
+
     def explain_exit(self, returncode: int | None, log_tail: str) -> tuple[str, str]:
         """(one of EXIT_KINDS, the cause in words) of a process that ended."""
         ...

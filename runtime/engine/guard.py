@@ -7,11 +7,14 @@ Rules this file keeps:
 - `/health` alone is open: it says nothing but "alive";
 - the control key's own requests are not work: the agent's canary neither counts nor is kept out;
 - closed, before a sleep and until a wake has passed its canary, it lets no client's request in;
+- nothing is answered, not even to the control key, while the engine changes to another model, and
+  never again after a change that stopped half-way;
 - the standard library and `runtime/bearer.py` alone, per request a lookup and two compares.
 """
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import json
 import os
@@ -27,11 +30,14 @@ CONTROL_KEY_ENV = "STOKER_CONTROL_KEY"
 STATUS_PATH = "/stoker/status"
 CLOSE_PATH = "/stoker/close"
 OPEN_PATH = "/stoker/open"
+REPOINT_PATH = "/stoker/repoint"
+REPOINT_BYTES = 64 * 1024  # of the request's body
 CLOSED = "the engine is asleep, or about to sleep"
 MODEL_HEADER = (
     b"x-stoker-model"  # the name that a router let a request in for; callers can't set it
 )
 CLOSED_HEADER = b"x-stoker-closed"  # tells a router that the request was not let in
+_SHUT = (CLOSED_HEADER, b"1")
 
 _OPEN = frozenset({"/health"})
 # What vLLM 0.32 serves outside /v1/ that answers a client; all else there steers the engine.
@@ -65,6 +71,18 @@ class Keys(NamedTuple):
 
     route: bytes
     control: bytes
+
+
+class Repoint(NamedTuple):
+    """What an engine shall serve from now on."""
+
+    model_path: str
+    names: tuple[str, ...]
+    route_key: str
+
+
+class RepointRefused(Exception):
+    """An engine that can't serve that model; nothing of it was touched. The message says why."""
 
 
 class Refusal(NamedTuple):
@@ -141,6 +159,28 @@ def refuse(path: str, authorization: bytes | None, keys: Keys) -> Refusal | None
     return Refusal(403, f"{path} needs the control key; the route key opens inference only")
 
 
+def read_repoint(body: bytes) -> Repoint:
+    """What the agent asks for. Raises ValueError saying what is wrong with the body."""
+    if len(body) > REPOINT_BYTES:
+        raise ValueError(f"the body may have at most {REPOINT_BYTES} bytes")
+    try:
+        found = json.loads(body)
+    except (ValueError, RecursionError):
+        raise ValueError("the body is not valid JSON") from None
+    if not isinstance(found, dict) or set(found) != set(Repoint._fields):
+        raise ValueError(f"the body must be an object of {', '.join(Repoint._fields)}")
+    path, names, key = (found[name] for name in Repoint._fields)
+    if not (isinstance(names, list) and names and all(_is_text(name) for name in names)):
+        raise ValueError("names must be a list of one text or more")
+    if not (_is_text(path) and _is_text(key)):
+        raise ValueError("model_path and route_key must be texts")
+    return Repoint(path, tuple(names), key)
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str) and value != ""
+
+
 def holds_control(authorization: bytes | None, keys: Keys) -> bool:
     """Whether the request is the agent's own."""
     return hmac.compare_digest(bearer.token_of(authorization or b""), keys.control)
@@ -149,7 +189,7 @@ def holds_control(authorization: bytes | None, keys: Keys) -> bool:
 class Activity:
     """What an engine is busy with, so that its agent can see when it is drained.
 
-    `closed`: no client's request is let in.
+    `closed`: no client's request is let in. `changing`: why nobody's is; "": they may be.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -158,14 +198,52 @@ class Activity:
         self.in_flight = 0
         self.served = 0
         self.closed = False
+        self.changing = ""
 
-    def steer(self, path: str) -> dict[str, Any] | None:
-        """Carry out one of the `/stoker/` routes and answer the status; None for other paths."""
+    def steer(self, path: str) -> tuple[int, dict[str, Any]] | None:
+        """Carry out one of the `/stoker/` routes: (HTTP status, answer); None for other paths."""
         if path not in (STATUS_PATH, CLOSE_PATH, OPEN_PATH):
             return None
+        if path == OPEN_PATH and self.changing:
+            return 409, {"error": self.changing}
         if path != STATUS_PATH:
             self.closed = path == CLOSE_PATH
-        return self.status()
+        return 200, self.status()
+
+    async def repoint(
+        self, body: bytes, change: Callable[[Repoint], Awaitable[dict[str, float]]]
+    ) -> tuple[Repoint | None, int, dict[str, Any]]:
+        """(the model that is served from now on, or None; HTTP status; answer).
+
+        `change` answers what took how long. Where it raises anything but RepointRefused, nobody is
+        let in again.
+        """
+        try:
+            wanted = read_repoint(body)
+        except ValueError as error:
+            return None, 400, {"error": str(error)}
+        if why := self._not_now():
+            return None, 409, {"error": why}
+        self.changing = "the engine is changing to another model"
+        try:
+            phases = await change(wanted)
+        except RepointRefused as error:
+            self.changing = ""
+            return None, 409, {"error": str(error)}
+        except BaseException as error:
+            self.changing = f"the engine stopped half-way to another model: {error!r}"
+            if not isinstance(error, Exception):
+                raise
+            return None, 500, {"error": self.changing}
+        self.changing = ""
+        return wanted, 200, {"phases": phases}
+
+    def _not_now(self) -> str:
+        if self.changing:
+            return self.changing
+        if self.in_flight:
+            return f"requests are in flight: {self.in_flight}"
+        return "" if self.closed else f"the door is open: POST {CLOSE_PATH} first"
 
     def begin(self) -> None:
         """A request came in."""
@@ -204,18 +282,44 @@ class Guard:
         else:
             await self._app(scope, receive, send)
 
+    async def change_to(self, wanted: Repoint, scope: Scope) -> dict[str, float]:
+        """Serve another model from now on; answers what took how long, in seconds.
+
+        Raises RepointRefused where nothing was touched, anything else where it is half-way.
+        """
+        raise RepointRefused("this engine can't be changed to another model")
+
+    async def _repoint(self, scope: Scope, receive: Receive) -> tuple[int, dict[str, Any]]:
+        async def change(wanted: Repoint) -> dict[str, float]:
+            return await self.change_to(wanted, scope)
+
+        if scope["method"] != "POST":
+            return 405, {"error": "POST only"}
+        body = await _body(receive, REPOINT_BYTES)
+        wanted, status, answer = await self._activity.repoint(body, change)
+        if wanted:
+            self._keys = self._keys._replace(route=wanted.route_key.encode())
+        return status, answer
+
     async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
         path, authorization = _route_path(scope), _header(scope, b"authorization")
         let_in_for(_header(scope, MODEL_HEADER) or b"")
         refusal = refuse(path, authorization, self._keys)
         if refusal:
             await _reply(send, refusal.status, refusal.body())
-        elif (status := self._activity.steer(path)) is not None:
-            await _reply(send, 200, json.dumps(status).encode())
+        elif (steered := self._activity.steer(path)) is not None:
+            await _reply(send, steered[0], json.dumps(steered[1]).encode())
+        elif path == REPOINT_PATH:
+            # A task of its own: what was begun is ended, though whoever asked for it left.
+            work = asyncio.create_task(self._repoint(scope, receive))
+            status, answer = await asyncio.shield(work)
+            await _reply(send, status, json.dumps(answer).encode())
+        elif counts(path) and self._activity.changing:
+            await _reply(send, 503, Refusal(503, self._activity.changing).body(), _SHUT)
         elif not counts(path) or holds_control(authorization, self._keys):
             await self._app(scope, receive, send)
         elif self._activity.closed:
-            await _reply(send, 503, Refusal(503, CLOSED).body(), (CLOSED_HEADER, b"1"))
+            await _reply(send, 503, Refusal(503, CLOSED).body(), _SHUT)
         else:
             self._activity.begin()
             try:
@@ -238,6 +342,17 @@ def _header(scope: Scope, wanted: bytes) -> bytes | None:
         if name == wanted:
             return bytes(value)
     return None
+
+
+async def _body(receive: Receive, most: int) -> bytes:
+    """A request's body, or its beginning where it has more than `most` bytes."""
+    body = b""
+    while len(body) <= most:
+        message = await receive()
+        body += message.get("body", b"")
+        if not message.get("more_body"):  # also where the caller left
+            break
+    return body
 
 
 async def _reply(send: Send, status: int, body: bytes, *more: tuple[bytes, bytes]) -> None:

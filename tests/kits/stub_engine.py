@@ -30,18 +30,22 @@ def free_port():
         return sock.getsockname()[1]
 
 
+def context(port):
+    """Where and with what a stub runs."""
+    return LaunchContext(
+        replica_id="r", host="127.0.0.1", port=port, route_key=ROUTE, control_key=CONTROL,
+        device_kind="simulated", device_ids=("sim-0",), device_indexes=(0,), device_bytes=1,
+        device_total_bytes=1, model_path="none", revision=None, python="/nonexistent",
+        cache_dir="/nonexistent",
+    )  # fmt: skip
+
+
 class Engine:
     """A running stub."""
 
     def __init__(self, port=None, **engine_args):
         self.port = port or free_port()
-        ctx = LaunchContext(
-            replica_id="r", host="127.0.0.1", port=self.port, route_key=ROUTE, control_key=CONTROL,
-            device_kind="simulated", device_ids=("sim-0",), device_indexes=(0,), device_bytes=1,
-            device_total_bytes=1, model_path="none", revision=None, python="/nonexistent",
-            cache_dir="/nonexistent",
-        )  # fmt: skip
-        self.launch = get_engine("stub").launch(spec(**engine_args), ctx)
+        self.launch = get_engine("stub").launch(spec(**engine_args), context(self.port))
         assert not any("-secret" in word for word in self.launch.argv)
         self.process = subprocess.Popen(
             self.launch.argv, env=self.launch.env, cwd="/", stderr=subprocess.PIPE, text=True

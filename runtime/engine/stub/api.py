@@ -164,6 +164,10 @@ class Api:
         self._generated_tokens = 0
         self.gibberish = False  # its weights are not the model's any more, and it can't know
 
+    def rename(self, names: tuple[str, ...]) -> None:
+        """Serve these names, and no others, from now on."""
+        self._names, self._started = names, int(time.time())
+
     def routes(self) -> list[web.RouteDef]:
         """The paths that the stub serves, each with its handler."""
         return [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import sys
 from pathlib import Path
@@ -33,6 +34,9 @@ class StubArgs(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     sleep_s: Seconds = 0.05
     wake_1_s: Seconds = 0.1  # from sleep level 1
     wake_2_s: Seconds = 0.3  # from sleep level 2, nearly all of it to reload the weights
+    # Engines whose args are equal can be changed to each other's model, where this is not "".
+    shell: str = ""
+    repoint_s: Seconds = 0.04  # to change to another model
     kv_requests: Count = 64  # modelled: in flight, they fill the KV cache; more of them wait
     rungs: tuple[Literal[1, 2], ...] = (1, 2)  # the sleep levels it has
     residue_bytes: Bytes = 0  # modelled: held on each device while asleep
@@ -43,6 +47,10 @@ class StubArgs(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     max_lora_rank: Count = 16
     # Answer nonsense after every wake, not only after one in the wrong order.
     wake_gibberish: bool = False
+    # Answer nonsense after every change to another model.
+    repoint_gibberish: bool = False
+    # Do not change to another model: "refused" before anything was touched, "half_way" after.
+    fail_repoint: Literal["refused", "half_way"] | None = None
     # Instead of becoming ready, end as vLLM does when that happens.
     fail_start: Literal["oom", "bad_model", "crash"] | None = None
     # Answer that many requests; the next one ends the process.
@@ -88,6 +96,21 @@ class StubEngine:
         args = _parse(spec)
         host_bytes = args.host_bytes if level == 1 else 0
         return AsleepModel(residue_bytes=args.residue_bytes, host_bytes=host_bytes)
+
+    def shell_key(self, spec: ModelSpec, ctx: LaunchContext, version: str | None) -> str | None:
+        """See `Engine`; only where `engine_args.shell` is set. It has no files that matter."""
+        args = _parse(spec)
+        if not args.shell or args.enable_lora or spec.adapters:
+            return None
+        kept = (
+            self.name, version, args, spec.env, spec.media_domains, spec.sleep,
+            spec.tensor_parallel_size, ctx.device_kind, ctx.device_bytes, ctx.kv_bytes,
+        )  # fmt: skip
+        return hashlib.sha256(msgspec.json.encode(kept, order="sorted")).hexdigest()
+
+    def repoint(self, spec: ModelSpec, ctx: LaunchContext) -> dict[str, object]:
+        """See `Engine`."""
+        return guard.Repoint(ctx.model_path, spec.names(), ctx.route_key)._asdict()
 
     def explain_exit(self, returncode: int | None, log_tail: str) -> tuple[str, str]:
         """See `Engine`; a modelled failure is logged in vLLM's words."""

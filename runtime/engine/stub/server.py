@@ -23,13 +23,14 @@ import msgspec
 import uvloop
 from aiohttp import web
 
+from runtime.answers import json_answer
 from runtime.engine import guard
 from runtime.engine.adapter_index import Index, from_environment
 from runtime.engine.stub.adapters import StubAdapters
 from runtime.engine.stub.api import MEDIA_DOMAINS, Api, error_response
 from runtime.engine.stub.engine import StubArgs
 from runtime.engine.stub.protocols import Protocols
-from runtime.engine.stub.sleep import StubSleep
+from runtime.engine.stub.sleep import StubSleep, whole
 
 DRAIN_S = 3600.0  # the agent's grace time is what ends a drain; this only has to be longer
 
@@ -75,6 +76,7 @@ class Stub:
             [
                 web.get("/health", self._health),
                 web.get("/metrics", self._metrics),
+                web.post(guard.REPOINT_PATH, whole(self._repoint)),
                 *self._sleep.routes(),
                 *self._api.routes(),
                 *Protocols(self._api).routes(),
@@ -94,8 +96,8 @@ class Stub:
                 content_type="application/json",
                 headers=headers,
             )
-        if (status := self._activity.steer(request.path)) is not None:
-            return web.json_response(status)
+        if (steered := self._activity.steer(request.path)) is not None:
+            return json_answer(steered[1], status=steered[0])
         ours = guard.holds_control(given, self._keys)
         guard.let_in_for(request.headers.get(guard.MODEL_HEADER.decode(), "").encode())
         try:
@@ -129,6 +131,8 @@ class Stub:
         """Why no request is answered now."""
         if not self._ready:
             return "the engine is still starting"
+        if self._activity.changing:
+            return self._activity.changing
         if self._sleep.is_sleeping:  # vLLM would hold the request until it is woken
             return "the engine is asleep"
         return guard.CLOSED if self._activity.closed and not ours else None
@@ -150,6 +154,13 @@ class Stub:
 
     async def _health(self, request: web.Request) -> web.Response:
         return web.Response(status=200 if self._ready else 503)
+
+    async def _repoint(self, request: web.Request) -> web.Response:
+        body = await request.read()
+        wanted, status, answer = await self._activity.repoint(body, self._sleep.repoint)
+        if wanted:
+            self._keys = self._keys._replace(route=wanted.route_key.encode())
+        return json_answer(answer, status=status)
 
     async def _metrics(self, request: web.Request) -> web.Response:
         return web.Response(text=self._api.metrics(self._activity, self._sleep.level))

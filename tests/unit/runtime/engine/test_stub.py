@@ -7,17 +7,22 @@ import os
 import signal
 import socket
 import subprocess
+import time
 from typing import Any
 
 import aiohttp
+import msgspec
 import openai
 import pytest
 
 from runtime.contract.schema import SchemaError
+from runtime.engine import guard
 from runtime.engine.select import get_engine
-from tests.kits.stub_engine import CONTROL, ROUTE, Engine, running, spec, until
+from tests.kits.stub_engine import CONTROL, ROUTE, Engine, context, running, spec, until
 
 CHAT: Any = {"model": "m", "messages": [{"role": "user", "content": "alpha beta gamma"}]}
+
+CTX = context(0)
 
 
 def events(text):
@@ -324,6 +329,114 @@ async def test_fails_every_so_many_requests():
     async with running(fail_every=2) as engine:
         statuses = [(await engine.post("/v1/chat/completions", CHAT, key=ROUTE))[0] for _ in "1234"]
         assert statuses == [200, 500, 200, 500]
+
+
+B = {"model_path": "b", "names": ["b", "org/b"], "route_key": "b-secret"}
+
+
+async def test_it_changes_to_another_model():
+    async with running(repoint_s=0.05) as engine:
+        assert (await engine.post("/stoker/repoint", B, key=ROUTE))[0] == 403
+        assert (await engine.post("/stoker/repoint", B))[0] == 409, "the door is open"
+        await engine.post("/stoker/close")
+        begun = time.monotonic()
+        status, told = await engine.post("/stoker/repoint", B)
+        assert (status, told) == (200, {"phases": {"reload": 0.05, "renew": 0.0}})
+        assert time.monotonic() - begun >= 0.05
+        asked = {**CHAT, "max_tokens": 1}
+        assert (await engine.post("/v1/chat/completions", asked, key=ROUTE))[0] == 401
+        assert (await engine.post("/v1/chat/completions", asked, key="b-secret"))[0] == 503
+        assert (await engine.post("/v1/chat/completions", asked))[0] == 404, "its old name"
+        status, body = await engine.post("/v1/chat/completions", {**asked, "model": "org/b"})
+        assert (status, body["model"]) == (200, "b")
+        await engine.post("/stoker/open")
+        asked = {**asked, "model": "b"}
+        assert (await engine.post("/v1/chat/completions", asked, key="b-secret"))[0] == 200
+        async with engine.http.get("/v1/models") as got:
+            assert [card["id"] for card in (await got.json())["data"]] == ["b", "org/b"]
+        async with engine.http.get("/metrics") as got:
+            metrics = await got.text()
+        assert 'vllm:num_requests_running{model_name="b",engine="stub"} 0' in metrics
+        assert '"m"' not in metrics
+
+
+@pytest.mark.parametrize("level", [1, 2])
+async def test_a_sleeper_changes_to_another_model(level):
+    async with running(sleep_s=0, repoint_s=0, wake_1_s=0) as engine:
+        await engine.post("/stoker/close")
+        await engine.post(f"/sleep?level={level}&mode=wait")
+        await engine.post("/wake_up?tags=weights")
+        assert (await engine.post("/stoker/repoint", B))[0] == 200
+        await engine.post("/wake_up?tags=kv_cache")
+        status, body = await engine.post("/v1/completions", {"model": "b", "prompt": "one"})
+        assert (status, body["choices"][0]["text"].split()[0]) == (200, "one")
+
+
+async def test_a_change_without_memory_for_weights_loses_the_engine():
+    async with running(sleep_s=0, repoint_s=0) as engine:
+        await engine.post("/stoker/close")
+        await engine.post("/sleep?level=1&mode=wait")
+        status, told = await engine.post("/stoker/repoint", B)
+        assert (status, "no weights" in told["error"]) == (500, True)
+        await engine.post("/wake_up")
+        assert (await engine.post("/stoker/open"))[0] == 409
+        assert (await engine.post("/v1/completions", {"model": "m", "prompt": "one"}))[0] == 503
+
+
+async def test_a_change_may_end_in_nonsense_or_fail():
+    async with running(repoint_s=0, repoint_gibberish=True) as engine:
+        await engine.post("/stoker/close")
+        assert (await engine.post("/stoker/repoint", B))[0] == 200
+        asked = {"model": "b", "prompt": "one", "max_tokens": 2}
+        _, body = await engine.post("/v1/completions", asked)
+        assert body["choices"][0]["text"] == "! !"
+    async with running(fail_repoint="refused") as engine:
+        await engine.post("/stoker/close")
+        assert (await engine.post("/stoker/repoint", B))[0] == 409
+        assert (await engine.post("/stoker/open"))[0] == 200
+        assert (await engine.post("/v1/chat/completions", CHAT, key=ROUTE))[0] == 200
+    async with running(repoint_s=0, fail_repoint="half_way") as engine:
+        await engine.post("/stoker/close")
+        assert (await engine.post("/stoker/repoint", B))[0] == 500
+
+
+def shell_key(version="1", ctx=None, model=None, **engine_args):
+    args = {"shell": "s", **engine_args}
+    model = msgspec.structs.replace(spec(**args), **model or {})
+    return get_engine("stub").shell_key(model, msgspec.structs.replace(CTX, **ctx or {}), version)
+
+
+def test_engines_that_can_be_changed_to_each_other_share_a_key():
+    key = shell_key()
+    assert int(key, 16) >= 0
+    assert key == shell_key(model={"name": "other", "aliases": (), "source": "elsewhere"})
+    assert key == shell_key(ctx={"replica_id": "q", "port": 9, "route_key": "k", "model_path": "q"})
+    assert key == shell_key(start_s=0.2), "the default, told"
+    others = [
+        shell_key(shell="t"), shell_key(token_s=1), shell_key(version="2"),
+        shell_key(ctx={"device_bytes": 2}), shell_key(ctx={"kv_bytes": 5}),
+        shell_key(ctx={"device_kind": "cpu"}), shell_key(model={"env": {"A": "1"}}),
+        shell_key(model={"sleep": "off"}), shell_key(model={"media_domains": ("a.org",)}),
+        shell_key(model={"tensor_parallel_size": 2}),
+    ]  # fmt: skip
+    assert len({key, *others}) == len(others) + 1
+    assert None not in others
+
+
+def test_an_engine_that_can_be_changed_to_nothing_has_no_key():
+    assert shell_key(shell="") is None
+    assert shell_key(enable_lora=True) is None
+    assert shell_key(model={"adapters": {"sql": "/a"}}) is None
+
+
+def test_what_the_agent_asks_of_it():
+    ctx = msgspec.structs.replace(CTX, model_path="b", route_key="b-secret")
+    model = msgspec.structs.replace(spec(), name="b", aliases=("org/b",))
+    body = json.loads(json.dumps(get_engine("stub").repoint(model, ctx)))
+    assert body == B
+    assert guard.read_repoint(json.dumps(body).encode()) == guard.Repoint(
+        "b", ("b", "org/b"), "b-secret"
+    )
 
 
 async def test_a_port_in_use_and_missing_keys_end_it():

@@ -82,7 +82,7 @@ def test_the_command_line(engine, ctx):
     )  # fmt: skip
     assert "--max-model-len=512" in launch.argv
     assert value(launch, "--model") == ctx.model_path
-    assert value(launch, "--middleware") == "runtime.engine.guard.Guard"
+    assert value(launch, "--middleware") == "runtime.engine.vllm.shell.Guard"
     # Stoker's own flags come after the spec's, so that they win.
     assert launch.argv.index("--port") > launch.argv.index("--port=1")
     assert "--revision" not in launch.argv
