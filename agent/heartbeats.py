@@ -18,6 +18,7 @@ from agent.engines.sleep_tasks import SleepTasks
 from agent.host import Host
 from agent.lifecycle.probes import Probes
 from agent.lifecycle.replicas import Replicas
+from agent.lifecycle.shells import Shells
 from agent.weights.staging import Stager
 from runtime import places
 from runtime.contract.config import Config
@@ -35,6 +36,7 @@ class Heartbeats:
         replicas: Replicas,
         stager: Stager,
         sleeps: SleepTasks,
+        shells: Shells,
         probes: Probes,
         *,
         boot_id: int,
@@ -46,6 +48,7 @@ class Heartbeats:
         self._replicas = replicas
         self._stager = stager
         self._sleeps = sleeps
+        self._shells = shells
         self._probes = probes
         self.boot_id = boot_id
         self._address = address
@@ -81,6 +84,7 @@ class Heartbeats:
             draining=self._core.shutting_down,
             version=self._stoker_version,
             epoch=self._core.epoch,
+            shells=self._shells.told(self._core.disabled),
         )
 
     def host_budget_bytes(self) -> int:
@@ -104,6 +108,7 @@ class Heartbeats:
             host_bytes=self._sleeps.host_bytes(report, record.saved.command.spec),
             engine_version=record.engine_version,
             started_from=record.started_from,
+            shell_key=record.shell_key,
             kv_cache_usage=load.kv_cache_usage if report.phase == "ready" else None,
             engine_waiting=load.waiting if report.phase == "ready" else None,
         )

@@ -30,6 +30,7 @@ from agent.lifecycle.exits import Exits
 from agent.lifecycle.probes import Probes
 from agent.lifecycle.reaper import Reaper
 from agent.lifecycle.replicas import Replicas
+from agent.lifecycle.shells import Shells
 from agent.lifecycle.starts import Starts
 from agent.records import Records
 from agent.weights.adapters import Adapters
@@ -77,7 +78,10 @@ class Node:
         self._starts = Starts(
             host, replicas, self.adapters, probes, self._sleeps, self._exits, changed
         )
-        self._reaper = Reaper(host, replicas, self._starts, self._sleeps, probes, self.apply)
+        self._shells = Shells(host, replicas, records, self.apply)
+        self._reaper = Reaper(
+            host, replicas, self._starts, self._sleeps, self._shells, probes, self.apply
+        )
         self.adoption = Adoption(
             host, records, replicas, session, self.adapters, probes, self.apply
         )
@@ -88,6 +92,7 @@ class Node:
             replicas,
             self.stager,
             self._sleeps,
+            self._shells,
             probes,
             boot_id=records.boot_id,
             address=address,
@@ -100,6 +105,7 @@ class Node:
         refused = None
         if isinstance(event, messages.PhasesSeen):
             self._starts.ready(event)
+            self._shells.learn(event.replica_id)
         for effect in self.core.handle(event):
             if isinstance(effect, messages.CommandRefused):
                 refused = effect
@@ -119,6 +125,8 @@ class Node:
                 self._reaper.kill(replica_id)
             case messages.SleepEngine() | messages.WakeEngine():
                 self._sleeps.carry_out(effect)
+            case messages.RepointEngine():
+                self._shells.carry_out(effect)
             case messages.StageWeights(models):
                 self.stager.wish(models)
             case messages.SaveDisabled():
@@ -177,7 +185,7 @@ class Node:
 
     async def close(self) -> None:
         """Let go of every engine, dead or alive."""
-        parts = (self._starts, self._reaper, self._probes, self._sleeps)
+        parts = (self._starts, self._reaper, self._probes, self._sleeps, self._shells)
         tasks = [task for part in parts for task in part.running()]
         for task in tasks:
             task.cancel()

@@ -30,6 +30,7 @@ from runtime.wire.agent_messages import StartRung
 log = logging.getLogger("stoker.agent")
 
 KEPT_DISABLED = 256  # launches whose disabled rungs are remembered
+KEPT_SHELLS = 1024  # launches whose canaries are
 
 T = TypeVar("T")
 
@@ -46,10 +47,24 @@ class Record(Struct, frozen=True, kw_only=True):
     engine_version: str | None = None
     canary: WakeCanary | None = None  # None: not asked for yet
     started_from: StartRung = "cached"
+    shell_key: str | None = None  # as in ReplicaReport
+    load_format: str | None = None  # that its process was started with
+
+
+class KnownShell(Struct, frozen=True, kw_only=True):
+    """A launch that engines may be pointed at: its shell key, and its own engine's canary."""
+
+    shell_key: str
+    canary: WakeCanary
+    source: str | None  # of its weights, which must be on the disk; None: it has none
 
 
 class _Disabled(Struct, frozen=True, kw_only=True):
     rungs: dict[str, dict[str, str]] = {}
+
+
+class _Shells(Struct, frozen=True, kw_only=True):
+    launches: dict[str, KnownShell] = {}
 
 
 class _LoadFormats(Struct, frozen=True, kw_only=True):
@@ -72,6 +87,7 @@ class Records:
         self._folder.mkdir(parents=True, exist_ok=True)
         self._agent_file = state_dir / "agent.json"
         self._disabled_file = state_dir / "disabled.json"
+        self._shells_file = state_dir / "shells.json"
         self._formats_file = state_dir / "load-formats.json"
         self._lock = (state_dir / "agent.lock").open("w")
         try:
@@ -117,6 +133,16 @@ class Records:
         kept = dict(list(rungs.items())[-KEPT_DISABLED:])
         with _logged("the disabled rungs"):
             self._write(self._disabled_file, _Disabled(rungs=kept))
+
+    def shells(self) -> dict[str, KnownShell]:
+        """The launches that engines may be pointed at, by `replica.launch_name`."""
+        return (_read(self._shells_file, _Shells) or _Shells()).launches
+
+    def save_shells(self, launches: dict[str, KnownShell]) -> None:
+        """Remember the latest of them."""
+        kept = dict(list(launches.items())[-KEPT_SHELLS:])
+        with _logged("what engines may be pointed at"):
+            self._write(self._shells_file, _Shells(launches=kept))
 
     def load_formats(self) -> dict[str, Known]:
         """How long weights took to load, by `replica.launch_name`."""

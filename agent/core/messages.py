@@ -13,6 +13,7 @@ from msgspec import Struct
 from runtime.wire.agent_messages import (
     AgentCommand,
     ReplicaPhase,
+    RepointReplica,
     SleepReplica,
     Staging,
     StartReplica,
@@ -85,6 +86,15 @@ class WakeEnded(Struct, frozen=True, kw_only=True):
     phases: dict[str, float] = {}
 
 
+class RepointEnded(Struct, frozen=True, kw_only=True):
+    """A RepointEngine is over. `error` says why it failed, None: the new model's canary passed."""
+
+    now: float
+    replica_id: str
+    error: str | None = None
+    phases: dict[str, float] = {}
+
+
 class PhasesSeen(Struct, frozen=True, kw_only=True):
     """How long each phase of the replica's start took, told after it became ready."""
 
@@ -118,6 +128,7 @@ class Saved(Struct, frozen=True, kw_only=True):
     start_s: float | None = None
     stop: StopReplica | None = None
     sleep: SleepReplica | None = None
+    repoint: RepointReplica | None = None
     rungs: tuple[int, ...] = ()
     residue_bytes: int = 0
     sleep_s: float | None = None
@@ -157,6 +168,7 @@ Event = (
     | StatusSeen
     | SleepEnded
     | WakeEnded
+    | RepointEnded
     | PhasesSeen
     | Gone
     | Tick
@@ -192,6 +204,14 @@ class WakeEngine(Struct, frozen=True):
 
     An engine that does not sleep (an agent died half-way) has its canary to pass only.
     """
+
+    replica_id: str
+    level: int
+
+
+class RepointEngine(Struct, frozen=True):
+    """Point the engine at the model of its command, asleep at `level` (0: awake, with its door
+    open), pass that model's canary, then report RepointEnded."""
 
     replica_id: str
     level: int
@@ -241,6 +261,7 @@ Effect = (
     | Signal
     | SleepEngine
     | WakeEngine
+    | RepointEngine
     | StageWeights
     | SaveRecord
     | ForgetRecord

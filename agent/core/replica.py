@@ -2,7 +2,7 @@
 
 Rules this file keeps:
 - pure, as the core is; only the core changes a Replica;
-- `stop` and `sleep` are the commands under way: a replica drains for one of them, never for both;
+- `stop`, `sleep` and `repoint` are the commands under way: a replica drains for one of them only;
 - what is saved is enough for the next agent to go on from.
 """
 
@@ -15,6 +15,7 @@ from agent.core.messages import Saved
 from runtime.wire.agent_messages import (
     ReplicaPhase,
     ReplicaReport,
+    RepointReplica,
     SleepReplica,
     StartReplica,
     StopReplica,
@@ -25,7 +26,7 @@ from runtime.wire.model_spec import ModelSpec
 EDGES: dict[ReplicaPhase, frozenset[ReplicaPhase | None]] = {
     "starting": frozenset({"ready", "backoff", "failed", "stopping", None}),
     "ready": frozenset({"draining", "backoff", "failed", "stopping"}),
-    "draining": frozenset({"ready", "sleeping", "backoff", "failed", "stopping"}),
+    "draining": frozenset({"ready", "sleeping", "waking", "backoff", "failed", "stopping"}),
     "sleeping": frozenset({"asleep", "ready", "backoff", "failed", "stopping"}),
     "asleep": frozenset({"waking", "failed", "stopping"}),
     "waking": frozenset({"ready", "backoff", "failed", "stopping"}),
@@ -63,6 +64,7 @@ class Replica:
     start_s: float | None = None
     stop: StopReplica | None = None
     sleep: SleepReplica | None = None  # draining for it, sleeping, asleep or waking
+    repoint: RepointReplica | None = None  # draining for it, or waking as that model
     began_at: float | None = None  # sleeping, waking: when its turn on its devices came
     looked: bool = False  # draining: its requests were counted since
     wake_wanted: bool = False  # sleeping: wake it as soon as it is asleep
@@ -100,6 +102,7 @@ def adopted(saved: Saved, now: float, spawned_at: float) -> Replica:
         exit_kind=saved.exit_kind,
         start_s=saved.start_s,
         sleep=saved.sleep,
+        repoint=saved.repoint,
         rungs=saved.rungs,
         residue_bytes=saved.residue_bytes,
         sleep_s=saved.sleep_s,
@@ -120,6 +123,7 @@ def saved(r: Replica) -> Saved:
         start_s=r.start_s,
         stop=r.stop,
         sleep=r.sleep,
+        repoint=r.repoint,
         rungs=r.rungs,
         residue_bytes=r.residue_bytes,
         sleep_s=r.sleep_s,
@@ -166,6 +170,9 @@ def rung_name(level: int) -> str:
     return f"asleep-{level}"
 
 
+SHELL = "shell"  # as in ReplicaReport.disabled: its engines are not pointed at it any more
+
+
 def launch_name(spec: ModelSpec) -> str:
     """What a disabled rung is remembered by: the model, and what it is started with."""
     return f"{spec.name}/{spec.launch_key()}"
@@ -182,11 +189,15 @@ def check(replicas: Iterable[Replica]) -> None:
         assert r.tree or not r.killed, f"{about}: killed without a tree"
         assert not r.killed or r.phase in ("backoff", "failed", "stopping"), f"{about}: killed"
         assert not (r.stop and r.sleep), f"{about}: stop and sleep"
+        assert not (r.repoint and r.stop), f"{about}: stop and repoint"
+        assert not r.repoint or r.phase in ("draining", "waking"), f"{about}: repoint"
         if r.phase == "draining":
-            assert r.stop or r.sleep, f"{about}: drains for nothing"
+            assert r.stop or r.sleep or r.repoint, f"{about}: drains for nothing"
+            assert not (r.sleep and r.repoint), f"{about}: sleep and repoint"
         else:
             assert (r.stop is not None) == (r.phase == "stopping"), f"{about}: stop"
-            assert (r.sleep is not None) == (r.phase in SLEEP_PHASES), f"{about}: sleep"
+            assert not r.sleep or r.phase in SLEEP_PHASES, f"{about}: sleep"
+            assert r.sleep or r.repoint or r.phase not in SLEEP_PHASES, f"{about}: no sleep"
         assert not r.wake_wanted or r.phase == "sleeping", f"{about}: wake wanted"
         assert r.began_at is None or r.phase in ("sleeping", "waking"), f"{about}: began"
         if r.at_work:

@@ -7,10 +7,7 @@ Rules this file keeps:
   is restarted only then;
 - stop in phase starting kills at once; draining ends with in_flight 0 or with its grace time,
   then TERM, then after TERM_GRACE_S KILL;
-- a sleep waits until nothing is in flight and never ends a request: after its grace time the
-  replica serves on; a wake that comes before the device memory is touched cancels it;
-- a sleep or wake that fails or takes too long costs the engine a restart, and that rung is never
-  used again for this model and launch key on this node;
+- what sleep, wake and re-point may do stands in agent/core/rungs.py;
 - a start that must be alone on its devices (`StartReplica.alone`) is: it waits in its phase for
   what moves memory there, and all others for it; how many go on at once else is the scheduler's.
 """
@@ -30,6 +27,8 @@ from agent.core.messages import (
     HealthChanged,
     PhasesSeen,
     ProcessExited,
+    RepointEnded,
+    RepointEngine,
     Saved,
     SaveEpoch,
     SendHeartbeatNow,
@@ -44,11 +43,12 @@ from agent.core.messages import (
     WakeEnded,
     WakeEngine,
 )
-from agent.core.replica import MEMORY_PHASES, SERVED_PHASES, SLEEP_PHASES, Replica, rung_name
-from agent.core.transitions import Transitions
+from agent.core.replica import MEMORY_PHASES, SERVED_PHASES, SLEEP_PHASES, Replica
+from agent.core.rungs import RungTransitions
 from runtime.wire.agent_messages import (
     AgentCommand,
     ReplicaReport,
+    RepointReplica,
     SleepReplica,
     StageModels,
     StartReplica,
@@ -64,7 +64,7 @@ WAKE_S = 120.0  # and so has such a wake
 STATUS_S = 6.0  # how long after its grace time a drain may wait to hear of its requests
 
 
-class AgentCore(Transitions):
+class AgentCore(RungTransitions):
     """The transition table of every replica on one node."""
 
     def __init__(
@@ -138,6 +138,8 @@ class AgentCore(Transitions):
                 self._sleep(replica, command, now)
             case WakeReplica():
                 self._wake(replica, command, now)
+            case RepointReplica():
+                self._repoint(replica, command, now)
 
     def _see_epoch(self, epoch: int) -> None:
         if epoch > self.epoch:
@@ -168,7 +170,7 @@ class AgentCore(Transitions):
     def _stop(self, r: Replica, command: StopReplica, now: float) -> None:
         drains_already = r.stop is not None
         if r.stop is None:
-            r.stop, r.sleep, r.wake_wanted = command, None, False
+            r.stop, r.sleep, r.repoint, r.wake_wanted = command, None, None, False
             r.reason = command.reason
         deadline = now + command.grace_s
         if r.phase == "draining":
@@ -209,6 +211,7 @@ class AgentCore(Transitions):
         | StatusSeen
         | SleepEnded
         | WakeEnded
+        | RepointEnded
         | PhasesSeen
         | Gone,
     ) -> None:
@@ -227,8 +230,10 @@ class AgentCore(Transitions):
                     self._drain(r, now)
             case SleepEnded() if r.phase == "sleeping" and r.began_at is not None:
                 self._on_slept(r, event, r.began_at)
-            case WakeEnded() if r.phase == "waking" and r.began_at is not None:
+            case WakeEnded() if r.phase == "waking" and r.began_at is not None and not r.repoint:
                 self._on_woken(r, event, r.began_at)
+            case RepointEnded() if r.repoint and r.began_at is not None:
+                self._on_repointed(r, event, r.began_at)
             case PhasesSeen(phases=phases) if r.phase in SERVED_PHASES:
                 r.phases = phases
                 self._changed(r.command.replica_id)
@@ -239,7 +244,7 @@ class AgentCore(Transitions):
 
     def _on_exit(self, r: Replica, kind: str, words: str, now: float) -> None:
         """Whatever is left of its tree is killed, in every phase."""
-        if r.at_work and r.sleep:
+        if r.at_work and (r.sleep or r.repoint):
             self._rung_failed(r, f"it died while {r.phase}: {words}", now, kind)
         elif r.phase == "draining" and r.stop:
             r.exit_kind = kind
@@ -284,75 +289,20 @@ class AgentCore(Transitions):
     def _drain(self, r: Replica, now: float) -> None:
         """Go on if nothing is in flight, or if its grace time is over."""
         over = now >= r.deadline
-        if r.sleep is None:
-            if over or (r.looked and r.in_flight == 0):
+        ended = r.looked and r.in_flight == 0
+        if r.stop:
+            if over or ended:
                 self._terminate(r, now)
-        elif r.looked and r.in_flight == 0:
+        elif ended and r.repoint:
+            self._become(r, r.repoint, now)
+        elif ended:
             self._to(r, "sleeping", now)
         elif over and r.looked:
-            words = f"{r.in_flight} requests were in flight after {r.sleep.grace_s:.0f} s"
-            self._serve_on(r, f"not put to sleep: {words}", now)
+            command = r.repoint or r.sleep
+            grace_s = command.grace_s if command else 0.0
+            self._serve_on(r, f"{r.in_flight} requests were in flight after {grace_s:.0f} s", now)
         elif now >= r.deadline + STATUS_S:
-            self._serve_on(r, "not put to sleep: it does not say what is in flight", now)
-
-    # -------------------------------------------------------------------------- sleep and wake
-
-    def _sleep(self, r: Replica, command: SleepReplica, now: float) -> None:
-        if r.phase in ("sleeping", "asleep"):
-            r.wake_wanted = False  # whoever spoke last is right
-        elif r.phase == "draining" and r.sleep:
-            return
-        elif words := self._why_not(r, command.level):
-            self._out.append(CommandRefused(f"{r.command.replica_id} {words}"))
-        else:
-            r.sleep, r.reason = command, command.reason
-            r.deadline = now + command.grace_s
-            self._to(r, "draining", now)
-
-    def _why_not(self, r: Replica, level: int) -> str | None:
-        """Why it cannot be put to sleep."""
-        if r.phase != "ready":
-            return f"is {r.phase}: only a ready replica can be put to sleep"
-        if r.command.spec.sleep == "off":
-            return "may not sleep: its spec says `sleep: off`"
-        if level not in r.rungs:
-            has = ", ".join(map(str, r.rungs)) or "none"
-            return f"has no sleep level {level} on this node (it has: {has})"
-        why = self._disabled_of(r).get(rung_name(level))
-        return f"does not use {rung_name(level)} any more: {why}" if why else None
-
-    def _wake(self, r: Replica, command: WakeReplica, now: float) -> None:
-        if r.phase == "asleep":
-            r.reason = command.reason
-            self._to(r, "waking", now)
-        elif r.at_work and r.phase == "sleeping":
-            r.wake_wanted = True
-        elif r.phase == "sleeping" or (r.phase == "draining" and r.sleep):
-            self._serve_on(r, None, now)
-        elif r.phase in ("draining", "stopping", "failed"):
-            words = f"{r.command.replica_id} is {r.phase} and cannot be woken; start a new one"
-            self._out.append(CommandRefused(words))
-
-    def _on_slept(self, r: Replica, event: SleepEnded, began_at: float) -> None:
-        now = event.now
-        if event.error is None:
-            wake_wanted = r.wake_wanted
-            r.sleep_s, r.residue_bytes = now - began_at, event.residue_bytes
-            self._to(r, "asleep", now)
-            if wake_wanted:
-                self._to(r, "waking", now)
-        elif event.untouched:
-            self._serve_on(r, f"not put to sleep: {event.error}", now)
-        else:
-            self._rung_failed(r, event.error, now)
-
-    def _on_woken(self, r: Replica, event: WakeEnded, began_at: float) -> None:
-        now = event.now
-        if event.error is not None:
-            self._rung_failed(r, event.error, now)
-            return
-        r.wake_s, r.phases, r.reason = now - began_at, event.phases, None
-        self._to(r, "ready", now)
+            self._serve_on(r, "it does not say what is in flight", now)
 
     # -------------------------------------------------------------------------- device memory
 
@@ -385,6 +335,9 @@ class AgentCore(Transitions):
             r.tree, r.spawned_at, r.unhealthy_since = True, now, None
             r.rungs, r.phases = self._rungs(r.command.spec), {}
             self._out.append(Spawn(replica_id))
+        elif r.repoint:
+            r.began_at = now
+            self._out.append(RepointEngine(replica_id, r.sleep.level if r.sleep else 0))
         elif r.sleep:
             r.began_at = now
             kind = SleepEngine if r.phase == "sleeping" else WakeEngine
@@ -411,12 +364,14 @@ class AgentCore(Transitions):
 
     def _adopt_alive(self, r: Replica, event: Adopted) -> None:
         phase = event.saved.phase
-        if phase in SLEEP_PHASES:
+        if phase == "waking" and r.repoint:
+            self._shell_failed(r, "its agent ended while it was pointed at the model", event.now)
+        elif phase in SLEEP_PHASES:
             # One that sleeps no more was left half-way: it has its canary to pass.
             r.phase = "waking" if event.sleeping is False else "asleep"
             r.residue_bytes = r.residue_bytes or event.residue_bytes
         else:
-            r.sleep = None  # a drain for it is not gone on with: the scheduler will ask again
+            r.sleep = r.repoint = None  # no drain for it is gone on with: it will be asked again
             r.phase = "ready" if event.healthy or phase != "starting" else "starting"
         if r.phase == "ready" and phase == "starting":
             r.start_s = event.age_s

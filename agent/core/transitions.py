@@ -20,7 +20,6 @@ from agent.core import replica as state
 from agent.core.messages import (
     Effect,
     ForgetRecord,
-    SaveDisabled,
     SaveRecord,
     SendHeartbeatNow,
     Signal,
@@ -77,19 +76,10 @@ class Transitions:
             self._to(r, "backoff", now)
         self._kill(r)
 
-    def _rung_failed(self, r: Replica, words: str, now: float, kind: str | None = None) -> None:
-        """Start its engine again; the rung is not used again."""
-        if r.sleep is None:
-            raise AssertionError(f"{r.command.replica_id}: no sleep in phase {r.phase}")
-        name = state.launch_name(r.command.spec)
-        self.disabled.setdefault(name, {})[state.rung_name(r.sleep.level)] = words
-        self._out.append(SaveDisabled())
-        kind = kind or ("sleep_failed" if r.phase == "sleeping" else "wake_failed")
-        self._fail(r, kind, words, now)
-
-    def _serve_on(self, r: Replica, reason: str | None, now: float) -> None:
-        """Go back to ready: it was to sleep, but its memory was not touched yet."""
-        r.reason = reason
+    def _serve_on(self, r: Replica, why: str | None, now: float) -> None:
+        """Go back to ready: nothing was done to it yet. None: that was asked for."""
+        what = f"not pointed at {r.repoint.spec.name}" if r.repoint else "not put to sleep"
+        r.reason = f"{what}: {why}" if why else None
         self._to(r, "ready", now)
 
     def _terminate(self, r: Replica, now: float) -> None:
@@ -124,6 +114,8 @@ class Transitions:
             r.unhealthy_since = None
         if phase != "draining" and phase not in SLEEP_PHASES:
             r.sleep = None
+        if phase not in ("draining", "waking"):
+            r.repoint = None
         if phase not in SERVED_PHASES:
             r.in_flight, r.idle_for_s = 0, None
         self._changed(r.command.replica_id)

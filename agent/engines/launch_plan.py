@@ -9,6 +9,7 @@ import logging
 import secrets
 from collections.abc import Sequence
 
+import msgspec
 from msgspec import Struct
 
 from runtime.contract.engine_policy import ENGINE_ENV, node_problems
@@ -35,6 +36,7 @@ class Plan(Struct, frozen=True, kw_only=True):
 
     launch: Launch
     context: LaunchContext
+    shell_key: str | None = None  # of an engine that is forked, or needs no parent
 
 
 class BadStart(Exception):
@@ -53,42 +55,78 @@ def make_plan(
     model_path: str,
     load_format: str | None = None,
     adapter_index: str = "",
+    version: str | None = None,
 ) -> Plan:
     """The process of one replica, with fresh keys, to listen on `port`. Blocks. Raises BadStart.
 
     `load_format`: of the weights; None: the engine's own, or the spec's. `adapter_index`: as in
-    LaunchContext.
+    LaunchContext. `version`: the engine's, on this node.
     """
     spec = command.spec
     try:
         if problems := node_problems(spec, place.engine_env, place.media_domains):
             raise ValueError(f"{spec.name}: " + "; ".join(map(str, problems)))
-        chosen = _chosen(command, devices)
-        context = LaunchContext(
-            replica_id=command.replica_id,
-            host=place.host,
-            port=port,
-            route_key=secrets.token_urlsafe(24),
-            control_key=secrets.token_urlsafe(24),
-            device_kind=place.device_kind,
-            device_ids=command.device_ids,
-            device_indexes=tuple(d.index for d in chosen),
-            device_bytes=command.device_bytes,
-            kv_bytes=command.kv_bytes,
-            device_total_bytes=min(d.memory_total_bytes for d in chosen),
-            model_path=model_path,
-            revision=None,
-            python=place.python,
-            cache_dir=place.cache_dir,
+        context = msgspec.structs.replace(
+            _context(command, devices, place, port, model_path),
             load_format=load_format,
             adapter_index=adapter_index,
         )
-        return Plan(launch=get_engine(spec.engine).launch(spec, context), context=context)
+        engine = get_engine(spec.engine)
+        return Plan(
+            launch=engine.launch(spec, context),
+            context=context,
+            shell_key=engine.shell_key(spec, context, version),
+        )
     except ValueError as error:
         raise BadStart("bad_argument", str(error)) from None
     except Exception as error:  # an engine's fault must not end the agent
         log.exception("%s: planning its start failed", command.replica_id)
         raise BadStart("crash", f"planning its start failed: {error!r}") from None
+
+
+def make_repoint(
+    command: StartReplica,
+    devices: Sequence[DeviceReport],
+    place: Place,
+    port: int,
+    control_key: str,
+    model_path: str,
+) -> LaunchContext:
+    """Where an engine runs that is pointed at the model of `command`, with a fresh route key.
+    Raises BadStart."""
+    try:
+        fresh = _context(command, devices, place, port, model_path)
+    except ValueError as error:
+        raise BadStart("bad_argument", str(error)) from None
+    return msgspec.structs.replace(fresh, control_key=control_key)
+
+
+def _context(
+    command: StartReplica,
+    devices: Sequence[DeviceReport],
+    place: Place,
+    port: int,
+    model_path: str,
+) -> LaunchContext:
+    """Raises ValueError where a device is not on this node."""
+    chosen = _chosen(command, devices)
+    return LaunchContext(
+        replica_id=command.replica_id,
+        host=place.host,
+        port=port,
+        route_key=secrets.token_urlsafe(24),
+        control_key=secrets.token_urlsafe(24),
+        device_kind=place.device_kind,
+        device_ids=command.device_ids,
+        device_indexes=tuple(d.index for d in chosen),
+        device_bytes=command.device_bytes,
+        kv_bytes=command.kv_bytes,
+        device_total_bytes=min(d.memory_total_bytes for d in chosen),
+        model_path=model_path,
+        revision=None,
+        python=place.python,
+        cache_dir=place.cache_dir,
+    )
 
 
 def _chosen(command: StartReplica, devices: Sequence[DeviceReport]) -> list[DeviceReport]:

@@ -1,8 +1,9 @@
-"""One sleep, wake or canary of one engine, through its HTTP control routes.
+"""One sleep, wake, re-point or canary of one engine, through its HTTP control routes.
 
 Rules this file keeps:
 - before an engine is told to sleep its door is shut and nothing is in flight: a sleep ends no
   request; the door opens again when the canary has passed;
+- an engine serves another model only once that model's canary has passed, behind a shut door;
 - vLLM's order after level 2: weights, reload, KV cache; its parameters are in the query string;
 - asleep means that the device memory was seen free, wherever it can be measured;
 - whatever goes wrong is said in words: Untouched where the engine serves on, RungFailed else.
@@ -19,6 +20,7 @@ from typing import Any
 import aiohttp
 from msgspec import Struct
 
+from agent.core.periods import DRAIN_PROBE_S
 from agent.devices.device_watch import DeviceWatch
 from agent.engines import wake_canary
 from agent.engines.wake_canary import WakeCanary
@@ -210,17 +212,24 @@ async def wake(controls: Controls, level: int, known: WakeCanary | None) -> dict
             await _take_memory(controls, level, phases)
             if await is_sleeping(controls) is not False:
                 raise RungFailed("it was woken, but does not say that it is awake")
-        if known and known.path:
-            began = time.monotonic()
-            answer = await controls.post(known.path, known.body, _ASK_S)
-            now = wake_canary.read(known.path, known.body, answer)
-            phases["canary"] = time.monotonic() - began
-            if words := wake_canary.difference(known, now):
-                raise RungFailed(f"its canary failed: {words}")
+        await _hear_canary(controls, known, phases)
         await controls.post(guard.OPEN_PATH, timeout_s=_ASK_S)
     except (EngineError, ValueError) as error:
         raise RungFailed(str(error)) from None
     return phases
+
+
+async def _hear_canary(
+    controls: Controls, known: WakeCanary | None, phases: dict[str, float]
+) -> None:
+    """Raises RungFailed where it answers otherwise, EngineError or ValueError where not at all."""
+    if known and known.path:
+        began = time.monotonic()
+        answer = await controls.post(known.path, known.body, _ASK_S)
+        now = wake_canary.read(known.path, known.body, answer)
+        phases["canary"] = time.monotonic() - began
+        if words := wake_canary.difference(known, now):
+            raise RungFailed(f"its canary failed: {words}")
 
 
 async def _take_memory(controls: Controls, level: int, phases: dict[str, float]) -> None:
@@ -234,3 +243,57 @@ async def _take_memory(controls: Controls, level: int, phases: dict[str, float])
         phases["reload"] = time.monotonic() - reload_began
         await controls.post("/wake_up?tags=kv_cache")
     phases["wake"] = time.monotonic() - began - phases.get("reload", 0.0)
+
+
+# ------------------------------------------------------------------------------ re-point
+
+
+async def repoint(
+    controls: Controls, level: int, body: object, known: WakeCanary
+) -> dict[str, float]:
+    """Point an engine at another model, asleep at `level` or awake (0), and open its door once
+    `known`, that model's canary, has passed; the seconds of each phase. Raises RungFailed."""
+    phases: dict[str, float] = {}
+    try:
+        if level:
+            await _timed(phases, "wake", controls.post("/wake_up?tags=weights"))
+        else:
+            await _timed(phases, "drain", _see_no_request(controls))
+        answer = await _timed(phases, "repoint", controls.post(guard.REPOINT_PATH, body))
+        phases |= _seconds(answer)
+        if level:
+            await _timed(phases, "wake", controls.post("/wake_up?tags=kv_cache"))
+            if await is_sleeping(controls) is not False:
+                raise RungFailed("it was woken, but does not say that it is awake")
+        await _hear_canary(controls, known, phases)
+        await controls.post(guard.OPEN_PATH, timeout_s=_ASK_S)
+    except (EngineError, ValueError) as error:
+        raise RungFailed(str(error)) from None
+    return phases
+
+
+async def _see_no_request(controls: Controls) -> None:
+    """Shut the door, and wait for what came in at the last moment. The core gives up sooner than
+    this does. Raises EngineError."""
+    while True:
+        status = await controls.post(guard.CLOSE_PATH, timeout_s=_ASK_S)
+        if not isinstance(status, dict) or not isinstance(status.get("in_flight"), int):
+            raise EngineError("it does not say what is in flight")
+        if not status["in_flight"]:
+            return
+        await asyncio.sleep(DRAIN_PROBE_S)
+
+
+async def _timed(phases: dict[str, float], name: str, work: Awaitable[Any]) -> Any:
+    began = time.monotonic()
+    result = await work
+    phases[name] = phases.get(name, 0.0) + time.monotonic() - began
+    return result
+
+
+def _seconds(answer: Any) -> dict[str, float]:
+    """The engine's own phases, where it tells them."""
+    told = answer.get("phases") if isinstance(answer, dict) else None
+    if not isinstance(told, dict):
+        return {}
+    return {str(name): float(s) for name, s in told.items() if isinstance(s, int | float)}

@@ -44,6 +44,9 @@ class KnownReplicas(Protocol):
     def controls(self, replica_id: str) -> sleep.Controls:
         """The sleep controls of a replica's engine."""
 
+    def is_shell(self, replica_id: str) -> bool:
+        """Whether other engines may be pointed at a replica's model, or its own at another."""
+
     def canary(self, replica_id: str) -> WakeCanary | None:
         """The canary that was recorded of a replica."""
 
@@ -161,7 +164,8 @@ class SleepTasks:
             return
         phases = start_log.phases(r.spawned_at, forked_at, r.ready_at, before)
         began = time.monotonic()
-        if r.rungs and await self._take_canary(replica_id, r) is None:
+        checked = r.rungs or self._replicas.is_shell(replica_id)
+        if checked and await self._take_canary(replica_id, r) is None:
             phases["canary"] = round(time.monotonic() - began, 3)
         self._apply(PhasesSeen(now=time.monotonic(), replica_id=replica_id, phases=phases))
 

@@ -14,6 +14,7 @@ from agent.engines.sleep_tasks import SleepTasks
 from agent.host import Host
 from agent.lifecycle.probes import Probes
 from agent.lifecycle.replicas import Replicas
+from agent.lifecycle.shells import Shells
 from agent.lifecycle.starts import Starts
 
 
@@ -26,6 +27,7 @@ class Reaper:
         replicas: Replicas,
         starts: Starts,
         sleeps: SleepTasks,
+        shells: Shells,
         probes: Probes,
         apply: Callable[[Event], object],
     ) -> None:
@@ -34,6 +36,7 @@ class Reaper:
         self._replicas = replicas
         self._starts = starts
         self._sleeps = sleeps
+        self._shells = shells
         self._probes = probes
         self._apply = apply
         self._reaps: dict[str, asyncio.Task[None]] = {}
@@ -50,6 +53,7 @@ class Reaper:
     async def _reap(self, replica_id: str) -> None:
         await self._starts.cancel(replica_id)
         await self._sleeps.end(replica_id)
+        await self._shells.end(replica_id)
         self._host.devices.dying(replica_id)
         await self._host.supervisor.kill_tree(replica_id)
         self._probes.end(replica_id)

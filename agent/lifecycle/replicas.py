@@ -97,6 +97,11 @@ class Replicas:
         """What is written down of a replica; None where nothing is."""
         return self._known.get(replica_id)
 
+    def is_shell(self, replica_id: str) -> bool:
+        """Whether other engines may be pointed at a replica's model, or its own at another."""
+        record = self._known.get(replica_id)
+        return record is not None and record.shell_key is not None
+
     def canary(self, replica_id: str) -> WakeCanary | None:
         """The answer that a wake is compared with; None if it was not asked for yet."""
         record = self._known.get(replica_id)

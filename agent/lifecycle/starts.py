@@ -118,6 +118,7 @@ class Starts:
             source.model_path,
             source.load_format,
             self._adapters.index(command.spec),
+            self._host.versions.get(command.spec.engine),
         )
 
     def _spawned(
@@ -134,6 +135,9 @@ class Starts:
             leader=spawned.leader,
             canary=None,
             started_from=source.rung,
+            # What renews a process from within comes with the parent it was forked from.
+            shell_key=None if plan.launch.preload and spawned.why_plain else plan.shell_key,
+            load_format=plan.context.load_format,
             engine_version=self._host.versions.get(spec.engine),
         )
         self._host.metrics.starts.labels(spec.name, spawned.how, spawned.why_plain).inc()

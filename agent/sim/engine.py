@@ -19,7 +19,8 @@ from runtime.sim.timings import Timings
 from runtime.wire.agent_messages import StartReplica
 
 # refused: nothing listens there; silent: its host vanished, so that nothing is heard at all
-Answer = Literal["taken", "refused", "closed", "silent"]
+# stranger: it serves another model by now, so that the key of an old route table opens nothing
+Answer = Literal["taken", "refused", "closed", "silent", "stranger"]
 
 
 class SimEngine:
@@ -67,6 +68,8 @@ class SimEngine:
         """Take a request in."""
         if not self.listens:
             return "refused"
+        if job.model != self.command.spec.name:
+            return "stranger"
         if not self.open:
             return "closed"
         if len(self._active) >= self._max_batch:

@@ -22,6 +22,7 @@ from agent.sim.ends import Ends
 from agent.sim.engine import Answer, SimEngine
 from agent.sim.memory import Memory
 from agent.sim.reports import VERSIONS, Reports, Statuses
+from agent.sim.shells import SimShells
 from agent.sim.sleeps import Sleeps
 from agent.sim.starts import Starts
 from runtime.sim.loop import Loop
@@ -74,10 +75,13 @@ class SimNode:
         self._memory = memory = Memory(loop, spec.node_id, spec.devices, timings, observer, changed)
         self._files = memory.files
         self._statuses = Statuses(loop, agent, memory)
-        self._reports = Reports(spec.node_id, agent, memory, changed)
         self._ends = Ends(loop, spec.node_id, agent, memory, observer)
-        self._starts = Starts(loop, timings, agent, memory, self._statuses, self._ends, changed)
-        self._sleeps = Sleeps(loop, timings, agent, memory)
+        self._sleeps = sleeps = Sleeps(loop, timings, agent, memory)
+        self._shells = SimShells(loop, timings, agent, memory, sleeps.bad_canary)
+        self._reports = Reports(spec.node_id, agent, memory, self._shells, changed)
+        self._starts = Starts(
+            loop, timings, agent, memory, self._statuses, self._ends, self._shells, changed
+        )
 
     @property
     def up(self) -> bool:
@@ -160,6 +164,7 @@ class SimNode:
             engines=dict(VERSIONS),
             labels=self.spec.labels,
             draining=self.core.shutting_down,
+            shells=self._shells.told(),
         )
 
     def _device_reports(self) -> tuple[DeviceReport, ...]:
@@ -275,6 +280,8 @@ class SimNode:
                 self._sleeps.sleep(replica_id, level)
             case m.WakeEngine(replica_id, level):
                 self._sleeps.wake(replica_id, level)
+            case m.RepointEngine(replica_id, level):
+                self._shells.repoint(replica_id, level)
             case m.StageWeights(models):
                 wish = [(s.source, s.bytes) for s in models]
                 self._files.stage(wish, lambda: self._poke(self))

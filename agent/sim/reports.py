@@ -17,6 +17,7 @@ from agent.core.state_machine import AgentCore
 from agent.sim.agent import Agent
 from agent.sim.engine import SimEngine
 from agent.sim.memory import Memory
+from agent.sim.shells import SimShells
 from runtime.sim import profile as p
 from runtime.sim.loop import Loop
 from runtime.wire.agent_messages import ReplicaReport
@@ -82,11 +83,14 @@ class Statuses:
 class Reports:
     """The reports of a node's replicas, as heartbeats tell them."""
 
-    def __init__(self, node_id: str, agent: Agent, memory: Memory, changed: set[str]) -> None:
+    def __init__(
+        self, node_id: str, agent: Agent, memory: Memory, shells: SimShells, changed: set[str]
+    ) -> None:
         """`changed`: the replicas that something happened to since they were reported."""
         self._node_id = node_id
         self._agent = agent
         self._memory = memory
+        self._shells = shells
         self._changed = changed
         self._made: dict[str, tuple[ReplicaReport, float]] = {}  # and when
 
@@ -114,6 +118,7 @@ class Reports:
             host_bytes=p.PROCESS_BYTES + engine.offloaded,
             engine_version=VERSIONS["vllm"],
             engine_waiting=engine.waiting,
+            shell_key=self._shells.key(engine.command),
             started_from=engine.rung if engine.rung in _START_RUNGS else report.started_from,
         )
 

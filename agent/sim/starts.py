@@ -12,6 +12,7 @@ from agent.sim.ends import Ends
 from agent.sim.engine import SimEngine
 from agent.sim.memory import Memory
 from agent.sim.reports import Statuses
+from agent.sim.shells import SimShells
 from runtime.sim import profile as p
 from runtime.sim.loop import Loop
 from runtime.sim.timings import Timings
@@ -31,6 +32,7 @@ class Starts:
         memory: Memory,
         statuses: Statuses,
         ends: Ends,
+        shells: SimShells,
         changed: set[str],
     ) -> None:
         """`changed` gets the replicas that have a process now."""
@@ -41,6 +43,7 @@ class Starts:
         self._memory = memory
         self._statuses = statuses
         self._ends = ends
+        self._shells = shells
         self._changed = changed
 
     def begin(self, replica_id: str) -> None:
@@ -113,13 +116,15 @@ class Starts:
         r = self._agent.core.replicas.get(replica_id)
         if r is None or r.phase != "ready":
             return
-        canary_s = self._timings.canary_s(engine.command.spec) if r.rungs else 0.0
-        if r.rungs:
+        checked = r.rungs or self._shells.key(engine.command)
+        canary_s = self._timings.canary_s(engine.command.spec) if checked else 0.0
+        if checked:
             phases["canary"] = canary_s
         self._loop.after(canary_s, self._tell_phases, replica_id, engine, phases)
 
     def _tell_phases(self, replica_id: str, engine: SimEngine, phases: dict[str, float]) -> None:
         if engine.alive and self._agent.up:
+            self._shells.learn(engine.command)
             rounded = {name: round(seconds, 3) for name, seconds in phases.items()}
             self._agent.apply(
                 m.PhasesSeen(now=self._loop.now, replica_id=replica_id, phases=rounded)

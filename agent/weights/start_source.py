@@ -11,6 +11,7 @@ import os
 import time
 from collections.abc import Callable
 
+import msgspec
 from msgspec import Struct
 
 from agent.cache.errors import PASSING, CacheError
@@ -68,6 +69,18 @@ class StartSources:
 
         Raises BadStart.
         """
+        source = await self.folder(replica_id, spec)
+        if spec.engine == "stub":
+            return source
+        folder = source.model_path
+        files = await asyncio.to_thread(os.listdir, folder)
+        chosen = self._formats.choose(replica_id, spec, files, source.rung)
+        if device:
+            await self._compiled.before(replica_id, spec, folder, engine_version, device)
+        return msgspec.structs.replace(source, load_format=chosen)
+
+    async def folder(self, replica_id: str, spec: ModelSpec) -> StartSource:
+        """Where its model is on this node, fetched first if need be. Raises BadStart."""
         began = time.monotonic()
         seen = await self._on_disk.look(spec.source)
         looked = time.monotonic()
@@ -83,11 +96,7 @@ class StartSources:
             raise BadStart(kind, str(error)) from None
         phases = {"stage": looked - began, "fetch": time.monotonic() - looked}
         rung = start_rung(seen is not None, seen or Seen())
-        files = await asyncio.to_thread(os.listdir, folder)
-        chosen = self._formats.choose(replica_id, spec, files, rung)
-        if device:
-            await self._compiled.before(replica_id, spec, str(folder), engine_version, device)
-        return StartSource(model_path=str(folder), rung=rung, load_format=chosen, phases=phases)
+        return StartSource(model_path=str(folder), rung=rung, phases=phases)
 
     async def ready(
         self, replica_id: str, weights_s: float | None, log_text: Callable[[], str]

@@ -13,6 +13,7 @@ from runtime.wire.agent_messages import ReplicaPhase, StartReplica
 class Job(Protocol):
     """One request at an engine. Exactly one of `done`, `broken` and `silent` is called, once."""
 
+    model: str
     prompt_tokens: int
     output_tokens: int
     first_due: float | None  # when its first token comes, as soon as the engine knows

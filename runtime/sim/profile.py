@@ -75,11 +75,15 @@ GPUS = {
 
 @dataclass(frozen=True, slots=True)
 class ModelFacts:
-    """What the timings need to know of a model. `active_bytes`: read for one token (MoE)."""
+    """What the timings need to know of a model. `active_bytes`: read for one token (MoE).
+
+    Engines of models of one `architecture` and size are shells for each other; "": nobody's.
+    """
 
     weights_bytes: int
     active_bytes: int = 0  # 0: all of them
     max_batch: int = MAX_BATCH
+    architecture: str = ""
 
     @property
     def read_bytes(self) -> int:

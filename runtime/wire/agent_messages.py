@@ -84,6 +84,8 @@ class ReplicaReport(Struct, frozen=True, kw_only=True):
     engine_waiting: int | None = None  # requests in the engine's own queue
     engine: str = "vllm"
     engine_version: str | None = None
+    # Engines with one shell key can be pointed at each other's models; None: this one can't be.
+    shell_key: str | None = None
 
 
 class CachedModel(Struct, frozen=True, kw_only=True):
@@ -116,6 +118,9 @@ class Heartbeat(Struct, frozen=True, kw_only=True):
     draining: bool = False  # the agent is shutting down: place nothing here
     version: str = ""
     epoch: int = 0  # the highest leader's term it has heard of; it obeys no lower one
+    # Of launches whose canary is known here, and whose weights are on the disk: launch key -> shell
+    # key. Only at these an engine of this node is ever pointed.
+    shells: dict[str, str] = {}
 
 
 class HeartbeatReply(Struct, frozen=True, kw_only=True):
@@ -177,6 +182,22 @@ class WakeReplica(Struct, frozen=True, kw_only=True, tag="wake"):
     cause: str = ""
 
 
+class RepointReplica(Struct, frozen=True, kw_only=True, tag="repoint"):
+    """Have its engine, ready or asleep, serve `spec` instead, in the same process, on the same
+    devices, with the same booking.
+
+    In-flight requests end within `grace_s`; where they do not, it goes on serving what it served.
+    Serving `spec` already is success. Where the engine fails at it, it is started again for `spec`.
+    """
+
+    replica_id: str
+    epoch: int
+    spec: ModelSpec
+    grace_s: float
+    reason: str
+    cause: str = ""
+
+
 class Staging(Struct, frozen=True, kw_only=True):
     """One model's weights to hold in the page cache."""
 
@@ -193,7 +214,7 @@ class StageModels(Struct, frozen=True, kw_only=True, tag="stage"):
     cause: str = ""
 
 
-ReplicaCommand = StartReplica | StopReplica | SleepReplica | WakeReplica
+ReplicaCommand = StartReplica | StopReplica | SleepReplica | WakeReplica | RepointReplica
 AgentCommand = ReplicaCommand | StageModels
 
 

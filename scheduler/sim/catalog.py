@@ -7,7 +7,7 @@ runtime/engine/vllm/memory_estimate.py with a typical KV cache: weights + 5 % + 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from random import Random
 
 from runtime.sim.profile import ModelFacts
@@ -43,10 +43,13 @@ def drawn(names: Iterable[str], random: Random, **spec: object) -> list[StoredMo
     return [sized(name, random.choices(sizes, shares)[0], **spec) for name in names]  # type: ignore[arg-type]
 
 
-def facts(models: Iterable[StoredModel]) -> dict[str, ModelFacts]:
-    """What the timings need, from the estimates."""
+def facts(
+    models: Sequence[StoredModel], architectures: Sequence[str] = ()
+) -> dict[str, ModelFacts]:
+    """What the timings need, from the estimates. `architectures`: by model; (): each its own."""
+    named = architectures or [""] * len(models)
     return {
-        stored.spec.name: ModelFacts(weights_bytes=stored.estimate.weights_bytes)
-        for stored in models
+        stored.spec.name: ModelFacts(stored.estimate.weights_bytes, architecture=architecture)
+        for stored, architecture in zip(models, named, strict=True)
         if stored.estimate is not None
     }

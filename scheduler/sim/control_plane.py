@@ -25,7 +25,7 @@ from runtime.wire.agent_messages import (
     StageModels,
 )
 from runtime.wire.routes import DemandReport, RouteTable
-from scheduler.policy.floors import changed_floors
+from scheduler.policy.warm_value import changed_floors
 from scheduler.signals.forecast import StoredArrivals
 from scheduler.sim.network import Network
 from scheduler.sim.policy import Policy, PolicyFactory

@@ -26,7 +26,7 @@ from scheduler.sim.control_plane import Control
 from scheduler.sim.links import RouterLink
 from scheduler.sim.network import Network
 
-Answer = Literal["taken", "refused", "closed", "silent"]
+Answer = Literal["taken", "refused", "closed", "silent", "stranger"]
 
 
 class Target(Protocol):
@@ -190,6 +190,8 @@ class Router:
             self.failed(request, "the replica refused the connection", delivered=False)
         elif answer == "closed":
             self.failed(request, "its door is closed", delivered=False)
+        elif answer == "stranger":
+            self.failed(request, "the replica refused this router's key", delivered=True)
         elif answer == "silent":
             self.silent(request)
 

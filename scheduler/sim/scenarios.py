@@ -9,9 +9,10 @@ Rules this file keeps:
 
 from __future__ import annotations
 
+from dataclasses import replace
 from random import Random
 
-from runtime.sim.profile import GB, Host
+from runtime.sim.profile import GB, Host, ModelFacts
 from runtime.sizes import GIB
 from scheduler.core.turn import Settings
 from scheduler.sim import faults as f
@@ -43,7 +44,7 @@ def random_scenario(seed: int) -> Scenario:
         models=models,
         arrivals=calls,
         seed=seed,
-        facts=facts(models),
+        facts=_alike(seed, facts(models)),
         on_disk=random.choice(("all", "none")),
         faults=sorted([*troubles, *ends], key=lambda fault: fault.at_s),
         routers=random.choice((1, 1, 2)),
@@ -83,6 +84,17 @@ def end_what_is_open(simulation: Simulation) -> None:
     deadline = simulation.loop.now + simulation.scenario.settle_s
     while simulation.open() and simulation.loop.now < deadline:
         simulation.advance(5.0)
+
+
+def _alike(seed: int, known: dict[str, ModelFacts]) -> dict[str, ModelFacts]:
+    """Some models of one size are of one architecture."""
+    random = Random(f"stoker architectures {seed}")
+    if random.random() < 0.4:
+        return known
+    return {
+        name: replace(one, architecture=random.choice(("", "x", "x", "y")))
+        for name, one in known.items()
+    }
 
 
 def _node(random: Random, index: int) -> NodePlan:

@@ -10,6 +10,7 @@ from agent.core.messages import (
     Gone,
     HealthChanged,
     ProcessExited,
+    RepointEnded,
     Saved,
     SleepEnded,
     StatusSeen,
@@ -17,10 +18,18 @@ from agent.core.messages import (
     WakeEnded,
 )
 from agent.core.state_machine import AgentCore
-from runtime.wire.agent_messages import SleepReplica, StartReplica, StopReplica, WakeReplica
+from runtime.wire.agent_messages import (
+    RepointReplica,
+    SleepReplica,
+    StartReplica,
+    StopReplica,
+    WakeReplica,
+)
 from runtime.wire.model_spec import ModelSpec
 
 SPEC = ModelSpec(name="m", source="x", engine="stub", device_memory_bytes=1)
+OTHER = ModelSpec(name="other", source="y", engine="stub", device_memory_bytes=1)
+SPECS = (SPEC, OTHER)
 
 
 def start(
@@ -53,6 +62,12 @@ def sleep(replica_id: str = "a", epoch: int = 1, level=1, grace_s: float = 60.0)
 
 def wake(replica_id: str = "a", epoch: int = 1):
     return WakeReplica(replica_id=replica_id, epoch=epoch, reason="demand")
+
+
+def repoint(replica_id: str = "a", epoch: int = 1, spec=OTHER, grace_s: float = 60.0):
+    return RepointReplica(
+        replica_id=replica_id, epoch=epoch, spec=spec, grace_s=grace_s, reason="called"
+    )
 
 
 class Harness:
@@ -92,6 +107,9 @@ class Harness:
 
     def woken(self, replica_id="a", **fields):
         return self(WakeEnded, replica_id=replica_id, **fields)
+
+    def repointed(self, replica_id="a", **fields):
+        return self(RepointEnded, replica_id=replica_id, **fields)
 
     def asleep(self, replica_id="a", level=1, **fields):
         self.ready(replica_id, **fields)

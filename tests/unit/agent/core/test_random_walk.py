@@ -13,6 +13,8 @@ from agent.core.messages import (
     Gone,
     HealthChanged,
     ProcessExited,
+    RepointEnded,
+    RepointEngine,
     ShutdownRequested,
     Signal,
     SleepEnded,
@@ -24,7 +26,7 @@ from agent.core.messages import (
     WakeEngine,
 )
 from agent.core.state_machine import AgentCore
-from tests.kits.agent_core_harness import of, sleep, start, stop, wake
+from tests.kits.agent_core_harness import SPECS, of, repoint, sleep, start, stop, wake
 
 
 class AgentWalk(RuleBasedStateMachine):
@@ -53,7 +55,7 @@ class AgentWalk(RuleBasedStateMachine):
                 assert effect.replica_id in self.spawned, "killed without a process"
                 self.killing.add(effect.replica_id)
                 self.busy.pop(effect.replica_id, None)
-            elif isinstance(effect, SleepEngine | WakeEngine):
+            elif isinstance(effect, SleepEngine | WakeEngine | RepointEngine):
                 assert effect.replica_id in self.spawned, "told to sleep without a process"
                 assert effect.replica_id not in self.killing, "told to sleep while it is killed"
                 assert effect.replica_id not in self.busy, "told twice"
@@ -88,13 +90,25 @@ class AgentWalk(RuleBasedStateMachine):
         self.give(CommandReceived(now=self.now, command=wake(replica_id, self.epoch)))
         assert not of(self.last, Signal), "a wake kills nothing"
 
+    @rule(
+        replica_id=ids,
+        spec=st.sampled_from(SPECS),
+        grace_s=st.sampled_from([0.0, 5.0, 60.0]),
+    )
+    def repoint(self, replica_id, spec, grace_s):
+        command = repoint(replica_id, self.epoch, spec, grace_s)
+        self.give(CommandReceived(now=self.now, command=command))
+        assert not of(self.last, Signal), "a re-point kills nothing"
+
     @precondition(lambda self: self.busy)
     @rule(data=st.data(), how=st.sampled_from(["well", "well", "wrong", "untouched"]))
     def done(self, data, how):
         replica_id = data.draw(st.sampled_from(sorted(self.busy)))
         error = None if how == "well" else "words"
-        if self.busy.pop(replica_id) == "WakeEngine":
-            self.give(WakeEnded(now=self.now, replica_id=replica_id, error=error))
+        told = self.busy.pop(replica_id)
+        if told != "SleepEngine":
+            ended = WakeEnded if told == "WakeEngine" else RepointEnded
+            self.give(ended(now=self.now, replica_id=replica_id, error=error))
             return
         untouched = how == "untouched"
         event = SleepEnded(now=self.now, replica_id=replica_id, error=error, untouched=untouched)
@@ -107,6 +121,7 @@ class AgentWalk(RuleBasedStateMachine):
             before = self.phases()
             self.give(SleepEnded(now=self.now, replica_id=replica_id))
             self.give(WakeEnded(now=self.now, replica_id=replica_id, error="late"))
+            self.give(RepointEnded(now=self.now, replica_id=replica_id, error="late"))
             assert self.phases() == before
 
     def phases(self):
