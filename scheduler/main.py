@@ -96,4 +96,5 @@ def _settings(config: SchedulerConfig) -> Settings:
         min_dwell_s=config.min_dwell_s,
         stand_by=config.stand_by,
         starts_at_once=config.starts_at_once,
+        shells=config.shells,
     )

@@ -20,7 +20,7 @@ from runtime.outside import decode
 from runtime.registry.protocol import Entry
 from runtime.wire.routes import RouteRule
 from scheduler.driver import Driver
-from scheduler.policy.floors import changed_floors
+from scheduler.policy.warm_value import changed_floors
 from scheduler.signals.forecast import StoredArrivals
 from scheduler.state import messages as m
 from scheduler.store import Store, name_of

@@ -152,6 +152,13 @@ class SchedulerConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     starts_at_once: Annotated[
         int, Meta(ge=1, le=8, description="starts on one device at once; 1: one after another")
     ] = 2
+    shells: Annotated[
+        bool,
+        Meta(
+            description="point an engine that runs at another model of its architecture, where that"
+            " is quicker than a start"
+        ),
+    ] = True
     stand_by: Annotated[
         bool,
         Meta(

@@ -108,10 +108,11 @@ def _state(entry: Replica) -> v.ReplicaState:
 def nodes(core: Core, now: float) -> v.Nodes:
     """Every node that has ever reported to this leader."""
     known = (n for n in core.state.nodes.values() if n.heartbeat is not None)
-    return v.Nodes(nodes=tuple(node(n, now) for n in sorted(known, key=lambda n: n.node_id)))
+    ordered = sorted(known, key=lambda n: n.node_id)
+    return v.Nodes(nodes=tuple(node(core, n, now) for n in ordered))
 
 
-def node(entry: Node, now: float) -> v.NodeView:
+def node(core: Core, entry: Node, now: float) -> v.NodeView:
     """One node that has reported."""
     heartbeat = entry.heartbeat
     assert heartbeat is not None
@@ -134,6 +135,9 @@ def node(entry: Node, now: float) -> v.NodeView:
         host_budget_bytes=heartbeat.host_budget_bytes,
         host_booked_bytes=heartbeat.host_budget_bytes - entry.host_free(),
         staged=tuple(sorted(hold.model for hold in entry.holds.values())),
+        shells=tuple(
+            name for name, m in core.state.models.items() if m.launch_key in heartbeat.shells
+        ),
         preemptible=heartbeat.preemptible,
         preempted_in_s=heartbeat.preempted_in_s,
         engines=heartbeat.engines,

@@ -109,6 +109,7 @@ class NodeView(Struct, frozen=True, kw_only=True):
     labels: dict[str, str]
     version: str
     staged: tuple[str, ...] = ()  # models whose weights it holds in its page cache
+    shells: tuple[str, ...] = ()  # models that another model's engine there may be pointed at
     preemptible: bool = False
     preempted_in_s: float | None = None  # it is being taken away
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from runtime.contract.footprint_ledger import Footprint
 from runtime.wire.agent_messages import ReplicaReport
 from scheduler.core.turn import Turn
-from scheduler.policy.ladder import step_name
+from scheduler.policy.ladder import REPOINT, step_name
 from scheduler.state import messages as m
 from scheduler.state.cluster import Model, Replica
 from scheduler.state.learning import finished, footprint_key, remember
@@ -70,11 +70,13 @@ class Climbs:
     ) -> None:
         """Of climbs that this leader began: an adopted replica's was counted by an earlier one."""
         key = footprint_key(self._turn.state, replica)
-        seconds = report.wake_s if woken_from else report.start_s
+        # One that failed as a shell was started plainly.
+        shell = replica.climb is not None and replica.climb.rung == "shell" and report.wake_s
+        seconds = report.wake_s if woken_from or shell else report.start_s
         if key is None or seconds is None:
             return
         known = model.footprints.get(key) or Footprint(key=key)
-        step = step_name(woken_from, report.started_from)
+        step = REPOINT if shell else step_name(woken_from, report.started_from)
         self._learned(model, known.with_times(step, seconds, report.phases))
         weights = model.weights_bytes(replica) // len(replica.device_ids)
         beside = replica.climb is not None and replica.climb.beside

@@ -30,14 +30,14 @@ from typing import assert_never
 from scheduler.core.climbs import Climbs
 from scheduler.core.dispatcher import Dispatcher
 from scheduler.core.heartbeats import Heartbeats
-from scheduler.core.idle_timers import IdleTimers
 from scheduler.core.node_care import NodeCare
 from scheduler.core.page_cache_holds import Holds
-from scheduler.core.planner import Planner
+from scheduler.core.planner import IdleTimers, Planner
 from scheduler.core.publisher import VERSIONS_PER_TERM, Publisher
 from scheduler.core.refusals import Refusals
 from scheduler.core.replica_moves import Moves
 from scheduler.core.router_reports import RouterReports
+from scheduler.core.shells import Shells
 from scheduler.core.turn import EventFailed, Settings, Turn
 from scheduler.policy.choices import Choices
 from scheduler.policy.production import Production
@@ -64,10 +64,11 @@ class Core:
         moves = self._moves = Moves(turn, holds, climbs, self._choices)
         refusals = self._refusals = Refusals(turn)
         care = self._care = NodeCare(turn, moves, refusals)
-        self._planner = Planner(turn, moves, holds, refusals, self._choices)
+        shells = Shells(turn, moves)
+        self._planner = Planner(turn, moves, shells, holds, refusals, self._choices)
         self._publisher = Publisher(turn)
-        self._dispatcher = Dispatcher(turn, moves, self._publisher)
-        self._heartbeats = Heartbeats(turn, moves, climbs, holds, care, refusals)
+        self._dispatcher = Dispatcher(turn, moves, shells, self._publisher)
+        self._heartbeats = Heartbeats(turn, moves, shells, climbs, holds, care, refusals)
         self._reports = RouterReports(turn)
         self._timers = IdleTimers(turn, moves, self._choices)
 
@@ -145,6 +146,7 @@ class Core:
             routes_version=event.term * VERSIONS_PER_TERM,
             rules=event.rules,
             starts_at_once=self._turn.settings.starts_at_once,
+            shells=self._turn.settings.shells,
             wall_offset_s=0.0 if event.wall_s is None else event.wall_s - event.now,
         )
         self._publisher.begin_term()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from scheduler.core.publisher import Publisher
 from scheduler.core.replica_moves import Moves
+from scheduler.core.shells import Shells
 from scheduler.core.turn import Turn
 from scheduler.policy.device_turns import company, may_begin
 from scheduler.policy.eviction import given_up
@@ -18,9 +19,10 @@ from scheduler.state.cluster import Node, Replica, Stage
 class Dispatcher:
     """Starts and wakes what is planned."""
 
-    def __init__(self, turn: Turn, moves: Moves, publisher: Publisher) -> None:
+    def __init__(self, turn: Turn, moves: Moves, shells: Shells, publisher: Publisher) -> None:
         self._turn = turn
         self._moves = moves
+        self._shells = shells
         self._publisher = publisher
 
     def dispatch(self, now: float) -> None:
@@ -29,7 +31,7 @@ class Dispatcher:
         state.refresh_index()
         changed, state.index.changed = state.index.changed, set()
         for replica in list(state.index.plans.values()):
-            if replica.node_id not in changed:
+            if replica.node_id not in changed and not (replica.former and self._turn.unrouted):
                 continue
             node = state.nodes[replica.node_id]
             # Others may have taken what the plan counted on, or a sleeper kept more than expected.
@@ -37,6 +39,8 @@ class Dispatcher:
                 self._moves.unplan(replica, now)
                 self._turn.hungry.add(replica.model)
                 self._turn.freed = True
+            elif not self._shells.may_begin(replica, now):
+                continue
             elif self._has_room(node, replica, now) and may_begin(state, node, replica):
                 self._begin(node, replica, now)
             else:
@@ -44,6 +48,9 @@ class Dispatcher:
                 self._publisher.tell_turn(replica)
 
     def _begin(self, node: Node, replica: Replica, now: float) -> None:
+        if replica.former is not None:
+            self._shells.send(replica, now)
+            return
         if replica.stage is Stage.RISING:
             self._moves.send_wake(replica, now)
             return

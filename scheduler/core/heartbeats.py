@@ -13,6 +13,7 @@ from scheduler.core.node_care import NodeCare
 from scheduler.core.page_cache_holds import Holds
 from scheduler.core.refusals import Refusals
 from scheduler.core.replica_moves import Moves
+from scheduler.core.shells import Shells, changed_owner, take_word
 from scheduler.core.turn import Turn
 from scheduler.state.cluster import LEAVING, Node, Replica, Stage
 
@@ -26,6 +27,7 @@ class Heartbeats:
         self,
         turn: Turn,
         moves: Moves,
+        shells: Shells,
         climbs: Climbs,
         holds: Holds,
         care: NodeCare,
@@ -33,6 +35,7 @@ class Heartbeats:
     ) -> None:
         self._turn = turn
         self._moves = moves
+        self._shells = shells
         self._climbs = climbs
         self._holds = holds
         self._care = care
@@ -53,6 +56,9 @@ class Heartbeats:
         devices_differ = self._take_devices(node, heartbeat)
         if last is None or heartbeat.cached != last.cached:
             self._take_cached(node, heartbeat)
+        if heartbeat.shells or (last is not None and last.shells):
+            before = {} if last is None else last.shells
+            turn.state.index.takes_shells(node.node_id, before, heartbeat.shells)
         reported = set()
         for report in heartbeat.replicas:
             reported.add(report.replica_id)
@@ -89,6 +95,8 @@ class Heartbeats:
         replica = self._turn.state.replicas.get(report.replica_id)
         if replica is None:
             replica = self._adopt(node, report, now)
+        if changed_owner(replica, report):
+            take_word(self._turn, replica, report)
         old = replica.report
         replica.report = report
         if report.engine_waiting or replica.queued:
@@ -107,7 +115,10 @@ class Heartbeats:
             old.restarts, old.died,
         ):  # fmt: skip
             self._died(replica, old, report, now)
-        self._moves.follow_phase(replica, report, now)
+        if replica.former is not None:
+            self._shells.follow(replica, report, now)
+        else:
+            self._moves.follow_phase(replica, report, now)
         self._climbs.learn_memory(replica, report)
         if before != (replica.stage, report.base_url):
             self._turn.dirty.add(replica.model)
@@ -143,7 +154,8 @@ class Heartbeats:
         for rung, why in report.disabled.items():
             if rung not in old.disabled:
                 self._turn.decide("disable", replica, f"{rung}: {why}", now)
-                if "canary" in why:
+                # A re-point that fails says something of the two models, not of the device.
+                if "canary" in why and rung != "shell":
                     self._care.canary_failed(node, replica, now)
 
     def _replica_missing(self, replica: Replica, now: float) -> None:

@@ -1,9 +1,11 @@
-"""From demand to plans. Pure.
+"""From demand to plans, and from idleness one rung down. Pure.
 
 Rules this file keeps:
 - a plan enters the state when it is made, so the next event already sees it;
 - a start under way is never idle; a config change never drops a replica that serves;
 - a model that found no room is looked at again when something moved, not with every event;
+- what pays to be kept stays, whatever its idle timer says; the last that a floor asks for never
+  goes;
 - every decision and every refusal leaves a `Decided` with its reason, cause and runners-up.
 """
 
@@ -14,13 +16,16 @@ import heapq
 from scheduler.core.page_cache_holds import Holds
 from scheduler.core.refusals import Refusals
 from scheduler.core.replica_moves import Moves
+from scheduler.core.shells import Shells
 from scheduler.core.turn import Turn
 from scheduler.policy import autoscale
+from scheduler.policy.autoscale import idle_replicas
 from scheduler.policy.choices import Choices
 from scheduler.policy.device_turns import must_be_alone
 from scheduler.policy.eviction import UNWANTED, given_up, standing
-from scheduler.policy.ladder import resting_place
+from scheduler.policy.ladder import Descent, resting_place
 from scheduler.policy.placement import Fit, Never
+from scheduler.policy.prewarming import hot_s
 from scheduler.state.cluster import Climb, Demand, Model, Replica, Stage
 
 HUNGRY_AT_ONCE = 16  # models without room that are looked at in one go, the most urgent first
@@ -30,10 +35,17 @@ class Planner:
     """Gives each model the replicas it should have."""
 
     def __init__(
-        self, turn: Turn, moves: Moves, holds: Holds, refusals: Refusals, choices: Choices
+        self,
+        turn: Turn,
+        moves: Moves,
+        shells: Shells,
+        holds: Holds,
+        refusals: Refusals,
+        choices: Choices,
     ) -> None:
         self._turn = turn
         self._moves = moves
+        self._shells = shells
         self._holds = holds
         self._refusals = refusals
         self._choices = choices
@@ -159,6 +171,9 @@ class Planner:
             reason = f"woken after evicting {evicted}" if evicted else "woken"
             self._rise(model, fit, fit.riser, reason, cause, now)
             return
+        if fit.shell is not None:
+            self._point(model, fit, fit.shell, cause, now)
+            return
         reason = f"after evicting {evicted}" if evicted else "best fit"
         climb = self._climb(model, fit, reason, cause, now)
         replica = self._planned(model, fit.node_id, fit.device_ids, reason, cause, climb, now)
@@ -173,6 +188,14 @@ class Planner:
         riser.reason, riser.cause = reason, cause
         riser.climb = self._climb(model, fit, reason, cause, now)
         self._turn.decide("wake", riser, reason, now, considered=fit.considered)
+
+    def _point(self, model: Model, fit: Fit, shell: Descent, cause: str, now: float) -> None:
+        owner = shell.replica.model
+        self._turn.state.models[owner].asked_until = 0.0
+        reason = f"in the engine of {owner}"
+        climb = self._climb(model, fit, reason, cause, now)
+        replica = self._shells.take(model, shell, climb, now)
+        self._turn.decide("repoint", replica, reason, now, considered=fit.considered)
 
     def _planned(
         self, model: Model, node_id: str, device_ids: tuple[str, ...], reason: str, cause: str,
@@ -206,6 +229,8 @@ class Planner:
 
     def _climb(self, model: Model, fit: Fit, reason: str, cause: str, now: float) -> Climb:
         rung = f"asleep-{fit.riser.sleep_level}" if fit.riser else "stopped"
+        if fit.shell is not None:
+            rung = "shell"
         moved = tuple(
             f"{way.replica.replica_id} ({way.replica.model}) to"
             f" {f'asleep-{way.replica.sleep_level}' if way.replica.sleep_level else 'stopped'}"
@@ -236,6 +261,51 @@ class Planner:
             serving = [r for r in old if r.stage is Stage.READY]
             if serving and model.blocked_until <= now:
                 self._add_replica(model, "spec change", now, evict=False)
+
+
+class IdleTimers:
+    """Moves down what nobody used for long enough."""
+
+    def __init__(self, turn: Turn, moves: Moves, choices: Choices) -> None:
+        self._turn = turn
+        self._moves = moves
+        self._choices = choices
+
+    def rest(self, model: Model, now: float) -> float:
+        """Step down what is due, one rung at a time; returns when the next could be due."""
+        asleep_s = model.spec.asleep_s
+        idle, next_at = False, float("inf")
+        for replica in list(model.replicas.values()):
+            if replica.stage is Stage.READY:
+                idle_s = hot_s(model, replica)
+                due_at = max(replica.used_at, replica.ready_at or now) + idle_s
+                idle = idle or due_at <= now
+                next_at = min(next_at, due_at)
+            elif replica.stage is Stage.ASLEEP:
+                due_at = max(replica.used_at, replica.since) + asleep_s
+                next_at = min(next_at, due_at)
+                if due_at <= now and model.may_stop(replica):
+                    reason = f"asleep and unused for {asleep_s:g} s"
+                    self._moves.leave(replica, reason, "idle timer", now)
+                    self._moves.keep_staged(replica)
+        if idle:
+            self._review(model, now)
+        return next_at
+
+    def _review(self, model: Model, now: float) -> None:
+        state = self._turn.state
+        for replica in idle_replicas(state, model, now, hot_s):
+            hungry = bool(self._turn.hungry)
+            if not self._choices.worth_keeping(state, model, replica, now, hungry):
+                self._step_down(model, replica, f"idle for {hot_s(model, replica):g} s", now)
+
+    def _step_down(self, model: Model, replica: Replica, reason: str, now: float) -> None:
+        """Take it one rung down: asleep where that is open to it, else stopped."""
+        node = self._turn.state.nodes[replica.node_id]
+        way = resting_place(self._turn.state, model, node, replica, now)
+        if way is None:
+            return
+        self._moves.descend(way, reason, "idle timer", now, "sleep" if way.level else "stop")
 
 
 def _cause(model: Model, waiting: int, now: float) -> str:

@@ -35,6 +35,7 @@ _AWAITED = {
     "stop": Stage.STOPPING,
     "sleep": Stage.SLEEPING,
     "wake": Stage.WAKING,
+    "repoint": Stage.WAKING,
 }
 
 
@@ -175,6 +176,9 @@ class Moves:
             self._turn.decide("stay", replica, why, now)
             replica.book_sleep(0, 0, 0)
             self.send_stop(replica, now)
+        elif event.kind == "repoint":
+            if replica.former is not None:
+                self.give_back(replica, why, now)
         elif event.kind == "wake":
             self._turn.decide("lost", replica, why, now)
             self.send_stop(replica, now)
@@ -215,10 +219,13 @@ class Moves:
         """
         if replica.stage in LEAVING and (to_sleep or not replica.sleep_level):
             return
+        if replica.former is not None and replica.stage is Stage.RISING:
+            self.unplan(replica, now)  # it serves or sleeps on as what it was
+            return
         if replica.stage is not Stage.READY or not to_sleep:
             to_sleep = False
         if replica.report is not None:  # its next climb must not take this one's place
-            self._climbs.finish(replica, replica.report, now, at_once=True)
+            self.finish_climb(replica, replica.report, now)
         self._turn.decide(action, replica, reason, now, cause=cause)
         self._turn.state.prewarms.gone(replica.replica_id, now)
         replica.reason, replica.cause = reason, cause
@@ -237,14 +244,21 @@ class Moves:
         else:
             self.send_stop(replica, now)
 
+    def finish_climb(self, replica: Replica, report: ReplicaReport, now: float) -> None:
+        """Learn from a climb that is over, without waiting for more words of it."""
+        self._climbs.finish(replica, report, now, at_once=True)
+
+    def unrouted(self, replica: Replica, now: float) -> bool:
+        """Whether no router sends requests to it any more, or had its time to hear of it."""
+        return now >= replica.unrouted_deadline or all(
+            router.routes_version >= replica.unrouted_version
+            for router in self._turn.state.routers.values()
+        )
+
     def stop_unrouted(self, now: float) -> None:
         """Stop or put to sleep what no router sends requests to any more."""
         for replica in list(self._turn.state.index.unrouting.values()):
-            confirmed = all(
-                router.routes_version >= replica.unrouted_version
-                for router in self._turn.state.routers.values()
-            )
-            if confirmed or now >= replica.unrouted_deadline:
+            if self.unrouted(replica, now):
                 if replica.sleep_level:
                     self._send_sleep(replica, now)
                 else:
@@ -310,11 +324,33 @@ class Moves:
     def unplan(self, replica: Replica, now: float) -> None:
         """Take a plan back that has not begun: a new replica is forgotten, a riser sleeps on."""
         self._turn.dirty.add(replica.model)
-        if replica.stage is Stage.RISING:
+        if replica.former is not None:
+            self.give_back(replica, "nobody waits for it any more", now, refused=False)
+        elif replica.stage is Stage.RISING:
             replica.climb = None
             replica.move(Stage.ASLEEP, now)
         else:
             self.forget(replica)
+
+    def give_back(self, replica: Replica, why: str, now: float, *, refused: bool = True) -> None:
+        """Make a replica that was to be another model's what it was. `refused`: by its agent, so
+        that the model is started plainly for a while."""
+        former, state = replica.former, self._turn.state
+        assert former is not None
+        self._turn.decide("keep", replica, f"it stays {former.model}'s: {why}", now)
+        self._turn.dirty.update((replica.model, former.model))
+        if refused and replica.model in state.models:
+            state.models[replica.model].own_engine_until = now + MAX_RETRY_S
+        state.reassign(replica, former.model)
+        replica.launch_key, replica.spec, replica.used_at = (
+            former.launch_key, former.spec, former.used_at,
+        )  # fmt: skip
+        replica.former = replica.climb = None
+        residue = 0 if former.hot else replica.residue
+        replica.move(Stage.READY if former.hot else Stage.ASLEEP, now)
+        replica.book_sleep(former.sleep_level, former.host_booked, residue)
+        if former.model not in state.models:
+            self.leave(replica, "its model was removed", "operator", now)
 
     def forget(self, replica: Replica) -> None:
         """Forget a replica that is gone; its weights may stay in the page cache."""

@@ -28,6 +28,7 @@ class Settings:
     min_dwell_s: float = _DEFAULTS.min_dwell_s
     stand_by: bool = _DEFAULTS.stand_by
     starts_at_once: int = _DEFAULTS.starts_at_once
+    shells: bool = _DEFAULTS.shells
 
 
 class EventFailed(Exception):

@@ -33,6 +33,7 @@ GUESS_RESIDUE_BYTES = {"nvml": 2**30}  # a sleeping vLLM keeps about 1 GB a GPU 
 FRESH_S = 1.0  # a chance worked out so long ago still holds
 EVICT_S = 3.0  # what sleeping or stopping a victim adds to a wait
 START_RUNGS = ("staged", "cached", "remote")
+REPOINT = "repoint"  # the ledger's name of a climb in another model's engine
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +67,17 @@ def climb_s(model: Model, level: int, rung: str = "cached") -> float:
         if known is not None:
             return known * _guess_s(model, rung) / _guess_s(model, other)
     return _guess_s(model, rung)
+
+
+def repoint_s(model: Model, rung: str) -> float:
+    """Seconds to point an engine at the model, its weights on `rung`, until it serves.
+
+    As long as waking from level 2, which reads the weights too, until some were measured.
+    """
+    measured = model.measured_s(REPOINT)
+    if measured is None:
+        measured = model.expected_s(REPOINT)
+    return min(measured or climb_s(model, 2), climb_s(model, 0, rung))
 
 
 def _guess_s(model: Model, rung: str) -> float:

@@ -4,9 +4,10 @@ Each candidate has a price in seconds, and the cheapest wins:
 
     price = expected time to first token there + expected cost of what it moves down + preferences
 
-    time to first token   the climb from the rung the model has there (asleep, staged, cached,
-                          remote), plus the starts that go before it on those devices, plus the
-                          time until what must leave first has ended its requests
+    time to first token   the climb from the rung the model has there (asleep, in the engine of
+                          another model that can serve it, staged, cached, remote), plus the
+                          starts that go before it on those devices, plus the time until what
+                          must leave first has ended its requests
     what it moves down    expected seconds of waiting (scheduler/policy/ladder.py), doubled for each
                           class of priority above the model's own
     preferences           PRESSURE_S x utilization of the device; SPREAD_S for each replica of the
@@ -49,7 +50,8 @@ from scheduler.policy.feasibility import (
     together,
     why_never,
 )
-from scheduler.policy.ladder import EVICT_S, HORIZON_S, Descent, chance, climb_s
+from scheduler.policy.ladder import EVICT_S, HORIZON_S, Descent, chance, climb_s, repoint_s
+from scheduler.policy.shells import lost, shells
 from scheduler.state.cluster import COMING, ClusterState, Model, Node, Replica, Stage
 
 PRESSURE_S = 2.0  # a device that computes all the time halves a newcomer's speed: assumed
@@ -70,6 +72,7 @@ class Fit:
     device_ids: tuple[str, ...]
     victims: tuple[Descent, ...] = field(default=())
     riser: Replica | None = None
+    shell: Descent | None = None  # point this replica's engine at the model, where it is
     rung: str = "cached"  # what a start begins from
     wait_s: float = 0.0  # expected until it serves
     price: float = 0.0
@@ -114,6 +117,7 @@ def place(
     if may_evict:
         bound = min((fit.price for fit in fits), default=float("inf"))
         fits += _evictions(state, full, model, need, now, min_dwell_s, bound)
+        fits += _shells(state, model, now, min_dwell_s)
     found = [(_key(state, model, fit, now), fit) for fit in fits]
     if found:
         found.sort(key=lambda one: one[0])
@@ -294,6 +298,23 @@ def _rise(
     return _priced(state, node, model, replica.device_ids, now, _merged(sets), replica)
 
 
+def _shells(state: ClusterState, model: Model, now: float, min_dwell_s: float) -> Iterator[Fit]:
+    """Engines of other models that could serve this one as they are."""
+    rank_of = standing(state, model)
+    for node, replica in shells(state, model, now):
+        if not evictable(state, replica, now, min_dwell_s, rank_of) or _spared(model, replica, now):
+            continue
+        sets, need = [], replica.bytes - replica.residue if replica.stage is Stage.ASLEEP else 0
+        for device_id in replica.device_ids:
+            found = _clear(state, node, device_id, need, model, now, min_dwell_s, but=replica)
+            if found is None:
+                break
+            sets.append(found)
+        else:
+            way = lost(state, node, replica, now)
+            yield _priced(state, node, model, replica.device_ids, now, _merged(sets), shell=way)
+
+
 def _spared(model: Model, replica: Replica, now: float) -> bool:
     """Whether a model whose last start failed must leave it alone: what may fail again does no
     harm to what serves. It may take free room, and, where the failure may pass, what is idle."""
@@ -302,9 +323,10 @@ def _spared(model: Model, replica: Replica, now: float) -> bool:
 
 def _clear(
     state: ClusterState, node: Node, device_id: str, need: int, model: Model, now: float,
-    min_dwell_s: float,
+    min_dwell_s: float, but: Replica | None = None,
 ) -> list[Descent] | None:  # fmt: skip
-    """What must go down for `need` bytes more on one device; [] if nothing, None if it can't be."""
+    """What must go down for `need` bytes more on one device, `but` excepted; [] if nothing, None if
+    it can't be."""
     missing = need - node.plannable(device_id)
     if missing <= 0:
         return []
@@ -313,6 +335,7 @@ def _clear(
         r
         for r in node.on_device(device_id)
         if r.model != model.name
+        and r is not but
         and evictable(state, r, now, min_dwell_s, rank_of)
         and not _spared(model, r, now)
     ]
@@ -326,30 +349,34 @@ def _clear(
 
 def _priced(
     state: ClusterState, node: Node, model: Model, device_ids: tuple[str, ...], now: float,
-    victims: tuple[Descent, ...] = (), riser: Replica | None = None,
+    victims: tuple[Descent, ...] = (), riser: Replica | None = None, shell: Descent | None = None,
 ) -> Fit:  # fmt: skip
     rung = node.start_rung(model.spec.source)
-    if riser is None:
-        wait_s, more = climb_s(model, 0, rung), model.booked_bytes()
+    rises = riser if shell is None else shell.replica
+    if shell is not None:
+        wait_s = repoint_s(model, rung)
+    elif riser is not None:
+        wait_s = climb_s(model, riser.sleep_level)
     else:
-        wait_s, more = climb_s(model, riser.sleep_level), riser.bytes - riser.residue
-    alone = riser is None and must_be_alone(node, model, device_ids)
+        wait_s = climb_s(model, 0, rung)
+    more = model.booked_bytes() if rises is None else rises.bytes - rises.physical
+    alone = rises is None and must_be_alone(node, model, device_ids)
     turn_s, slower_s = 0.0, 0.0
     leaving_s = max((drain_s(state, way.replica) for way in victims), default=0.0)
     for device_id in device_ids:
-        wake = riser is not None
+        wake = rises is not None
         turn_s = max(turn_s, queue_s(state, node, device_id, now, alone=alone, wake=wake))
-        if riser is None and not alone:
+        if rises is None and not alone:
             slower_s = max(slower_s, slower_by_s(state, node, device_id, wait_s))
         leaving_s = max(leaving_s, memory_s(state, node, device_id, more))
     wait_s += turn_s + slower_s + leaving_s
     # Company makes the other one slower too.
-    price = wait_s + slower_s + _preference(node, model, device_ids, riser)
+    price = wait_s + slower_s + _preference(node, model, device_ids, rises)
     if alone:
         price += _blocked_s(state, node, model, device_ids, climb_s(model, 0, rung), now)
-    for way in victims:
+    for way in victims if shell is None else (*victims, shell):
         price += _weight(state, model, way)
-    return Fit(node.node_id, device_ids, victims, riser, rung, wait_s, price)
+    return Fit(node.node_id, device_ids, victims, riser, shell, rung, wait_s, price)
 
 
 def _blocked_s(
@@ -406,6 +433,8 @@ def _key(state: ClusterState, model: Model, fit: Fit, now: float) -> Key:
 
 def _words(fit: Fit) -> str:
     how = f"wake {fit.riser.replica_id}" if fit.riser else f"start ({fit.rung})"
+    if fit.shell is not None:
+        how = f"point {fit.shell.replica.replica_id} at it"
     moved = f", moving {', '.join(v.replica.model for v in fit.victims)}" if fit.victims else ""
     return f"{fit.node_id}: {how} in {fit.wait_s:.1f} s{moved}, price {fit.price:.1f} s"
 

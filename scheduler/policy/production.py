@@ -51,6 +51,7 @@ class Production:
             return NotNow(model.waiting_for or "waiting for room")
         if extra and isinstance(answer, Fit):
             cost_s = sum(way.cost for way in answer.victims)
+            cost_s += answer.shell.cost if answer.shell is not None else 0.0
             if cost_s > EXTRA_S or any(way.busy for way in answer.victims):
                 return NotNow(f"another replica would cost others {cost_s:.0f} s of waiting")
         if isinstance(answer, Fit) and (harm_s := _harm_s(answer)) > HARM_S:
@@ -87,9 +88,8 @@ class Production:
 
 def _harm_s(fit: Fit) -> float:
     """Expected waiting of the sleepers that would have to start again instead of waking."""
-    return sum(
-        way.cost for way in fit.victims if way.level == 0 and way.replica.stage is Stage.ASLEEP
-    )
+    ways = fit.victims if fit.shell is None else (*fit.victims, fit.shell)
+    return sum(way.cost for way in ways if way.level == 0 and way.replica.stage is Stage.ASLEEP)
 
 
 def scale(state: ClusterState, model: Model, demand: Demand, now: float) -> Scale:

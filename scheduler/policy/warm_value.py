@@ -13,16 +13,23 @@ Worked example: 10 GiB; the coldest victim would free 20 GiB for 3 s of expected
 40 s: 0.6 x 40 - 0.0025 x 600 x 0.7 = 22.95 s gained: it stays warm. With a chance of 0.02 it would
 be 0.8 - 1.49 < 0: it goes.
 
-Rules this file keeps: advice is only that: the integrator gives prewarms free room or the room of
-colder models, never of one that is called; without history there is no opinion.
+Floors are what operators and schedules ask for, whatever it costs.
+
+Rules this file keeps: a floor's wall-clock time comes in as an argument; advice is only that: the
+integrator gives prewarms free room or the room of colder models, never of one that is called;
+without history there is no opinion.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from scheduler.policy.ladder import HORIZON_S
+from runtime.contract.prewarm import Ask, floor_at
+from runtime.wire.names import Floor
+from scheduler.policy.ladder import HORIZON_S, climb_s
 from scheduler.signals.forecast import Arrivals
+from scheduler.state.cluster import Model
 
 LEAD = 1.5  # how many times the climb a prewarm begins before the call: climbs vary
 HOLDS_S = (60.0, 120.0, 300.0, 600.0, 1200.0, 2400.0, 3600.0)  # holds that are weighed
@@ -100,3 +107,20 @@ def _best_hold(
         for s in HOLDS_S
     )
     return max(found, key=lambda hold: (hold.gain_s, -hold.until))
+
+
+def changed_floors(
+    models: Mapping[str, Model], asks: Mapping[str, tuple[Ask, ...]], wall_s: float
+) -> Iterator[tuple[str, Floor | None]]:
+    """Each model whose floor at unix time `wall_s` is another than it has, and that floor.
+
+    `asks`: of operators, by model. Worked example: a climb of 40 s to be over by 8:00 begins
+    1.5 x 40 = 60 s before, at 7:59.
+    """
+    for name, model in list(models.items()):
+        prewarm, wishes = model.spec.prewarm, asks.get(name, ())
+        if not (wishes or prewarm.min_warm or prewarm.schedule or model.floor):
+            continue
+        floor = floor_at(prewarm, wishes, wall_s, LEAD * climb_s(model, 0))
+        if floor != model.floor:
+            yield name, floor

@@ -25,6 +25,7 @@ class Index:
         self.plans: dict[str, Replica] = {}  # planned or rising
         self.unrouting: dict[str, Replica] = {}
         self.cached_on: dict[str, set[str]] = {}  # source -> node ids
+        self.shells: dict[str, dict[str, str]] = {}  # launch key -> node id -> shell key
         self._by_room: list[tuple[int, str]] = []  # (most room on one device, node id), sorted
         self._room: dict[str, int] = {}
 
@@ -59,6 +60,13 @@ class Index:
     def open_nodes(self) -> list[str]:
         """Every node that takes new replicas, the fullest first."""
         return [node_id for _, node_id in self._by_room]
+
+    def takes_shells(self, node_id: str, before: dict[str, str], after: dict[str, str]) -> None:
+        """Engines of a node may be pointed at other launches than before."""
+        for launch_key in before.keys() - after.keys():
+            self.shells[launch_key].pop(node_id, None)
+        for launch_key, shell_key in after.items():
+            self.shells.setdefault(launch_key, {})[node_id] = shell_key
 
     def caches(self, node_id: str, before: frozenset[str], after: frozenset[str]) -> None:
         """A node's disk holds other models than before."""

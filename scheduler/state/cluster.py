@@ -25,12 +25,12 @@ from scheduler.state.clocks import RemoteClock
 from scheduler.state.messages import ColdStart, Decided, StoredModel
 from scheduler.state.node import Drain, Hold, Node
 from scheduler.state.prewarm_stats import Prewarms
-from scheduler.state.replica import Climb, Replica
+from scheduler.state.replica import Climb, Former, Replica
 from scheduler.state.stages import BUSY, COMING, LEAVING, Stage
 
 __all__ = [
-    "BUSY", "COMING", "LEAVING", "Climb", "ClusterState", "Demand", "Drain", "Hold", "Model",
-    "Node", "Replica", "Router", "Stage", "check_invariants",
+    "BUSY", "COMING", "LEAVING", "Climb", "ClusterState", "Demand", "Drain", "Former", "Hold",
+    "Model", "Node", "Replica", "Router", "Stage", "check_invariants",
 ]  # fmt: skip
 
 USUAL_S = 10.0  # of a request, until some were seen
@@ -63,6 +63,7 @@ class Model:
     waiting_for: str | None = None  # why it is not placed yet
     looked_at: float = -math.inf  # when the planner last did
     patient_until: float = 0.0  # till then only free room is of use to it
+    own_engine_until: float = 0.0  # till then no other model's engine is pointed at it
     first_token_s: float | None = None  # of the last request that was held, as a router told
     first_token_at: float = 0.0  # when it told
     rest_at: float = 0.0  # before this no idle timer of it can be over
@@ -233,6 +234,7 @@ class ClusterState:
     rules_changed: bool = False  # and not published yet
     wall_offset_s: float = 0.0  # unix time less the clock of the events
     starts_at_once: int = 1  # on one device, where that is a gain
+    shells: bool = True  # engines may be pointed at other models
     climb_times: ClimbTimes = field(default_factory=ClimbTimes)
     prewarms: Prewarms = field(default_factory=Prewarms)
     index: Index = field(default_factory=Index)
@@ -301,6 +303,15 @@ class ClusterState:
         self.nodes[replica.node_id].books.drop(replica)
         if replica.model in self.models:
             self.models[replica.model].replicas.pop(replica.replica_id, None)
+
+    def reassign(self, replica: Replica, model: str) -> None:
+        """Make it another model's."""
+        if replica.model in self.models:
+            self.models[replica.model].replicas.pop(replica.replica_id, None)
+        replica.model = model
+        if model in self.models:
+            self.models[model].replicas[replica.replica_id] = replica
+        self.index.moves += 1  # demand was summed with the other owner
 
     def schedulable_nodes(self) -> Iterable[Node]:
         """The nodes that may get new replicas."""

@@ -154,7 +154,7 @@ class CommandDone(Struct, frozen=True, kw_only=True):
     now: float
     node_id: str
     replica_id: str
-    kind: str  # start | stop | sleep | wake | stage
+    kind: str  # start | stop | sleep | wake | repoint | stage
     delivered: bool
     ok: bool = False
     error: str | None = None
@@ -241,7 +241,8 @@ class ColdStart(Struct, frozen=True, kw_only=True):
     model: str
     replica_id: str
     node_id: str
-    rung: str  # the one it climbed from: remote | cached | staged | snapshot | asleep-2 | asleep-1
+    # the one it climbed from: remote | cached | staged | snapshot | shell | asleep-2 | asleep-1
+    rung: str
     outcome: str  # ready | failed
     cause: str
     reason: str

@@ -51,6 +51,19 @@ class Climb:
     beside: bool = False  # another start went on on its devices meanwhile
 
 
+@dataclass(frozen=True, slots=True)
+class Former:
+    """What a replica was before it was pointed at another model, until its agent has begun."""
+
+    model: str
+    launch_key: str
+    spec: ModelSpec | None
+    hot: bool  # it served; else it slept
+    used_at: float
+    sleep_level: int
+    host_booked: int
+
+
 @dataclass(slots=True, eq=False)
 class Replica:
     """One replica. `bytes` is booked on each of its devices; see `Books` for who counts it."""
@@ -81,6 +94,7 @@ class Replica:
     residue: int = 0  # asleep: bytes it keeps on each device, expected and then measured
     host_booked: int = 0  # host memory booked for its sleep
     climb: Climb | None = None
+    former: Former | None = None  # rising or waking as another model than it was
     kv_bytes: int | None = None  # what its start is told of its KV cache, on each device
     alone: bool = True  # while it starts nothing else may move memory on its devices
     stage_after: bool = False  # once it is gone, its model's weights may stay in the page cache

@@ -19,7 +19,9 @@ class Stage(enum.StrEnum):
     SENT = "sent"  # its agent was told to start it
     STARTING = "starting"
     READY = "ready"
-    RISING = "rising"  # asleep; committed to wake as soon as its memory is free
+    # asleep; committed to wake as soon as its memory is free; or idle, and to be pointed at another
+    # model as soon as no router sends it requests
+    RISING = "rising"
     WAKING = "waking"  # its agent was told to wake it
     ASLEEP = "asleep"
     SLEEPING = "sleeping"  # its agent was told to put it to sleep
@@ -57,14 +59,29 @@ EDGES: dict[Stage, frozenset[Stage | None]] = {
     Stage.SENT: frozenset({Stage.STARTING, Stage.READY, Stage.STOPPING, Stage.UNKNOWN}),
     Stage.STARTING: frozenset({Stage.READY, Stage.BACKOFF, Stage.STOPPING, Stage.UNKNOWN}),
     Stage.READY: frozenset(
-        {Stage.UNROUTING, Stage.BACKOFF, Stage.STARTING, Stage.STOPPING, Stage.UNKNOWN}
+        {
+            Stage.UNROUTING,
+            Stage.BACKOFF,
+            Stage.STARTING,
+            Stage.STOPPING,
+            Stage.UNKNOWN,
+            Stage.RISING,
+        }
     ),
     Stage.UNROUTING: frozenset({Stage.SLEEPING, Stage.STOPPING}),
     Stage.SLEEPING: frozenset({Stage.ASLEEP, Stage.READY, Stage.STOPPING}),
     Stage.ASLEEP: frozenset({Stage.RISING, Stage.STOPPING, Stage.UNKNOWN}),
-    Stage.RISING: frozenset({Stage.WAKING, Stage.ASLEEP, Stage.STOPPING, Stage.UNKNOWN}),
+    Stage.RISING: frozenset(
+        {Stage.WAKING, Stage.ASLEEP, Stage.READY, Stage.STOPPING, Stage.UNKNOWN}
+    ),
     Stage.WAKING: frozenset(
-        {Stage.READY, Stage.BACKOFF, Stage.STARTING, Stage.STOPPING, Stage.UNKNOWN}
+        {
+            Stage.READY,
+            Stage.BACKOFF,
+            Stage.STARTING,
+            Stage.STOPPING,
+            Stage.UNKNOWN,
+        }
     ),
     Stage.STOPPING: frozenset({None}),
     Stage.BACKOFF: frozenset({Stage.STARTING, Stage.READY, Stage.STOPPING, Stage.UNKNOWN}),

@@ -52,7 +52,12 @@ def random_world(random: Random) -> World:
             asleep_s=random.choice([10, 1000]), staged_s=random.choice([10, 1000]),
             placement=Placement(spread=random.choice(["prefer", "off"])),
         )  # fmt: skip
-        world.put(replace(one, source=f"/models/m{i}"))
+        one = replace(one, source=f"/models/m{i}")
+        world.put(one)
+        for node in nodes:
+            if random.random() < 0.7:
+                kind = f"{one.booked_bytes()} {tp} {random.choice('pq')}"
+                node.shells[one.launch_key()] = kind
     return world
 
 
@@ -62,7 +67,7 @@ def disturb(world: World, random: Random) -> None:
     names = sorted(state.models)
     replicas = sorted(state.replicas)
     node = random.choice(sorted(world.nodes.values(), key=lambda n: n.node_id))
-    match random.randrange(17):
+    match random.randrange(19):
         case 0 | 1 | 2 | 3:
             wait_s = random.choice([0.0, 10.0, 40.0, 100.0])
             world.want(random.choice(names), random.randint(1, 20), wait_s)
@@ -78,6 +83,11 @@ def disturb(world: World, random: Random) -> None:
         case 15:
             floor: Any = random.choice(["hot", "asleep", "staged", None])
             world.apply(m.FloorSet(now=world.now, model=random.choice(names), floor=floor))
+        case 17:
+            node.refuses_repoint = random.choice([None, None, "it is draining"])
+        case 18:
+            node.keeps = random.random() < 0.3
+            node.repoint_s = random.choice([0.2, 3.0])
         case 16:
             node.deaf_to_staging = random.random() < 0.5
             node.disabled = {random.choice(names): {"asleep-1": "its canary failed"}}
@@ -129,8 +139,10 @@ def live_through(seed: int) -> None:
         world.run(random.choice([0.5, 1.0, 3.0, 8.0]))
     settle(world)
     for name in sorted(world.core.state.models):
-        world.want(name)
-        world.run(40)
+        for waited_s in (0.0, 20.0):  # for sleepers' sake it may wait a little
+            if name in world.waiting or not waited_s:
+                world.want(name, wait_s=waited_s)
+                world.run(20 + waited_s)
         # The router lets go of a request only when a replica serves it or it is refused.
         assert name not in world.waiting, f"{name}: {world.route(name)}"
     on_nodes = {rid for node in world.nodes.values() for rid in node.replicas}

@@ -9,12 +9,15 @@ from dataclasses import dataclass, field
 from random import Random
 from typing import Any
 
+from msgspec.structs import replace
+
 from runtime.contract.footprint_ledger import Footprint, Key
 from runtime.wire.agent_messages import (
     CachedModel,
     DeviceReport,
     Heartbeat,
     ReplicaReport,
+    RepointReplica,
     SleepReplica,
     StageModels,
     StartReplica,
@@ -54,6 +57,11 @@ class FakeReplica:
     sleep_level: int = 0
     wake_s: float | None = None
     engine_waiting: int | None = None
+    repoint: RepointReplica | None = None
+
+    def become(self, command: RepointReplica, now: float) -> None:
+        self.start = replace(self.start, spec=command.spec)
+        self.phase, self.since = "waking", now
 
 
 @dataclass
@@ -86,8 +94,19 @@ class FakeNode:
     staged: tuple[str, ...] = ()
     deaf_to_staging: bool = False
     engines: dict[str, str] = field(default_factory=lambda: {"stub": "1"})
+    shells: dict[str, str] = field(default_factory=dict)  # launch key -> shell key
+    repoint_s: float = 0.2
+    refuses_repoint: str | None = None
+    keeps: bool = False  # a re-point is taken, and not done
 
-    def obey(self, command: object, now: float) -> None:
+    def obey(self, command: object, now: float) -> str | None:
+        """Why it does not; None: it does."""
+        if isinstance(command, RepointReplica) and self.refuses_repoint:
+            return self.refuses_repoint
+        self._obey(command, now)
+        return None
+
+    def _obey(self, command: object, now: float) -> None:
         if isinstance(command, StartReplica):
             if command.replica_id not in self.replicas:
                 self.replicas[command.replica_id] = FakeReplica(command, since=now)
@@ -107,6 +126,13 @@ class FakeNode:
         elif isinstance(command, WakeReplica):
             if replica.phase == "asleep":
                 replica.phase, replica.since = "waking", now
+        elif isinstance(command, RepointReplica):
+            if replica.phase in ("ready", "asleep") and not self.keeps:
+                replica.repoint = command
+                if replica.phase == "asleep":
+                    replica.become(command, now)
+                else:
+                    replica.phase, replica.since = "draining", now
         elif replica.phase != "stopping" and (replica.phase != "draining" or replica.sleep_level):
             replica.phase, replica.since, replica.sleep_level = "draining", now, 0
 
@@ -117,6 +143,12 @@ class FakeNode:
             if replica.phase == "starting" and age >= self.start_s:
                 replica.phase = "failed" if why else "ready"
                 replica.reason, replica.since = why, now
+            elif replica.phase == "draining" and not replica.in_flight and replica.repoint:
+                replica.become(replica.repoint, now)
+            elif replica.phase == "waking" and replica.repoint:
+                if age >= self.repoint_s:
+                    replica.phase, replica.since, replica.wake_s = "ready", now, age
+                    replica.repoint, replica.sleep_level = None, 0
             elif replica.phase == "draining" and not replica.in_flight:
                 replica.phase = "sleeping" if replica.sleep_level else "stopping"
                 replica.since = now
@@ -141,6 +173,7 @@ class FakeNode:
             preempted_in_s=self.preempted_in_s,
             cached=self.cached,
             staged=self.staged,
+            shells=self.shells,
             devices=tuple(
                 DeviceReport(
                     device_id=device_id, index=i, kind=self.kind, name="d",  # type: ignore[arg-type]
@@ -167,6 +200,7 @@ class FakeNode:
                     residue_bytes=self.residue if r.phase == "asleep" else 0,
                     disabled=self.disabled.get(r.start.spec.name, {}),
                     engine_waiting=r.engine_waiting,
+                    shell_key=self.shells.get(r.start.spec.launch_key()),
                 )
                 for replica_id, r in self.replicas.items()
             ),
@@ -257,8 +291,7 @@ class World:
     def _deliver(self, send: m.Send) -> None:
         node = self.nodes[send.node_id]
         lost = not node.up or (self.lossy is not None and self.lossy.random() < 0.3)
-        if not lost:
-            node.obey(send.command, self.now)
+        refused = None if lost else node.obey(send.command, self.now)
         # A reply may be lost although the command arrived.
         if lost or (self.lossy is not None and self.lossy.random() < 0.2):
             return
@@ -267,7 +300,8 @@ class World:
         self._later.append(
             m.CommandDone(
                 now=self.now, node_id=node.node_id, replica_id=replica_id, kind=kind,
-                delivered=True, ok=True, boot_id=node.boot_id, seq=node.seq + 1,
+                delivered=True, ok=refused is None, error=refused, boot_id=node.boot_id,
+                seq=node.seq + 1,
             )
         )  # fmt: skip
 

@@ -50,7 +50,7 @@ class NodeApi:
     ) -> web.Response:
         node = self._node(request)
         await self._stored.cordon_node(node.node_id, cordoned, drain_s)
-        return reply(view_builders.node(node, self._driver.now()))
+        return reply(view_builders.node(self._core, node, self._driver.now()))
 
     async def quarantine_device(self, request: web.Request) -> web.Response:
         """Use a device no more and move off what it runs."""
@@ -72,7 +72,7 @@ class NodeApi:
         now = self._driver.now()
         event = m.QuarantineSet(now=now, node_id=node.node_id, device_id=device_id, reason=reason)
         self._driver.apply(event)
-        return reply(view_builders.node(node, now))
+        return reply(view_builders.node(self._core, node, now))
 
     def _device(self, request: web.Request) -> tuple[Node, str]:
         node, device_id = self._node(request), request.match_info["device"]

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from runtime.wire.agent_messages import Heartbeat, ReplicaPhase, StartReplica
+from runtime.wire.agent_messages import CachedModel, Heartbeat, ReplicaPhase, StartReplica
 from scheduler.state import messages as m
 from scheduler.state.cluster import ClusterState, Replica, Stage
 from scheduler.state.stages import EDGES, FOUND, LEAVING, SAID
@@ -124,9 +124,26 @@ def forgotten(world: World, replica: Replica) -> None:
     ticks(world, 601.0)
 
 
+def pointed(world: World, replica: Replica) -> None:
+    """Its engine serves another model next, and then does not."""
+    other = spec("b")
+    world.put(other)
+    node = world.nodes["n1"]
+    node.shells = {replica.launch_key: "k", other.launch_key(): "k"}
+    node.cached = (CachedModel(source="/models/x", disk_bytes=1),)
+    node.devices["g0"] = 9 * GIB
+    world.router_acks = False
+    phase = "asleep" if replica.stage is Stage.ASLEEP else "ready"
+    report(world, replica, phase, 2 if phase == "asleep" else 0)
+    world.want("b", wait_s=60.0)
+    world.waiting.clear()
+    world.report()
+    ticks(world, 1.0)
+
+
 HAPPENINGS: tuple[Callable[[World, Replica], None], ...] = (
     confirmed_and_missing, refuses_to_sleep, resent, unloaded, loaded, unwanted, idle, lost,
-    forgotten,
+    forgotten, pointed,
 )  # fmt: skip
 
 
