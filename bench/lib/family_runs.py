@@ -144,7 +144,7 @@ def run_cell(cell: Cell) -> dict[str, Any]:
     """Simulate it: its line."""
     began = time.process_time()
     one = drawn(cell.workload)
-    cluster = Cluster(one.case.gpus, one.node_gpus, one.host_gib, one.on_disk)
+    cluster = Cluster(one.case.gpus, one.node_gpus, one.host_gib, one.on_disk, one.architectures)
     found = run(
         one.case, cell.variant.label, cell.variant.contender(), cluster, cell.seed, cell.world
     )

@@ -101,6 +101,7 @@ class Cluster:
     node_gpus: int = w.NODE_GPUS
     host_gib: int = 1024
     on_disk: Literal["all", "none"] = "none"  # which models' files every node has at the start
+    architectures: tuple[str, ...] = ()  # by model; (): each its own
 
     def nodes(self) -> list[NodePlan]:
         """Full nodes, the last with what is left."""
@@ -143,8 +144,9 @@ def scenario(one: w.Case, contender: Contender, cluster: Cluster, seed: int) -> 
     stored = w.models(one, **(COMMON | {"max_replicas": one.max_replicas} | contender.spec))
     return Scenario(
         nodes=cluster.nodes(), models=stored, arrivals=one.workload.arrivals, seed=seed,
-        facts=facts(stored), on_disk=cluster.on_disk, duration_s=one.workload.duration_s,
-        lead_s=LEAD_S, settle_s=HOLD_S + 30, check=False, strict=False,
+        facts=facts(stored, cluster.architectures), on_disk=cluster.on_disk,
+        duration_s=one.workload.duration_s, lead_s=LEAD_S, settle_s=HOLD_S + 30,
+        check=False, strict=False,
     )  # fmt: skip
 
 

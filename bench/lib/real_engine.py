@@ -96,7 +96,9 @@ def used(pid: int) -> tuple[float, int]:
     return cpu_s, sum(int(process.memory_full_info().pss) for process in tree)
 
 
-def write_llama(tiny: Path, target: Path, hidden: int, inner: int, layers: int) -> Path:
+def write_llama(
+    tiny: Path, target: Path, hidden: int, inner: int, layers: int, seed: int = 1
+) -> Path:
     """A random bfloat16 Llama with the tiny one's tokenizer and heads of 64."""
     import torch
     import transformers
@@ -107,7 +109,7 @@ def write_llama(tiny: Path, target: Path, hidden: int, inner: int, layers: int) 
         {"hidden_size": hidden, "intermediate_size": inner, "num_hidden_layers": layers,
          "num_attention_heads": hidden // 64, "num_key_value_heads": hidden // 64, "head_dim": 64}
     )  # fmt: skip
-    torch.manual_seed(1)
+    torch.manual_seed(seed)
     make: Any = transformers.LlamaForCausalLM
     make(config).to(torch.bfloat16).save_pretrained(target)
     return target
@@ -299,12 +301,17 @@ class Stoker:
 
 
 @contextlib.contextmanager
-def stoker_up(folder: Path, devices: str = "cpu", launcher: bool = True) -> Iterator[Stoker]:
-    """Stoker on this host, its launcher ready (simulated devices have none)."""
+def stoker_up(
+    folder: Path, devices: str = "cpu", launcher: bool = True, **environ: str
+) -> Iterator[Stoker]:
+    """Stoker on this host, its launcher ready (simulated devices have none); `environ`: settings,
+    as STOKER_… variables."""
     argv = [sys.executable, "-m", "cli.main", "up", "--port", "0", "--json", "--devices", devices]
     argv += ["--state-dir", str(folder / "state")]
     with (folder / "up.log").open("w") as log:
-        process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=log, text=True, cwd=ROOT)
+        process = subprocess.Popen(
+            argv, stdout=subprocess.PIPE, stderr=log, text=True, cwd=ROOT, env=os.environ | environ
+        )
     try:
         assert process.stdout is not None
         line = process.stdout.readline()

@@ -180,10 +180,18 @@ class Reply:
         for piece in self._chunks[-_LAST_PIECES:]:
             if piece.startswith(BEGINNINGS) and core_died(piece):
                 del self._chunks[self._chunks.index(piece) :]  # it is not passed on
-                self._hand_on()
                 self._break(UpstreamError("the replica's engine died at work", delivered=True))
-                return
-        self._hand_on()
+                break
+        if self._sink is None:
+            self._wake()
+        elif self._chunks:
+            self._sink.feed(self._take())
+
+    def more(self) -> None:
+        """The pieces of one read have come, and it goes on: not too far ahead of its reader."""
+        self.flush()
+        if self._sink is None and sum(map(len, self._chunks)) > BUFFER_BYTES:
+            self._connection.pause_reading()
 
     def end(self) -> None:
         """Note the end of the body."""
@@ -197,16 +205,6 @@ class Reply:
         self.flush()
         if not self.complete and self._error is None:
             self._break(error)
-
-    def _hand_on(self) -> None:
-        if not self._chunks:
-            return
-        if self._sink is not None:
-            self._sink.feed(self._take())
-            return
-        if sum(map(len, self._chunks)) > BUFFER_BYTES:
-            self._connection.pause_reading()
-        self._wake()
 
     def _break(self, error: UpstreamError) -> None:
         self._error = error
@@ -336,7 +334,7 @@ class _Connection(asyncio.Protocol):
         if reply is None:
             return
         if reply.status:
-            reply.flush()
+            reply.more()
             return
         self._head_bytes += size
         if self._head_bytes > HEAD_BYTES:
