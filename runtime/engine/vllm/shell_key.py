@@ -99,6 +99,7 @@ def why_not(spec: ModelSpec, ctx: LaunchContext, version: str | None) -> str | N
         "its longest sequence is fitted to memory": args.get("max_model_len") in ("auto", -1, "-1"),
         "its KV cache is quantized": args.get("kv_cache_dtype", "auto") != "auto",
         "simulated devices run no vLLM": ctx.device_kind == "simulated",
+        "it was not tried on a GPU yet": ctx.device_kind == "nvml",
     }
     return next((words for words, holds in reasons.items() if holds), None)
 

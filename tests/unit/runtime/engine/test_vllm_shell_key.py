@@ -62,7 +62,7 @@ class World:
     ) -> str | None:
         context = LaunchContext(
             replica_id="r", host="127.0.0.1", port=1, route_key="k", control_key="c",
-            device_kind="nvml", device_ids=("GPU-1",), device_indexes=(0,), device_bytes=8 * GIB,
+            device_kind="cpu", device_ids=("GPU-1",), device_indexes=(0,), device_bytes=8 * GIB,
             device_total_bytes=80 * GIB, model_path=self.base, revision=None,
             python=sys.executable, cache_dir="/c", kv_bytes=GIB,
         )  # fmt: skip
@@ -116,7 +116,6 @@ def test_everything_that_a_process_keeps_splits_the_key(world: World) -> None:
         world.of(ctx={"device_total_bytes": 40 * GIB}),
         world.of(ctx={"kv_bytes": 2 * GIB}),
         world.of(ctx={"kv_bytes": None}),
-        world.of(ctx={"device_kind": "cpu"}),
         world.of(engine_args={"dtype": "float16"}),
         world.of(engine_args={"dtype": "auto", "max_num_seqs": 4}),
         world.of(engine_args={}),
@@ -153,6 +152,7 @@ def test_what_was_not_tried_has_no_key(world: World) -> None:
         world.of(env={"NCCL_P2P_DISABLE": "1"}),
         world.of(tensor_parallel_size=2),
         world.of(ctx={"device_kind": "simulated"}),
+        world.of(ctx={"device_kind": "nvml"}),
         world.of(ctx={"load_format": "runai_streamer"}),
         world.other(config={"architectures": ["LlavaForConditionalGeneration"]}),
         world.other(config={"architectures": ["MixtralForCausalLM"]}),
