@@ -39,6 +39,9 @@ class FamilyEngine:
         argv = (sys.executable, "-c", _PARENT, *launch.argv)
         return msgspec.structs.replace(launch, argv=argv)
 
+    def shell_key(self, spec, ctx, version):
+        return self._stub.shell_key(spec, ctx, version)
+
 
 async def main() -> None:
     config = msgspec.json.decode(Path(sys.argv[1]).read_bytes(), type=Config)
