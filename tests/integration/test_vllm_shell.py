@@ -21,7 +21,7 @@ from tests.kits.vllm_answers import answers
 pytestmark = [
     pytest.mark.vllm,
     pytest.mark.skipif(not importlib.util.find_spec("vllm"), reason="vllm is not installed"),
-    pytest.mark.timeout(600),
+    pytest.mark.timeout(1200),
 ]
 ARGS: dict[str, Any] = {
     "enforce_eager": True, "max_model_len": 1024, "enable_auto_tool_choice": True,
