@@ -85,7 +85,7 @@ class RungTransitions(Transitions):
 
     def _repoint(self, r: Replica, command: RepointReplica, now: float) -> None:
         replica_id, spec = r.command.replica_id, command.spec
-        if r.repoint or r.command.spec.launch_key() == spec.launch_key():
+        if (r.repoint or r.command).spec.launch_key() == spec.launch_key():
             return
         why = self.disabled.get(state.launch_name(spec), {}).get(SHELL)
         if r.phase not in ("ready", "asleep"):

@@ -74,7 +74,11 @@ class Shells:
         """Take over what the agent says of a replica that is changing its owner."""
         former = replica.former
         assert former is not None
-        if report.model == replica.model:  # its agent has begun, or is done
+        if report.model not in (replica.model, former.model):
+            replica.former = None
+            take_word(self._turn, replica, report)
+            self._moves.follow_phase(replica, report, now)
+        elif report.model == replica.model:  # its agent has begun, or is done
             if report.phase != "waking":
                 replica.former = None
                 self._moves.follow_phase(replica, report, now)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 
 from agent.core.messages import (
@@ -55,6 +56,18 @@ def test_repeating_it_changes_nothing() -> None:
     h.repointed()
     assert not of(h.command(repoint()), RepointEngine)
     assert h.phase() == "ready"
+
+
+def test_another_model_is_refused_while_one_is_under_way() -> None:
+    h = Harness()
+    h.ready()
+    h.status(1)
+    h.command(repoint())
+    third = msgspec.structs.replace(OTHER, name="third")
+    assert "is draining" in of(h.command(repoint(spec=third)), CommandRefused)[0].error
+    h.status(0)
+    assert "is waking" in of(h.command(repoint(spec=third)), CommandRefused)[0].error
+    assert h.report().model == "other"
 
 
 def test_requests_that_do_not_end_keep_the_model_that_serves() -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 from random import Random
 
 import pytest
+from msgspec.structs import replace
 
 from runtime.wire.agent_messages import CachedModel, RepointReplica, StartReplica, StopReplica
+from scheduler.state import messages as m
 from scheduler.state.cluster import Stage
 from tests.kits.scheduler_world import GIB, FakeNode, World, spec
 
@@ -211,6 +213,23 @@ def test_the_next_leader_believes_the_agent() -> None:
     assert replica.model == "b"
 
 
+def test_what_its_agent_points_elsewhere_serves_neither_model_meanwhile() -> None:
+    """A leader before this one had it pointed at a third model, which its agent goes on with."""
+    world = world_of(A, B, C, shells=(A, B, C), keeps=True)
+    serve(world, "a")
+    world.want("b")
+    world.run(0.5)
+    (replica,) = world.core.state.replicas.values()
+    assert (replica.model, replica.stage) == ("b", Stage.WAKING)
+    one = world.nodes["n1"].replicas[replica.replica_id]
+    one.start = replace(one.start, spec=C)
+    world.waiting.clear()  # else it is pointed at `b` again
+    world.report()
+    world.apply(m.HeartbeatSeen(now=world.now, heartbeat=world.nodes["n1"].heartbeat(world.now)))
+    assert (replica.model, replica.former) == ("c", None)
+    assert "a" not in world.hot()
+
+
 def test_a_command_that_was_lost_is_repeated() -> None:
     world = world_of()
     serve(world, "a")
@@ -224,8 +243,6 @@ def test_a_command_that_was_lost_is_repeated() -> None:
 
 
 def test_its_model_may_be_removed_while_it_is_pointed_elsewhere() -> None:
-    from scheduler.state import messages as m
-
     world = world_of()
     serve(world, "a")
     world.router_acks = False
