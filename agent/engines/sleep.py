@@ -212,17 +212,15 @@ async def wake(controls: Controls, level: int, known: WakeCanary | None) -> dict
             await _take_memory(controls, level, phases)
             if await is_sleeping(controls) is not False:
                 raise RungFailed("it was woken, but does not say that it is awake")
-        await _hear_canary(controls, known, phases)
-        await controls.post(guard.OPEN_PATH, timeout_s=_ASK_S)
+        await _open(controls, known, phases)
     except (EngineError, ValueError) as error:
         raise RungFailed(str(error)) from None
     return phases
 
 
-async def _hear_canary(
-    controls: Controls, known: WakeCanary | None, phases: dict[str, float]
-) -> None:
-    """Raises RungFailed where it answers otherwise, EngineError or ValueError where not at all."""
+async def _open(controls: Controls, known: WakeCanary | None, phases: dict[str, float]) -> None:
+    """Open its door, once its canary has passed. Raises RungFailed where it answers otherwise,
+    EngineError or ValueError where not at all."""
     if known and known.path:
         began = time.monotonic()
         answer = await controls.post(known.path, known.body, _ASK_S)
@@ -230,6 +228,7 @@ async def _hear_canary(
         phases["canary"] = time.monotonic() - began
         if words := wake_canary.difference(known, now):
             raise RungFailed(f"its canary failed: {words}")
+    await controls.post(guard.OPEN_PATH, timeout_s=_ASK_S)
 
 
 async def _take_memory(controls: Controls, level: int, phases: dict[str, float]) -> None:
@@ -265,8 +264,7 @@ async def repoint(
             await _timed(phases, "wake", controls.post("/wake_up?tags=kv_cache"))
             if await is_sleeping(controls) is not False:
                 raise RungFailed("it was woken, but does not say that it is awake")
-        await _hear_canary(controls, known, phases)
-        await controls.post(guard.OPEN_PATH, timeout_s=_ASK_S)
+        await _open(controls, known, phases)
     except (EngineError, ValueError) as error:
         raise RungFailed(str(error)) from None
     return phases
