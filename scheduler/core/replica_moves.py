@@ -13,6 +13,7 @@ import math
 
 from runtime.engine.exits import FINAL_KINDS
 from runtime.wire.agent_messages import (
+    ReplicaCommand,
     ReplicaReport,
     SleepReplica,
     StartReplica,
@@ -270,39 +271,33 @@ class Moves:
         if replica.climb is not None and replica.climb.sent_at is None:
             replica.climb.sent_at = now
         replica.move(Stage.SENT, now)
-        replica.retry_at, replica.confirmed = now + RESEND_S, None
         command = StartReplica(
             replica_id=replica.replica_id, epoch=self._turn.state.term, spec=replica.spec,
             device_ids=replica.device_ids, device_bytes=replica.bytes,
             reason=replica.reason, cause=replica.cause, kv_bytes=replica.kv_bytes,
             alone=replica.alone,
         )  # fmt: skip
-        self._turn.out.append(m.Send(node_id=replica.node_id, command=command))
-        self._turn.dirty.add(replica.model)
+        self.tell(replica, command, now)
 
     def _send_sleep(self, replica: Replica, now: float) -> None:
         replica.move(Stage.SLEEPING, now)
-        replica.retry_at, replica.confirmed = now + RESEND_S, None
         command = SleepReplica(
             replica_id=replica.replica_id, epoch=self._turn.state.term,
             level=1 if replica.sleep_level == 1 else 2, grace_s=replica.grace_s,
             reason=replica.reason, cause=replica.cause,
         )  # fmt: skip
-        self._turn.out.append(m.Send(node_id=replica.node_id, command=command))
-        self._turn.dirty.add(replica.model)
+        self.tell(replica, command, now)
 
     def send_wake(self, replica: Replica, now: float) -> None:
         """Tell its agent to wake it, for the first time or again."""
         if replica.climb is not None and replica.climb.sent_at is None:
             replica.climb.sent_at = now
         replica.move(Stage.WAKING, now)
-        replica.retry_at, replica.confirmed = now + RESEND_S, None
         command = WakeReplica(
             replica_id=replica.replica_id, epoch=self._turn.state.term, reason=replica.reason,
             cause=replica.cause,
         )  # fmt: skip
-        self._turn.out.append(m.Send(node_id=replica.node_id, command=command))
-        self._turn.dirty.add(replica.model)
+        self.tell(replica, command, now)
 
     def send_stop(self, replica: Replica, now: float, reason: str | None = None) -> None:
         """Tell its agent to stop it, for the first time or again."""
@@ -311,13 +306,17 @@ class Moves:
         replica.move(Stage.STOPPING, now)
         # Host memory of a sleeper is free when it is gone, not when it was told to go.
         replica.book_sleep(0, replica.host_booked, 0)
-        replica.retry_at, replica.confirmed = now + RESEND_S, None
         command = StopReplica(
             replica_id=replica.replica_id, epoch=self._turn.state.term,
             grace_s=replica.grace_s or self._turn.settings.drain_grace_s,
             reason=reason or replica.reason,
             cause=replica.cause,
         )  # fmt: skip
+        self.tell(replica, command, now)
+
+    def tell(self, replica: Replica, command: ReplicaCommand, now: float) -> None:
+        """Send its agent a command, which is repeated where nothing shows its effect."""
+        replica.retry_at, replica.confirmed = now + RESEND_S, None
         self._turn.out.append(m.Send(node_id=replica.node_id, command=command))
         self._turn.dirty.add(replica.model)
 

@@ -13,9 +13,8 @@ from __future__ import annotations
 
 from runtime.wire.agent_messages import ReplicaReport, RepointReplica
 from scheduler.core.replica_moves import EVICT_GRACE_S, UNROUTE_TIMEOUT_S, Moves
-from scheduler.core.turn import RESEND_S, Turn
+from scheduler.core.turn import Turn
 from scheduler.policy.ladder import Descent
-from scheduler.state import messages as m
 from scheduler.state.cluster import Climb, Former, Model, Replica, Stage
 
 _AS_IT_WAS = {"ready", "asleep", "draining", "waking"}  # its engine lives, as its former model's
@@ -62,13 +61,11 @@ class Shells:
         if replica.climb is not None and replica.climb.sent_at is None:
             replica.climb.sent_at = now
         replica.move(Stage.WAKING, now)
-        replica.retry_at, replica.confirmed = now + RESEND_S, None
         command = RepointReplica(
             replica_id=replica.replica_id, epoch=self._turn.state.term, spec=replica.spec,
             grace_s=EVICT_GRACE_S, reason=replica.reason, cause=replica.cause,
         )  # fmt: skip
-        self._turn.out.append(m.Send(node_id=replica.node_id, command=command))
-        self._turn.dirty.add(replica.model)
+        self._moves.tell(replica, command, now)
 
     def follow(self, replica: Replica, report: ReplicaReport, now: float) -> None:
         """Take over what the agent says of a replica that is changing its owner."""
