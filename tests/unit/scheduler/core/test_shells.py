@@ -9,7 +9,7 @@ from msgspec.structs import replace
 
 from runtime.wire.agent_messages import CachedModel, RepointReplica, StartReplica, StopReplica
 from scheduler.state import messages as m
-from scheduler.state.cluster import Stage
+from scheduler.state.cluster import Replica, Stage
 from tests.kits.scheduler_world import GIB, FakeNode, World, spec
 
 A, B, C = (spec(name, 8, idle_s=600.0, asleep_s=600.0) for name in "abc")
@@ -31,6 +31,17 @@ def serve(world: World, model: str, seconds: float = 40.0) -> None:
     world.want(model)
     world.run(seconds)
     assert model in world.hot()
+
+
+def rising() -> tuple[World, Replica]:
+    """The engine of `a` is to be pointed at `b`, but routers have not confirmed its leave."""
+    world = world_of()
+    serve(world, "a")
+    world.router_acks = False
+    world.want("b")
+    world.run(0.5)
+    (replica,) = world.core.state.replicas.values()
+    return world, replica
 
 
 def sent(world: World, kind: type) -> list:
@@ -141,12 +152,7 @@ def test_an_agent_that_does_not_do_it_keeps_the_model() -> None:
 
 
 def test_a_plan_that_nobody_waits_for_any_more_is_taken_back() -> None:
-    world = world_of()
-    serve(world, "a")
-    world.router_acks = False
-    world.want("b")
-    world.run(0.5)
-    (replica,) = world.core.state.replicas.values()
+    world, replica = rising()
     assert (replica.model, replica.stage) == ("b", Stage.RISING)
     world.waiting.clear()
     world.run(1.0)
@@ -158,12 +164,7 @@ def test_a_plan_that_nobody_waits_for_any_more_is_taken_back() -> None:
 
 
 def test_one_that_dies_before_it_is_told_is_what_it_was() -> None:
-    world = world_of()
-    serve(world, "a")
-    world.router_acks = False
-    world.want("b")
-    world.run(0.5)
-    (replica,) = world.core.state.replicas.values()
+    world, replica = rising()
     one = world.nodes["n1"].replicas[replica.replica_id]
     one.phase, one.since, one.died = "backoff", world.now, "it crashed"
     world.run(0.5)
