@@ -10,6 +10,7 @@ from runtime.sim import profile as p
 from scheduler.core.decisions import Core
 from scheduler.core.turn import Settings
 from scheduler.sim import faults as f
+from scheduler.sim.catalog import facts
 from scheduler.sim.network import Weather
 from scheduler.sim.simulator import Fault
 from tests.kits.scenarios import GB, GIB, Arrival, Host, NodePlan, Simulation, run, scenario, sized
@@ -124,6 +125,26 @@ def test_a_model_that_fits_no_device_is_refused_with_a_reason() -> None:
     report = run([sized("m", 8, device_memory_bytes=90 * 2**30)], [Arrival(1.0, "m", 10, 1)] * 2)
     assert set(report.outcomes) <= {"model_unavailable", "hold_timeout"}
     assert report.outcomes["model_unavailable"] >= 1
+
+
+@pytest.mark.parametrize(("alike", "rung"), [(("x", "x"), "shell"), (("x", "y"), "staged")])
+def test_a_model_that_was_here_is_served_by_the_engine_of_its_kind(
+    alike: tuple[str, str], rung: str
+) -> None:
+    """Two models, room for one; neither may sleep. The first comes back at 120 s: what is read is
+    the same, its weights from the page cache, but no process starts."""
+    models = [sized(name, 8, device_memory_bytes=60 * GIB, sleep="off") for name in "ab"]
+    calls = [Arrival(at_s, name, 10, 1) for at_s, name in ((1.0, "a"), (60.0, "b"), (120.0, "a"))]
+    simulation = Simulation(
+        scenario(models, calls, facts=facts(models, alike), duration_s=180.0), make_node
+    )
+    report = simulation.run()
+    assert report.outcomes == {"answered": 3}
+    assert report.climbs[rung] == 1
+    loaded_s = 16 / 8 + first_token_s(8, 10)
+    expected_s = loaded_s + (p.CANARY_S if rung == "shell" else STARTED)
+    # Beside: routers confirm that they send it nothing any more; for a start, the other one ends.
+    assert expected_s <= report.ttft[2] < expected_s + 1.5
 
 
 def test_a_caller_that_hangs_up_ends_its_request() -> None:
