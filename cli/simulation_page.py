@@ -33,7 +33,7 @@ COLOURS = {
 }
 RUNG_COLOURS = {
     "remote": "#7b1c12", "cached": "#c0392b", "staged": "#f2a33c", "snapshot": "#f7d154",
-    "asleep-2": "#8d6cab", "asleep-1": "#4a86c8",
+    "shell": "#2a9d8f", "asleep-2": "#8d6cab", "asleep-1": "#4a86c8",
 }  # fmt: skip
 GANTT_DEVICES = 12
 LANES = 10  # replicas of one device that are drawn one above the other
