@@ -260,7 +260,8 @@ class Stoker:
     def add(self, spec: ModelSpec) -> None:
         """Add a model."""
         self.admin("/admin/models", {"name": spec.name, "source": spec.source,
-                                     "engine_args": spec.engine_args})  # fmt: skip
+                                     "engine_args": spec.engine_args,
+                                     "idle_s": spec.idle_s})  # fmt: skip
 
     def launcher_ready(self) -> bool:
         """Whether the agent has a parent to fork from."""
